@@ -1,0 +1,46 @@
+"""Continue texts: torchrun --nproc_per_node N example_text_completion.py --ckpt_dir DIR"""
+
+from llama import Llama
+from llama.cli import run
+from llama.distributed import is_main_rank
+
+PROMPTS = [
+    # Plain continuation: the model goes on where the text stops.
+    "The capital of France is Paris. The capital of Germany is",
+    "Water boils at 100 degrees Celsius at sea level. On a high mountain it boils",
+    "The three things every garden needs are",
+    # Few-shot: a pattern to carry on.
+    """\
+word: cold, opposite: hot
+word: up, opposite: down
+word: early, opposite: late
+word: full, opposite:""",
+]
+
+
+def main(
+    ckpt_dir: str,
+    tokenizer_path: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_seq_len: int = 128,
+    max_gen_len: int | None = 64,
+    max_batch_size: int = 4,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 1,
+) -> None:
+    """Continue a few prompts and print them.
+
+    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
+    """
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, device=device, dtype=dtype)
+    results = llama.text_completion(PROMPTS, temperature, top_p, max_gen_len)
+    if is_main_rank():
+        for prompt, result in zip(PROMPTS, results, strict=True):
+            print(f"{prompt}\n> {result['generation']}\n{'-' * 40}")
+    llama.close()
+
+
+if __name__ == "__main__":
+    run(main)

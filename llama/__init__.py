@@ -1,0 +1,9 @@
+"""A reference runner for Llama checkpoints in Meta's style."""
+
+from llama.chat_format import Dialog, Message
+from llama.completion import Llama
+from llama.model import ModelArgs, Transformer
+from llama.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+__all__ = ["Dialog", "Llama", "Message", "ModelArgs", "Tokenizer", "Transformer"]

@@ -1,0 +1,3 @@
+from llama.cli import main
+
+main()

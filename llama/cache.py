@@ -1,0 +1,49 @@
+"""The keys and values of past positions: fixed-size buffers with one `update`."""
+
+import torch
+from torch import nn
+
+
+class KVCache(nn.Module):
+    """Keys and values of one layer, [max_batch_size, n_local_kv_heads, max_seq_len, head_dim] each.
+
+    Slots are written at absolute positions and never cleared: whoever attends says how many positions it may
+    see, and a position is always written before it is seen.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def __init__(
+        self,
+        max_batch_size: int,
+        n_local_kv_heads: int,
+        max_seq_len: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        super().__init__()
+        shape = (max_batch_size, n_local_kv_heads, max_seq_len, head_dim)
+        self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+
+    def update(
+        self, k: torch.Tensor, v: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store `k` and `v` [bsz, n_local_kv_heads, seqlen, head_dim] and return the first `ctx_len` positions.
+
+        start_pos: position of the first new key, one int for all rows or an int64 tensor [bsz].
+        Returns views of the buffers, [bsz, n_local_kv_heads, ctx_len, head_dim].
+        """
+        bsz, _, seqlen, _ = k.shape
+        if isinstance(start_pos, int):
+            self.k[:bsz, :, start_pos : start_pos + seqlen] = k
+            self.v[:bsz, :, start_pos : start_pos + seqlen] = v
+        else:
+            rows = torch.arange(bsz, device=k.device)[:, None]  # [bsz, 1]
+            positions = start_pos[:, None] + torch.arange(seqlen, device=k.device)  # [bsz, seqlen]
+            # Two index tensors around a slice move to the front: the target is [bsz, seqlen, n_kv, head_dim].
+            self.k[rows, :, positions] = k.transpose(1, 2)
+            self.v[rows, :, positions] = v.transpose(1, 2)
+        return self.k[:bsz, :, :ctx_len], self.v[:bsz, :, :ctx_len]

@@ -1,0 +1,285 @@
+"""Meta-style checkpoint folders: params.json and consolidated.NN.pth, read at any number of ranks.
+
+A shard file holds one slice of every tensor. What matters here is the logical tensor: each name has one axis along
+which shards divide it (`shard_axis`), and rank r of N takes its part of that axis across whichever files hold it.
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from llama.distributed import model_parallel, progress
+from llama.model import ModelArgs, Transformer
+
+# Divided along the output features (0), along the input features (1), or repeated in every file (None).
+# tok_embeddings is missing here: Llama 2 files split it on dim 1, Llama 3 files on dim 0.
+SHARD_AXIS = {
+    "attention.wq.weight": 0,
+    "attention.wk.weight": 0,
+    "attention.wv.weight": 0,
+    "attention.wo.weight": 1,
+    "feed_forward.w1.weight": 0,
+    "feed_forward.w2.weight": 1,
+    "feed_forward.w3.weight": 0,
+    "attention_norm.weight": None,
+    "ffn_norm.weight": None,
+    "norm.weight": None,
+    "output.weight": 0,
+}
+EMBEDDING = "tok_embeddings.weight"
+# Llama 1 stores the rotary frequencies, which are computed here.
+SKIPPED = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class CheckpointError(ValueError):
+    """The checkpoint folder is not what it should be; the message names the file and the way out."""
+
+
+def without_layer(key: str) -> str:
+    """`layers.7.attention.wq.weight` -> `attention.wq.weight`."""
+    return re.sub(r"^layers\.\d+\.", "", key)
+
+
+def tensor_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Name -> logical (undivided) shape of every tensor of a model."""
+    q_dim, kv_dim = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
+    layer = {
+        "attention.wq.weight": (q_dim, args.dim),
+        "attention.wk.weight": (kv_dim, args.dim),
+        "attention.wv.weight": (kv_dim, args.dim),
+        "attention.wo.weight": (args.dim, q_dim),
+        "feed_forward.w1.weight": (args.hidden_dim, args.dim),
+        "feed_forward.w2.weight": (args.dim, args.hidden_dim),
+        "feed_forward.w3.weight": (args.hidden_dim, args.dim),
+        "attention_norm.weight": (args.dim,),
+        "ffn_norm.weight": (args.dim,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (args.vocab_size, args.dim)}
+    for i in range(args.n_layers):
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes | {"norm.weight": (args.dim,), "output.weight": (args.vocab_size, args.dim)}
+
+
+def rank_slice(key: str, rows: int, args: ModelArgs, rank: int, world_size: int) -> tuple[int, int]:
+    """[start, stop) of this rank on the shard axis of `key`, which is `rows` long."""
+    if without_layer(key) in ("attention.wk.weight", "attention.wv.weight"):
+        # Whole KV heads; with more ranks than KV heads neighbouring ranks read the same one.
+        first = rank * args.kv_heads // world_size
+        return first * args.head_dim, (first + max(1, args.kv_heads // world_size)) * args.head_dim
+    return rank * rows // world_size, (rank + 1) * rows // world_size
+
+
+def legal_world_sizes(args: ModelArgs) -> list[int]:
+    """The numbers of ranks that a model can be divided over."""
+    return [
+        n
+        for n in range(1, args.n_heads + 1)
+        if args.n_heads % n == 0
+        and args.hidden_dim % n == 0
+        and args.vocab_size % n == 0
+        and (args.kv_heads % n == 0 or n % args.kv_heads == 0)
+    ]
+
+
+def check_world_size(args: ModelArgs, world_size: int) -> None:
+    legal = legal_world_sizes(args)
+    if world_size not in legal:
+        raise CheckpointError(
+            f"{world_size} ranks cannot share this model ({args.n_heads} heads, {args.kv_heads} KV heads, feed-forward "
+            f"width {args.hidden_dim}, vocabulary {args.vocab_size}): start {', '.join(map(str, legal))}"
+        )
+
+
+# params.json --------------------------------------------------------------------------------------
+
+
+def read_params(ckpt_dir: Path) -> ModelArgs:
+    """Read params.json. Unknown keys, wrong types and sizes that contradict each other are CheckpointErrors."""
+    path = ckpt_dir / "params.json"
+    try:
+        params = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: it comes with the consolidated.NN.pth files") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
+    if not isinstance(params, dict):
+        raise CheckpointError(f"{path} holds a {type(params).__name__}, expected an object: fetch it again")
+    known = {f.name: f for f in fields(ModelArgs) if f.name not in ("max_batch_size", "max_seq_len")}
+    for key, value in params.items():
+        if key not in known:
+            raise CheckpointError(f"{path}: unknown key {key!r}; this runner knows {', '.join(known)}")
+        optional = known[key].default is None and value is None
+        is_flag = known[key].type is bool
+        whole = "int" in str(known[key].type)
+        if not optional and (
+            isinstance(value, bool) != is_flag
+            or not isinstance(value, int if whole else (int, float))
+            or (not is_flag and value <= 0 and (key, value) != ("vocab_size", -1))
+        ):
+            expected = "true or false" if is_flag else "a positive whole number" if whole else "a positive number"
+            raise CheckpointError(f"{path}: {key} is {value!r}, expected {expected}")
+    for key in ("dim", "n_layers", "n_heads"):
+        if key not in params:
+            raise CheckpointError(f"{path}: {key} is missing")
+    args = ModelArgs(**params)
+    if args.dim % args.n_heads or args.head_dim % 2 or args.n_heads % args.kv_heads:
+        raise CheckpointError(
+            f"{path}: dim {args.dim}, n_heads {args.n_heads} and n_kv_heads {args.kv_heads} do not go together "
+            "(heads divide dim into even parts, KV heads divide heads)"
+        )
+    return args
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+class Checkpoint:
+    """A folder of consolidated.NN.pth files and their params.json.
+
+    Files are memory-mapped and checked when first asked for, so a rank opens only those it needs. Only tensors are
+    ever unpickled (weights_only): a file cannot run code.
+
+    params: params.json, with the vocabulary filled in from the embedding where it says -1.
+    embedding_axis: 0 where the files divide the vocabulary (Llama 3), 1 where they divide dim (Llama 2).
+    dtype: what the embedding is stored in.
+    """
+
+    def __init__(self, ckpt_dir: Path):
+        self.dir = ckpt_dir
+        self.paths = find_shards(ckpt_dir)
+        self.params = read_params(ckpt_dir)
+        self._opened = {0: open_shard(self.paths[0])}
+        if EMBEDDING not in self._opened[0] or self._opened[0][EMBEDDING].dim() != 2:
+            raise CheckpointError(f"{self.paths[0]} has no {EMBEDDING}: not a Llama checkpoint in Meta's layout")
+        rows, columns = self._opened[0][EMBEDDING].shape
+        self.dtype = self._opened[0][EMBEDDING].dtype
+        self.embedding_axis = 0 if columns == self.params.dim else 1
+        if self.params.vocab_size == -1:
+            self.params.vocab_size = rows * len(self.paths) if self.embedding_axis == 0 else rows
+        self._check(0)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of one file; none is read before it is copied."""
+        if index not in self._opened:
+            self._opened[index] = open_shard(self.paths[index])
+            self._check(index)
+        return self._opened[index]
+
+    def axis(self, key: str) -> int | None:
+        """The axis along which the files divide a tensor; None when each repeats it."""
+        return self.embedding_axis if key == EMBEDDING else SHARD_AXIS[without_layer(key)]
+
+    def copy(self, key: str, start: int, stop: int, out: torch.Tensor) -> None:
+        """Fill `out` with [start, stop) of a logical tensor's shard axis, from the files that hold it."""
+        axis = self.axis(key)
+        if axis is None:
+            # Repeated tensors may differ in their last bits from file to file; all ranks take the first file's.
+            out.copy_(self[0][key])
+            return
+        width = self[0][key].shape[axis]
+        for index in range(start // width, (stop - 1) // width + 1):
+            low, high = max(start, index * width), min(stop, (index + 1) * width)
+            source = self[index][key].narrow(axis, low - index * width, high - low)
+            out.narrow(axis, low - start, high - low).copy_(source)
+
+    def _check(self, index: int) -> None:
+        """Account for every tensor of one file, by name: missing, unexpected, of wrong shape, of wrong type."""
+        tensors, count = self._opened[index], len(self.paths)
+        expected = {}
+        for key, shape in tensor_shapes(self.params).items():
+            parts = list(shape)
+            if (axis := self.axis(key)) is not None:
+                parts[axis] = parts[axis] // count if parts[axis] % count == 0 else -1  # -1: no shape fits
+            expected[key] = tuple(parts)
+        faults = {
+            "missing": expected.keys() - tensors.keys(),
+            "unexpected": tensors.keys() - expected.keys(),
+            "wrong shape": {
+                f"{key} {tuple(t.shape)}, expected {expected[key]}"
+                for key, t in tensors.items()
+                if key in expected and tuple(t.shape) != expected[key]
+            },
+            "wrong type": {f"{key} {t.dtype}" for key, t in tensors.items() if t.dtype not in FLOAT_TYPES},
+        }
+        found = [f"{fault}: {_first(names)}" for fault, names in faults.items() if names]
+        if found:
+            raise CheckpointError(
+                f"{self.paths[index]} is not one of {count} parts of the model in params.json; {'; '.join(found)}"
+            )
+
+
+def find_shards(ckpt_dir: Path) -> list[Path]:
+    """consolidated.00.pth, .01.pth ... in order; a gap or an empty folder is a CheckpointError with the way out."""
+    if not ckpt_dir.exists():
+        raise CheckpointError(
+            f"{ckpt_dir} does not exist: --ckpt_dir takes the folder with the consolidated.NN.pth files"
+        )
+    convert = f"convert it with: python -m llama convert {ckpt_dir} DST"
+    if ckpt_dir.is_file():
+        with ckpt_dir.open("rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+        if is_gguf:
+            raise CheckpointError(f"{ckpt_dir} is a GGUF file, not a folder in Meta's layout: {convert}")
+        raise CheckpointError(f"{ckpt_dir} is a file: --ckpt_dir takes the folder it lies in")
+    numbered = {}
+    for path in ckpt_dir.glob("consolidated.*.pth"):
+        if match := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name):
+            numbered[int(match[1])] = path
+    if not numbered:
+        if (ckpt_dir / "config.json").exists() or any(ckpt_dir.glob("*.safetensors")):
+            raise CheckpointError(
+                f"{ckpt_dir} is a Hugging Face folder, not one in Meta's layout: take the repository's original/ "
+                f"folder where it has one, or {convert}"
+            )
+        if gguf := sorted(ckpt_dir.glob("*.gguf")):
+            raise CheckpointError(
+                f"{ckpt_dir} holds a GGUF file: convert it with: python -m llama convert {gguf[0]} DST"
+            )
+        raise CheckpointError(f"{ckpt_dir} holds no consolidated.NN.pth: --ckpt_dir takes the folder of one model")
+    missing = sorted(set(range(max(numbered) + 1)) - numbered.keys())
+    if missing:
+        raise CheckpointError(
+            f"{ckpt_dir} lacks {_first(f'consolidated.{i:02d}.pth' for i in missing)}: fetch it again"
+        )
+    return [numbered[i] for i in range(len(numbered))]
+
+
+def open_shard(path: Path) -> dict[str, torch.Tensor]:
+    """Map one file into memory; nothing but tensors in a dict is accepted."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is damaged or not a file that torch.save wrote: fetch it again")
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch.load raises a dozen kinds; all mean that this file is no checkpoint
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path} cannot be read as tensors only, nothing in it was run: {reason}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise CheckpointError(f"{path} does not hold tensors by name: not a Llama checkpoint in Meta's layout")
+    return {key: t for key, t in tensors.items() if not SKIPPED.fullmatch(key)}
+
+
+def _first(names: Iterable[str], limit: int = 4) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+# Loading ------------------------------------------------------------------------------------------
+
+
+def load_weights(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Copy this rank's part of every tensor into `model`, in `dtype`, on the device of the model's caches."""
+    args, (rank, world_size) = model.params, model_parallel()
+    shapes = tensor_shapes(args)
+    state: dict[str, torch.Tensor] = {}
+    for key, parameter in progress(list(model.named_parameters()), "loading"):
+        state[key] = torch.empty(parameter.shape, dtype=dtype, device=model.cos.device)
+        axis = checkpoint.axis(key)
+        start, stop = (0, 0) if axis is None else rank_slice(key, shapes[key][axis], args, rank, world_size)
+        checkpoint.copy(key, start, stop, state[key])
+    model.load_state_dict(state, assign=True)

@@ -1,0 +1,228 @@
+"""Where a rank computes: device, dtype, threads, process group; and which rank speaks.
+
+Plain Python and torchrun take the same path. torchrun's environment variables (RANK, WORLD_SIZE,
+LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) describe the ranks; without them this process
+is a world of one, which needs no port and no variable.
+"""
+
+import atexit
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fairscale_groups
+
+T = TypeVar("T")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class PeerError(RuntimeError):
+    """Another rank failed; the message is that rank's."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks: `rank` of `size` in all, `local_rank` of `local_size` on its host."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def current_world() -> World:
+    """The process group where there is one, else torchrun's variables, else a world of one."""
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    else:
+        return World()
+    return World(
+        rank,
+        size,
+        int(os.environ.get("LOCAL_RANK", rank)),
+        int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+    )
+
+
+def is_main_rank() -> bool:
+    """True on the one rank that prints and samples."""
+    return current_world().rank == 0
+
+
+def say(text: str) -> None:
+    """Print one line to stderr, on rank 0 only: stdout belongs to results."""
+    if is_main_rank():
+        print(text, file=sys.stderr, flush=True)
+
+
+def progress(items: Sequence[T], label: str) -> Iterator[T]:
+    """Iterate, counting on one line of rank 0's stderr when that is a terminal."""
+    show = is_main_rank() and sys.stderr.isatty()
+    for done, item in enumerate(items, 1):
+        yield item
+        if show:
+            print(f"\r{label} {done}/{len(items)}", end="\n" if done == len(items) else "", file=sys.stderr, flush=True)
+
+
+# Device and dtype ---------------------------------------------------------------------------------
+
+
+def pick_device(name: str, world: World) -> torch.device:
+    """Turn "auto", "cpu", "cuda", "cuda:N" or "mps" into this rank's device.
+
+    "auto" is cuda where torch sees a GPU, else mps (which knows no process groups, so one rank only),
+    else cpu. On cuda every rank takes the GPU of its LOCAL_RANK.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() and world.size == 1 else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "mps" and world.size > 1:
+        raise ValueError(f"device 'mps' runs one rank, not {world.size}: start one, or use --device cpu")
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError("device 'cuda': this torch sees no GPU; use --device cpu, or install a CUDA build of torch")
+    if device.index is not None and world.local_size > 1:
+        raise ValueError(f"device {name!r} would put all ranks on one GPU: use --device cuda, a GPU for each rank")
+    index = world.local_rank if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {world.local_rank} needs GPU {index}, but this host shows {torch.cuda.device_count()}: "
+            "start fewer ranks, or use --device cpu"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Choose the dtype to compute in: the named one, or for "auto" the checkpoint's own where it fits the device.
+
+    bfloat16 becomes float16 on GPUs that have no bfloat16 arithmetic (compute capability below 8.0, macOS
+    before 14); float16 becomes float32 on a CPU without float16 arithmetic.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            raise ValueError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if stored == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    if stored == torch.bfloat16 and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        return torch.float16
+    if stored == torch.float16 and device.type == "cpu" and not _cpu_has_float16():
+        return torch.float32
+    return stored
+
+
+def _cpu_has_float16() -> bool:
+    # The only place where torch tells is a private operator of its oneDNN build.
+    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return bool(probe and probe())
+
+
+def share_cores(world: World) -> None:
+    """Give each of a host's ranks its part of the cores, unless the user chose a number of threads.
+
+    torchrun sets OMP_NUM_THREADS=1 when it is absent, so 1 counts as not chosen.
+    """
+    if world.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // world.local_size))
+
+
+# Process group ------------------------------------------------------------------------------------
+
+_members = 0  # models that use the group; the last one to leave destroys it
+_ours = False  # False: somebody else initialised torch.distributed and will destroy it
+_store: dist.Store | None = None  # one per process: torchrun's port can be bound once
+_rounds = 0  # groups made so far; each uses its own keys of the store
+
+
+def join(world: World, device: torch.device) -> None:
+    """Enter the process group and fairscale's model-parallel group, making them if this is the first model."""
+    global _members, _ours, _store, _rounds
+    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    if not dist.is_initialized():
+        if device.type == "cuda" and backend == "gloo":
+            say("warning: this torch has no NCCL, ranks talk over gloo (slower)")
+        if _store is None:
+            single = world.size == 1
+            _store = dist.HashStore() if single else next(dist.rendezvous("env://", world.rank, world.size))[0]
+        _rounds += 1
+        store = dist.PrefixStore(f"llama/{_rounds}", _store)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+        _ours = True
+    elif world.size > 1 and dist.get_backend() != backend:
+        raise ValueError(
+            f"ranks already talk over {dist.get_backend()}, {device} needs {backend}: close() the other model"
+        )
+    if not fairscale_groups.model_parallel_is_initialized():
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines there
+            fairscale_groups.initialize_model_parallel(world.size)
+    if fairscale_groups.get_model_parallel_world_size() != world.size:
+        raise ValueError(f"fairscale is initialised with another model-parallel size than the {world.size} ranks here")
+    _members += 1
+
+
+def leave() -> None:
+    """Give the group back; with the last model it is destroyed."""
+    global _members, _ours
+    _members -= 1
+    if _members == 0 and _ours:
+        fairscale_groups.destroy_model_parallel()
+        dist.destroy_process_group()
+        _ours = False
+
+
+@atexit.register
+def _leave_at_exit() -> None:
+    # A gloo rank that exits with its group alive aborts now and then.
+    if _members and _ours and dist.is_initialized():
+        fairscale_groups.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def model_parallel() -> tuple[int, int]:
+    """(rank, size) in the model-parallel group."""
+    return fairscale_groups.get_model_parallel_rank(), fairscale_groups.get_model_parallel_world_size()
+
+
+def from_rank_0(ids: torch.Tensor) -> torch.Tensor:
+    """Replace `ids` by rank 0's, in place, so that ranks cannot drift apart."""
+    if dist.get_world_size() > 1:
+        dist.broadcast(ids, src=0)
+    return ids
+
+
+@contextlib.contextmanager
+def raising_together() -> Iterator[None]:
+    """Leave the block with an error on every rank if any rank has one: nobody waits for a rank that is gone.
+
+    A rank that failed raises its own error, the others PeerError with the message of the first that failed.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if dist.get_world_size() > 1:
+        messages: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, str(error) if error else None)
+        first = next((rank for rank, message in enumerate(messages) if message is not None), None)
+        if first is not None and error is None:
+            raise PeerError(f"rank {first} failed: {messages[first]}")
+    if error is not None:
+        raise error

@@ -1,0 +1,330 @@
+"""The Llama architecture: pre-norm blocks, rotary positions, grouped-query attention, SwiGLU feed-forward.
+
+Shapes use bsz (rows), seqlen (new positions), ctx_len (positions a query may look back on, the new ones
+included), dim, head_dim and vocab. "Local" is this rank's part of what is split over the ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.layers import (
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from torch import nn
+
+from llama.cache import KVCache
+from llama.distributed import model_parallel
+
+# Llama 3.2 1B and 3B, as (dim, n_layers): their frequencies are divided by 32, and their params.json does not say so.
+LLAMA_3_2_SHAPES = {(2048, 16), (3072, 28)}
+# Logits are computed for so many fp32 numbers at a time when all positions are scored (64 MB).
+SCORING_CHUNK = 2**24
+
+
+@dataclass
+class ModelArgs:
+    """A checkpoint's params.json, plus the two sizes of the runner (max_batch_size, max_seq_len).
+
+    n_kv_heads: None means n_heads (no grouping). vocab_size: -1 means the rows of the embedding.
+    multiple_of, ffn_dim_multiplier: give the feed-forward width, see `hidden_dim`.
+    use_scaled_rope: the frequency scaling of Llama 3.1; rope_scaling_factor: its factor, None means 32 for the
+    two shapes of Llama 3.2 and 8 otherwise.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    vocab_size: int = -1
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    use_scaled_rope: bool = False
+    rope_scaling_factor: float | None = None
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward: 2/3 of 4 * dim, times the multiplier, rounded up to a multiple."""
+        width = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return -(-width // self.multiple_of) * self.multiple_of
+
+    @property
+    def rope_factor(self) -> float:
+        """What low frequencies are divided by; 1 without scaling."""
+        if not self.use_scaled_rope:
+            return 1.0
+        if self.rope_scaling_factor is not None:
+            return self.rope_scaling_factor
+        return 32.0 if (self.dim, self.n_layers) in LLAMA_3_2_SHAPES else 8.0
+
+
+# Layers -------------------------------------------------------------------------------------------
+# fairscale's constructors allocate and fill the weights of the whole model. These three take over the forward
+# as it is and leave the weight on the meta device, to be assigned from the checkpoint.
+
+
+def _meta_weight(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(rows, columns, device="meta"), requires_grad=False)
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """x @ weight.T with the output features split: [.., in] -> [.., local_out], or [.., out] when gathered."""
+
+    def __init__(self, in_features: int, local_out_features: int, gather_output: bool = False):
+        nn.Module.__init__(self)
+        self.weight = _meta_weight(local_out_features, in_features)
+        self.bias = None
+        self.gather_output = gather_output
+
+
+class RowLinear(RowParallelLinear):
+    """x @ weight.T with the input features split, summed over the ranks: [.., local_in] -> [.., out]."""
+
+    def __init__(self, local_in_features: int, out_features: int):
+        nn.Module.__init__(self)
+        self.weight = _meta_weight(out_features, local_in_features)
+        self.bias = None
+        self.input_is_parallel = True
+
+
+class VocabEmbedding(VocabParallelEmbedding):
+    """Rows of a table that is split on the vocabulary, as in Llama 3's files: [bsz, seqlen] -> [bsz, seqlen, dim]."""
+
+    def __init__(self, vocab_size: int, dim: int):
+        nn.Module.__init__(self)
+        rank, world_size = model_parallel()
+        local_vocab = vocab_size // world_size
+        self.weight = _meta_weight(local_vocab, dim)
+        self.vocab_start_index, self.vocab_end_index = rank * local_vocab, (rank + 1) * local_vocab
+        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
+        self.scale_grad_by_freq, self.sparse = False, False
+
+
+class DimEmbedding(ParallelEmbedding):
+    """Rows of a table that is split on dim, as in Llama 2's files: [bsz, seqlen] -> [bsz, seqlen, dim]."""
+
+    def __init__(self, vocab_size: int, dim: int):
+        nn.Module.__init__(self)
+        self.weight = _meta_weight(vocab_size, dim // model_parallel()[1])
+        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
+        self.scale_grad_by_freq, self.sparse = False, False
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, device="meta"), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_table(args: ModelArgs, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position * frequency, fp32 [max_seq_len, head_dim / 2] each.
+
+    Pair i of a head turns by theta^(-2i / head_dim) radians a position (Su et al. 2021, arXiv:2104.09864).
+    Scaling (Llama 3.1, arXiv:2407.21783): wavelengths over 8192 positions are stretched by the factor, those under
+    a fourth of that are kept, and between them the two frequencies are blended.
+    """
+    # On the CPU whatever the device, so that all devices turn by the same angles.
+    pair = torch.arange(0, args.head_dim, 2, dtype=torch.float32)
+    freqs = 1.0 / (args.rope_theta ** (pair / args.head_dim))  # [head_dim / 2]
+    if args.use_scaled_rope:
+        low_factor, high_factor, old_ctx_len = 1.0, 4.0, 8192
+        periods = old_ctx_len * freqs / (2 * torch.pi)  # turns within the old context
+        keep = ((periods - low_factor) / (high_factor - low_factor)).clamp(0, 1)
+        freqs = (1 - keep) * freqs / args.rope_factor + keep * freqs
+    angles = torch.outer(torch.arange(args.max_seq_len, dtype=torch.float32), freqs)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn neighbouring pairs of x [bsz, seqlen, heads, head_dim]; cos and sin are [.., seqlen, 1, head_dim / 2]."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [bsz, seqlen, heads, head_dim / 2] each
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        _, world_size = model_parallel()
+        self.head_dim = args.head_dim
+        self.n_local_heads = args.n_heads // world_size
+        # With more ranks than KV heads, neighbouring ranks hold the same head.
+        self.n_local_kv_heads = max(1, args.kv_heads // world_size)
+        self.wq = ColumnLinear(args.dim, self.n_local_heads * self.head_dim)
+        self.wk = ColumnLinear(args.dim, self.n_local_kv_heads * self.head_dim)
+        self.wv = ColumnLinear(args.dim, self.n_local_kv_heads * self.head_dim)
+        self.wo = RowLinear(self.n_local_heads * self.head_dim, args.dim)
+        self.cache = KVCache(args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim, dtype, device)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        start_pos: int | torch.Tensor,
+        ctx_len: int,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        bsz, seqlen, _ = x.shape
+        q = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)
+        k = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
+        v = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
+        q = apply_rope(q, cos, sin).transpose(1, 2)  # [bsz, n_local_heads, seqlen, head_dim]
+        k = apply_rope(k, cos, sin).transpose(1, 2)  # [bsz, n_local_kv_heads, seqlen, head_dim]
+        keys, values = self.cache.update(k, v.transpose(1, 2), start_pos, ctx_len)  # [.., ctx_len, head_dim]
+        if seqlen == 1:
+            # One query a head: the heads that share a KV head become its queries, and nothing is repeated.
+            q = q.view(bsz, self.n_local_kv_heads, -1, self.head_dim)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        else:
+            # is_causal aligns the first query with the first key, which holds only when nothing came before.
+            out = F.scaled_dot_product_attention(
+                q,
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=self.n_local_heads != self.n_local_kv_heads,
+            )
+        out = out.reshape(bsz, self.n_local_heads, seqlen, self.head_dim).transpose(1, 2)
+        return self.wo(out.reshape(bsz, seqlen, -1))  # [bsz, seqlen, dim]
+
+
+class FeedForward(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        local_width = args.hidden_dim // model_parallel()[1]
+        self.w1 = ColumnLinear(args.dim, local_width)
+        self.w2 = RowLinear(local_width, args.dim)
+        self.w3 = ColumnLinear(args.dim, local_width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.attention = Attention(args, dtype, device)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        start_pos: int | torch.Tensor,
+        ctx_len: int,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        h = x + self.attention(self.attention_norm(x), cos, sin, start_pos, ctx_len, mask)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    """Token ids to logits. Weights start on the meta device (`checkpoint.load_weights` assigns them); the KV cache
+    for max_batch_size rows of max_seq_len positions is allocated here, in `dtype` on `device`.
+
+    embedding_axis: how ranks divide the embedding, 0 on the vocabulary, 1 on dim. As the files do, so that a rank
+    finds its part in few of them.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, args: ModelArgs, dtype: torch.dtype, device: torch.device, embedding_axis: int = 0):
+        super().__init__()
+        self.params = args
+        self.tok_embeddings = (DimEmbedding if embedding_axis else VocabEmbedding)(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args, dtype, device) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = ColumnLinear(args.dim, args.vocab_size // model_parallel()[1], gather_output=True)
+        cos, sin = rope_table(args, device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @torch.inference_mode()
+    def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
+        """Logits of all positions: ids [bsz, seqlen] at positions start_pos ... -> fp32 [bsz, seqlen, vocab].
+
+        Positions before start_pos are those of earlier calls, read from the cache.
+        Raises ValueError when rows or positions lie outside max_batch_size or max_seq_len.
+        """
+        bsz, seqlen = tokens.shape
+        if bsz > self.params.max_batch_size or not 0 <= start_pos <= self.params.max_seq_len - seqlen:
+            raise ValueError(
+                f"{bsz} rows at positions {start_pos} to {start_pos + seqlen - 1} do not fit max_batch_size "
+                f"{self.params.max_batch_size} and max_seq_len {self.params.max_seq_len}: build with larger ones"
+            )
+        return self.logits(self.hidden(tokens, start_pos, start_pos + seqlen))
+
+    @torch.inference_mode()
+    def hidden(self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int) -> torch.Tensor:
+        """Hidden states before the output layer: ids [bsz, seqlen] -> [bsz, seqlen, dim], and fill the cache.
+
+        start_pos: position of each row's first id, one int for all rows or an int64 tensor [bsz].
+        ctx_len: positions from 0 that queries may look at; larger than every position of `tokens`.
+        """
+        _, seqlen = tokens.shape
+        keys = torch.arange(ctx_len, device=tokens.device)
+        mask: torch.Tensor | None = None  # True where a query may look
+        if isinstance(start_pos, int):
+            positions = torch.arange(start_pos, start_pos + seqlen, device=tokens.device)  # [seqlen]
+            if start_pos > 0 and seqlen > 1:
+                mask = keys <= positions[:, None]  # [seqlen, ctx_len]
+        else:
+            positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # [bsz, seqlen]
+            mask = (keys <= positions[..., None])[:, None]  # [bsz, 1, seqlen, ctx_len]
+        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
+        h = self.tok_embeddings(tokens)  # [bsz, seqlen, dim]
+        for layer in self.layers:
+            h = layer(h, cos, sin, start_pos, ctx_len, mask)
+        return self.norm(h)
+
+    @torch.inference_mode()
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Hidden states [.., dim] -> fp32 logits [.., vocab], the same on every rank."""
+        return self.output(h).float()
+
+    @torch.inference_mode()
+    def token_logprobs(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Log-probability of the id that follows each position, fp32 [bsz, seqlen].
+
+        h: hidden states [bsz, seqlen, dim]. targets: the ids that follow, [bsz, seqlen].
+        Works in chunks of positions, so that the logits of all of them never stand in memory together.
+        """
+        bsz, seqlen, _ = h.shape
+        chunk = max(1, SCORING_CHUNK // (bsz * self.params.vocab_size))
+        scores = [
+            self.logits(h[:, at : at + chunk])
+            .log_softmax(dim=-1)
+            .gather(-1, targets[:, at : at + chunk, None])
+            .squeeze(-1)
+            for at in range(0, seqlen, chunk)
+        ]
+        return torch.cat(scores, dim=1) if scores else h.new_zeros(bsz, 0, dtype=torch.float32)
