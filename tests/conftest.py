@@ -1,0 +1,77 @@
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama import Llama
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "golden"))
+
+from make_checkpoint import write  # noqa: E402  (the path above makes it importable)
+
+DEMO = HERE.parent / "checkpoints" / "smollm2-135m-instruct"
+DEMO_GGUF = DEMO.with_suffix(".gguf")
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Any]:
+    """What Meta's own code answered on the seeded checkpoints (float32, CPU, greedy)."""
+    return json.loads((HERE / "golden" / "expected.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> dict[str, Any]:
+    """The same for SmolLM2-135M-Instruct, dequantized from its GGUF file."""
+    return json.loads((HERE / "golden" / "smollm2.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """checkpoint(name, shards=1): the folder of a seeded checkpoint, with its tokenizer; written once a session."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def make(name: str, shards: int = 1) -> Path:
+        if (name, shards) not in made:
+            made[name, shards] = tmp_path_factory.mktemp(f"{name}-{shards}-shards")
+            write(name, made[name, shards], shards)
+        return made[name, shards]
+
+    return make
+
+
+@pytest.fixture
+def build(checkpoint: Callable[..., Path]) -> Iterator[Callable[..., Llama]]:
+    """build(name, shards=1, **arguments): a seeded model in this process, closed at the end of the test."""
+    built: list[Llama] = []
+
+    def make(name: str, shards: int = 1, **arguments: Any) -> Llama:
+        built.append(Llama.build(checkpoint(name, shards), **arguments))
+        return built[-1]
+
+    yield make
+    for llama in built:
+        llama.close()
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The demo checkpoint, bfloat16."""
+    if not (DEMO / "params.json").exists():
+        pytest.skip("the demo checkpoint is not there: `make demo` fetches it")
+    return DEMO
+
+
+@pytest.fixture(scope="session")
+def demo_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model dequantized to float32, in three shards."""
+    if not DEMO_GGUF.exists():
+        pytest.skip(f"{DEMO_GGUF.name} is not there: `make demo` fetches it")
+    from llama.convert import convert
+
+    folder = tmp_path_factory.mktemp("demo") / "float32"
+    convert(str(DEMO_GGUF), str(folder), dtype="float32", shards=3)
+    return folder

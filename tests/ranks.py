@@ -1,0 +1,63 @@
+"""Run a test's function on several ranks, in processes that already have torch imported."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["llama"])
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+    """Call function(*args) on every rank, with the variables that torchrun would set; results in rank order.
+
+    `function` is a module's function, as it is pickled. A rank that raises or dies fails the caller.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(world_size):
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_rank, args=(rank, world_size, port, sender, function, args), daemon=True)
+        process.start()
+        sender.close()
+        ranks.append((process, receiver))
+    results: list[Any] = []
+    try:
+        for rank, (_, receiver) in enumerate(ranks):
+            if not receiver.poll(timeout):
+                raise TimeoutError(f"rank {rank} of {world_size} gave no answer in {timeout} s")
+            try:
+                ok, result = receiver.recv()
+            except EOFError:
+                raise RuntimeError(f"rank {rank} of {world_size} died") from None
+            if not ok:
+                raise RuntimeError(f"rank {rank} of {world_size} raised:\n{result}")
+            results.append(result)
+    finally:
+        for process, _ in ranks:
+            process.join(timeout=0 if len(results) < world_size else 30)
+            process.kill()
+    return results
+
+
+def _rank(
+    rank: int, world_size: int, port: int, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        sender.send((True, function(*args)))
+    except Exception:
+        sender.send((False, traceback.format_exc()))

@@ -1,0 +1,157 @@
+"""Logits against three implementations that share no code with ours."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import plain
+import pytest
+import torch
+from make_checkpoint import MODELS
+
+from llama import Llama
+
+LENGTHS = (1, 24, 300)
+
+
+def prompt(length: int) -> list[int]:
+    return [1, *np.random.default_rng(length).integers(3, 512, length - 1).tolist()]
+
+
+def distance(ours: torch.Tensor, theirs: np.ndarray) -> float:
+    """Worst difference, as a part of the largest logit."""
+    return float(np.abs(ours.double().numpy() - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_is_within_1e5_of_a_plain_float64_forward(
+    name: str, checkpoint: Callable[..., Path], build: Callable[..., Llama], record_property: Callable[..., None]
+) -> None:
+    params, weights = plain.load(checkpoint(name))
+    llama = build(name, max_seq_len=300)
+    worst = max(
+        distance(llama.model.forward(torch.tensor([ids]), 0)[0], plain.logits(params, weights, ids))
+        for ids in map(prompt, LENGTHS)
+    )
+    record_property(f"float32 to float64, {name}", worst)
+    assert worst < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_within_its_rounding_of_a_plain_float64_forward(
+    name: str, checkpoint: Callable[..., Path], build: Callable[..., Llama], record_property: Callable[..., None]
+) -> None:
+    """bfloat16 keeps 8 bits: 0.4 % a rounding, over a few dozen roundings from the embedding to a logit."""
+    params, weights = plain.load(checkpoint(name))
+    llama = build(name, max_seq_len=300, dtype="bfloat16")
+    worst = max(
+        distance(llama.model.forward(torch.tensor([ids]), 0)[0], plain.logits(params, weights, ids))
+        for ids in map(prompt, LENGTHS)
+    )
+    record_property(f"bfloat16 to float64, {name}", worst)
+    assert 1e-4 < worst < 5e-2  # below the lower bound it would not have run in bfloat16
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_agrees(name: str, checkpoint: Callable[..., Path], build: Callable[..., Llama]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    params = json.loads((checkpoint(name) / "params.json").read_text())
+    weights = torch.load(checkpoint(name) / "consolidated.00.pth", weights_only=True)
+    heads, kv_heads = params["n_heads"], params.get("n_kv_heads", params["n_heads"])
+    rope = {"rope_type": "default", "rope_theta": params.get("rope_theta", 10000.0)}
+    if params.get("use_scaled_rope"):
+        rope |= {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope["original_max_position_embeddings"] = 8192
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=params["dim"],
+        intermediate_size=weights["layers.0.feed_forward.w1.weight"].shape[0],
+        num_hidden_layers=params["n_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=params["norm_eps"],
+        max_position_embeddings=131072 if params.get("use_scaled_rope") else 4096,
+        rope_parameters=rope,
+        tie_word_embeddings=False,
+    )
+    names = {
+        "tok_embeddings": "model.embed_tokens",
+        "norm": "model.norm",
+        "output": "lm_head",
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    state = {}
+    for key, weight in weights.items():
+        stem = key.removesuffix(".weight")
+        prefix = ""
+        if stem.startswith("layers."):
+            _, layer, stem = stem.split(".", 2)
+            prefix = f"model.layers.{layer}."
+        if stem in ("attention.wq", "attention.wk"):
+            # transformers pairs number i of a head with number i + head_dim / 2, Meta its neighbours 2i and 2i + 1.
+            n = heads if stem == "attention.wq" else kv_heads
+            weight = weight.view(n, -1, 2, params["dim"]).transpose(1, 2).reshape(weight.shape)
+        state[f"{prefix}{names[stem]}.weight"] = weight
+    theirs = LlamaForCausalLM(config).eval()
+    theirs.load_state_dict(state)
+    llama = build(name, max_seq_len=2000)
+    for length in (1, 24, 2000):
+        ids = torch.tensor([prompt(length)])
+        with torch.inference_mode():
+            expected = theirs(ids).logits[0].numpy()
+        assert distance(llama.model.forward(ids, 0)[0], expected) < 1e-4, length
+
+
+@pytest.fixture
+def model_parallel_of_one(build: Callable[..., Llama]) -> Iterator[None]:
+    """llama-models builds its layers in fairscale's groups, which a model of ours sets up."""
+    build("mha", max_seq_len=8, max_batch_size=1)
+    yield
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("model_parallel_of_one")
+def test_llama_models_agrees(name: str, checkpoint: Callable[..., Path], build: Callable[..., Llama]) -> None:
+    from llama_models.llama3.args import ModelArgs
+    from llama_models.llama3.model import Transformer
+
+    params = json.loads((checkpoint(name) / "params.json").read_text())
+    params |= {"vocab_size": 512, "max_seq_len": 2000, "max_batch_size": 1}
+    theirs = Transformer(ModelArgs(**({"rope_theta": 10000.0} | params))).eval()
+    theirs.load_state_dict(torch.load(checkpoint(name) / "consolidated.00.pth", weights_only=True), strict=True)
+    llama = build(name, max_seq_len=2000)
+    for length in (1, 24, 2000):
+        ids = torch.tensor([prompt(length)])
+        assert distance(llama.model.forward(ids, 0)[0], theirs(ids, 0)[0].numpy()) < 1e-4, length
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_in_pieces_equals_forward_at_once(name: str, build: Callable[..., Llama]) -> None:
+    """forward(tokens, start_pos) as Meta's callers use it: any chunks, then single tokens, two rows at a time."""
+    llama = build(name, max_seq_len=64, max_batch_size=2)
+    tokens = torch.tensor([prompt(40), prompt(41)[:40]])
+    whole = llama.model.forward(tokens, 0)
+    assert whole.shape == (2, 40, 512) and whole.dtype == torch.float32
+    start = 0
+    for size in (7, 1, 20, 1, 1, 10):
+        piece = llama.model.forward(tokens[:, start : start + size], start)
+        torch.testing.assert_close(piece, whole[:, start : start + size], rtol=0, atol=1e-4)
+        start += size
+    assert start == 40
+
+
+def test_forward_outside_the_cache_is_refused(build: Callable[..., Llama]) -> None:
+    llama = build("mha", max_seq_len=16, max_batch_size=1)
+    for shape, start in (((1, 17), 0), ((1, 2), 15), ((2, 1), 0), ((1, 1), -1)):
+        with pytest.raises(ValueError, match="max_batch_size 1 and max_seq_len 16"):
+            llama.model.forward(torch.ones(shape, dtype=torch.int64), start)
