@@ -7,7 +7,7 @@ from typing import Any
 import fire
 
 from llama.convert import convert
-from llama.distributed import PeerError, is_main_rank
+from llama.distributed import PeerError, should_tell
 
 
 def run(command: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
@@ -18,10 +18,8 @@ def run(command: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     """
     try:
         fire.Fire(command)
-    except PeerError as error:  # the rank that failed has the details
-        sys.exit(f"error: {error}" if is_main_rank() else 1)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, TypeError, OSError, FloatingPointError, PeerError) as error:
+        sys.exit(f"error: {error}" if should_tell(error) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -222,7 +222,14 @@ def raising_together() -> Iterator[None]:
         messages: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(messages, str(error) if error else None)
         first = next((rank for rank, message in enumerate(messages) if message is not None), None)
-        if first is not None and error is None:
-            raise PeerError(f"rank {first} failed: {messages[first]}")
+        if first is not None:
+            error = error or PeerError(f"rank {first} failed: {messages[first]}")
+            error.__dict__["told_by"] = 0  # rank 0 has either the same error or a PeerError about it
     if error is not None:
         raise error
+
+
+def should_tell(error: BaseException) -> bool:
+    """Whether this rank is the one to print an error: each its own, but one of those that all raise together."""
+    rank = current_world().rank
+    return error.__dict__.get("told_by", rank) == rank

@@ -101,14 +101,21 @@ class Generator:
             raise ValueError(
                 f"{len(rows)} prompts, but max_batch_size is {limit}: build with more, or send fewer at once"
             )
-        self._run(rows, temperature, top_p, logprobs, set(stop_token_ids or ()))
+        stop = set(stop_token_ids or ())
+        if not all(isinstance(token, int) for token in stop):
+            raise TypeError(f"stop_token_ids is {stop_token_ids!r}, expected ids")
+        self._run(rows, temperature, top_p, logprobs, stop)
         return [row.answer_tokens for row in rows], [row.answer_logprobs for row in rows] if logprobs else None
 
     def _rows(self, prompts: Sequence[Sequence[int]], max_gen_len: int, echo: bool, seed: int | None) -> list[Row]:
         """Check prompts and give each its limit and its random stream."""
         args = self.model.params
-        if not isinstance(max_gen_len, int) or max_gen_len < 0:
-            raise ValueError(f"max_gen_len is {max_gen_len!r}, expected a whole number from 0")
+        if not isinstance(max_gen_len, int):
+            raise TypeError(f"max_gen_len is {max_gen_len!r}, expected a whole number")
+        if max_gen_len < 0:
+            raise ValueError(f"max_gen_len is {max_gen_len}, expected a whole number from 0")
+        if not isinstance(seed, int | None):
+            raise TypeError(f"seed is {seed!r}, expected a whole number")
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise TypeError(f"prompts of ids are a list of lists, not {type(prompts).__name__}")
         rows = []

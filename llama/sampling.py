@@ -46,7 +46,7 @@ def keep_top_p(probs: torch.Tensor, top_p: float) -> torch.Tensor:
 def draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Invert the cumulative distribution: weights [bsz, vocab] (any positive sum), uniform [bsz] -> int64 [bsz]."""
     cumulative = probs.cumsum(dim=-1)  # [bsz, vocab]
-    total = cumulative[:, -1:]
+    total = cumulative[:, -1:].contiguous()
     point = uniform[:, None] * total
     # The first id whose cumulative weight exceeds the point, so an id of weight 0 is never drawn, not even when
     # rounding puts the point on the total.

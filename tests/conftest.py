@@ -1,10 +1,15 @@
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# The seeded models are too small for threads: one each, here and in the ranks that tests start. Set before torch
+# is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from llama import Llama
 

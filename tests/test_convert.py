@@ -103,13 +103,14 @@ def write_gguf(
     drop: str = "",
     extra: dict[str, tuple[int, ...]] | None = None,
     architecture: str = "llama",
+    endianess: str = "LITTLE",
 ) -> dict[str, torch.Tensor]:
     """Write a tiny GGUF file; return its weights by Meta's names, as they should come out in float32.
 
     meta: changes to META, None removes a key. drop, extra: a tensor left out, further ones (also other shapes).
     """
     rng = np.random.default_rng(7)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, endianess=gguf.GGUFEndian[endianess])
     types = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
     for key, value in {**META, **(meta or {})}.items():
         if value is not None:
@@ -441,6 +442,7 @@ def test_metadata_errors(tmp_path: Path, changes: dict[str, Any], part: str) -> 
         ({"drop": "token_embd.weight"}, "token_embd.weight is missing"),
         ({"drop": "blk.1.ffn_up.weight"}, "layers.1.feed_forward.w3.weight is missing"),
         ({"kind": "I8"}, "is stored as I8"),
+        ({"endianess": "BIG"}, "other byte order"),
     ],
 )
 def test_tensor_errors(tmp_path: Path, settings: dict[str, Any], part: str) -> None:

@@ -1,0 +1,265 @@
+"""Folders that do not fit are answered in one line that names what is wrong and the way out."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama import Llama, ModelArgs
+from llama.checkpoint import Checkpoint, CheckpointError, legal_world_sizes, rank_slice, read_params, tensor_shapes
+from llama.tokenizer import TokenizerError
+
+
+@pytest.fixture
+def folder(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of a two-shard checkpoint, to be damaged."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in checkpoint("mha", 2).iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def message(folder: Path, **arguments: Any) -> str:
+    """The one line that build answers with."""
+    with pytest.raises((CheckpointError, TokenizerError)) as caught:
+        Llama.build(folder, **arguments)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def edit_params(folder: Path, **changes: Any) -> None:
+    params = json.loads((folder / "params.json").read_text()) | changes
+    (folder / "params.json").write_text(json.dumps({k: v for k, v in params.items() if v != "drop"}))
+
+
+def edit_shard(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    tensors = torch.load(path, weights_only=True)
+    change(tensors)
+    torch.save(tensors, path)
+
+
+# params.json --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rope_alpha": 2}, "unknown key 'rope_alpha'; this runner knows dim, n_layers"),
+        ({"dim": "64"}, "dim is '64', expected a positive whole number"),
+        ({"dim": 64.5}, "dim is 64.5, expected a positive whole number"),
+        ({"dim": True}, "dim is True, expected a positive whole number"),
+        ({"n_layers": 0}, "n_layers is 0, expected a positive whole number"),
+        ({"norm_eps": -1e-5}, "norm_eps is -1e-05, expected a positive number"),
+        ({"use_scaled_rope": 1}, "use_scaled_rope is 1, expected true or false"),
+        ({"vocab_size": -2}, "vocab_size is -2, expected"),
+        ({"n_heads": 7}, "dim 64, n_heads 7 and n_kv_heads 7 do not go together"),
+        ({"n_kv_heads": 3}, "do not go together"),
+        ({"n_heads": "drop"}, "n_heads is missing"),
+        ({"vocab_size": 500}, "wrong shape"),
+        ({"n_layers": 4}, "missing: layers.3.attention.wk.weight, layers.3.attention.wo.weight"),
+        ({"n_layers": 2}, "unexpected: layers.2.attention.wk.weight"),
+        ({"dim": 128}, "wrong shape"),
+    ],
+)
+def test_params_that_do_not_fit(changes: dict[str, Any], expected: str, folder: Path) -> None:
+    edit_params(folder, **changes)
+    assert expected in message(folder)
+
+
+def test_params_that_are_no_json_object(folder: Path) -> None:
+    (folder / "params.json").write_text("<html>")
+    assert "params.json cannot be read as JSON" in message(folder)
+    (folder / "params.json").write_text("[1]")
+    assert "holds a list, expected an object" in message(folder)
+    (folder / "params.json").unlink()
+    assert "params.json is missing" in message(folder)
+
+
+def test_params_of_every_generation_are_read(tmp_path: Path) -> None:
+    """The params.json of Llama 1, 2, Code Llama, 3, 3.1 and 3.2 as Meta publishes them."""
+    published = {
+        "llama-1-7b": '{"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-06, '
+        '"vocab_size": -1}',
+        "llama-2-70b": '{"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8, '
+        '"n_layers": 80, "norm_eps": 1e-05, "vocab_size": -1}',
+        "codellama-7b": '{"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "ffn_dim_multiplier": 1.0, '
+        '"norm_eps": 1e-5, "rope_theta": 1000000}',
+        "llama-3-8b": '{"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, '
+        '"multiple_of": 1024, "ffn_dim_multiplier": 1.3, "norm_eps": 1e-05, "rope_theta": 500000.0}',
+        "llama-3.1-8b": '{"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, '
+        '"ffn_dim_multiplier": 1.3, "multiple_of": 1024, "norm_eps": 1e-05, "rope_theta": 500000.0, '
+        '"use_scaled_rope": true}',
+        "llama-3.2-1b": '{"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, '
+        '"ffn_dim_multiplier": 1.5, "multiple_of": 256, "norm_eps": 1e-05, "rope_theta": 500000.0, '
+        '"use_scaled_rope": true}',
+        "llama-3.2-3b": '{"dim": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8, "vocab_size": 128256, '
+        '"ffn_dim_multiplier": 1.0, "multiple_of": 256, "norm_eps": 1e-05, "rope_theta": 500000.0, '
+        '"use_scaled_rope": true}',
+    }
+    args = {}
+    for name, text in published.items():
+        (tmp_path / "params.json").write_text(text)
+        args[name] = read_params(tmp_path)
+    assert [a.hidden_dim for a in args.values()] == [11008, 28672, 11008, 14336, 14336, 8192, 8192]
+    assert [a.kv_heads for a in args.values()] == [32, 8, 32, 8, 8, 8, 8]
+    assert [a.rope_theta for a in args.values()] == [10000.0] * 2 + [1000000] + [500000.0] * 4
+    assert [a.rope_factor for a in args.values()] == [1, 1, 1, 1, 8, 32, 32]
+
+
+def test_a_key_overrides_the_rope_factor(folder: Path) -> None:
+    edit_params(folder, use_scaled_rope=True, rope_scaling_factor=16.0)
+    assert read_params(folder).rope_factor == 16
+
+
+def test_parameter_counts_are_the_published_ones() -> None:
+    def count(args: ModelArgs) -> int:
+        return sum(torch.Size(shape).numel() for shape in tensor_shapes(args).values())
+
+    assert count(ModelArgs(vocab_size=32000)) == 6_738_415_616
+    big = ModelArgs(8192, 80, 64, 8, 32000, multiple_of=4096, ffn_dim_multiplier=1.3)
+    assert count(big) == 68_976_648_192
+    assert count(ModelArgs(4096, 32, 32, 8, 128256, multiple_of=1024, ffn_dim_multiplier=1.3)) == 8_030_261_248
+
+
+# World sizes --------------------------------------------------------------------------------------
+
+
+def test_legal_world_sizes() -> None:
+    seven_b = ModelArgs(vocab_size=32000)
+    assert legal_world_sizes(seven_b) == [1, 2, 4, 8, 16, 32]
+    # 12 divides heads, width and vocabulary, but rank 1's queries would need KV heads 0 and 1.
+    assert legal_world_sizes(ModelArgs(3072, 28, 24, 8, 128256)) == [1, 2, 4, 8]
+    assert legal_world_sizes(ModelArgs(576, 30, 9, 3, 49152, multiple_of=32)) == [1, 3]
+
+
+def test_every_query_head_finds_its_kv_head_on_its_rank() -> None:
+    args = ModelArgs(128, 2, 8, 2, 512, multiple_of=16)
+    for world_size in (1, 2, 4, 8):
+        for head in range(8):
+            rank = head * world_size // 8
+            start, stop = rank_slice("layers.0.attention.wk.weight", 32, args, rank, world_size)
+            needed = head * 2 // 8
+            assert start <= needed * 16 and (needed + 1) * 16 <= stop
+
+
+def test_a_world_size_that_does_not_divide_names_those_that_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llama.checkpoint import check_world_size
+
+    with pytest.raises(CheckpointError, match=r"3 ranks cannot share this model .* start 1, 2, 4, 8"):
+        check_world_size(Checkpoint(folder).params, 3)
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert "does not exist: --ckpt_dir takes the folder" in message(tmp_path / "nowhere")
+    assert "holds no consolidated.NN.pth" in message(tmp_path)
+
+
+def test_other_formats_are_answered_with_the_convert_command(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    text = message(tmp_path)
+    assert "Hugging Face folder" in text and f"python -m llama convert {tmp_path} DST" in text
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF\x03\0\0\0")
+    text = message(gguf)
+    assert "GGUF file" in text and f"python -m llama convert {gguf} DST" in text
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    assert f"python -m llama convert {gguf} DST" in message(tmp_path)
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    (folder / "consolidated.00.pth").unlink()
+    assert "lacks consolidated.00.pth" in message(folder)
+
+
+def test_half_of_the_shards_do_not_pass_for_a_whole_model(folder: Path) -> None:
+    (folder / "consolidated.01.pth").unlink()
+    edit_params(folder, vocab_size=512)
+    assert "is not one of 1 parts of the model" in message(folder)
+
+
+def test_every_tensor_is_accounted_for(folder: Path) -> None:
+    path = folder / "consolidated.01.pth"
+    edit_shard(path, lambda t: t.pop("layers.1.feed_forward.w2.weight"))
+    assert "consolidated.01.pth" in message(folder) and "missing: layers.1.feed_forward.w2.weight" in message(folder)
+    edit_shard(path, lambda t: t.update({"layers.1.feed_forward.w2.weight": torch.zeros(3, 4), "extra": torch.ones(1)}))
+    text = message(folder)
+    assert "unexpected: extra" in text
+    assert "wrong shape: layers.1.feed_forward.w2.weight (3, 4), expected (64, 96)" in text
+    edit_shard(path, lambda t: t.update({"norm.weight": t["norm.weight"].to(torch.int8)}))
+    assert "wrong type: norm.weight torch.int8" in message(folder)
+
+
+def test_llama_1_frequencies_are_skipped(folder: Path) -> None:
+    rope = {"rope.freqs": torch.ones(4)} | {
+        f"layers.{i}.attention.inner_attention.rope.freqs": torch.ones(4) for i in range(3)
+    }
+    for path in folder.glob("*.pth"):
+        edit_shard(path, lambda t: t.update(rope))
+    Llama.build(folder, max_seq_len=8).close()
+
+
+class Bomb:
+    """Unpickling this writes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return (Path.write_text, (self.marker, "boom"))
+
+
+def test_a_file_cannot_run_code(folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    path = folder / "consolidated.00.pth"
+    tensors = torch.load(path, weights_only=True)
+    torch.save(tensors | {"bomb": Bomb(marker)}, path)
+    assert "consolidated.00.pth cannot be read as tensors only, nothing in it was run" in message(folder)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)  # it is armed
+    assert marker.exists()
+    marker.unlink()
+    path.write_bytes(pickle.dumps(Bomb(marker)))
+    assert "not a file that torch.save wrote" in message(folder)
+    assert not marker.exists()
+
+
+def test_a_tokenizer_of_another_size(folder: Path, checkpoint: Callable[..., Path]) -> None:
+    for path in folder.glob("*.pth"):
+        edit_shard(
+            path,
+            lambda t: t.update(
+                {
+                    "tok_embeddings.weight": t["tok_embeddings.weight"][:500].clone(),
+                    "output.weight": t["output.weight"][:250].clone(),
+                }
+            ),
+        )
+    assert "the tokenizer has 512 ids, the model 500: give the tokenizer that came with" in message(folder)
+
+
+def test_no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.model").unlink()
+    assert "no tokenizer.model or tokenizer.json in" in message(folder)
+    beside = folder.parent / "tokenizer.model"
+    assert "cannot be read: No such file" in message(folder, tokenizer_path=beside)
+    beside.write_bytes(b"\x00 not a model")
+    assert "neither a SentencePiece model nor a tokenizer.json" in message(folder, tokenizer_path=beside)
+    beside.write_bytes(b"\n not a model")
+    assert "not a SentencePiece model" in message(folder)  # found beside the folder
+
+
+@pytest.mark.parametrize("arguments", [{"max_seq_len": 0}, {"max_batch_size": 1.5}, {"max_batch_size": -1}])
+def test_sizes_must_be_positive(arguments: dict[str, Any], folder: Path) -> None:
+    with pytest.raises(ValueError, match="expected a positive whole number"):
+        Llama.build(folder, **arguments)

@@ -1,0 +1,295 @@
+"""Ranks: how they start, what they print, how they end."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize, layers
+from ranks import run_ranks
+
+from llama import Llama
+from llama.distributed import World, current_world, pick_device, pick_dtype, share_cores
+
+ROOT = Path(__file__).parent.parent
+
+
+def torchrun(world_size: int, *command: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a script under torchrun as a user would, with nothing in the environment but what is given."""
+    clean = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    program = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", str(world_size)]
+    if world_size > 1:
+        program += ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    return subprocess.run(
+        [*program, *command], capture_output=True, text=True, timeout=timeout, env=clean | env, cwd=ROOT
+    )
+
+
+# Plain Python -------------------------------------------------------------------------------------
+
+
+def test_plain_python_needs_no_environment(checkpoint: Callable[..., Path]) -> None:
+    code = f"""
+from llama import Llama
+llama = Llama.build({str(checkpoint("mha"))!r})
+print(llama.text_completion(["The licence"], temperature=0, max_gen_len=4)[0]["finish_reason"])
+"""
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "length\n"  # fairscale's three lines do not get here
+    assert re.fullmatch(
+        r"llama: 0\.2M parameters, 1 shard -> 1 rank, float32 on cpu; 0\.9 MB weights and 6\.3 MB cache a rank; .* s\n",
+        done.stderr,
+    )
+
+
+def test_models_come_and_go_in_one_process(build: Callable[..., Llama]) -> None:
+    prompt = [[1, 450, 319, 352]]
+    a = build("mha")
+    first, _ = a.generate(prompt, 8, temperature=0)
+    b = build("gqa")  # both open
+    b.generate(prompt, 8, temperature=0)
+    assert a.generate(prompt, 8, temperature=0)[0] == first
+    a.close()
+    b.generate(prompt, 8, temperature=0)
+    b.close()
+    b.close()
+    assert not dist.is_initialized() and not initialize.model_parallel_is_initialized()
+    with pytest.raises(ValueError, match="this model is closed: build it again"):
+        a.generate(prompt, 8)
+    again = build("mha")
+    assert again.generate(prompt, 8, temperature=0)[0] == first
+
+
+def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path, build: Callable[..., Llama]) -> None:
+    with pytest.raises(ValueError, match="holds no consolidated"):
+        Llama.build(tmp_path)
+    assert not dist.is_initialized() and not initialize.model_parallel_is_initialized()
+    build("mha")
+
+
+def test_close_gives_the_memory_back(build: Callable[..., Llama]) -> None:
+    def anonymous() -> int:
+        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+
+    build("mha", max_seq_len=64).close()
+    before = anonymous()
+    llama = build("mha", max_seq_len=8192, max_batch_size=64)
+    caches = [layer.attention.cache for layer in llama.model.layers]
+    size = sum(c.k.fill_(1).nbytes + c.v.fill_(1).nbytes for c in caches)
+    del caches
+    assert size > 700e6 and anonymous() - before > 0.99 * size
+    llama.close()
+    assert anonymous() - before < 0.02 * size
+
+
+def test_another_model_parallel_size_is_an_error(build: Callable[..., Llama]) -> None:
+    with pytest.raises(ValueError, match="model_parallel_size is 2, but 1 ranks are running: leave it out"):
+        build("mha", model_parallel_size=2)
+
+
+# fairscale ----------------------------------------------------------------------------------------
+
+
+def fairscale_calls(folder: Path) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for kind in (
+        layers.ColumnParallelLinear,
+        layers.RowParallelLinear,
+        layers.ParallelEmbedding,
+        layers.VocabParallelEmbedding,
+    ):
+
+        def counting(self: Any, x: torch.Tensor, name: str = kind.__name__, forward: Any = kind.forward) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return forward(self, x)
+
+        kind.forward = counting
+    llama = Llama.build(folder, max_seq_len=16)
+    llama.model.forward(torch.tensor([[1, 2, 3]]), 0)
+    llama.close()
+    return counts
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "embedding", "n_layers"), [("mha", "ParallelEmbedding", 3), ("llama31", "VocabParallelEmbedding", 2)]
+)
+def test_every_projection_runs_through_fairscale(
+    name: str, embedding: str, n_layers: int, world_size: int, checkpoint: Callable[..., Path]
+) -> None:
+    for counts in run_ranks(world_size, fairscale_calls, checkpoint(name, 2)):
+        # wq, wk, wv, w1 and w3 of each layer, and the output; wo and w2 of each layer
+        assert counts == {"ColumnParallelLinear": 5 * n_layers + 1, "RowParallelLinear": 2 * n_layers, embedding: 1}
+
+
+# Device, dtype, threads ---------------------------------------------------------------------------
+
+
+def test_device_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pick_device("cpu", World()) == torch.device("cpu")
+    with pytest.raises(ValueError, match="device 'gpu': expected auto, cpu, cuda, cuda:N or mps"):
+        pick_device("gpu", World())
+    with pytest.raises(ValueError, match="'mps' runs one rank, not 2"):
+        pick_device("mps", World(0, 2, 0, 2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto", World()).type == "mps"
+    assert pick_device("auto", World(1, 2, 1, 2)).type == "cpu"
+    with pytest.raises(ValueError, match="sees no GPU; use --device cpu"):
+        pick_device("cuda", World())
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "cpu_float16", "expected"),
+    [
+        ("auto", torch.float32, False, torch.float32),
+        ("auto", torch.bfloat16, False, torch.bfloat16),
+        ("auto", torch.float16, False, torch.float32),
+        ("auto", torch.float16, True, torch.float16),
+        ("float16", torch.float32, False, torch.float16),
+        ("float32", torch.bfloat16, False, torch.float32),
+    ],
+)
+def test_dtype_on_the_cpu(
+    name: str, stored: torch.dtype, cpu_float16: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama.distributed._cpu_has_float16", lambda: cpu_float16)
+    assert pick_dtype(name, stored, torch.device("cpu")) == expected
+
+
+def test_an_unknown_dtype_is_an_error() -> None:
+    with pytest.raises(ValueError, match="dtype 'fp8': expected auto, float32, bfloat16, float16"):
+        pick_dtype("fp8", torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("variable", "expected"), [(None, 2), ("1", 2), ("3", None)])
+def test_ranks_share_the_cores_unless_the_user_chose(
+    variable: str | None, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    share_cores(World(0, 4, 0, 4))
+    assert chosen == ([expected] if expected else [])
+    share_cores(World())
+    assert len(chosen) <= 1
+
+
+# Under torchrun -----------------------------------------------------------------------------------
+
+
+def build_twice(folder: Path, other: Path) -> Any:
+    answers = []
+    for path in (folder, other, folder):
+        llama = Llama.build(path)
+        answers.append(llama.generate([[1, 450, 319]], 6, temperature=0)[0])
+        llama.close()
+    return answers, current_world().rank
+
+
+def test_models_come_and_go_on_two_ranks(checkpoint: Callable[..., Path]) -> None:
+    results = run_ranks(2, build_twice, checkpoint("mha"), checkpoint("gqa", 2))
+    assert [rank for _, rank in results] == [0, 1]
+    for (first, second, third), _ in results:
+        assert first == third != second
+
+
+def test_an_example_under_torchrun_prints_once(checkpoint: Callable[..., Path]) -> None:
+    done = torchrun(2, "example_text_completion.py", "--ckpt_dir", str(checkpoint("mha", 4)), "--max_gen_len", "4",
+                    "--max_seq_len", "256")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The capital of France is Paris.") == 1
+    assert done.stderr.count("llama: ") == 1 and "4 shards -> 2 ranks" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_users_mistake_is_one_line_on_one_rank(checkpoint: Callable[..., Path]) -> None:
+    done = torchrun(3, "example_chat_completion.py", "--ckpt_dir", str(checkpoint("mha")))
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert lines == [
+        "error: 3 ranks cannot share this model (8 heads, 8 KV heads, feed-forward width 192, vocabulary 512): "
+        "start 1, 2, 4, 8"
+    ]
+
+
+FAILING = """
+import os, sys, time
+from llama import Llama
+llama = Llama.build(sys.argv[1])
+if os.environ["RANK"] == "1":
+    raise RuntimeError("rank one has had enough")
+while True:  # the other rank goes on and waits for the one that is gone
+    llama.generate([[1, 2, 3]], 50)
+"""
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_error(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    done = torchrun(2, str(script), str(checkpoint("mha")), timeout=30, PYTHONPATH=str(ROOT))
+    assert done.returncode != 0
+    assert "RuntimeError: rank one has had enough" in done.stderr
+
+
+def fails_on_one_rank(folder: Path, other: Path) -> str:
+    try:
+        Llama.build(other if current_world().rank == 1 else folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "built"
+
+
+def test_a_build_that_fails_on_one_rank_fails_on_all(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    first, second = run_ranks(2, fails_on_one_rank, checkpoint("mha"), tmp_path)
+    assert first.startswith("PeerError: rank 1 failed:") and "holds no consolidated" in first
+    assert second.startswith("CheckpointError:")
+
+
+ENDING = """
+import os, sys
+import torch
+from llama import Llama
+
+attempt, is_rank = 0, False
+while attempt < 20 and not is_rank:  # one import serves all; a fork is a rank, and ends as a program of its own does
+    attempt += 1
+    ranks = []
+    for rank in range(2):
+        if not is_rank:
+            pid = os.fork()
+            if pid == 0:
+                is_rank = True
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+                os.environ["MASTER_PORT"] = str(int(sys.argv[2]) + attempt)
+            ranks.append(pid)
+    if not is_rank:
+        print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks], flush=True)
+if is_rank:
+    llama = Llama.build(sys.argv[1])
+    llama.generate([[1, 2, 3]], 4)
+    if attempt % 2:  # the others leave it to the exit
+        llama.close()
+"""
+
+
+def test_ranks_exit_cleanly_20_times_of_20(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """gloo ranks that exit with their group alive abort now and then."""
+    script = tmp_path / "ending.py"
+    script.write_text(ENDING)
+    command = [sys.executable, str(script), str(checkpoint("mha")), "29600"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.stdout.splitlines() == ["[0, 0]"] * 20, done.stderr
+    assert done.returncode == 0
