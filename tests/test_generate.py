@@ -16,7 +16,7 @@ from ranks import run_ranks
 from llama import Llama
 
 PROMPTS = [[1, 450, 319, 352, 499], [1, 278], [1, *range(3, 60)], [7], [1, 205, 8, 26, 508, 468, 143, 185]]
-SAMPLED = {"temperature": 0.9, "top_p": 0.9, "seed": 11}
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "seed": 11}
 
 
 def close(ours: list[float], theirs: Any) -> None:
@@ -139,7 +139,7 @@ def test_padding_is_told_by_length_whatever_the_pad_id(pad_id: int, build: Calla
 
 
 def test_a_seed_repeats_and_calls_without_one_go_on(build: Callable[..., Llama]) -> None:
-    hot = {"temperature": 2.0, "top_p": 1.0}
+    hot: dict[str, Any] = {"temperature": 2.0, "top_p": 1.0}
     first, second = build("mha", seed=5), build("mha", seed=5)
     a, b = first.generate([[1, 5]] * 2, 12, **hot)[0], first.generate([[1, 5]] * 2, 12, **hot)[0]
     assert len({tuple(row) for row in a + b}) == 4  # unseeded rows and calls differ
@@ -181,7 +181,7 @@ def test_mistakes_are_named(
 ) -> None:
     llama = build("mha", max_seq_len=16, max_batch_size=2)
     with pytest.raises(error, match=message):
-        llama.generate(**({"prompt_tokens": [[1]], "max_gen_len": 4} | arguments))
+        llama.generate(**{"prompt_tokens": [[1]], "max_gen_len": 4, **arguments})
 
 
 def test_logits_that_are_not_finite_raise(build: Callable[..., Llama]) -> None:

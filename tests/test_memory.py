@@ -19,7 +19,7 @@ import llama
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID/status and smaps, which Linux has")
 
 PARAMS = {"dim": 2048, "n_layers": 6, "n_heads": 16, "n_kv_heads": 8, "multiple_of": 256, "norm_eps": 1e-5}
-LAYOUT = layout({**PARAMS, "vocab_size": -1}, 1)  # name -> (logical shape, axis or None), the Llama 2 way
+LAYOUT = layout(PARAMS, 1)  # name -> (logical shape, axis or None), the Llama 2 way
 STORED = 2  # bytes of a bfloat16 number
 CACHE = 2 * 6 * 1 * 8 * 16 * 128  # numbers in keys and values: layers, rows, KV heads, positions, head_dim
 # The kernel maps file pages by the folio, up to a huge page at a time: so far beyond a slice may be mapped with it.
@@ -32,10 +32,7 @@ def shards(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def folder(shards: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkpoint of 570 MB in bfloat16, divided over `shards` files; deleted when its tests are through."""
-    folder = tmp_path_factory.mktemp("memory")
+def write_shards(folder: Path, shards: int) -> None:
     noise = torch.randn(max(prod(shape) for shape, _ in LAYOUT.values())).mul_(0.02).bfloat16()
     for index in range(shards):
         part = {}
@@ -43,7 +40,14 @@ def folder(shards: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
             local = [n // shards if dim == axis else n for dim, n in enumerate(shape)]
             part[key] = noise[: prod(local)].clone().view(local)
         torch.save(part, folder / f"consolidated.{index:02d}.pth")
-    (folder / "params.json").write_text(json.dumps({**PARAMS, "vocab_size": -1}))
+    (folder / "params.json").write_text(json.dumps(PARAMS))
+
+
+@pytest.fixture(scope="module")
+def folder(shards: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkpoint of 570 MB in bfloat16, divided over `shards` files; deleted when its tests are through."""
+    folder = tmp_path_factory.mktemp("memory")
+    write_shards(folder, shards)
     assert sum(path.stat().st_size for path in folder.iterdir()) > 500 * MB
     yield folder
     shutil.rmtree(folder)
@@ -142,7 +146,7 @@ def test_a_rank_holds_its_own_weights_and_reads_its_own_slices(
             f"cache {cache / MB:.1f}, imports {imports(ranks) / MB:.1f}; beyond the imports "
             f"{(peak - imports(ranks) - cache) / weights:.3f} x weights; touched {seen['touched']}"
         )
-        print(f"{shards} shards, rank {rank} of {ranks}: {figures}")
+        print(f"\nshards: {shards}, rank {rank} of {ranks}: {figures}")
         record_property(f"memory of rank {rank} of {ranks}, {shards} shards", figures)
         assert weights < peak <= limit, figures
 

@@ -1,0 +1,184 @@
+"""The CUDA path walked without a GPU: `Llama.build` and `generate` as they are, on fake tensors, which have a shape, a
+dtype and a device but no numbers. Tensors of two devices in one operator are an error there, as on a GPU.
+
+Replaced are only what torch says about GPUs, the NCCL group, and what reads numbers back from the device.
+"""
+
+import contextlib
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from llama import Llama, Transformer, distributed, generation, sampling
+from llama.distributed import World, current_world, join, leave, pick_device
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, and the walk pretends one"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="noop_cuda_guard.cpp needs g++"),
+]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def pretend_gpus(patch: pytest.MonkeyPatch, count: int, capability: tuple[int, int] = (8, 0)) -> list[int]:
+    """Tell what torch sees from now on. Returns the GPUs that set_device chose, filled later."""
+    chosen: list[int] = []
+    patch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    patch.setattr(torch.cuda, "device_count", lambda: count)
+    patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    patch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "world", "message"),
+    [
+        (1, "auto", World(5, 8, 1, 4), "local rank 1 needs GPU 1, but this host shows 1"),
+        (4, "cuda:4", World(), "needs GPU 4, but this host shows 4"),
+        (4, "cuda:0", World(5, 8, 1, 4), "would put all ranks on one GPU"),
+        (0, "cuda", World(), "this torch sees no GPU"),
+    ],
+)
+def test_gpus_that_are_not_there(
+    count: int, name: str, world: World, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_gpus(monkeypatch, count)
+    with pytest.raises(ValueError, match=message):
+        pick_device(name, world)
+
+
+def test_gloo_on_gpus_is_announced(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    join(World(), torch.device("cuda", 0))
+    backend = dist.get_backend()
+    leave()
+    assert backend == "gloo"
+    assert capsys.readouterr().err == "warning: this torch has no NCCL, ranks talk over gloo (slower)\n"
+
+
+@pytest.fixture(scope="module")
+def device_guard(tmp_path_factory: pytest.TempPathFactory) -> None:
+    source, library = Path(__file__).with_name("noop_cuda_guard.cpp"), tmp_path_factory.mktemp("guard") / "guard.so"
+    include, lib = (Path(torch.__file__).parent / name for name in ("include", "lib"))
+    flags = ["-std=c++20", "-shared", "-fPIC", f"-I{include}", f"-L{lib}", "-lc10", f"-Wl,-rpath,{lib}"]
+    subprocess.run(["g++", str(source), *flags, "-o", str(library)], check=True)
+    ctypes.CDLL(str(library))
+
+
+@contextlib.contextmanager
+def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int, int]) -> Iterator[list[int]]:
+    """Inside, this is that rank under torchrun with NCCL, on hosts of up to two GPUs, and new tensors are fake."""
+    init, hosts_gpus = dist.init_process_group, min(size, 2)
+
+    def init_fake(backend: str, **arguments: Any) -> None:
+        assert backend == "nccl"
+        init("fake", **(arguments | {"store": FakeStore()}))  # torch's own: collectives move nothing
+
+    assert not dist.is_initialized(), "another test left a model open"
+    world = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % hosts_gpus, "LOCAL_WORLD_SIZE": hosts_gpus}
+    for name, value in world.items():
+        patch.setenv(name, str(value))
+    patch.setenv("OMP_NUM_THREADS", "2")  # a user's choice: build leaves this process its threads
+    patch.setattr(distributed, "_store", dist.HashStore())  # in place of torchrun's port
+    patch.setattr(dist, "is_nccl_available", lambda: True)
+    patch.setattr(dist, "init_process_group", init_fake)
+    patch.setattr(dist, "get_backend", lambda *group: "nccl")
+    patch.setattr(dist, "all_gather_object", lambda *objects: None)
+    patch.setattr(generation, "read_back", lambda values: [[1.0] * values.shape[1]] * values.shape[0])
+    patch.setattr(FakeTensorMode, "avoid_device_init", True)  # else it looks for the pretended GPU
+    chosen = pretend_gpus(patch, hosts_gpus, capability)
+    join(current_world(), torch.device("cuda"))  # outside the mode, where fairscale can read its ranks
+    try:
+        with FakeTensorMode():
+            yield chosen
+    finally:
+        while dist.is_initialized():  # a test that failed has not closed its model
+            leave()
+
+
+def spy(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
+    """The arguments and, last, the result of every call, filled later."""
+    calls: list[tuple[Any, ...]] = []
+    original = getattr(owner, name)
+
+    def call(*arguments: Any) -> Any:
+        calls.append((*arguments, original(*arguments)))
+        return calls[-1][-1]
+
+    patch.setattr(owner, name, call)
+    return calls
+
+
+@pytest.mark.usefixtures("device_guard")
+@pytest.mark.parametrize(
+    ("name", "rank", "size", "stored", "capability", "dtype"),
+    [
+        ("mha", 0, 1, F32, (7, 5), F32),
+        ("llama31", 0, 2, BF16, (8, 0), BF16),
+        ("gqa", 3, 4, BF16, (7, 5), F16),  # two ranks for each KV head
+    ],
+)
+def test_build_and_generate(
+    name: str,
+    rank: int,
+    size: int,
+    stored: torch.dtype,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(checkpoint(name, 2), tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("*.pth"):
+        torch.save({key: tensor.to(stored) for key, tensor in torch.load(path).items()}, path)
+    device = torch.device("cuda", rank % 2)
+    with walk(monkeypatch, rank, size, capability) as chosen:
+        hidden, logits, scores = (spy(monkeypatch, Transformer, n) for n in ("hidden", "logits", "token_logprobs"))
+        read, drawn = (spy(monkeypatch, generation, n) for n in ("read_back", "from_rank_0"))
+        sampled = spy(monkeypatch, sampling, "sample")
+        llama = Llama.build(tmp_path, max_seq_len=32)
+        model = llama.model
+        ragged, _ = llama.generate([[5, 6, 7], [8]], 3, temperature=0, logprobs=True, echo=True)
+        uniform, _ = llama.generate([[5, 6], [7, 8]], 3, temperature=0.6, top_p=0.9)
+        model.forward(torch.zeros(2, 3, dtype=torch.int64).to(device), 4)  # a later chunk: with a mask
+        llama.close()
+
+    assert chosen == [rank % 2]
+    caches = [buffer for key, buffer in model.named_buffers() if "cache" in key]
+    assert {(t.device, t.dtype) for t in (*model.parameters(), *caches)} == {(device, dtype)}
+    floats = [model.cos, model.sin, *(call[-1] for call in logits + scores), *(call[0] for call in read)]
+    assert {(t.device, t.dtype) for t in floats} == {(device, F32)}
+    assert {(ids.device, ids.dtype) for *_, ids in drawn} == {(device, torch.int64)}
+    # Two generations of a prefill and two decode steps, each row at its own position or all at one; the later chunk.
+    starts = [start if isinstance(start, int) else start.device for _, _, start, *_ in hidden]
+    assert starts == [0, device, device, 0, 2, 3, 4]
+    assert (len(scores), len(drawn), len(sampled)) == (1, 6, 6 if rank == 0 else 0)
+    assert (ragged, uniform) == ([[5, 6, 7, 1, 1, 1], [8, 1, 1, 1]], [[1, 1, 1], [1, 1, 1]])
+
+
+@pytest.mark.usefixtures("device_guard")
+@pytest.mark.parametrize("stray", ["cos", "layers.1.attention.cache.k", "tok_embeddings.weight", "norm.weight"])
+def test_a_tensor_left_on_the_cpu_is_caught(
+    stray: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("gqa")
+    with walk(monkeypatch, 1, 2, (8, 0)):
+        model = Llama.build(folder, max_seq_len=32).model
+        tokens = torch.zeros(2, 3, dtype=torch.int64).to("cuda:1")
+        model.forward(tokens, 0)
+        owner, _, leaf = stray.rpartition(".")
+        module = model.get_submodule(owner)
+        tensor = getattr(module, leaf).cpu()
+        delattr(module, leaf)  # a parameter's name takes parameters only
+        setattr(module, leaf, tensor)
+        with pytest.raises(RuntimeError, match="same device"):
+            model.forward(tokens, 0)
