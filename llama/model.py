@@ -165,6 +165,22 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return turned.flatten(-2).type_as(x)
 
 
+@dataclass
+class Positions:
+    """Where the ids of one forward stand, the same for all layers.
+
+    start_pos: position of each row's first id, one int or [bsz]. ctx_len: positions from 0 that queries may look at.
+    cos, sin: the rotary angles of the ids, [.., seqlen, 1, head_dim / 2].
+    mask: True where a query may look, [.., seqlen, ctx_len]; None where causality alone says so.
+    """
+
+    start_pos: int | torch.Tensor
+    ctx_len: int
+    cos: torch.Tensor
+    sin: torch.Tensor
+    mask: torch.Tensor | None
+
+
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs, dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -179,34 +195,26 @@ class Attention(nn.Module):
         self.wo = RowLinear(self.n_local_heads * self.head_dim, args.dim)
         self.cache = KVCache(args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim, dtype, device)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        start_pos: int | torch.Tensor,
-        ctx_len: int,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, at: Positions) -> torch.Tensor:
         bsz, seqlen, _ = x.shape
         q = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)
         k = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
         v = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
-        q = apply_rope(q, cos, sin).transpose(1, 2)  # [bsz, n_local_heads, seqlen, head_dim]
-        k = apply_rope(k, cos, sin).transpose(1, 2)  # [bsz, n_local_kv_heads, seqlen, head_dim]
-        keys, values = self.cache.update(k, v.transpose(1, 2), start_pos, ctx_len)  # [.., ctx_len, head_dim]
+        q = apply_rope(q, at.cos, at.sin).transpose(1, 2)  # [bsz, n_local_heads, seqlen, head_dim]
+        k = apply_rope(k, at.cos, at.sin).transpose(1, 2)  # [bsz, n_local_kv_heads, seqlen, head_dim]
+        keys, values = self.cache.update(k, v.transpose(1, 2), at.start_pos, at.ctx_len)  # [.., ctx_len, head_dim]
         if seqlen == 1:
             # One query a head: the heads that share a KV head become its queries, and nothing is repeated.
             q = q.view(bsz, self.n_local_kv_heads, -1, self.head_dim)
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask)
         else:
             # is_causal aligns the first query with the first key, which holds only when nothing came before.
             out = F.scaled_dot_product_attention(
                 q,
                 keys,
                 values,
-                attn_mask=mask,
-                is_causal=mask is None,
+                attn_mask=at.mask,
+                is_causal=at.mask is None,
                 enable_gqa=self.n_local_heads != self.n_local_kv_heads,
             )
         out = out.reshape(bsz, self.n_local_heads, seqlen, self.head_dim).transpose(1, 2)
@@ -233,16 +241,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        start_pos: int | torch.Tensor,
-        ctx_len: int,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        h = x + self.attention(self.attention_norm(x), cos, sin, start_pos, ctx_len, mask)
+    def forward(self, x: torch.Tensor, at: Positions) -> torch.Tensor:
+        h = x + self.attention(self.attention_norm(x), at)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -292,7 +292,7 @@ class Transformer(nn.Module):
         """
         _, seqlen = tokens.shape
         keys = torch.arange(ctx_len, device=tokens.device)
-        mask: torch.Tensor | None = None  # True where a query may look
+        mask: torch.Tensor | None = None
         if isinstance(start_pos, int):
             positions = torch.arange(start_pos, start_pos + seqlen, device=tokens.device)  # [seqlen]
             if start_pos > 0 and seqlen > 1:
@@ -301,9 +301,10 @@ class Transformer(nn.Module):
             positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # [bsz, seqlen]
             mask = (keys <= positions[..., None])[:, None]  # [bsz, 1, seqlen, ctx_len]
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
+        at = Positions(start_pos, ctx_len, cos, sin, mask)
         h = self.tok_embeddings(tokens)  # [bsz, seqlen, dim]
         for layer in self.layers:
-            h = layer(h, cos, sin, start_pos, ctx_len, mask)
+            h = layer(h, at)
         return self.norm(h)
 
     @torch.inference_mode()

@@ -22,6 +22,22 @@ DEMO = HERE.parent / "checkpoints" / "smollm2-135m-instruct"
 DEMO_GGUF = DEMO.with_suffix(".gguf")
 
 
+MEASURED: dict[str, object] = {}
+
+
+@pytest.fixture(scope="session")
+def measured() -> Callable[[str, object], None]:
+    """measured(name, figure): shows a figure at the end of the run, whether or not its test passes."""
+    return MEASURED.__setitem__
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if MEASURED:
+        terminalreporter.section("measured")
+        for name, figure in MEASURED.items():
+            terminalreporter.write_line(f"{name}: {figure:.2g}" if isinstance(figure, float) else f"{name}: {figure}")
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Any]:
     """What Meta's own code answered on the seeded checkpoints (float32, CPU, greedy)."""

@@ -26,7 +26,7 @@ def distance(ours: torch.Tensor, theirs: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_float32_is_within_1e5_of_a_plain_float64_forward(
-    name: str, checkpoint: Callable[..., Path], build: Callable[..., Llama], record_property: Callable[..., None]
+    name: str, checkpoint: Callable[..., Path], build: Callable[..., Llama], measured: Callable[[str, object], None]
 ) -> None:
     params, weights = plain.load(checkpoint(name))
     llama = build(name, max_seq_len=300)
@@ -34,13 +34,13 @@ def test_float32_is_within_1e5_of_a_plain_float64_forward(
         distance(llama.model.forward(torch.tensor([ids]), 0)[0], plain.logits(params, weights, ids))
         for ids in map(prompt, LENGTHS)
     )
-    record_property(f"float32 to float64, {name}", worst)
+    measured(f"float32 to float64, {name}, worst logit / largest", worst)
     assert worst < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16_is_within_its_rounding_of_a_plain_float64_forward(
-    name: str, checkpoint: Callable[..., Path], build: Callable[..., Llama], record_property: Callable[..., None]
+    name: str, checkpoint: Callable[..., Path], build: Callable[..., Llama], measured: Callable[[str, object], None]
 ) -> None:
     """bfloat16 keeps 8 bits: 0.4 % a rounding, over a few dozen roundings from the embedding to a logit."""
     params, weights = plain.load(checkpoint(name))
@@ -49,7 +49,7 @@ def test_bfloat16_is_within_its_rounding_of_a_plain_float64_forward(
         distance(llama.model.forward(torch.tensor([ids]), 0)[0], plain.logits(params, weights, ids))
         for ids in map(prompt, LENGTHS)
     )
-    record_property(f"bfloat16 to float64, {name}", worst)
+    measured(f"bfloat16 to float64, {name}, worst logit / largest", worst)
     assert 1e-4 < worst < 5e-2  # below the lower bound it would not have run in bfloat16
 
 

@@ -222,7 +222,7 @@ def test_any_ragged_batch_equals_its_rows_alone(
         close(scores, alone_scores[0])
 
 
-def test_bfloat16_batches_diverge_little(build: Callable[..., Llama], record_property: Callable[..., None]) -> None:
+def test_bfloat16_batches_diverge_little(build: Callable[..., Llama], measured: Callable[[str, object], None]) -> None:
     """Equality across batches is promised in float32. In bfloat16 the log-probabilities of the same ids differ by
     rounding, which is measured here."""
     llama = build("llama31", max_seq_len=96, max_batch_size=5, dtype="bfloat16")
@@ -234,6 +234,6 @@ def test_bfloat16_batches_diverge_little(build: Callable[..., Llama], record_pro
         _, alone = llama.generate([ids], 0, logprobs=True, echo=True)
         assert alone is not None
         worst = max(worst, max(abs(a - b) for a, b in zip(scores, alone[0], strict=True)))
-    record_property("bfloat16, in a batch to alone, worst log-probability", worst)
+    measured("bfloat16, in a batch to alone, worst log-probability", worst)
     assert worst < 1.0
     assert torch.bfloat16 == llama.model.output.weight.dtype

@@ -133,7 +133,7 @@ def test_a_rank_holds_its_own_weights_and_reads_its_own_slices(
     ranks: int,
     folder: Path,
     imports: Callable[[int], int],
-    record_property: Callable[[str, object], None],
+    measured: Callable[[str, object], None],
 ) -> None:
     dtype, itemsize = ("auto", STORED) if shards == 1 else ("float32", 4)
     weights = sum(prod(shape) // (1 if axis is None else ranks) for shape, axis in LAYOUT.values()) * itemsize
@@ -146,8 +146,7 @@ def test_a_rank_holds_its_own_weights_and_reads_its_own_slices(
             f"cache {cache / MB:.1f}, imports {imports(ranks) / MB:.1f}; beyond the imports "
             f"{(peak - imports(ranks) - cache) / weights:.3f} x weights; touched {seen['touched']}"
         )
-        print(f"\nshards: {shards}, rank {rank} of {ranks}: {figures}")
-        record_property(f"memory of rank {rank} of {ranks}, {shards} shards", figures)
+        measured(f"memory of rank {rank} of {ranks}, {shards} shards", figures)
         assert weights < peak <= limit, figures
 
         pages = expected_pages(shards, ranks, rank)

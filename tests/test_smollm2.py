@@ -1,5 +1,6 @@
 """A real model: SmolLM2-135M-Instruct against what transformers and Meta's code answered."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def test_golden_answers_in_float32(world_size: int, demo_float32: Path, smollm2:
             assert text == case["text"]
 
 
-def test_bfloat16_stays_near_float32(demo: Path, smollm2: dict[str, Any], record_property: Any) -> None:
+def test_bfloat16_stays_near_float32(
+    demo: Path, smollm2: dict[str, Any], measured: Callable[[str, object], None]
+) -> None:
     """The same texts, scored in bfloat16: measured, and bounded so that a gross error shows."""
     cases = smollm2["completions"] + smollm2["chats"]
     llama = Llama.build(demo, max_seq_len=128, max_batch_size=len(cases))
@@ -46,7 +49,7 @@ def test_bfloat16_stays_near_float32(demo: Path, smollm2: dict[str, Any], record
     differences = np.concatenate(
         [np.subtract(ours, c["prompt_logprobs"] + c["logprobs"]) for ours, c in zip(logprobs, cases, strict=True)]
     )
-    record_property("bfloat16 to float32, demo, median", float(np.median(np.abs(differences))))
-    record_property("bfloat16 to float32, demo, worst", float(np.abs(differences).max()))
+    measured("bfloat16 to float32, demo, median", float(np.median(np.abs(differences))))
+    measured("bfloat16 to float32, demo, worst", float(np.abs(differences).max()))
     assert 1e-4 < np.median(np.abs(differences)) < 0.05
     assert np.abs(differences).max() < 1.0

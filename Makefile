@@ -1,0 +1,60 @@
+# `make demo` and `make test`; `make help` lists everything. Runs with GNU make 3.81 (macOS) and later.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := checkpoints/smollm2-135m-instruct
+
+.PHONY: help demo test clean
+# `make -j demo test` would run two pips in one environment.
+.NOTPARALLEL:
+
+help:
+	@echo "make demo    chat with a small real model: installs into $(VENV), fetches the model (93 MB)"
+	@echo "make test    ruff, mypy and pytest: installs into $(VENV), no other download"
+	@echo "make clean   removes $(VENV), caches and build artefacts; keeps checkpoints/"
+	@echo "Another Python (3.10 or newer): make demo PYTHON=/path/to/python3"
+
+demo: $(VENV)/.installed-convert
+	@PYTHON=$(BIN)/python ./download.sh demo
+	@echo "== text completion"
+	$(BIN)/torchrun --nproc_per_node 1 example_text_completion.py --ckpt_dir $(DEMO)
+	@echo "== chat completion"
+	$(BIN)/torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir $(DEMO)
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# The stamp of an extra is written last, so a failed or interrupted install leaves none and is done again.
+$(VENV)/.installed-%: setup.py requirements.txt | $(VENV)/.created
+	@rm -f $@
+	@echo "Installing llama-runner[$*] into $(VENV): about 2 minutes, longer the first time where torch must be downloaded"
+	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c requirements.txt -e '.[$*]' || \
+		{ echo "make: the install failed, the reason is above; when it is mended, run make again" >&2; exit 1; }
+	@touch $@
+
+# A working .venv is kept, whoever made it; a broken one (its Python was removed, an interrupted run) is made anew.
+# Debian's python3 has no ensurepip without python3-venv: there, PYTHON's own pip puts a pip into the environment.
+$(VENV)/.created:
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+			echo "make: Python 3.10 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1); say which: make demo PYTHON=/path/to/python3" >&2; \
+			exit 1; }; \
+		echo "Making $(VENV) with $$($(PYTHON) --version)"; \
+		if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+			$(PYTHON) -m venv --clear $(VENV); \
+		else \
+			pip_dir=$$($(PYTHON) -c 'import os, pip; print(os.path.dirname(os.path.dirname(pip.__file__)))') && \
+			$(PYTHON) -m venv --clear --without-pip $(VENV) && \
+			PYTHONPATH=$$pip_dir $(BIN)/python -m pip install -qq --ignore-installed --disable-pip-version-check pip; \
+		fi; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './checkpoints/*' -prune -exec rm -rf {} +
+	@echo "checkpoints/ is kept; remove it yourself to fetch the models again"

@@ -1,0 +1,41 @@
+"""Packaging: the distribution `llama-runner`, the package `llama`. Linter and test settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup  # type: ignore[import-untyped]
+
+HERE = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """The version from llama/__init__.py, read as text: importing it would need torch before torch is installed."""
+    match = re.search(r'^__version__ = "([^"]+)"', (HERE / "llama" / "__init__.py").read_text("utf-8"), re.MULTILINE)
+    if match is None:
+        raise SystemExit('setup.py: llama/__init__.py has no line like: __version__ = "0.1.0"')
+    return match[1]
+
+
+def long_description() -> str:
+    readme = HERE / "README.md"
+    return readme.read_text("utf-8") if readme.exists() else ""
+
+
+# Versions are lower bounds only where an older one is known not to do; requirements.txt pins what was tested.
+CONVERT = ["gguf", "tokenizers"]
+TEST = ["pytest", "hypothesis", "ruff", "mypy", "transformers", "llama-models", "psutil"]
+
+setup(
+    name="llama-runner",
+    version=version(),
+    description="A reference runner for Llama checkpoints in Meta's style, on any machine and any number of ranks",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["llama", "llama.*"]),
+    package_data={"llama": ["py.typed"]},
+    install_requires=["torch>=2.5", "fairscale>=0.4.13", "sentencepiece", "fire", "numpy"],
+    extras_require={"convert": CONVERT, "test": CONVERT + TEST},
+    entry_points={"console_scripts": ["llama = llama.cli:main"]},
+)
