@@ -6,15 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from ranks import run_ranks
 
 from llama import Llama
 
 
-def answers(folder: Path, cases: list[dict[str, Any]], threads: int) -> Any:
+def answers(folder: Path, cases: list[dict[str, Any]]) -> Any:
     """All cases in one ragged batch, greedy: (tokens, logprobs and text of each, prompt included but in the text)."""
-    torch.set_num_threads(threads)
     llama = Llama.build(folder, max_seq_len=128, max_batch_size=len(cases))
     prompts = [case["prompt_tokens"] for case in cases]
     tokens, logprobs = llama.generate(prompts, 48, temperature=0, logprobs=True, echo=True)
@@ -28,7 +26,7 @@ def answers(folder: Path, cases: list[dict[str, Any]], threads: int) -> Any:
 def test_golden_answers_in_float32(world_size: int, demo_float32: Path, smollm2: dict[str, Any]) -> None:
     cases = smollm2["completions"] + smollm2["chats"]
     assert len(cases) == 8
-    for found in run_ranks(world_size, answers, demo_float32, cases, 2 if world_size == 1 else 1):
+    for found in run_ranks(world_size, answers, demo_float32, cases):
         for (tokens, logprobs, text), case in zip(found, cases, strict=True):
             assert tokens == case["prompt_tokens"] + case["tokens"]
             expected = case["prompt_logprobs"] + case["logprobs"]
@@ -40,7 +38,7 @@ def test_bfloat16_stays_near_float32(
     demo: Path, smollm2: dict[str, Any], measured: Callable[[str, object], None]
 ) -> None:
     """The same texts, scored in bfloat16: measured, and bounded so that a gross error shows."""
-    cases = smollm2["completions"] + smollm2["chats"]
+    cases = smollm2["completions"][1:3] + smollm2["chats"][:1]
     llama = Llama.build(demo, max_seq_len=128, max_batch_size=len(cases))
     prompts = [case["prompt_tokens"] + case["tokens"] for case in cases]
     _, logprobs = llama.generate(prompts, 0, logprobs=True, echo=True)
