@@ -20,7 +20,7 @@ demo: $(VENV)/.installed-convert
 	@echo "== text completion"
 	$(BIN)/torchrun --nproc_per_node 1 example_text_completion.py --ckpt_dir $(DEMO)
 	@echo "== chat completion"
-	$(BIN)/torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir $(DEMO)
+	$(BIN)/torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir $(DEMO) --max_gen_len 64
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .

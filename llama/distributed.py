@@ -111,26 +111,28 @@ def pick_device(name: str, world: World) -> torch.device:
 def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
     """Choose the dtype to compute in: the named one, or for "auto" the checkpoint's own where it fits the device.
 
-    bfloat16 becomes float16 on GPUs that have no bfloat16 arithmetic (compute capability below 8.0, macOS
-    before 14); float16 becomes float32 on a CPU without float16 arithmetic.
+    bfloat16 becomes float16 on GPUs that have no bfloat16 arithmetic (compute capability below 8.0, macOS before 14);
+    both become float32 on a CPU that lacks theirs, where they would take several times as long.
     """
     if name != "auto":
         if name not in DTYPES:
             raise ValueError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
         return DTYPES[name]
-    if stored == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.float16
-    if stored == torch.bfloat16 and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
-        return torch.float16
-    if stored == torch.float16 and device.type == "cpu" and not _cpu_has_float16():
-        return torch.float32
-    return stored
+    if device.type == "cpu":
+        return stored if _cpu_computes_in(stored) else torch.float32
+    lacks_bfloat16 = (
+        torch.cuda.get_device_capability(device) < (8, 0)
+        if device.type == "cuda"
+        else not torch.backends.mps.is_macos_or_newer(14, 0)
+    )
+    return torch.float16 if stored == torch.bfloat16 and lacks_bfloat16 else stored
 
 
-def _cpu_has_float16() -> bool:
-    # The only place where torch tells is a private operator of its oneDNN build.
-    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
-    return bool(probe and probe())
+def _cpu_computes_in(dtype: torch.dtype) -> bool:
+    # The only place where torch tells is private operators of its oneDNN build.
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    probe = getattr(torch.ops.mkldnn, names.get(dtype, ""), None)
+    return dtype == torch.float32 or bool(probe and probe())
 
 
 def share_cores(world: World) -> None:

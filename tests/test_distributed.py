@@ -148,20 +148,23 @@ def test_device_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stored", "cpu_float16", "expected"),
+    ("name", "stored", "native", "expected"),
     [
         ("auto", torch.float32, False, torch.float32),
-        ("auto", torch.bfloat16, False, torch.bfloat16),
+        ("auto", torch.bfloat16, False, torch.float32),
+        ("auto", torch.bfloat16, True, torch.bfloat16),
         ("auto", torch.float16, False, torch.float32),
         ("auto", torch.float16, True, torch.float16),
         ("float16", torch.float32, False, torch.float16),
-        ("float32", torch.bfloat16, False, torch.float32),
+        ("bfloat16", torch.bfloat16, False, torch.bfloat16),
+        ("float32", torch.bfloat16, True, torch.float32),
     ],
 )
 def test_dtype_on_the_cpu(
-    name: str, stored: torch.dtype, cpu_float16: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, stored: torch.dtype, native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama.distributed._cpu_has_float16", lambda: cpu_float16)
+    for probe in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, probe, lambda: native)
     assert pick_dtype(name, stored, torch.device("cpu")) == expected
 
 

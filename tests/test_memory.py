@@ -135,7 +135,7 @@ def test_a_rank_holds_its_own_weights_and_reads_its_own_slices(
     imports: Callable[[int], int],
     measured: Callable[[str, object], None],
 ) -> None:
-    dtype, itemsize = ("auto", STORED) if shards == 1 else ("float32", 4)
+    dtype, itemsize = ("bfloat16", STORED) if shards == 1 else ("float32", 4)
     weights = sum(prod(shape) // (1 if axis is None else ranks) for shape, axis in LAYOUT.values()) * itemsize
     cache = CACHE // ranks * itemsize
     limit = 1.15 * weights + cache + imports(ranks)

@@ -39,7 +39,7 @@ def test_bfloat16_stays_near_float32(
 ) -> None:
     """The same texts, scored in bfloat16: measured, and bounded so that a gross error shows."""
     cases = smollm2["completions"][1:3] + smollm2["chats"][:1]
-    llama = Llama.build(demo, max_seq_len=128, max_batch_size=len(cases))
+    llama = Llama.build(demo, max_seq_len=128, max_batch_size=len(cases), dtype="bfloat16")
     prompts = [case["prompt_tokens"] + case["tokens"] for case in cases]
     _, logprobs = llama.generate(prompts, 0, logprobs=True, echo=True)
     llama.close()
