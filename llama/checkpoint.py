@@ -5,6 +5,7 @@ which shards divide it (`shard_axis`), and rank r of N takes its part of that ax
 """
 
 import json
+import pickle
 import re
 import zipfile
 from collections.abc import Iterable
@@ -209,44 +210,34 @@ class Checkpoint:
         }
         found = [f"{fault}: {_first(names)}" for fault, names in faults.items() if names]
         if found:
-            raise CheckpointError(
-                f"{self.paths[index]} is not one of {count} parts of the model in params.json; {'; '.join(found)}"
-            )
+            part = "the whole of" if count == 1 else f"one of {count} parts of"
+            what = f"{self.paths[index]} is not {part} the model in params.json (files missing, or another model's?)"
+            raise CheckpointError("; ".join([what, *found]))
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
     """consolidated.00.pth, .01.pth ... in order; a gap or an empty folder is a CheckpointError with the way out."""
     if not ckpt_dir.exists():
-        raise CheckpointError(
-            f"{ckpt_dir} does not exist: --ckpt_dir takes the folder with the consolidated.NN.pth files"
-        )
+        raise CheckpointError(f"{ckpt_dir} does not exist: give the folder with the consolidated.NN.pth files")
     convert = f"convert it with: python -m llama convert {ckpt_dir} DST"
     if ckpt_dir.is_file():
         with ckpt_dir.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
-        if is_gguf:
-            raise CheckpointError(f"{ckpt_dir} is a GGUF file, not a folder in Meta's layout: {convert}")
-        raise CheckpointError(f"{ckpt_dir} is a file: --ckpt_dir takes the folder it lies in")
+            kind = f"a GGUF file: {convert}" if file.read(4) == b"GGUF" else "a file: give the folder it lies in"
+        raise CheckpointError(f"{ckpt_dir} is {kind}")
     numbered = {}
     for path in ckpt_dir.glob("consolidated.*.pth"):
         if match := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name):
             numbered[int(match[1])] = path
     if not numbered:
         if (ckpt_dir / "config.json").exists() or any(ckpt_dir.glob("*.safetensors")):
-            raise CheckpointError(
-                f"{ckpt_dir} is a Hugging Face folder, not one in Meta's layout: take the repository's original/ "
-                f"folder where it has one, or {convert}"
-            )
+            original = ckpt_dir / "original"
+            way = f"its folder {original} has that layout" if original.is_dir() else convert
+            raise CheckpointError(f"{ckpt_dir} is a Hugging Face folder, not one in Meta's layout: {way}")
         if gguf := sorted(ckpt_dir.glob("*.gguf")):
-            raise CheckpointError(
-                f"{ckpt_dir} holds a GGUF file: convert it with: python -m llama convert {gguf[0]} DST"
-            )
-        raise CheckpointError(f"{ckpt_dir} holds no consolidated.NN.pth: --ckpt_dir takes the folder of one model")
-    missing = sorted(set(range(max(numbered) + 1)) - numbered.keys())
-    if missing:
-        raise CheckpointError(
-            f"{ckpt_dir} lacks {_first(f'consolidated.{i:02d}.pth' for i in missing)}: fetch it again"
-        )
+            raise CheckpointError(f"{ckpt_dir} holds a GGUF file: {convert.replace(str(ckpt_dir), str(gguf[0]))}")
+        raise CheckpointError(f"{ckpt_dir} holds no consolidated.NN.pth: give the folder of one model")
+    if missing := [f"consolidated.{i:02d}.pth" for i in range(max(numbered)) if i not in numbered]:
+        raise CheckpointError(f"{ckpt_dir} lacks {_first(missing)}: fetch it again")
     return [numbered[i] for i in range(len(numbered))]
 
 
@@ -257,8 +248,10 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds; all mean that this file is no checkpoint
+        if isinstance(error, pickle.UnpicklingError):
+            raise CheckpointError(f"{path} holds more than tensors, which could run code: it was not loaded") from error
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path} cannot be read as tensors only, nothing in it was run: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read ({reason}): fetch it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise CheckpointError(f"{path} does not hold tensors by name: not a Llama checkpoint in Meta's layout")
     return {key: t for key, t in tensors.items() if not SKIPPED.fullmatch(key)}

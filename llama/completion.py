@@ -12,7 +12,7 @@ from llama.cache import KVCache
 from llama.chat_format import ChatFormat, Dialog, Message, for_tokenizer, split_system
 from llama.checkpoint import Checkpoint, check_world_size, load_weights, tensor_shapes
 from llama.distributed import current_world, join, leave, pick_device, pick_dtype, raising_together, say, share_cores
-from llama.generation import Generator, Row
+from llama.generation import Generator, Row, check_whole
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
@@ -43,7 +43,7 @@ class Llama(Generator):
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, chat_format: ChatFormat | None = None, seed: int = 1):
         super().__init__(model, tokenizer, seed)
-        self.chat_format = chat_format
+        self.chat_format = chat_format or for_tokenizer(tokenizer)
 
     @staticmethod
     def build(
@@ -73,9 +73,12 @@ class Llama(Generator):
         """
         started = time.perf_counter()
         world = current_world()
-        for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a positive whole number")
+        for name, value in (("ckpt_dir", ckpt_dir), ("tokenizer_path", tokenizer_path or ckpt_dir)):
+            if not isinstance(value, str | Path):
+                raise TypeError(f"{name} is {value!r}, expected a path")
+        check_whole("max_seq_len", max_seq_len, 1)
+        check_whole("max_batch_size", max_batch_size, 1)
+        check_whole("seed", seed, 0)
         if model_parallel_size not in (None, world.size):
             raise ValueError(
                 f"model_parallel_size is {model_parallel_size}, but {world.size} ranks are running: leave it out, "
@@ -124,8 +127,8 @@ class Llama(Generator):
         Returns a dict a prompt: "generation" (text), "finish_reason" ("stop" or "length") and, with logprobs, "tokens"
         (the text of each id) and "logprobs".
         """
-        if isinstance(prompts, str):
-            raise TypeError("prompts are a list of texts: put the one text in brackets")
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts are a list of texts, not {type(prompts).__name__}: put a single text in brackets")
         ids = [self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos, eos=False) for prompt in prompts]
         rows = self._complete(ids, max_gen_len, seed, temperature, top_p, logprobs, echo, set())
         answers: list[CompletionPrediction] = []
@@ -209,10 +212,11 @@ def _summary(model: Transformer, checkpoint: Checkpoint, ranks: int, dtype: torc
     caches = [module for module in model.modules() if isinstance(module, KVCache)]
     cache = sum(buffer.numel() * buffer.element_size() for module in caches for buffer in module.buffers())
     stored = "" if dtype == checkpoint.dtype else f" (stored as {_name(checkpoint.dtype)})"
+    over = f" over {torch.distributed.get_backend()}" if ranks > 1 else ""
     scaled = f", RoPE scaled by {args.rope_factor:g}" if args.use_scaled_rope else ""
     return (
-        f"llama: {size / 1e6:,.1f}M parameters, {_count(len(checkpoint.paths), 'shard')} -> {_count(ranks, 'rank')}, "
-        f"{_name(dtype)}{stored} on {model.cos.device}{scaled}; {weights / 1e6:,.1f} MB weights and "
+        f"llama: {size / 1e6:,.1f}M parameters, {_count(len(checkpoint.paths), 'shard')} -> {_count(ranks, 'rank')}"
+        f"{over}, {_name(dtype)}{stored} on {model.cos.device}{scaled}; {weights / 1e6:,.1f} MB weights and "
         f"{cache / 1e6:,.1f} MB cache a rank; {seconds:.1f} s"
     )
 

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -86,12 +87,13 @@ def pick_device(name: str, world: World) -> torch.device:
             name = "cuda"
         else:
             name = "mps" if torch.backends.mps.is_available() and world.size == 1 else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps") from None
+    if not isinstance(name, str) or not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
     if device.type == "mps" and world.size > 1:
         raise ValueError(f"device 'mps' runs one rank, not {world.size}: start one, or use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps': this torch sees none; use --device cpu")
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
@@ -151,11 +153,12 @@ _members = 0  # models that use the group; the last one to leave destroys it
 _ours = False  # False: somebody else initialised torch.distributed and will destroy it
 _store: dist.Store | None = None  # one per process: torchrun's port can be bound once
 _rounds = 0  # groups made so far; each uses its own keys of the store
+_excepthook = sys.excepthook  # torch wraps it at each init, to put the rank before every line of a traceback
 
 
 def join(world: World, device: torch.device) -> None:
     """Enter the process group and fairscale's model-parallel group, making them if this is the first model."""
-    global _members, _ours, _store, _rounds
+    global _members, _ours, _store, _rounds, _excepthook
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     if not dist.is_initialized():
         if device.type == "cuda" and backend == "gloo":
@@ -164,9 +167,12 @@ def join(world: World, device: torch.device) -> None:
             single = world.size == 1
             _store = dist.HashStore() if single else next(dist.rendezvous("env://", world.rank, world.size))[0]
         _rounds += 1
+        _excepthook = sys.excepthook
         store = dist.PrefixStore(f"llama/{_rounds}", _store)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
         _ours = True
+        if world.size == 1:
+            sys.excepthook = _excepthook
     elif world.size > 1 and dist.get_backend() != backend:
         raise ValueError(
             f"ranks already talk over {dist.get_backend()}, {device} needs {backend}: close() the other model"
@@ -186,14 +192,14 @@ def leave() -> None:
     if _members == 0 and _ours:
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()
+        sys.excepthook = _excepthook
         _ours = False
 
 
 @atexit.register
 def _leave_at_exit() -> None:
     # A gloo rank that exits with its group alive aborts now and then.
-    if _members and _ours and dist.is_initialized():
-        fairscale_groups.destroy_model_parallel()
+    if _ours and dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
 """The engine: prompts of ids in, continuations and their log-probabilities out."""
 
 import math
+import numbers
 import operator
 import random
 import sys
@@ -51,6 +52,7 @@ class Generator:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1):
         self._model: Transformer | None = model
         self.tokenizer = tokenizer
+        check_whole("seed", seed, 0)
         self._seeds = random.Random(seed)  # the seeds of rows that are given none
 
     @property
@@ -101,21 +103,19 @@ class Generator:
             raise ValueError(
                 f"{len(rows)} prompts, but max_batch_size is {limit}: build with more, or send fewer at once"
             )
-        stop = set(stop_token_ids or ())
-        if not all(isinstance(token, int) for token in stop):
-            raise TypeError(f"stop_token_ids is {stop_token_ids!r}, expected ids")
+        try:
+            stop = set(map(operator.index, stop_token_ids or ()))
+        except TypeError:
+            raise TypeError(f"stop_token_ids is {stop_token_ids!r}, expected a list of ids") from None
         self._run(rows, temperature, top_p, logprobs, stop)
         return [row.answer_tokens for row in rows], [row.answer_logprobs for row in rows] if logprobs else None
 
     def _rows(self, prompts: Sequence[Sequence[int]], max_gen_len: int, echo: bool, seed: int | None) -> list[Row]:
         """Check prompts and give each its limit and its random stream."""
         args = self.model.params
-        if not isinstance(max_gen_len, int):
-            raise TypeError(f"max_gen_len is {max_gen_len!r}, expected a whole number")
-        if max_gen_len < 0:
-            raise ValueError(f"max_gen_len is {max_gen_len}, expected a whole number from 0")
-        if not isinstance(seed, int | None):
-            raise TypeError(f"seed is {seed!r}, expected a whole number")
+        check_whole("max_gen_len", max_gen_len, 0)
+        if seed is not None:
+            check_whole("seed", seed, 0)
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise TypeError(f"prompts of ids are a list of lists, not {type(prompts).__name__}")
         rows = []
@@ -135,7 +135,7 @@ class Generator:
             if outside:
                 raise ValueError(f"prompt {i} holds id {outside[0]}, outside the vocabulary of {args.vocab_size}")
             row_seed = self._seeds.getrandbits(63) if seed is None else seed
-            rows.append(Row(ids, min(len(ids) + max_gen_len, args.max_seq_len), random.Random(row_seed), echo))
+            rows.append(Row(ids, min(len(ids) + max_gen_len, args.max_seq_len), random.Random(int(row_seed)), echo))
         return rows
 
     @torch.inference_mode()
@@ -206,10 +206,17 @@ def read_back(values: torch.Tensor) -> list[list[float]]:
     return values.tolist()
 
 
+def check_whole(name: str, value: int, least: int) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected a whole number")
+    if value < least:
+        raise ValueError(f"{name} is {value}, expected a whole number from {least}")
+
+
 def _check_number(name: str, value: float, highest: float) -> None:
-    if not isinstance(value, int | float):
+    if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}, expected a number")
-    if not 0 <= value <= highest:
+    if not 0 <= float(value) <= highest:
         raise ValueError(f"{name} is {value!r}, expected a number from 0" + (" to 1" if highest == 1 else ""))
 
 

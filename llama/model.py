@@ -273,9 +273,15 @@ class Transformer(nn.Module):
         """Logits of all positions: ids [bsz, seqlen] at positions start_pos ... -> fp32 [bsz, seqlen, vocab].
 
         Positions before start_pos are those of earlier calls, read from the cache.
-        Raises ValueError when rows or positions lie outside max_batch_size or max_seq_len.
+        Raises ValueError when rows or positions lie outside max_batch_size or max_seq_len, and on the CPU when ids lie
+        outside the vocabulary.
         """
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected [bsz, seqlen]")
         bsz, seqlen = tokens.shape
+        # Not on a GPU, where looking would wait for the device. Ids outside would embed as zeros.
+        if tokens.is_cpu and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.params.vocab_size:
+            raise ValueError(f"tokens hold ids outside the vocabulary of {self.params.vocab_size}")
         if bsz > self.params.max_batch_size or not 0 <= start_pos <= self.params.max_seq_len - seqlen:
             raise ValueError(
                 f"{bsz} rows at positions {start_pos} to {start_pos + seqlen - 1} do not fit max_batch_size "

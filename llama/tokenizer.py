@@ -35,7 +35,9 @@ class Tokenizer:
         elif start.startswith(b"\n"):  # the first field of a SentencePiece model, in protobuf's encoding
             backend = _SentencePiece(path)
         else:
-            raise TokenizerError(f"{path} is neither a SentencePiece model nor a tokenizer.json")
+            raise TokenizerError(
+                f"{path} is neither a SentencePiece model nor a tokenizer.json (Llama 3's rank files are not read yet)"
+            )
         self._backend = backend
         self.n_words, self.special_ids = backend.n_words, backend.special_ids
         self.bos_id, self.eos_id, self.pad_id = backend.bos_id, backend.eos_id, backend.pad_id

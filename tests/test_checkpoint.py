@@ -159,7 +159,7 @@ def test_a_world_size_that_does_not_divide_names_those_that_do(folder: Path, mon
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    assert "does not exist: --ckpt_dir takes the folder" in message(tmp_path / "nowhere")
+    assert "does not exist: give the folder with" in message(tmp_path / "nowhere")
     assert "holds no consolidated.NN.pth" in message(tmp_path)
 
 
@@ -168,6 +168,8 @@ def test_other_formats_are_answered_with_the_convert_command(tmp_path: Path) -> 
     (tmp_path / "model.safetensors").write_bytes(b"")
     text = message(tmp_path)
     assert "Hugging Face folder" in text and f"python -m llama convert {tmp_path} DST" in text
+    (tmp_path / "original").mkdir()
+    assert f"its folder {tmp_path / 'original'} has that layout" in message(tmp_path)
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF\x03\0\0\0")
     text = message(gguf)
@@ -185,7 +187,7 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
 def test_half_of_the_shards_do_not_pass_for_a_whole_model(folder: Path) -> None:
     (folder / "consolidated.01.pth").unlink()
     edit_params(folder, vocab_size=512)
-    assert "is not one of 1 parts of the model" in message(folder)
+    assert "is not the whole of the model in params.json (files missing" in message(folder)
 
 
 def test_every_tensor_is_accounted_for(folder: Path) -> None:
@@ -224,7 +226,7 @@ def test_a_file_cannot_run_code(folder: Path, tmp_path: Path) -> None:
     path = folder / "consolidated.00.pth"
     tensors = torch.load(path, weights_only=True)
     torch.save(tensors | {"bomb": Bomb(marker)}, path)
-    assert "consolidated.00.pth cannot be read as tensors only, nothing in it was run" in message(folder)
+    assert "consolidated.00.pth holds more than tensors, which could run code: it was not loaded" in message(folder)
     assert not marker.exists()
     torch.load(path, weights_only=False)  # it is armed
     assert marker.exists()
@@ -259,7 +261,22 @@ def test_no_tokenizer(folder: Path) -> None:
     assert "not a SentencePiece model" in message(folder)  # found beside the folder
 
 
-@pytest.mark.parametrize("arguments", [{"max_seq_len": 0}, {"max_batch_size": 1.5}, {"max_batch_size": -1}])
-def test_sizes_must_be_positive(arguments: dict[str, Any], folder: Path) -> None:
-    with pytest.raises(ValueError, match="expected a positive whole number"):
-        Llama.build(folder, **arguments)
+@pytest.mark.parametrize(
+    ("arguments", "error", "expected"),
+    [
+        ({"max_seq_len": 0}, ValueError, "max_seq_len is 0, expected a whole number from 1"),
+        ({"max_batch_size": -1}, ValueError, "max_batch_size is -1, expected"),
+        ({"max_batch_size": 1.5}, TypeError, "max_batch_size is 1.5, expected a whole number"),
+        ({"max_batch_size": True}, TypeError, "max_batch_size is True, expected a whole number"),
+        ({"seed": "x"}, TypeError, "seed is 'x', expected a whole number"),
+        ({"seed": -1}, ValueError, "seed is -1, expected a whole number from 0"),
+        ({"ckpt_dir": True}, TypeError, "ckpt_dir is True, expected a path"),
+        ({"device": "xpu"}, ValueError, "device 'xpu': expected auto, cpu, cuda, cuda:N or mps"),
+        ({"chat_format": "alpaca"}, ValueError, "chat format 'alpaca': expected llama2, chatml"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    arguments: dict[str, Any], error: type[Exception], expected: str, folder: Path
+) -> None:
+    with pytest.raises(error, match=expected):
+        Llama.build(**{"ckpt_dir": folder, **arguments})

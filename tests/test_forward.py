@@ -155,3 +155,12 @@ def test_forward_outside_the_cache_is_refused(build: Callable[..., Llama]) -> No
     for shape, start in (((1, 17), 0), ((1, 2), 15), ((2, 1), 0), ((1, 1), -1)):
         with pytest.raises(ValueError, match="max_batch_size 1 and max_seq_len 16"):
             llama.model.forward(torch.ones(shape, dtype=torch.int64), start)
+
+
+def test_forward_refuses_ids_that_would_embed_as_zeros(build: Callable[..., Llama]) -> None:
+    llama = build("mha", max_seq_len=16)
+    for token in (512, -1):
+        with pytest.raises(ValueError, match="ids outside the vocabulary of 512"):
+            llama.model.forward(torch.tensor([[1, token]]), 0)
+    with pytest.raises(ValueError, match=r"shape \(2,\), expected \[bsz, seqlen\]"):
+        llama.model.forward(torch.tensor([1, 2]), 0)

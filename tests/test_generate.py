@@ -173,7 +173,9 @@ def test_a_seed_repeats_and_calls_without_one_go_on(build: Callable[..., Llama])
         ({"temperature": "hot"}, TypeError, "temperature is 'hot'"),
         ({"top_p": 1.1}, ValueError, "top_p is 1.1"),
         ({"stop_token_ids": ["\n"]}, TypeError, "stop_token_ids"),
+        ({"stop_token_ids": 5}, TypeError, "stop_token_ids is 5, expected a list of ids"),
         ({"seed": "x"}, TypeError, "seed is 'x'"),
+        ({"seed": -1}, ValueError, "seed is -1"),  # Python would take it for 1
     ],
 )
 def test_mistakes_are_named(
@@ -182,6 +184,14 @@ def test_mistakes_are_named(
     llama = build("mha", max_seq_len=16, max_batch_size=2)
     with pytest.raises(error, match=message):
         llama.generate(**{"prompt_tokens": [[1]], "max_gen_len": 4, **arguments})
+
+
+def test_numpy_numbers_are_numbers(build: Callable[..., Llama]) -> None:
+    llama = build("mha", max_seq_len=16)
+    expected = llama.generate([[1, 5]], 4, temperature=0.5, top_p=0.5, stop_token_ids=[7], seed=3)
+    arguments: dict[str, Any] = {"temperature": np.float32(0.5), "top_p": np.float32(0.5), "seed": np.int64(3)}
+    arguments |= {"prompt_tokens": [np.array([1, 5])], "max_gen_len": np.int64(4), "stop_token_ids": [np.int64(7)]}
+    assert llama.generate(**arguments) == expected
 
 
 def test_logits_that_are_not_finite_raise(build: Callable[..., Llama]) -> None:
