@@ -23,7 +23,7 @@ def long_description() -> str:
 
 # Versions are lower bounds only where an older one is known not to do; requirements.txt pins what was tested.
 CONVERT = ["gguf", "tokenizers"]
-TEST = ["pytest", "hypothesis", "ruff", "mypy", "transformers", "llama-models", "psutil"]
+TEST = ["pytest", "hypothesis", "ruff", "mypy", "transformers", "llama-models"]
 
 setup(
     name="llama-runner",

@@ -7,26 +7,22 @@ from torch import nn
 class KVCache(nn.Module):
     """Keys and values of one layer, [max_batch_size, n_local_kv_heads, max_seq_len, head_dim] each.
 
-    Slots are written at absolute positions and never cleared: whoever attends says how many positions it may
-    see, and a position is always written before it is seen.
+    Slots are written at absolute positions. Old ones may stay: whoever attends says how many positions it may see,
+    and a position is always written before it is seen.
     """
 
     k: torch.Tensor
     v: torch.Tensor
 
-    def __init__(
-        self,
-        max_batch_size: int,
-        n_local_kv_heads: int,
-        max_seq_len: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         super().__init__()
-        shape = (max_batch_size, n_local_kv_heads, max_seq_len, head_dim)
         self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+
+    def clear(self) -> None:
+        """Forget everything: a NaN would otherwise reach other rows, as its weight of 0 does not silence it."""
+        self.k.zero_()
+        self.v.zero_()
 
     def update(
         self, k: torch.Tensor, v: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int

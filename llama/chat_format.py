@@ -111,7 +111,7 @@ def split_system(dialog: Dialog) -> tuple[str | None, list[Message]]:
     A dialog is a list of {"role": ..., "content": ...}: at most one system message, first; then user and assistant
     in turn, with the user last. Raises TypeError or ValueError otherwise.
     """
-    if isinstance(dialog, str | dict) or not all(
+    if not isinstance(dialog, Sequence) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in dialog
     ):
         raise TypeError('a dialog is a list of {"role": ..., "content": ...} messages with texts in both')

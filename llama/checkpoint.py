@@ -121,7 +121,7 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
         if not optional and (
             isinstance(value, bool) != is_flag
             or not isinstance(value, int if whole else (int, float))
-            or (not is_flag and value <= 0 and (key, value) != ("vocab_size", -1))
+            or (not is_flag and not 0 < value < float("inf") and (key, value) != ("vocab_size", -1))
         ):
             expected = "true or false" if is_flag else "a positive whole number" if whole else "a positive number"
             raise CheckpointError(f"{path}: {key} is {value!r}, expected {expected}")
@@ -244,7 +244,7 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
 def open_shard(path: Path) -> dict[str, torch.Tensor]:
     """Map one file into memory; nothing but tensors in a dict is accepted."""
     if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is damaged or not a file that torch.save wrote: fetch it again")
+        raise CheckpointError(f"{path} is damaged, or not a file that torch.save (1.6 or later) wrote: fetch it again")
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds; all mean that this file is no checkpoint
@@ -252,7 +252,9 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"{path} holds more than tensors, which could run code: it was not loaded") from error
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{path} cannot be read ({reason}): fetch it again") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in tensors.items()
+    ):
         raise CheckpointError(f"{path} does not hold tensors by name: not a Llama checkpoint in Meta's layout")
     return {key: t for key, t in tensors.items() if not SKIPPED.fullmatch(key)}
 

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -40,14 +41,25 @@ def _check_flags(command: Command | dict[str, Command], words: list[str]) -> Non
         command, words = command[words[0]], words[1:]
     if {"-h", "--help"} & set(words):
         return
-    parameters = inspect.signature(command).parameters
-    named = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--") and word != "--"}
-    required = [name for name, p in parameters.items() if p.default is p.empty]
-    positional = bool(words) and not words[0].startswith("-")
+    parameters = list(inspect.signature(command).parameters.values())
+    names = [p.name for p in parameters]
+    given, free, flag = set(), 0, False
+    for word in words:
+        if re.match(r"--?[A-Za-z]", word):
+            given.add(word.lstrip("-").split("=")[0].replace("-", "_"))
+            flag = "=" not in word  # the next word is its value
+        else:
+            free, flag = free + (not flag), False
+    given |= set(
+        [name for name in names if name not in given][:free]
+    )  # words without a flag fill what is left, in turn
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in given]
     problem = ""
-    if unknown := sorted(named - parameters.keys()):
-        problem = f"unknown flag --{unknown[0]}; there are {', '.join(f'--{name}' for name in parameters)}"
-    elif not positional and (missing := [name for name in required if name not in named]):
+    if unknown := sorted(given - set(names)):
+        problem = f"unknown flag --{unknown[0]}; there are {', '.join(f'--{name}' for name in names)}"
+    elif len(given) > len(names) or free > len(names):
+        problem = f"too many words; there are {', '.join(f'--{name}' for name in names)}"
+    elif missing:
         problem = f"--{missing[0]} is missing; --help tells more"
     if problem:
         if is_main_rank():

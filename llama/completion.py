@@ -165,6 +165,8 @@ class Llama(Generator):
             raise ValueError(
                 "this tokenizer belongs to no known chat format: build with chat_format='llama2' or 'chatml'"
             )
+        if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
+            raise TypeError(f"dialogs are a list of dialogs, not {type(dialogs).__name__}")
         for dialog in dialogs:
             split_system(dialog)
         refusals = [self.chat_format.refusal(dialog) for dialog in dialogs]

@@ -151,14 +151,15 @@ def share_cores(world: World) -> None:
 
 _members = 0  # models that use the group; the last one to leave destroys it
 _ours = False  # False: somebody else initialised torch.distributed and will destroy it
+_our_groups = False  # the same for fairscale's groups
 _store: dist.Store | None = None  # one per process: torchrun's port can be bound once
 _rounds = 0  # groups made so far; each uses its own keys of the store
-_excepthook = sys.excepthook  # torch wraps it at each init, to put the rank before every line of a traceback
+_hooks = (sys.excepthook, sys.excepthook)  # before and after torch wrapped it, to put the rank before each line
 
 
 def join(world: World, device: torch.device) -> None:
     """Enter the process group and fairscale's model-parallel group, making them if this is the first model."""
-    global _members, _ours, _store, _rounds, _excepthook
+    global _members, _ours, _our_groups, _store, _rounds, _hooks
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     if not dist.is_initialized():
         if device.type == "cuda" and backend == "gloo":
@@ -167,19 +168,20 @@ def join(world: World, device: torch.device) -> None:
             single = world.size == 1
             _store = dist.HashStore() if single else next(dist.rendezvous("env://", world.rank, world.size))[0]
         _rounds += 1
-        _excepthook = sys.excepthook
+        hook = sys.excepthook
         store = dist.PrefixStore(f"llama/{_rounds}", _store)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
-        _ours = True
+        _ours, _hooks = True, (hook, sys.excepthook)
         if world.size == 1:
-            sys.excepthook = _excepthook
-    elif world.size > 1 and dist.get_backend() != backend:
+            sys.excepthook = hook
+    elif world.size > 1 and _ours and dist.get_backend() != backend:
         raise ValueError(
             f"ranks already talk over {dist.get_backend()}, {device} needs {backend}: close() the other model"
         )
     if not fairscale_groups.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines there
             fairscale_groups.initialize_model_parallel(world.size)
+        _our_groups = True
     if fairscale_groups.get_model_parallel_world_size() != world.size:
         raise ValueError(f"fairscale is initialised with another model-parallel size than the {world.size} ranks here")
     _members += 1
@@ -187,12 +189,16 @@ def join(world: World, device: torch.device) -> None:
 
 def leave() -> None:
     """Give the group back; with the last model it is destroyed."""
-    global _members, _ours
+    global _members, _ours, _our_groups
     _members -= 1
-    if _members == 0 and _ours:
+    if _members == 0 and _our_groups:
         fairscale_groups.destroy_model_parallel()
-        dist.destroy_process_group()
-        sys.excepthook = _excepthook
+        _our_groups = False
+    if _members == 0 and _ours:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if sys.excepthook is _hooks[1]:
+            sys.excepthook = _hooks[0]
         _ours = False
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llama import sampling
+from llama.cache import KVCache
 from llama.distributed import current_world, from_rank_0, is_main_rank, leave
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
@@ -20,10 +21,11 @@ from llama.tokenizer import Tokenizer
 class Row:
     """One prompt and what has become of it.
 
-    limit: length, prompt included, at which generation ends. stream: the row's own random numbers.
-    echo: whether the answer includes the prompt.
+    index: place among the call's prompts. limit: length, prompt included, at which generation ends.
+    stream: the row's own random numbers. echo: whether the answer includes the prompt.
     """
 
+    index: int
     prompt: list[int]
     limit: int
     stream: random.Random
@@ -135,7 +137,7 @@ class Generator:
             if outside:
                 raise ValueError(f"prompt {i} holds id {outside[0]}, outside the vocabulary of {args.vocab_size}")
             row_seed = self._seeds.getrandbits(63) if seed is None else seed
-            rows.append(Row(ids, min(len(ids) + max_gen_len, args.max_seq_len), random.Random(int(row_seed)), echo))
+            rows.append(Row(i, ids, min(len(ids) + max_gen_len, args.max_seq_len), random.Random(int(row_seed)), echo))
         return rows
 
     @torch.inference_mode()
@@ -166,7 +168,7 @@ class Generator:
             scores = model.token_logprobs(h[:, :-1], tokens[:, 1:])
             for row, values in zip(rows, read_back(scores), strict=True):
                 row.prompt_logprobs = [0.0, *values[: len(row.prompt) - 1]]
-            _check_finite([all(map(math.isfinite, row.prompt_logprobs)) for row in rows], "in the prompt")
+            self._check_finite(rows, [all(map(math.isfinite, row.prompt_logprobs)) for row in rows], "in the prompt")
         h = h[range(len(rows)), [n - 1 for n in lengths]]  # [bsz, dim], the last position of each row
 
         for step in range(max(row.limit - row.length for row in rows)):
@@ -180,7 +182,7 @@ class Generator:
             scores = logits.log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0] if logprobs else finite
             # fp32 holds every id below 2^24 exactly, so one transfer brings everything.
             id_list, logprob_list, finite_list = read_back(torch.stack((ids.float(), scores, finite)))
-            _check_finite(finite_list, f"at step {step}")
+            self._check_finite(rows, finite_list, f"at step {step}")
             for row, token, logprob in zip(rows, map(int, id_list), logprob_list, strict=True):
                 if row.finish_reason:
                     continue
@@ -200,6 +202,17 @@ class Generator:
                 start_pos = torch.tensor(positions).to(device)
             h = model.hidden(ids[:, None], start_pos, max(positions) + 1)[:, 0]
 
+    def _check_finite(self, rows: list[Row], finite: Sequence[float], where: str) -> None:
+        for row, is_finite in zip(rows, finite, strict=True):
+            if not is_finite:
+                for module in self.model.modules():
+                    if isinstance(module, KVCache):
+                        module.clear()
+                raise FloatingPointError(
+                    f"logits that are not finite {where}, row {row.index}, rank {current_world().rank}: "
+                    "the weights are damaged, or their dtype overflows (try --dtype float32)"
+                )
+
 
 def read_back(values: torch.Tensor) -> list[list[float]]:
     """Bring numbers from the device to Python: the one place where the engine waits for the device."""
@@ -218,12 +231,3 @@ def _check_number(name: str, value: float, highest: float) -> None:
         raise TypeError(f"{name} is {value!r}, expected a number")
     if not 0 <= float(value) <= highest:
         raise ValueError(f"{name} is {value!r}, expected a number from 0" + (" to 1" if highest == 1 else ""))
-
-
-def _check_finite(finite: Sequence[float], where: str) -> None:
-    for row, is_finite in enumerate(finite):
-        if not is_finite:
-            raise FloatingPointError(
-                f"logits that are not finite {where}, row {row}, rank {current_world().rank}: "
-                "the weights are damaged, or their dtype overflows (try --dtype float32)"
-            )

@@ -193,7 +193,8 @@ class Attention(nn.Module):
         self.wk = ColumnLinear(args.dim, self.n_local_kv_heads * self.head_dim)
         self.wv = ColumnLinear(args.dim, self.n_local_kv_heads * self.head_dim)
         self.wo = RowLinear(self.n_local_heads * self.head_dim, args.dim)
-        self.cache = KVCache(args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim, dtype, device)
+        shape = (args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim)
+        self.cache = KVCache(shape, dtype, device)
 
     def forward(self, x: torch.Tensor, at: Positions) -> torch.Tensor:
         bsz, seqlen, _ = x.shape

@@ -50,5 +50,5 @@ def draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     point = uniform[:, None] * total
     # The first id whose cumulative weight exceeds the point, so an id of weight 0 is never drawn, not even when
     # rounding puts the point on the total.
-    last = torch.searchsorted(cumulative, total)
+    last = torch.searchsorted(cumulative, total).clamp(max=probs.shape[-1] - 1)  # past the end where a weight is NaN
     return torch.searchsorted(cumulative, point, right=True).minimum(last).squeeze(-1)

@@ -133,6 +133,8 @@ class _TokenizerJson:
         config_path = path.with_name("tokenizer_config.json")
         try:
             config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError("it holds no object")
         except (OSError, ValueError) as error:
             raise TokenizerError(f"{config_path}, which names the special tokens, cannot be read: {error}") from error
         self.model.encode_special_tokens = True  # "<|im_end|>" in a text stays text
@@ -150,8 +152,8 @@ class _TokenizerJson:
         token = config.get(key)
         if token is None:
             return -1
-        name = token["content"] if isinstance(token, dict) else token
-        found = self.model.token_to_id(name)
+        name = token.get("content") if isinstance(token, dict) else token
+        found = self.model.token_to_id(str(name))
         if found is None:
             raise TokenizerError(f"{path} has no token {name!r}, which tokenizer_config.json calls {key}")
         return found

@@ -31,10 +31,10 @@ def frequencies(params: dict, head_dim: int) -> list[float]:
         if params.get("use_scaled_rope"):
             wavelength = 2 * math.pi / freq
             if wavelength > 8192 / 1:
-                freq /= 8
+                freq /= params.get("factor", 8)
             elif wavelength > 8192 / 4:
                 smooth = (8192 / wavelength - 1) / (4 - 1)
-                freq = (1 - smooth) * freq / 8 + smooth * freq
+                freq = (1 - smooth) * freq / params.get("factor", 8) + smooth * freq
         freqs.append(freq)
     return freqs
 

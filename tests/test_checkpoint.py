@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def edit_shard(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         ({"dim": 64.5}, "dim is 64.5, expected a positive whole number"),
         ({"dim": True}, "dim is True, expected a positive whole number"),
         ({"n_layers": 0}, "n_layers is 0, expected a positive whole number"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan, expected a positive number"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf, expected a positive number"),
         ({"norm_eps": -1e-5}, "norm_eps is -1e-05, expected a positive number"),
         ({"use_scaled_rope": 1}, "use_scaled_rope is 1, expected true or false"),
         ({"vocab_size": -2}, "vocab_size is -2, expected"),
@@ -202,6 +205,24 @@ def test_every_tensor_is_accounted_for(folder: Path) -> None:
     assert "wrong type: norm.weight torch.int8" in message(folder)
 
 
+@pytest.mark.parametrize("name", ["mha", "llama31"])
+def test_a_vocabulary_of_minus_1_is_the_embeddings_rows(
+    name: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whichever axis the files divide."""
+    shutil.copytree(checkpoint(name, 2), tmp_path / "copy")
+    edit_params(tmp_path / "copy", vocab_size=-1)
+    assert Checkpoint(tmp_path / "copy").params.vocab_size == 512
+
+
+def test_repeated_tensors_come_from_the_first_file(folder: Path) -> None:
+    edit_shard(folder / "consolidated.01.pth", lambda t: t.update({"norm.weight": t["norm.weight"] + 1}))
+    llama = Llama.build(folder, max_seq_len=8)
+    first = torch.load(folder / "consolidated.00.pth", weights_only=True)["norm.weight"]
+    assert torch.equal(llama.model.norm.weight, first)
+    llama.close()
+
+
 def test_llama_1_frequencies_are_skipped(folder: Path) -> None:
     rope = {"rope.freqs": torch.ones(4)} | {
         f"layers.{i}.attention.inner_attention.rope.freqs": torch.ones(4) for i in range(3)
@@ -232,7 +253,7 @@ def test_a_file_cannot_run_code(folder: Path, tmp_path: Path) -> None:
     assert marker.exists()
     marker.unlink()
     path.write_bytes(pickle.dumps(Bomb(marker)))
-    assert "not a file that torch.save wrote" in message(folder)
+    assert "not a file that torch.save (1.6 or later) wrote" in message(folder)
     assert not marker.exists()
 
 

@@ -29,6 +29,8 @@ def fails(reason: BaseException) -> Callable[[], None]:
         (["x", "--cuont=3"], "unknown flag --cuont"),
         ([], "--source is missing; --help tells more"),
         (["--count", "3"], "--source is missing"),
+        (["-cuont", "3", "x"], "unknown flag --cuont"),
+        (["a", "1", "True", "b"], "too many words"),
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
@@ -46,6 +48,13 @@ def test_misspelt_and_missing_flags_run_nothing(
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize("words", [["--count", "2", "x"], ["-source", "x"], ["x", "--count=-5"], ["x", "7"]])
+def test_words_without_flags_fill_what_is_left(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    with pytest.raises(AssertionError, match="ran"):
+        cli.run(command)
 
 
 @pytest.mark.parametrize("error", [ValueError("no such shard"), TypeError("no number"), FileNotFoundError("nothing")])

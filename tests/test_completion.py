@@ -104,6 +104,21 @@ def test_roles_are_checked_before_anything_runs(build: Callable[..., Llama]) -> 
         build("gqa").chat_completion([GOOD, [{"role": "assistant", "content": "x"}]])
 
 
+def test_an_answer_ends_at_the_formats_stop_ids(build: Callable[..., Llama]) -> None:
+    llama = build("gqa", max_seq_len=128)
+    assert llama.chat_format is not None
+    (row,), _ = llama.generate([llama.chat_format.encode(GOOD)], 10, temperature=0)
+    llama.chat_format.stop_tokens = {row[4]}
+    (result,) = llama.chat_completion([GOOD], temperature=0, max_gen_len=10, logprobs=True)
+    assert result["finish_reason"] == "stop" and len(result["tokens"]) == row.index(row[4])
+
+
+@pytest.mark.parametrize("dialogs", [5, "hello", [5], [None]])
+def test_what_is_no_list_of_dialogs_is_an_error(dialogs: Any, build: Callable[..., Llama]) -> None:
+    with pytest.raises(TypeError, match="dialog"):
+        build("gqa").chat_completion(dialogs)
+
+
 def test_a_tokenizer_without_a_chat_format_says_so(build: Callable[..., Llama]) -> None:
     llama = build("mha")
     llama.chat_format = None

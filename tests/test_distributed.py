@@ -54,7 +54,8 @@ def test_models_come_and_go_in_one_process(build: Callable[..., Llama]) -> None:
     prompt, hook = [[1, 450, 319, 352]], sys.excepthook
     a = build("mha")
     first, _ = a.generate(prompt, 8, temperature=0)
-    b = build("gqa")  # both open
+    b = build("gqa", dtype="bfloat16")  # both open
+    assert torch.get_default_dtype() == torch.float32
     b.generate(prompt, 8, temperature=0)
     assert a.generate(prompt, 8, temperature=0)[0] == first
     a.close()
@@ -76,19 +77,28 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path, build: Callabl
     build("mha")
 
 
-def test_close_gives_the_memory_back(build: Callable[..., Llama]) -> None:
-    def anonymous() -> int:
-        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
 
-    build("mha", max_seq_len=64).close()
-    before = anonymous()
-    llama = build("mha", max_seq_len=8192, max_batch_size=64)
+
+def memory_of_a_model(folder: Path) -> tuple[int, int, int]:
+    """(bytes of the caches, growth while they are open, growth after close)."""
+    Llama.build(folder, max_seq_len=64).close()
+    before = anonymous_bytes()
+    llama = Llama.build(folder, max_seq_len=8192, max_batch_size=64)
     caches = [buffer for name, buffer in llama.model.named_buffers() if "cache" in name]
     size = sum(cache.fill_(1).nbytes for cache in caches)
     del caches
-    assert size > 700e6 and anonymous() - before > 0.99 * size
+    growth = anonymous_bytes() - before
     llama.close()
-    assert anonymous() - before < 0.02 * size
+    return size, growth, anonymous_bytes() - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status, which Linux has")
+def test_close_gives_the_memory_back(checkpoint: Callable[..., Path]) -> None:
+    ((size, growth, left),) = run_ranks(1, memory_of_a_model, checkpoint("mha"))
+    assert size > 700e6 and growth > 0.99 * size and left < 0.02 * size
 
 
 def test_another_model_parallel_size_is_an_error(build: Callable[..., Llama]) -> None:
@@ -193,6 +203,34 @@ def test_ranks_share_the_cores_unless_the_user_chose(
     assert len(chosen) <= 1
 
 
+def threads(folder: Path) -> int:
+    os.sched_getaffinity = lambda _: set(range(8))  # a larger machine
+    Llama.build(folder, max_seq_len=8).close()
+    return torch.get_num_threads()
+
+
+def test_build_shares_the_cores(checkpoint: Callable[..., Path]) -> None:
+    assert run_ranks(2, threads, checkpoint("mha")) == [4, 4]
+
+
+def users_own_group(folder: Path) -> list[list[int]]:
+    """Somebody else's process group: used, left alive, and gone when the next model is built."""
+    answers = []
+    for _ in range(2):
+        dist.init_process_group("gloo")
+        llama = Llama.build(folder)
+        answers += llama.generate([[1, 450]], 4, temperature=0)[0]
+        llama.close()
+        assert dist.is_initialized()
+        dist.destroy_process_group()
+    return answers
+
+
+def test_a_users_own_process_group_is_left_to_the_user(checkpoint: Callable[..., Path]) -> None:
+    for first, second in run_ranks(2, users_own_group, checkpoint("mha")):
+        assert first == second
+
+
 # Under torchrun -----------------------------------------------------------------------------------
 
 
@@ -265,7 +303,7 @@ def test_a_build_that_fails_on_one_rank_fails_on_all(checkpoint: Callable[..., P
 
 
 ENDING = """
-import os, sys
+import os, socket, sys
 import torch
 from llama import Llama
 
@@ -273,13 +311,16 @@ attempt, is_rank = 0, False
 while attempt < 20 and not is_rank:  # one import serves all; a fork is a rank, and ends as a program of its own does
     attempt += 1
     ranks = []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     for rank in range(2):
         if not is_rank:
             pid = os.fork()
             if pid == 0:
                 is_rank = True
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-                os.environ["MASTER_PORT"] = str(int(sys.argv[2]) + attempt)
+                os.environ["MASTER_PORT"] = str(port)
             ranks.append(pid)
     if not is_rank:
         print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks], flush=True)
@@ -295,7 +336,7 @@ def test_ranks_exit_cleanly_20_times_of_20(checkpoint: Callable[..., Path], tmp_
     """gloo ranks that exit with their group alive abort now and then."""
     script = tmp_path / "ending.py"
     script.write_text(ENDING)
-    command = [sys.executable, str(script), str(checkpoint("mha")), "29600"]
+    command = [sys.executable, str(script), str(checkpoint("mha"))]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert done.stdout.splitlines() == ["[0, 0]"] * 20, done.stderr

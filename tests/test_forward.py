@@ -10,7 +10,8 @@ import pytest
 import torch
 from make_checkpoint import MODELS
 
-from llama import Llama
+from llama import Llama, ModelArgs
+from llama.model import rope_table
 
 LENGTHS = (1, 24, 300)
 
@@ -164,3 +165,15 @@ def test_forward_refuses_ids_that_would_embed_as_zeros(build: Callable[..., Llam
             llama.model.forward(torch.tensor([[1, token]]), 0)
     with pytest.raises(ValueError, match=r"shape \(2,\), expected \[bsz, seqlen\]"):
         llama.model.forward(torch.tensor([1, 2]), 0)
+
+
+@pytest.mark.parametrize(("factor", "args"), [(8.0, {}), (32.0, {"dim": 2048, "n_layers": 16}), (5.0, {})])
+def test_the_rope_factor_is_applied(factor: float, args: dict[str, int]) -> None:
+    named = {"rope_scaling_factor": 5.0} if factor == 5 else {}
+    shape = {"dim": 4096, "n_layers": 32} | args
+    made = ModelArgs(**shape, n_heads=32, use_scaled_rope=True, rope_theta=500000.0, max_seq_len=1000, **named)  # type: ignore[arg-type]  # ints and floats
+    cos, sin = rope_table(made, torch.device("cpu"))
+    params = {"use_scaled_rope": True, "rope_theta": 500000.0, "factor": factor}
+    angles = np.outer(np.arange(1000), plain.frequencies(params, made.head_dim))
+    np.testing.assert_allclose(cos, np.cos(angles), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(sin, np.sin(angles), rtol=0, atol=1e-4)

@@ -194,15 +194,60 @@ def test_numpy_numbers_are_numbers(build: Callable[..., Llama]) -> None:
     assert llama.generate(**arguments) == expected
 
 
-def test_logits_that_are_not_finite_raise(build: Callable[..., Llama]) -> None:
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite_raise(value: float, logprobs: bool, build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=32)
-    llama.model.output.weight[7] = float("nan")
-    with pytest.raises(FloatingPointError, match="at step 0, row 0, rank 0"):
-        llama.generate([[1, 5]], 4)
+    llama.model.output.weight[7] = value
+    for temperature in (0, 0.8):
+        with pytest.raises(FloatingPointError, match="at step 0, row 0, rank 0"):
+            llama.generate([[1, 5]], 4, temperature, logprobs=logprobs)
+
+
+def test_logits_are_checked_at_every_step(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = build("mha", max_seq_len=32)
+    logits, steps = llama.model.logits, iter(range(100))
+    spoilt = lambda h: logits(h) + (float("nan") if next(steps) == 2 else 0) * torch.eye(2, 512)[:, :1]  # noqa: E731
+    monkeypatch.setattr(llama.model, "logits", spoilt)
+    with pytest.raises(FloatingPointError, match="at step 2, row 0, rank 0"):
+        llama.generate([[1, 5], [1, 6]], 6)
+
+
+def test_a_failed_call_leaves_nothing_in_the_cache(build: Callable[..., Llama]) -> None:
+    """Masked keys still count as 0 times their value, and 0 times NaN is NaN."""
+    llama = build("mha", max_seq_len=64)
+    expected = llama.generate(PROMPTS[:2], 8, temperature=0, logprobs=True)
+    healthy = llama.model.tok_embeddings.weight[9].clone()
+    llama.model.tok_embeddings.weight[9] = float("nan")
+    with pytest.raises(FloatingPointError):
+        llama.generate([[1, *[9] * 50]] * 2, 4)
     with pytest.raises(FloatingPointError, match="in the prompt, row 1"):
-        llama.model.output.weight[7] = 0.0
-        llama.model.tok_embeddings.weight[9] = float("inf")
         llama.generate([[1, 5], [1, 9, 5]], 0, echo=True, logprobs=True)
+    llama.model.tok_embeddings.weight[9] = healthy
+    assert llama.generate(PROMPTS[:2], 8, temperature=0, logprobs=True) == expected
+
+
+def test_a_batch_is_prefilled_in_one_pass(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = build("mha", max_seq_len=96, max_batch_size=5)
+    hidden, shapes = llama.model.hidden, []
+
+    def watched(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shapes.append(tuple(tokens.shape))
+        return hidden(tokens, *rest)
+
+    monkeypatch.setattr(llama.model, "hidden", watched)
+    llama.generate(PROMPTS, 4, temperature=0)
+    assert shapes == [(5, 58), (5, 1), (5, 1), (5, 1)]  # and no pass for the last id, which nothing follows
+
+
+def test_prompts_are_scored_in_chunks(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = build("gqa", max_seq_len=64, max_batch_size=5)
+    _, expected = llama.generate(PROMPTS, 0, logprobs=True, echo=True)
+    monkeypatch.setattr("llama.model.SCORING_CHUNK", 5 * 512 * 7)  # 7 positions at a time, of 57
+    _, found = llama.generate(PROMPTS, 0, logprobs=True, echo=True)
+    assert expected is not None and found is not None
+    for ours, theirs in zip(found, expected, strict=True):
+        close(ours, theirs)
 
 
 # Properties ---------------------------------------------------------------------------------------
