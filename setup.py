@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup  # type: ignore[import-untyped]
+from setuptools import find_packages, setup  # type: ignore[import-untyped]  # ships no types
 
 HERE = Path(__file__).resolve().parent
 

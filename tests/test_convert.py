@@ -249,7 +249,7 @@ def test_defaults_of_absent_keys(tmp_path: Path) -> None:
 )
 def test_feed_forward_params(dim: int, width: int, expected: dict[str, Any]) -> None:
     found = feed_forward_params(dim, width)
-    assert ModelArgs(dim=dim, **found).hidden_dim == width  # type: ignore[arg-type]
+    assert ModelArgs(dim=dim, **found).hidden_dim == width  # type: ignore[arg-type]  # ints and a float
     assert found == expected
 
 
@@ -257,7 +257,7 @@ def test_feed_forward_params_reach_every_width() -> None:
     rng = random.Random(3)
     for _ in range(300):
         dim, width = rng.randrange(2, 9000, 2), rng.randrange(1, 40000)
-        assert ModelArgs(dim=dim, **feed_forward_params(dim, width)).hidden_dim == width  # type: ignore[arg-type]
+        assert ModelArgs(dim=dim, **feed_forward_params(dim, width)).hidden_dim == width  # type: ignore[arg-type]  # the same
 
 
 def test_feed_forward_params_are_checked_by_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

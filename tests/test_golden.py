@@ -39,7 +39,7 @@ def answers(folders: dict[str, Path], golden: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
 def test_golden_cases(shards: int, world_size: int, checkpoint: Callable[..., Path], golden: dict[str, Any]) -> None:
     # gqa has 2 KV heads: at 4 ranks two of them hold the same one.
     folders = {name: checkpoint(name, shards) for name in MODELS}
