@@ -2,37 +2,39 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
 import torch
+from typing_extensions import Unpack
 
 from llama.cache import KVCache
 from llama.chat_format import ChatFormat, Dialog, Message, for_tokenizer, split_system
 from llama.checkpoint import Checkpoint, check_world_size, load_weights, tensor_shapes
 from llama.distributed import current_world, join, leave, pick_device, pick_dtype, raising_together, say, share_cores
-from llama.generation import Generator, Row, check_whole
+from llama.generation import Generator
 from llama.model import Transformer
+from llama.request import Each, Row, Settings, check_list, check_whole
+from llama.stream import Stop, TextPiece, TextStream, read_stops
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
 
-class CompletionPrediction(TypedDict, total=False):
-    """`tokens` and `logprobs` are there when log-probabilities were asked for."""
+class Details(TypedDict, total=False):
+    """What predictions have in common. `tokens`, `logprobs` and `top_logprobs` are there when asked for."""
 
+    finish_reason: str
+    tokens: list[str]
+    logprobs: list[float]
+    top_logprobs: list[list[tuple[str, float]]]
+
+
+class CompletionPrediction(Details, total=False):
     generation: str
-    finish_reason: str
-    tokens: list[str]
-    logprobs: list[float]
 
 
-class ChatPrediction(TypedDict, total=False):
-    """`tokens` and `logprobs` are there when log-probabilities were asked for."""
-
+class ChatPrediction(Details, total=False):
     generation: Message
-    finish_reason: str
-    tokens: list[str]
-    logprobs: list[float]
 
 
 class Llama(Generator):
@@ -112,98 +114,166 @@ class Llama(Generator):
     def text_completion(
         self,
         prompts: Sequence[str],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        max_gen_len: int | None = None,
-        logprobs: bool = False,
+        temperature: Each[float] = 0.6,
+        top_p: Each[float] = 0.9,
+        max_gen_len: Each[int | None] = None,
+        logprobs: bool | int = False,
         echo: bool = False,
         *,
-        seed: int | None = None,
+        stop: Stop = None,
+        top_k: Each[int | None] = None,
+        repetition_penalty: Each[float] = 1.0,
+        seed: Each[int | None] = None,
+        n: int = 1,
     ) -> list[CompletionPrediction]:
-        """Continue texts, any number of them; BOS goes first where the tokenizer adds one. Arguments as in `generate`.
+        """Continue texts, any number of them; BOS goes first where the tokenizer adds one.
 
-        max_gen_len: None is as far as max_seq_len goes.
+        stop: texts that end an answer and are cut off it, for all prompts (["\\n\\n", "User:"]) or a list for each.
+        echo: the prompt goes before the answer.
+        logprobs: True, or the number of alternatives. `request.Settings` has the meanings of the others.
 
-        Returns a dict a prompt: "generation" (text), "finish_reason" ("stop" or "length") and, with logprobs, "tokens"
-        (the text of each id) and "logprobs".
+        Returns a dict a prompt, or n of them for each: "generation" (text), "finish_reason" ("stop" or "length"); with
+        logprobs "tokens" (the text of each id) and "logprobs"; with alternatives "top_logprobs", a list of
+        (text, log-probability) for each id. Errors as in `generate`.
         """
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            raise TypeError(f"prompts are a list of texts, not {type(prompts).__name__}: put a single text in brackets")
-        ids = [self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos, eos=False) for prompt in prompts]
-        rows = self._complete(ids, max_gen_len, seed, temperature, top_p, logprobs, echo, set())
+        rows, texts = self._text_rows(
+            prompts,
+            stop,
+            echo,
+            temperature=temperature,
+            top_p=top_p,
+            max_gen_len=max_gen_len,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            n=n,
+        )
+        k = self._alternatives(logprobs)
+        for _ in self._pieces(rows, texts, k, echo):
+            pass
         answers: list[CompletionPrediction] = []
-        for row in rows:
-            answer: CompletionPrediction = {
-                "generation": self.tokenizer.decode(row.answer_tokens),
-                "finish_reason": row.finish_reason or "length",
-            }
-            if logprobs:
-                answer["tokens"] = [self.tokenizer.decode_token(token) for token in row.answer_tokens]
-                answer["logprobs"] = row.answer_logprobs
-            answers.append(answer)
+        for row, text in zip(rows, texts, strict=True):
+            answers.append({"generation": text.text})
+            self._add_details(answers[-1], row, text, k)
         return answers
+
+    def stream_text(
+        self, prompts: Sequence[str], *, stop: Stop = None, echo: bool = False, **settings: Unpack[Settings]
+    ) -> Iterator[TextPiece]:
+        """`text_completion` as it comes: pieces (row, text, finish_reason), in which each row's texts, joined, are
+        its "generation". Bytes that may become a character and the beginning of a stop text are held back."""
+        return self._pieces(*self._text_rows(prompts, stop, echo, **settings), echo=echo)
 
     def chat_completion(
         self,
         dialogs: Sequence[Dialog],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        max_gen_len: int | None = None,
-        logprobs: bool = False,
+        temperature: Each[float] = 0.6,
+        top_p: Each[float] = 0.9,
+        max_gen_len: Each[int | None] = None,
+        logprobs: bool | int = False,
         *,
-        seed: int | None = None,
+        stop: Stop = None,
+        top_k: Each[int | None] = None,
+        repetition_penalty: Each[float] = 1.0,
+        seed: Each[int | None] = None,
+        n: int = 1,
     ) -> list[ChatPrediction]:
-        """Answer dialogs, any number of them. Arguments as in `generate`; `chat_format.encode(dialog)` shows the ids.
+        """Answer dialogs, any number of them; `chat_format.encode(dialog)` shows the ids. Arguments as in
+        `text_completion`.
 
-        max_gen_len: None is as far as max_seq_len goes.
-
-        Returns a dict a dialog: "generation" ({"role": "assistant", "content": text}), "finish_reason" ("stop" or
-        "length") and, with logprobs, "tokens" and "logprobs" of the answer. A dialog that its format refuses gets the
-        fixed refusal as its answer, with no tokens. Raises ValueError for roles out of order.
+        Returns a dict a dialog, or n of them for each, as `text_completion` does, except that "generation" is
+        {"role": "assistant", "content": text}. A dialog that its format refuses gets the fixed refusal as its answer,
+        with no tokens. Raises ValueError for roles out of order.
         """
+        rows, texts = self._chat_rows(
+            dialogs,
+            stop,
+            temperature=temperature,
+            top_p=top_p,
+            max_gen_len=max_gen_len,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            n=n,
+        )
+        k = self._alternatives(logprobs)
+        for _ in self._pieces(rows, texts, k):
+            pass
+        answers: list[ChatPrediction] = []
+        for row, text in zip(rows, texts, strict=True):
+            answers.append({"generation": {"role": "assistant", "content": text.text}})
+            self._add_details(answers[-1], row, text, k)
+        return answers
+
+    def stream_chat(
+        self, dialogs: Sequence[Dialog], *, stop: Stop = None, **settings: Unpack[Settings]
+    ) -> Iterator[TextPiece]:
+        """`chat_completion` as it comes, in pieces like `stream_text`'s."""
+        return self._pieces(*self._chat_rows(dialogs, stop, **settings))
+
+    def _text_rows(
+        self, prompts: Sequence[str], stop: Stop, echo: bool, **settings: Unpack[Settings]
+    ) -> tuple[list[Row], list[TextStream]]:
+        check_list("prompts", "texts", prompts)
+        rows = self._rows(
+            [self.tokenizer.encode(p, bos=self.tokenizer.adds_bos, eos=False) for p in prompts], **settings
+        )
+        stops = read_stops(stop, len(prompts))
+        n = len(rows) // max(1, len(prompts))
+        return rows, [TextStream(self.tokenizer, stops[row.index // n], row.prompt * echo) for row in rows]
+
+    def _chat_rows(
+        self, dialogs: Sequence[Dialog], stop: Stop, **settings: Unpack[Settings]
+    ) -> tuple[list[Row], list[TextStream]]:
         if self.chat_format is None:
             raise ValueError(
                 "this tokenizer belongs to no known chat format: build with chat_format='llama2' or 'chatml'"
             )
-        if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
-            raise TypeError(f"dialogs are a list of dialogs, not {type(dialogs).__name__}")
+        check_list("dialogs", "dialogs", dialogs)
         for dialog in dialogs:
             split_system(dialog)
         refusals = [self.chat_format.refusal(dialog) for dialog in dialogs]
-        ids = [self.chat_format.encode(d) for d, refusal in zip(dialogs, refusals, strict=True) if refusal is None]
-        stop = self.chat_format.stop_tokens
-        rows = iter(self._complete(ids, max_gen_len, seed, temperature, top_p, logprobs, False, stop))
-        answers: list[ChatPrediction] = []
-        for refusal in refusals:
-            row = None if refusal is not None else next(rows)
-            content = refusal if row is None else self.tokenizer.decode(row.tokens)
-            answer: ChatPrediction = {
-                "generation": {"role": "assistant", "content": content or ""},
-                "finish_reason": "stop" if row is None else row.finish_reason or "length",
-            }
-            if logprobs:
-                answer["tokens"] = [] if row is None else [self.tokenizer.decode_token(token) for token in row.tokens]
-                answer["logprobs"] = [] if row is None else row.logprobs
-            answers.append(answer)
-        return answers
+        ids = [[0] if refused else self.chat_format.encode(d) for d, refused in zip(dialogs, refusals, strict=True)]
+        rows = self._rows(ids, **settings)
+        stops = read_stops(stop, len(dialogs))
+        n = len(rows) // max(1, len(dialogs))
+        texts = [TextStream(self.tokenizer, stops[row.index // n]) for row in rows]
+        for row, text in zip(rows, texts, strict=True):
+            row.stop |= self.chat_format.stop_tokens
+            if refusal := refusals[row.index // n]:
+                row.finish_reason, text.text = "stop", refusal  # it never reaches the model
+        return rows, texts
 
-    def _complete(
-        self,
-        prompts: list[list[int]],
-        max_gen_len: int | None,
-        seed: int | None,
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
-        echo: bool,
-        stop: set[int],
-    ) -> list[Row]:
-        """Run any number of prompts, max_batch_size at a time."""
-        args = self.model.params
-        rows = self._rows(prompts, args.max_seq_len if max_gen_len is None else max_gen_len, echo, seed)
-        for at in range(0, len(rows), args.max_batch_size):
-            self._run(rows[at : at + args.max_batch_size], temperature, top_p, logprobs, stop)
-        return rows
+    def _pieces(
+        self, rows: list[Row], texts: list[TextStream], k: int | None = None, echo: bool = False, reuse: bool = False
+    ) -> Iterator[TextPiece]:
+        """Run any number of rows, max_batch_size at a time, and give their texts as they become certain."""
+        for row in rows:
+            if row.finish_reason:
+                yield TextPiece(row.index, texts[row.index].take(), row.finish_reason)
+        waiting, size = [row for row in rows if not row.finish_reason], self.model.params.max_batch_size
+        for at in range(0, len(waiting), size):
+            for step in self._run(waiting[at : at + size], k, echo, reuse):
+                for token in step:
+                    row, text = rows[token.row], texts[token.row]
+                    if token.id is not None:
+                        text.push(token.id)
+                    if token.finish_reason:
+                        text.finish()
+                    if text.stopped:
+                        row.cut(len(text.tokens))
+                    piece = text.take()
+                    if piece or row.finish_reason:
+                        yield TextPiece(row.index, piece, row.finish_reason)
+
+    def _add_details(self, answer: Details, row: Row, text: TextStream, k: int | None) -> None:
+        answer["finish_reason"] = row.finish_reason or "length"
+        if k is not None:
+            answer["tokens"] = text.pieces()
+            answer["logprobs"] = row.prompt_logprobs + row.logprobs
+        if k:
+            decode = self.tokenizer.decode_token
+            answer["top_logprobs"] = [[(decode(i), p) for i, p in top] for top in row.prompt_top + row.top]
 
 
 def _summary(model: Transformer, checkpoint: Checkpoint, ranks: int, dtype: torch.dtype, seconds: float) -> str:

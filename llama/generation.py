@@ -1,51 +1,40 @@
 """The engine: prompts of ids in, continuations and their log-probabilities out."""
 
 import math
-import numbers
-import operator
 import random
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
-from llama import sampling
 from llama.cache import KVCache
 from llama.distributed import current_world, from_rank_0, is_main_rank, leave
-from llama.model import Transformer
+from llama.model import Transformer, score
+from llama.request import Alternatives, Each, Row, Settings, StopIds, check_whole, read_rows
+from llama.sampling import Sampler, wide_dtype
 from llama.tokenizer import Tokenizer
 
 
-@dataclass
-class Row:
-    """One prompt and what has become of it.
+@dataclass(frozen=True)
+class Token:
+    """What a step brought to a row: an id, or its end at a stop id (which is not returned), or an id and its end.
 
-    index: place among the call's prompts. limit: length, prompt included, at which generation ends.
-    stream: the row's own random numbers. echo: whether the answer includes the prompt.
+    row: place in the results. top: the alternatives asked for. finish_reason: "stop" or "length" at the row's end.
     """
 
-    index: int
-    prompt: list[int]
-    limit: int
-    stream: random.Random
-    echo: bool
-    prompt_logprobs: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    row: int
+    id: int | None = None
+    logprob: float | None = None
+    top: Sequence[tuple[int, float]] = ()
     finish_reason: str | None = None
 
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.tokens)
 
-    @property
-    def answer_tokens(self) -> list[int]:
-        return self.prompt + self.tokens if self.echo else self.tokens
+class Generation(tuple[list[list[int]], list[list[float]] | None]):
+    """(ids, log-probabilities or None), a list a row. top: the alternatives at each position, where asked for."""
 
-    @property
-    def answer_logprobs(self) -> list[float]:
-        return self.prompt_logprobs + self.logprobs if self.echo else self.logprobs
+    top: list[list[Alternatives]]
 
 
 class Generator:
@@ -56,6 +45,9 @@ class Generator:
         self.tokenizer = tokenizer
         check_whole("seed", seed, 0)
         self._seeds = random.Random(seed)  # the seeds of rows that are given none
+        # The ids whose keys and values each row of the cache holds, as long as the model's count of passes is this.
+        self._held: list[list[int]] = []
+        self._held_at = -1
 
     @property
     def model(self) -> Transformer:
@@ -76,135 +68,199 @@ class Generator:
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
-        max_gen_len: int,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        logprobs: bool = False,
+        max_gen_len: Each[int | None],
+        temperature: Each[float] = 0.6,
+        top_p: Each[float] = 0.9,
+        logprobs: bool | int = False,
         echo: bool = False,
         *,
-        stop_token_ids: Sequence[int] | None = None,
-        seed: int | None = None,
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Continue each prompt by up to `max_gen_len` ids, all rows in one batch.
+        top_k: Each[int | None] = None,
+        repetition_penalty: Each[float] = 1.0,
+        stop_token_ids: StopIds = None,
+        seed: Each[int | None] = None,
+        n: int = 1,
+    ) -> Generation:
+        """Continue each prompt, all rows in one batch. `request.Settings` has the meanings of the settings.
 
-        temperature: 0 takes the most probable id. top_p: draws among ids whose more probable ids sum to at most this.
-        logprobs: also return the natural log-probability of every returned id under the raw logits.
+        A row ends before its first stop id, after `max_gen_len` ids, or where prompt and answer fill max_seq_len.
+        logprobs: also return the natural log-probability of every returned id under the raw logits; a number K asks
+            for the K best alternatives at each position, too.
         echo: return the prompt too; its first id, which nothing predicts, has log-probability 0.0.
-        stop_token_ids: ids that end a row, beside the tokenizer's own. A row ends before its first stop id, after
-            `max_gen_len` ids, or where prompt and answer fill max_seq_len.
-        seed: the random stream of every row, so a row draws the same whatever stands beside it. Without it each row
-            takes the next of the streams that `build`'s seed begins.
 
-        Returns (ids, log-probabilities or None), a list a row. Raises ValueError or TypeError for prompts that are
-        empty, longer than max_seq_len, more than max_batch_size, or hold ids outside the vocabulary, and
+        Returns (ids, log-probabilities or None), a list a row, with the alternatives as its attribute `top`: lists of
+        (id, log-probability), best first. Raises ValueError or TypeError for settings out of range, for more rows than
+        max_batch_size, and for prompts that are empty, longer than max_seq_len or hold ids outside the vocabulary;
         FloatingPointError when the model answers with logits that are not finite.
         """
-        rows = self._rows(prompt_tokens, max_gen_len, echo, seed)
+        rows = self._rows(
+            prompt_tokens,
+            max_gen_len=max_gen_len,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            stop_token_ids=stop_token_ids,
+            seed=seed,
+            n=n,
+        )
+        k = self._alternatives(logprobs)
+        for _ in self._run(self._one_batch(rows), k, echo):
+            pass
+        scores = None if k is None else [row.prompt_logprobs + row.logprobs for row in rows]
+        result = Generation(([row.prompt * echo + row.tokens for row in rows], scores))
+        result.top = [row.prompt_top + row.top for row in rows]
+        return result
+
+    def stream(
+        self, prompt_tokens: Sequence[Sequence[int]], *, logprobs: bool | int = True, **settings: Unpack[Settings]
+    ) -> Iterator[list[Token]]:
+        """`generate` step by step: each gives a `Token` for every row that was still running.
+
+        Other calls may come in between, and it may be closed early: neither changes what any of them returns.
+        Arguments and errors (at the call, not at the first step) as in `generate`.
+        """
+        return self._run(self._one_batch(self._rows(prompt_tokens, **settings)), self._alternatives(logprobs))
+
+    def _rows(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[Row]:
+        return read_rows(self.model.params, self._seeds, self.tokenizer.stop_tokens, prompts, **settings)
+
+    def _one_batch(self, rows: list[Row]) -> list[Row]:
         limit = self.model.params.max_batch_size
         if len(rows) > limit:
-            raise ValueError(
-                f"{len(rows)} prompts, but max_batch_size is {limit}: build with more, or send fewer at once"
-            )
-        try:
-            stop = set(map(operator.index, stop_token_ids or ()))
-        except TypeError:
-            raise TypeError(f"stop_token_ids is {stop_token_ids!r}, expected a list of ids") from None
-        self._run(rows, temperature, top_p, logprobs, stop)
-        return [row.answer_tokens for row in rows], [row.answer_logprobs for row in rows] if logprobs else None
-
-    def _rows(self, prompts: Sequence[Sequence[int]], max_gen_len: int, echo: bool, seed: int | None) -> list[Row]:
-        """Check prompts and give each its limit and its random stream."""
-        args = self.model.params
-        check_whole("max_gen_len", max_gen_len, 0)
-        if seed is not None:
-            check_whole("seed", seed, 0)
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            raise TypeError(f"prompts of ids are a list of lists, not {type(prompts).__name__}")
-        rows = []
-        for i, prompt in enumerate(prompts):
-            try:
-                ids = [operator.index(token) for token in prompt]
-            except TypeError:
-                raise TypeError(f"prompt {i} is not a list of ids: {str(prompt)[:60]}") from None
-            if not ids:
-                raise ValueError(f"prompt {i} is empty: the model needs an id to continue, BOS for instance")
-            if len(ids) > args.max_seq_len:
-                raise ValueError(
-                    f"prompt {i} has {len(ids)} ids, but max_seq_len is {args.max_seq_len}: "
-                    "shorten it or build with a larger one"
-                )
-            outside = [token for token in ids if not 0 <= token < args.vocab_size]
-            if outside:
-                raise ValueError(f"prompt {i} holds id {outside[0]}, outside the vocabulary of {args.vocab_size}")
-            row_seed = self._seeds.getrandbits(63) if seed is None else seed
-            rows.append(Row(i, ids, min(len(ids) + max_gen_len, args.max_seq_len), random.Random(int(row_seed)), echo))
+            raise ValueError(f"{len(rows)} rows, but max_batch_size is {limit}: build with more, or send fewer at once")
         return rows
 
-    @torch.inference_mode()
-    def _run(self, rows: list[Row], temperature: float, top_p: float, logprobs: bool, stop_token_ids: set[int]) -> None:
-        """Prefill all prompts in one padded pass, then add an id a step to each row until all are finished."""
-        _check_number("temperature", temperature, sys.float_info.max)
-        _check_number("top_p", top_p, 1)
-        model, device = self.model, self.model.cos.device
-        stop = self.tokenizer.stop_tokens | stop_token_ids
-        for row in rows:
-            row.finish_reason = "length" if row.length >= row.limit else None
-        score_prompts = logprobs and any(row.echo for row in rows)
-        if all(row.finish_reason for row in rows) and not score_prompts:
-            return
+    def _alternatives(self, logprobs: bool | int) -> int | None:
+        """How many alternatives `logprobs` asks for; None where it asks for nothing."""
+        if isinstance(logprobs, bool):
+            return 0 if logprobs else None
+        check_whole("logprobs", logprobs, 0)
+        if logprobs > self.model.params.vocab_size:
+            raise ValueError(f"logprobs is {logprobs}, but the vocabulary has {self.model.params.vocab_size} ids")
+        return int(logprobs)
 
-        # Left-aligned and padded on the right: causality hides the padding from every prompt position, and each
+    def _run(self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False) -> Iterator[list[Token]]:
+        """The one loop: prefill all rows, then an id a step for each until all are finished.
+
+        k: alternatives a position; None for no log-probabilities. echo: give the prompts theirs too. reuse: keep what
+        the cache holds of the prompts' beginnings, at the price that the last bits depend on what ran before.
+        Whoever reads may finish a row between two steps (`Row.cut`).
+        """
+        full = [row for row in rows if row.length >= row.limit]
+        for row in full:
+            row.finish_reason = "length"
+        h, passes = None, -1
+        if rows and echo and k is not None:
+            h, passes = self._prefill(rows, k=k), self.model.passes
+        if full:
+            yield [Token(row.index, finish_reason="length") for row in full]
+        sampler = Sampler(rows, self.model.params.vocab_size, self.model.cos.device) if is_main_rank() else None
+        step = 0
+        while not all(row.finish_reason for row in rows):
+            if h is None:
+                # After another call in between the cache is no longer ours.
+                h = self._decode(rows) if passes == self.model.passes else self._prefill(rows, reuse)
+                passes = self.model.passes
+            yield self._choose(rows, h, sampler, k, step)
+            h, step = None, step + 1
+
+    @torch.inference_mode()
+    def _prefill(self, rows: list[Row], reuse: bool = False, k: int | None = None) -> torch.Tensor:
+        """Fill the cache with all ids of the rows in one padded pass -> hidden states [bsz, dim] of their last ones.
+
+        k: also score the prompts, with so many alternatives. Rows with the same ids are computed once.
+        """
+        model = self.model
+        texts = [tuple(row.prompt + row.tokens) for row in rows]
+        distinct = {text: slot for slot, text in enumerate(dict.fromkeys(texts))}
+        slots, lengths = [distinct[text] for text in texts], [len(text) for text in distinct]
+        start = 0
+        if reuse and self._held_at == model.passes and len(self._held) >= len(distinct):
+            start = min(_shared(held, text[:-1]) for held, text in zip(self._held, distinct, strict=False))
+
+        # Left-aligned and padded on the right: causality hides the padding from every position before it, and each
         # padded cache slot is overwritten by the row's own id before a query of that row can see it.
-        lengths = [len(row.prompt) for row in rows]
         pad_id = max(self.tokenizer.pad_id, 0)  # -1 is no row of the embedding
-        tokens = torch.full((len(rows), max(lengths)), pad_id, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row.prompt)] = torch.tensor(row.prompt)
-        tokens = tokens.to(device)
-        h = model.hidden(tokens, 0, max(lengths))  # [bsz, seqlen, dim]
-        if score_prompts:
+        tokens = torch.full((len(distinct), max(lengths) - start), pad_id, dtype=torch.int64)
+        for text, slot in distinct.items():
+            tokens[slot, : len(text) - start] = torch.tensor(text[start:])
+        tokens = tokens.to(model.cos.device)
+        h = model.hidden(tokens, start, max(lengths))  # [distinct, seqlen, dim]
+        if k is not None:
             # h:       h0  h1  h2        predicts
             # tokens:  t0  t1  t2  t3    one place to the left
-            scores = model.token_logprobs(h[:, :-1], tokens[:, 1:])
-            for row, values in zip(rows, read_back(scores), strict=True):
-                row.prompt_logprobs = [0.0, *values[: len(row.prompt) - 1]]
+            scores = read_back(model.token_logprobs(h[:, :-1], tokens[:, 1:], k))
+            for row, slot in zip(rows, slots, strict=True):
+                found = [_alternatives(values, k) for values in scores[slot][: len(row.prompt) - 1]]
+                row.prompt_logprobs = [0.0, *(logprob for logprob, _ in found)]
+                row.prompt_top = [[], *(top for _, top in found)]
             self._check_finite(rows, [all(map(math.isfinite, row.prompt_logprobs)) for row in rows], "in the prompt")
-        h = h[range(len(rows)), [n - 1 for n in lengths]]  # [bsz, dim], the last position of each row
+        h = h[range(len(distinct)), [length - start - 1 for length in lengths]]  # the last position of each
+        if len(distinct) < len(rows):
+            h = h[slots]
+            for module in model.modules():
+                if isinstance(module, KVCache):
+                    module.spread(slots, max(lengths))
+        self._held, self._held_at = [list(text) for text in texts], model.passes
+        return h
 
-        for step in range(max(row.limit - row.length for row in rows)):
-            logits = model.logits(h)  # [bsz, vocab]
-            uniform = torch.tensor([row.stream.random() for row in rows], dtype=sampling.wide_dtype(device)).to(device)
-            ids = torch.zeros(len(rows), dtype=torch.int64, device=device)
-            if is_main_rank():
-                ids = sampling.sample(logits, temperature, top_p, uniform)
-            from_rank_0(ids)
-            finite = logits.isfinite().all(dim=-1).float()
-            scores = logits.log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0] if logprobs else finite
-            # fp32 holds every id below 2^24 exactly, so one transfer brings everything.
-            id_list, logprob_list, finite_list = read_back(torch.stack((ids.float(), scores, finite)))
-            self._check_finite(rows, finite_list, f"at step {step}")
-            for row, token, logprob in zip(rows, map(int, id_list), logprob_list, strict=True):
-                if row.finish_reason:
-                    continue
-                if token in stop:
-                    row.finish_reason = "stop"
-                    continue
-                row.tokens.append(token)
+    @torch.inference_mode()
+    def _decode(self, rows: list[Row]) -> torch.Tensor:
+        """Add the newest id of each row to the cache -> hidden states [bsz, dim].
+
+        A finished row computes its last position once more, which changes nothing.
+        """
+        newest = [(row.tokens or row.prompt)[-1] for row in rows]
+        positions = [row.length - 1 for row in rows]
+        ids, start_pos = torch.tensor([newest, positions]).to(self.model.cos.device)
+        same = len(set(positions)) == 1
+        h = self.model.hidden(ids[:, None], positions[0] if same else start_pos, max(positions) + 1)
+        for held, token, position in zip(self._held, newest, positions, strict=True):
+            held[position:] = [token]
+        self._held_at = self.model.passes
+        return h[:, 0]
+
+    @torch.inference_mode()
+    def _choose(
+        self, rows: list[Row], h: torch.Tensor, sampler: Sampler | None, k: int | None, step: int
+    ) -> list[Token]:
+        """Sample an id for each row from the hidden states [bsz, dim], and note which rows end with it."""
+        logits = self.model.logits(h)  # [bsz, vocab]
+        ids = torch.zeros(len(rows), dtype=torch.int64, device=h.device)
+        if sampler is not None:
+            uniform = torch.tensor([row.stream.random() for row in rows], dtype=wide_dtype(h.device))
+            ids = sampler.sample(logits, uniform.to(h.device))
+        from_rank_0(ids)
+        columns = [logits.isfinite().all(dim=-1)[:, None].float(), ids[:, None].float()]
+        if k is not None:
+            columns.append(score(logits, ids, k))
+        finite, chosen, *scores = zip(*read_back(torch.cat(columns, dim=-1)), strict=True)
+        self._check_finite(rows, finite, f"at step {step}")
+        tokens = []
+        for i, row in enumerate(rows):
+            if row.finish_reason:
+                continue
+            token = int(chosen[i])
+            if token in row.stop:
+                row.finish_reason = "stop"
+                tokens.append(Token(row.index, finish_reason="stop"))
+                continue
+            row.tokens.append(token)
+            if row.length >= row.limit:
+                row.finish_reason = "length"
+            logprob: float | None = None
+            top: Alternatives = []
+            if k is not None:
+                logprob, top = _alternatives([column[i] for column in scores], k)
                 row.logprobs.append(logprob)
-                if row.length >= row.limit:
-                    row.finish_reason = "length"
-            if all(row.finish_reason for row in rows):
-                return
-            # A finished row computes its last position again: its slot is its own and nobody reads the result.
-            positions = [row.length - 1 for row in rows]
-            start_pos: int | torch.Tensor = positions[0]
-            if len(set(positions)) > 1:
-                start_pos = torch.tensor(positions).to(device)
-            h = model.hidden(ids[:, None], start_pos, max(positions) + 1)[:, 0]
+                row.top.append(top)
+            tokens.append(Token(row.index, token, logprob, top, row.finish_reason))
+        return tokens
 
     def _check_finite(self, rows: list[Row], finite: Sequence[float], where: str) -> None:
         for row, is_finite in zip(rows, finite, strict=True):
             if not is_finite:
+                self._held_at = -1
                 for module in self.model.modules():
                     if isinstance(module, KVCache):
                         module.clear()
@@ -214,20 +270,16 @@ class Generator:
                 )
 
 
-def read_back(values: torch.Tensor) -> list[list[float]]:
+def read_back(values: torch.Tensor) -> list[list[Any]]:
     """Bring numbers from the device to Python: the one place where the engine waits for the device."""
     return values.tolist()
 
 
-def check_whole(name: str, value: int, least: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}, expected a whole number")
-    if value < least:
-        raise ValueError(f"{name} is {value}, expected a whole number from {least}")
+def _alternatives(values: Sequence[float], k: int) -> tuple[float, Alternatives]:
+    """Take the columns of `model.score` apart."""
+    return values[0], [(int(token), logprob) for logprob, token in zip(values[1 : k + 1], values[k + 1 :], strict=True)]
 
 
-def _check_number(name: str, value: float, highest: float) -> None:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}, expected a number")
-    if not 0 <= float(value) <= highest:
-        raise ValueError(f"{name} is {value!r}, expected a number from 0" + (" to 1" if highest == 1 else ""))
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two lists begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -268,6 +268,7 @@ class Transformer(nn.Module):
         cos, sin = rope_table(args, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        self.passes = 0  # calls of `hidden`: who remembers the count knows whether the cache is still as it was
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
@@ -297,6 +298,7 @@ class Transformer(nn.Module):
         start_pos: position of each row's first id, one int for all rows or an int64 tensor [bsz].
         ctx_len: positions from 0 that queries may look at; larger than every position of `tokens`.
         """
+        self.passes += 1
         _, seqlen = tokens.shape
         keys = torch.arange(ctx_len, device=tokens.device)
         mask: torch.Tensor | None = None
@@ -320,19 +322,24 @@ class Transformer(nn.Module):
         return self.output(h).float()
 
     @torch.inference_mode()
-    def token_logprobs(self, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Log-probability of the id that follows each position, fp32 [bsz, seqlen].
+    def token_logprobs(self, h: torch.Tensor, targets: torch.Tensor, k: int = 0) -> torch.Tensor:
+        """`score` of the id that follows each position, fp32 [bsz, seqlen, 1 + 2k].
 
         h: hidden states [bsz, seqlen, dim]. targets: the ids that follow, [bsz, seqlen].
         Works in chunks of positions, so that the logits of all of them never stand in memory together.
         """
         bsz, seqlen, _ = h.shape
         chunk = max(1, SCORING_CHUNK // (bsz * self.params.vocab_size))
-        scores = [
-            self.logits(h[:, at : at + chunk])
-            .log_softmax(dim=-1)
-            .gather(-1, targets[:, at : at + chunk, None])
-            .squeeze(-1)
-            for at in range(0, seqlen, chunk)
-        ]
-        return torch.cat(scores, dim=1) if scores else h.new_zeros(bsz, 0, dtype=torch.float32)
+        parts = [slice(at, at + chunk) for at in range(0, seqlen, chunk)]
+        scores = [score(self.logits(h[:, part]), targets[:, part], k) for part in parts]
+        return torch.cat(scores, dim=1) if scores else h.new_zeros(bsz, 0, 1 + 2 * k, dtype=torch.float32)
+
+
+def score(logits: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
+    """Log-probabilities: logits [.., vocab], ids [..] -> [.., 1 + 2k]: the targets', the k best, and those k ids.
+
+    fp32 holds every id below 2^24 exactly, so that one transfer from the device brings everything.
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    best, ids = logprobs.topk(k, dim=-1)
+    return torch.cat((logprobs.gather(-1, targets[..., None]), best, ids.float()), dim=-1)

@@ -18,6 +18,7 @@ class Tokenizer:
     stop_tokens: ids that end a generation. special_ids: name -> id of the control tokens.
     chat_format, default_system: the dialog format that belongs to the tokenizer and the system message it puts
     before a dialog without one; None where unknown.
+    unsettled_ids: bytes whose text depends on all the bytes that follow, as the backend decodes a run of them at once.
 
     Raises TokenizerError when the file cannot be read.
     """
@@ -41,7 +42,7 @@ class Tokenizer:
         self._backend = backend
         self.n_words, self.special_ids = backend.n_words, backend.special_ids
         self.bos_id, self.eos_id, self.pad_id = backend.bos_id, backend.eos_id, backend.pad_id
-        self.adds_bos = backend.adds_bos
+        self.adds_bos, self.unsettled_ids = backend.adds_bos, backend.unsettled_ids
         self.chat_format, self.default_system = backend.chat_format, backend.default_system
         self.stop_tokens = {self.eos_id} - {-1}
 
@@ -77,6 +78,7 @@ class _Backend(Protocol):
     pad_id: int
     adds_bos: bool
     special_ids: dict[str, int]
+    unsettled_ids: set[int]
     chat_format: str | None
     default_system: str | None
 
@@ -101,6 +103,7 @@ class _SentencePiece:
         self.bos_id: int = self.model.bos_id()
         self.eos_id: int = self.model.eos_id()
         self.pad_id: int = self.model.pad_id()
+        self.unsettled_ids: set[int] = set()
         control = [i for i in range(self.n_words) if self.model.is_control(i)]
         self.special_ids: dict[str, int] = {self.model.id_to_piece(i): i for i in control}
 
@@ -145,6 +148,10 @@ class _TokenizerJson:
             self._id_of(config, key, path) for key in ("bos_token", "eos_token", "pad_token")
         )
         self.adds_bos = bool(config.get("add_bos_token", False))
+        self.unsettled_ids: set[int] = set()
+        if self.model.decoder is not None and b"ByteFallback" in self.model.decoder.__getstate__():
+            found = (self.model.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+            self.unsettled_ids = {token for token in found if token is not None}
         self.chat_format: str | None = config.get("chat_format")
         self.default_system: str | None = config.get("default_system")
 

@@ -57,7 +57,7 @@ def test_finish_reasons(build: Callable[..., Llama]) -> None:
 
 
 def test_a_lone_text_is_an_error(build: Callable[..., Llama]) -> None:
-    with pytest.raises(TypeError, match="put a single text in brackets"):
+    with pytest.raises(TypeError, match="put a single one in brackets"):
         build("mha").text_completion("hello")
     with pytest.raises(TypeError, match="must be a string, not int"):
         build("mha").text_completion([5])  # type: ignore[list-item]  # the mistake under test

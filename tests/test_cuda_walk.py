@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -92,7 +93,7 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     patch.setattr(dist, "init_process_group", init_fake)
     patch.setattr(dist, "get_backend", lambda *group: "nccl")
     patch.setattr(dist, "all_gather_object", lambda *objects: None)
-    patch.setattr(generation, "read_back", lambda values: [[1.0] * values.shape[1]] * values.shape[0])
+    patch.setattr(generation, "read_back", lambda values: np.ones(values.shape).tolist())
     patch.setattr(FakeTensorMode, "avoid_device_init", True)  # else it looks for the pretended GPU
     chosen = pretend_gpus(patch, hosts_gpus, capability)
     join(current_world(), torch.device("cuda"))  # outside the mode, where fairscale can read its ranks
@@ -144,7 +145,7 @@ def test_build_and_generate(
     with walk(monkeypatch, rank, size, capability) as chosen:
         hidden, logits, scores = (spy(monkeypatch, Transformer, n) for n in ("hidden", "logits", "token_logprobs"))
         read, drawn = (spy(monkeypatch, generation, n) for n in ("read_back", "from_rank_0"))
-        sampled = spy(monkeypatch, sampling, "sample")
+        sampled = spy(monkeypatch, sampling.Sampler, "sample")
         llama = Llama.build(tmp_path, max_seq_len=32)
         model = llama.model
         ragged, _ = llama.generate([[5, 6, 7], [8]], 3, temperature=0, logprobs=True, echo=True)

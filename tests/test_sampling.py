@@ -3,15 +3,28 @@
 import math
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama.sampling import draw, keep_top_p, probabilities, sample
+from llama import ModelArgs
+from llama.request import read_rows
+from llama.sampling import Sampler, draw, keep_top_k, keep_top_p, penalize, probabilities
 
 FOUR = [0.5, 0.25, 0.125, 0.125]
+
+
+def sample(logits: torch.Tensor, uniform: float | list[float], prompts: Any = None, **settings: Any) -> list[int]:
+    """One id for each row of logits, by settings as `generate` takes them."""
+    bsz, vocab = logits.shape
+    args = ModelArgs(vocab_size=vocab, max_seq_len=10_000)
+    rows = read_rows(args, random.Random(1), (), prompts or [[0]] * bsz, **settings)
+    uniforms = torch.tensor(uniform if isinstance(uniform, list) else [uniform] * bsz, dtype=torch.float64)
+    return Sampler(rows, vocab, logits.device).sample(logits, uniforms).tolist()
 
 
 def kept(probs: list[float], top_p: float) -> list[int]:
@@ -77,16 +90,103 @@ def test_probabilities_are_a_softmax_at_any_temperature(temperature: float) -> N
 def test_temperature_0_and_top_p_0_take_the_most_probable_token() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 3.0], [0.0, -1.0, 5.0, 4.0]])
     for uniform in (0.0, 0.5, 0.9999):
-        u = torch.full((2,), uniform, dtype=torch.float64)
-        assert sample(logits, 0, 0.9, u).tolist() == [1, 2]
-        assert sample(logits, 1.0, 0.0, u).tolist() == [1, 2]
-        assert sample(logits, 1e-4, 1.0, u)[1].item() == 2
+        assert sample(logits, uniform, temperature=0, top_p=0.9) == [1, 2]
+        assert sample(logits, uniform, temperature=1.0, top_p=0.0) == [1, 2]
+        assert sample(logits, uniform, temperature=1e-4, top_p=1.0)[1] == 2
 
 
 def test_top_p_1_keeps_everything() -> None:
     """Ten thousand equal tokens: their rounded cumulative sum may pass 1, and the last is still drawn."""
     logits = torch.zeros(1, 10_000)
-    assert sample(logits, 1.0, 1.0, torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 9_999
+    assert sample(logits, 1 - 2**-53, temperature=1.0, top_p=1.0) == [9_999]
+
+
+MIXED: dict[str, Any] = {
+    "temperature": [0.7, 0, 1.3, 1.0, 0.5, 1.0],
+    "top_p": [1.0, 0.5, 0.9, 0.6, 0.8, 1.0],
+    "top_k": [None, 3, 20, None, 1, 300],
+    "repetition_penalty": [1.0, 1.0, 1.3, 2.0, 0.8, 1.1],
+}
+
+
+def test_settings_of_rows_do_not_mix() -> None:
+    torch.manual_seed(3)
+    logits, prompts = 4 * torch.randn(6, 512), [[row, 7, 99, 500 - row] for row in range(6)]
+    uniform = torch.rand(6, dtype=torch.float64).tolist()
+    for _ in range(50):
+        together = sample(logits, uniform, prompts, **MIXED)
+        for row in range(6):
+            one = {name: values[row] for name, values in MIXED.items()}
+            assert sample(logits[row : row + 1], uniform[row], [prompts[row]], **one) == [together[row]]
+        logits, uniform = 4 * torch.randn(6, 512), torch.rand(6, dtype=torch.float64).tolist()
+
+
+def test_penalized_rows_see_what_they_have_drawn() -> None:
+    """Ids are seen in the prompt and once they are drawn, each in its own row."""
+    args = ModelArgs(vocab_size=4, max_seq_len=10)
+    rows = read_rows(args, random.Random(1), (), [[0], [1]], temperature=0, repetition_penalty=[10.0, 1.0])
+    sampler, uniform = Sampler(rows, 4, torch.device("cpu")), torch.zeros(2, dtype=torch.float64)
+    logits = torch.tensor([[4.0, 3.0, 2.0, -1.0]] * 2)
+    assert [sampler.sample(logits, uniform).tolist() for _ in range(4)] == [[1, 0], [2, 0], [0, 0], [0, 0]]
+    # 0.4, 0.3, 0.2, -1: the three that were seen still stand before the one below zero.
+
+
+@pytest.mark.parametrize("vocab", [13, 512, 32_000])
+def test_filters_are_those_of_transformers(vocab: int) -> None:
+    """Their processors in our order, on random logits, a row each with its own settings."""
+    torch.manual_seed(vocab)
+    logits = 3 * torch.randn(6, vocab)
+    prompts = torch.randint(vocab, (6, 40))
+    columns = {name: [2 * vocab if v is None else v for v in values] for name, values in MIXED.items()}
+    columns["temperature"] = [t or 0.9 for t in columns["temperature"]]
+    expected = []
+    for row in range(6):
+        scores = logits[row : row + 1]
+        for processor in (
+            transformers.RepetitionPenaltyLogitsProcessor(float(columns["repetition_penalty"][row])),
+            transformers.TemperatureLogitsWarper(columns["temperature"][row]),
+            transformers.TopKLogitsWarper(columns["top_k"][row]),
+            transformers.TopPLogitsWarper(columns["top_p"][row]),
+        ):
+            scores = processor(prompts[row : row + 1], scores)
+        expected.append(scores.double().softmax(dim=-1))
+    columns = {name: torch.tensor(values)[:, None] for name, values in columns.items()}
+    seen = torch.zeros(6, vocab, dtype=torch.bool).scatter(1, prompts, True)
+    found = penalize(logits, seen, columns["repetition_penalty"])
+    found = keep_top_k(found, columns["top_k"], vocab)
+    found = keep_top_p(probabilities(found, columns["temperature"]), columns["top_p"])
+    found /= found.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-12)
+    assert ((found > 0).sum(dim=-1) < vocab).any()
+
+
+def test_top_k_keeps_the_equals_of_the_last() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]] * 4)
+    kept = keep_top_k(logits, torch.tensor([[1], [2], [0], [9]]), 9) > -torch.inf
+    assert kept.int().tolist() == [[0, 1, 0, 0, 0], [0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+
+
+def test_draws_with_every_setting_follow_the_probabilities() -> None:
+    """Chi-square over 20,000 draws against weights worked out by hand: ids 0 and 2 were seen, so their logits 2 and
+    -0.5 become 1 and -1; top-k 4 leaves 1, 1, 0.5, 0; halved by temperature 2 and cut by top-p, three are left.
+    2 degrees of freedom: the 0.1 % quantile is 13.8."""
+    logits = torch.tensor([[2.0, 1.0, -0.5, 0.5, 0.0, -0.7]])
+    weights = [math.exp(0.5), math.exp(0.5), 0, math.exp(0.25), 0, 0]
+    stream = random.Random(2)
+    counts = Counter(
+        sample(
+            logits.expand(20_000, -1),
+            [stream.random() for _ in range(20_000)],
+            [[0, 2]] * 20_000,
+            temperature=2.0,
+            top_k=4,
+            top_p=0.7,
+            repetition_penalty=2.0,
+        )
+    )
+    expected = {i: 20_000 * w / sum(weights) for i, w in enumerate(weights) if w}
+    assert counts.keys() == expected.keys()
+    assert sum((counts[i] - e) ** 2 / e for i, e in expected.items()) < 13.8
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -96,8 +196,8 @@ def test_draws_follow_the_probabilities() -> None:
     expected = (weights / weights.sum()).tolist()
     assert expected[5] == 0 and all(expected[:5])
     stream = random.Random(1)
-    uniform = torch.tensor([stream.random() for _ in range(20_000)], dtype=torch.float64)
-    counts = Counter(sample(logits.expand(20_000, -1), 0.8, 0.98, uniform).tolist())
+    uniform = [stream.random() for _ in range(20_000)]
+    counts = Counter(sample(logits.expand(20_000, -1), uniform, temperature=0.8, top_p=0.98))
     assert counts[5] == 0
     assert sum((counts[i] - 20_000 * p) ** 2 / (20_000 * p) for i, p in enumerate(expected[:5])) < 18.5
 
@@ -112,7 +212,7 @@ def test_a_drawn_token_belongs_to_the_nucleus(
     logits: list[float], temperature: float, top_p: float, uniform: float
 ) -> None:
     row = torch.tensor([logits], dtype=torch.float64)
-    token = int(sample(row, temperature, top_p, torch.tensor([uniform], dtype=torch.float64)))
+    token = sample(row, uniform, temperature=temperature, top_p=top_p)[0]
     probs = probabilities(row, temperature)[0].tolist()
     assert probs[token] > 0
     assert sum(p for p in probs if p > probs[token]) <= top_p + 1e-9

@@ -1,0 +1,205 @@
+"""What a call asks for: prompts and settings, checked, one `Row` for each sample of each prompt."""
+
+import math
+import numbers
+import operator
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypedDict, TypeVar
+
+from llama.model import ModelArgs
+
+T = TypeVar("T")
+Each: TypeAlias = T | Sequence[T]  # one value for all prompts, or a list with one for each
+StopIds = Sequence[int] | Sequence[Sequence[int] | None] | None
+
+
+class Settings(TypedDict, total=False):
+    """Settings of a call, each one value or a list with one for each prompt (n: one value).
+
+    max_gen_len: ids to generate at most; None is as far as max_seq_len goes.
+    repetition_penalty: the logits of ids in the prompt or generated so far are divided by it where positive, else
+        multiplied (CTRL, arXiv:1909.05858); 1 changes nothing.
+    top_k: keep the k highest logits (and their equals); None keeps all.
+    temperature: divides the logits; 0 takes the most probable id.
+    top_p: keep ids whose more probable ids sum to at most this; 1 keeps all.
+    stop_token_ids: ids that end a row, beside the tokenizer's own.
+    seed: the row's random stream; sample j of a prompt draws with seed + j. None takes the next of the streams that
+        `build`'s seed begins.
+    n: samples of each prompt, one after another in the results; they share the prompt's computation.
+    """
+
+    max_gen_len: Each[int | None]
+    temperature: Each[float]
+    top_p: Each[float]
+    top_k: Each[int | None]
+    repetition_penalty: Each[float]
+    stop_token_ids: StopIds
+    seed: Each[int | None]
+    n: int
+
+
+Alternatives = list[tuple[int, float]]  # (id, log-probability), best first
+
+
+@dataclass
+class Row:
+    """One sample of a prompt, its settings, and what has become of it.
+
+    index: place in the results. limit: length, prompt included, at which generation ends. stop: ids that end it.
+    stream: its own random numbers. Of `prompt_top` and `top`, a list a position, all are empty unless asked for.
+    """
+
+    index: int
+    prompt: list[int]
+    limit: int
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    stop: set[int]
+    stream: random.Random
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top: list[Alternatives] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[Alternatives] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+    def cut(self, n: int) -> None:
+        """Keep the first `n` generated ids and end here."""
+        self.finish_reason = "stop"
+        del self.tokens[n:], self.logprobs[n:], self.top[n:]
+
+
+def read_rows(
+    args: ModelArgs,
+    seeds: random.Random,
+    model_stop: Iterable[int],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_gen_len: Each[int | None] = None,
+    temperature: Each[float] = 0.6,
+    top_p: Each[float] = 0.9,
+    top_k: Each[int | None] = None,
+    repetition_penalty: Each[float] = 1.0,
+    stop_token_ids: StopIds = None,
+    seed: Each[int | None] = None,
+    n: int = 1,
+) -> list[Row]:
+    """Rows in the order of the prompts, `n` for each.
+
+    seeds: gives rows without a seed theirs. model_stop: the tokenizer's stop ids, in force beside `stop_token_ids`.
+
+    Raises ValueError or TypeError for settings out of range and for prompts that are empty, longer than max_seq_len,
+    or hold ids outside the vocabulary.
+    """
+    check_whole("n", n, 1)
+    check_list("prompts of ids", "lists", prompts)
+
+    def each(name: str, value: Any, check: Callable[[str, Any], Any]) -> list[Any]:
+        return [check(name, item) for item in per_prompt(name, value, len(prompts))]
+
+    settings = zip(
+        each("max_gen_len", max_gen_len, _optional_whole(0)),
+        each("temperature", temperature, _number),
+        each("top_p", top_p, _fraction),
+        each("top_k", top_k, _optional_whole(1)),
+        each("repetition_penalty", repetition_penalty, _positive),
+        _stops(stop_token_ids, len(prompts)),
+        each("seed", seed, _optional_whole(0)),
+        strict=True,
+    )
+    rows: list[Row] = []
+    for i, (prompt, (most, heat, p, k, penalty, stop, first_seed)) in enumerate(zip(prompts, settings, strict=True)):
+        ids = _prompt(i, prompt, args)
+        limit = args.max_seq_len if most is None else min(len(ids) + most, args.max_seq_len)
+        for j in range(n):
+            stream = random.Random(seeds.getrandbits(63) if first_seed is None else first_seed + j)
+            rows.append(Row(len(rows), ids, limit, heat, p, k or 0, penalty, stop.union(model_stop), stream))
+    return rows
+
+
+def per_prompt(name: str, value: Any, count: int) -> list[Any]:
+    """A list of `count` values, from one value or from as many."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} values for {count} prompts: give one value, or one for each prompt")
+    return list(value)
+
+
+def check_list(what: str, of: str, value: Any) -> None:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        hint = ": put a single one in brackets" if isinstance(value, str) else ""
+        raise TypeError(f"{what} are a list of {of}, not {type(value).__name__}{hint}")
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected a whole number")
+    if value < least:
+        raise ValueError(f"{name} is {value}, expected a whole number from {least}")
+
+
+def _optional_whole(least: int) -> Callable[[str, Any], int | None]:
+    def check(name: str, value: Any) -> int | None:
+        if value is None:
+            return None
+        check_whole(name, value, least)
+        return int(value)
+
+    return check
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name} is {value!r}, expected a number from 0")
+    return float(value)
+
+
+def _fraction(name: str, value: Any) -> float:
+    if _number(name, value) > 1:
+        raise ValueError(f"{name} is {value!r}, expected a number from 0 to 1")
+    return float(value)
+
+
+def _positive(name: str, value: Any) -> float:
+    if _number(name, value) == 0:
+        raise ValueError(f"{name} is {value!r}, expected a number above 0")
+    return float(value)
+
+
+def _stops(value: Any, count: int) -> list[set[int]]:
+    """Ids for all prompts ([2, 13]), or a list of them for each ([[2], [13], None])."""
+    shared = not isinstance(value, Sequence) or not any(isinstance(item, Sequence | None) for item in value)
+    try:
+        lists = [value] * count if shared else per_prompt("stop_token_ids", value, count)
+        return [set(map(operator.index, ids or ())) for ids in lists]
+    except TypeError:
+        raise TypeError(f"stop_token_ids is {value!r}, expected a list of ids, or one for each prompt") from None
+
+
+def _prompt(i: int, prompt: Any, args: ModelArgs) -> list[int]:
+    try:
+        ids = [operator.index(token) for token in prompt]
+    except TypeError:
+        raise TypeError(f"prompt {i} is not a list of ids: {str(prompt)[:60]}") from None
+    if not ids:
+        raise ValueError(f"prompt {i} is empty: the model needs an id to continue, BOS for instance")
+    if len(ids) > args.max_seq_len:
+        raise ValueError(
+            f"prompt {i} has {len(ids)} ids, but max_seq_len is {args.max_seq_len}: "
+            "shorten it or build with a larger one"
+        )
+    outside = [token for token in ids if not 0 <= token < args.vocab_size]
+    if outside:
+        raise ValueError(f"prompt {i} holds id {outside[0]}, outside the vocabulary of {args.vocab_size}")
+    return ids
