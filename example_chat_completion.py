@@ -2,7 +2,7 @@
 
 from llama import Dialog, Llama
 from llama.cli import run
-from llama.distributed import is_main_rank
+from llama.terminal import show
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "What is the capital of France?"}],
@@ -35,17 +35,14 @@ def main(
     dtype: str = "auto",
     seed: int = 1,
 ) -> None:
-    """Answer a few dialogs and print them.
+    """Answer a few dialogs and print them, on a terminal as they come.
 
     ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
     """
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, device=device, dtype=dtype)
-    results = llama.chat_completion(DIALOGS, temperature, top_p, max_gen_len)
-    if is_main_rank():
-        for dialog, result in zip(DIALOGS, results, strict=True):
-            for message in [*dialog, result["generation"]]:
-                print(f"{message['role'].capitalize()}: {message['content']}")
-            print("-" * 40)
+    pieces = llama.stream_chat(DIALOGS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+    heads = ["\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in dialog) for dialog in DIALOGS]
+    show(pieces, [f"{head}\nAssistant: " for head in heads], f"\n{'-' * 40}\n")
     llama.close()
 
 

@@ -2,7 +2,7 @@
 
 from llama import Llama
 from llama.cli import run
-from llama.distributed import is_main_rank
+from llama.terminal import show
 
 PROMPTS = [
     # Plain continuation: the model goes on where the text stops.
@@ -30,15 +30,13 @@ def main(
     dtype: str = "auto",
     seed: int = 1,
 ) -> None:
-    """Continue a few prompts and print them.
+    """Continue a few prompts and print them, on a terminal as they come.
 
     ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
     """
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, device=device, dtype=dtype)
-    results = llama.text_completion(PROMPTS, temperature, top_p, max_gen_len)
-    if is_main_rank():
-        for prompt, result in zip(PROMPTS, results, strict=True):
-            print(f"{prompt}\n> {result['generation']}\n{'-' * 40}")
+    pieces = llama.stream_text(PROMPTS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+    show(pieces, [f"{prompt}\n> " for prompt in PROMPTS], f"\n{'-' * 40}\n")
     llama.close()
 
 

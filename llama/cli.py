@@ -1,6 +1,9 @@
 """`python -m llama COMMAND`, and how commands and examples end when something is wrong."""
 
+import contextlib
 import inspect
+import io
+import json
 import os
 import re
 import sys
@@ -9,6 +12,8 @@ from typing import Any
 
 import fire
 
+from llama.chat import chat
+from llama.complete import complete
 from llama.convert import convert
 from llama.distributed import PeerError, is_main_rank, should_tell
 
@@ -23,6 +28,11 @@ def run(command: Command | dict[str, Command]) -> None:
     """
     try:
         _check_flags(command, sys.argv[1:])
+        for function in command.values() if isinstance(command, dict) else [command]:
+            _take_texts_as_written(function)
+        for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=errors)  # characters that the terminal's encoding lacks end nothing
         fire.Fire(command)
     except BrokenPipeError:  # `| head` has seen enough; nothing may be flushed there at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -31,6 +41,22 @@ def run(command: Command | dict[str, Command]) -> None:
         sys.exit(f"error: {error}" if should_tell(error) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _take_texts_as_written(command: Command) -> None:
+    """Keep fire from reading a text as Python: "1e3" or "[1]" would become a number or a list."""
+    kinds = {p.name: str(p.annotation) for p in inspect.signature(command).parameters.values()}
+    texts = [name for name, kind in kinds.items() if kind in ("<class 'str'>", "str | None")]
+    lists = [name for name, kind in kinds.items() if kind == "list[str] | None"]
+    fire.decorators.SetParseFns(**dict.fromkeys(texts, str), **dict.fromkeys(lists, _text_or_list))(command)
+
+
+def _text_or_list(word: str) -> list[str]:
+    """A JSON list of texts, or one text."""
+    if word.startswith("["):
+        with contextlib.suppress(ValueError):
+            return json.loads(word)
+    return [word]
 
 
 def _check_flags(command: Command | dict[str, Command], words: list[str]) -> None:
@@ -50,15 +76,15 @@ def _check_flags(command: Command | dict[str, Command], words: list[str]) -> Non
             flag = "=" not in word  # the next word is its value
         else:
             free, flag = free + (not flag), False
-    given |= set(
-        [name for name in names if name not in given][:free]
-    )  # words without a flag fill what is left, in turn
+    # Words without a flag fill what is left, in turn.
+    places = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in given]
+    given |= set(places[:free])
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in given]
     problem = ""
     if unknown := sorted(given - set(names)):
         problem = f"unknown flag --{unknown[0]}; there are {', '.join(f'--{name}' for name in names)}"
-    elif len(given) > len(names) or free > len(names):
-        problem = f"too many words; there are {', '.join(f'--{name}' for name in names)}"
+    elif free > len(places):
+        problem = f"{free} words without a flag, but {len(places)} have a place: quote a text with spaces"
     elif missing:
         problem = f"--{missing[0]} is missing; --help tells more"
     if problem:
@@ -68,4 +94,4 @@ def _check_flags(command: Command | dict[str, Command], words: list[str]) -> Non
 
 
 def main() -> None:
-    run({"convert": convert})
+    run({"chat": chat, "complete": complete, "convert": convert})

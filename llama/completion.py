@@ -111,6 +111,15 @@ class Llama(Generator):
         say(_summary(model, checkpoint, world.size, kind, time.perf_counter() - started))
         return Llama(model, tokenizer, dialogs, seed)
 
+    @property
+    def dialogs(self) -> ChatFormat:
+        """The chat format. Raises ValueError where none is known."""
+        if self.chat_format is None:
+            raise ValueError(
+                "this tokenizer belongs to no known chat format: build with chat_format='llama2' or 'chatml'"
+            )
+        return self.chat_format
+
     def text_completion(
         self,
         prompts: Sequence[str],
@@ -212,7 +221,7 @@ class Llama(Generator):
         return self._pieces(*self._chat_rows(dialogs, stop, **settings))
 
     def _text_rows(
-        self, prompts: Sequence[str], stop: Stop, echo: bool, **settings: Unpack[Settings]
+        self, prompts: Sequence[str], stop: Stop, echo: bool = False, **settings: Unpack[Settings]
     ) -> tuple[list[Row], list[TextStream]]:
         check_list("prompts", "texts", prompts)
         rows = self._rows(
@@ -225,21 +234,17 @@ class Llama(Generator):
     def _chat_rows(
         self, dialogs: Sequence[Dialog], stop: Stop, **settings: Unpack[Settings]
     ) -> tuple[list[Row], list[TextStream]]:
-        if self.chat_format is None:
-            raise ValueError(
-                "this tokenizer belongs to no known chat format: build with chat_format='llama2' or 'chatml'"
-            )
         check_list("dialogs", "dialogs", dialogs)
         for dialog in dialogs:
             split_system(dialog)
-        refusals = [self.chat_format.refusal(dialog) for dialog in dialogs]
-        ids = [[0] if refused else self.chat_format.encode(d) for d, refused in zip(dialogs, refusals, strict=True)]
+        refusals = [self.dialogs.refusal(dialog) for dialog in dialogs]
+        ids = [[0] if refused else self.dialogs.encode(d) for d, refused in zip(dialogs, refusals, strict=True)]
         rows = self._rows(ids, **settings)
         stops = read_stops(stop, len(dialogs))
         n = len(rows) // max(1, len(dialogs))
         texts = [TextStream(self.tokenizer, stops[row.index // n]) for row in rows]
         for row, text in zip(rows, texts, strict=True):
-            row.stop |= self.chat_format.stop_tokens
+            row.stop |= self.dialogs.stop_tokens
             if refusal := refusals[row.index // n]:
                 row.finish_reason, text.text = "stop", refusal  # it never reaches the model
         return rows, texts

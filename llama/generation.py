@@ -195,6 +195,8 @@ class Generator:
                 row.prompt_logprobs = [0.0, *(logprob for logprob, _ in found)]
                 row.prompt_top = [[], *(top for _, top in found)]
             self._check_finite(rows, [all(map(math.isfinite, row.prompt_logprobs)) for row in rows], "in the prompt")
+        for row in rows:
+            row.reused = start
         h = h[range(len(distinct)), [length - start - 1 for length in lengths]]  # the last position of each
         if len(distinct) < len(rows):
             h = h[slots]

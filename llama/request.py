@@ -48,7 +48,7 @@ class Row:
     """One sample of a prompt, its settings, and what has become of it.
 
     index: place in the results. limit: length, prompt included, at which generation ends. stop: ids that end it.
-    stream: its own random numbers. Of `prompt_top` and `top`, a list a position, all are empty unless asked for.
+    stream: its own random numbers. reused: leading ids that the cache already held. prompt_top, top: a list a position.
     """
 
     index: int
@@ -60,6 +60,7 @@ class Row:
     repetition_penalty: float
     stop: set[int]
     stream: random.Random
+    reused: int = 0
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top: list[Alternatives] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)

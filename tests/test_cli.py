@@ -30,7 +30,7 @@ def fails(reason: BaseException) -> Callable[[], None]:
         ([], "--source is missing; --help tells more"),
         (["--count", "3"], "--source is missing"),
         (["-cuont", "3", "x"], "unknown flag --cuont"),
-        (["a", "1", "True", "b"], "too many words"),
+        (["a", "1", "True", "b"], "4 words without a flag, but 3 have a place"),
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])

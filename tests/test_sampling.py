@@ -150,11 +150,11 @@ def test_filters_are_those_of_transformers(vocab: int) -> None:
         ):
             scores = processor(prompts[row : row + 1], scores)
         expected.append(scores.double().softmax(dim=-1))
-    columns = {name: torch.tensor(values)[:, None] for name, values in columns.items()}
+    column = {name: torch.tensor(values)[:, None] for name, values in columns.items()}
     seen = torch.zeros(6, vocab, dtype=torch.bool).scatter(1, prompts, True)
-    found = penalize(logits, seen, columns["repetition_penalty"])
-    found = keep_top_k(found, columns["top_k"], vocab)
-    found = keep_top_p(probabilities(found, columns["temperature"]), columns["top_p"])
+    found = penalize(logits, seen, column["repetition_penalty"])
+    found = keep_top_k(found, column["top_k"], vocab)
+    found = keep_top_p(probabilities(found, column["temperature"]), column["top_p"])
     found /= found.sum(dim=-1, keepdim=True)
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-12)
     assert ((found > 0).sum(dim=-1) < vocab).any()

@@ -1,0 +1,187 @@
+"""`python -m llama chat`: talk to a model at the terminal."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llama.chat_format import split_system
+from llama.completion import Llama
+from llama.conversation import Conversation
+from llama.distributed import PeerError, from_rank_0, is_main_rank, read_on_rank_0, say, text_from_rank_0
+from llama.terminal import dim, interrupts, session, visible, write
+
+HELP = """\
+/reset         forget the dialog; the system message stays
+/system TEXT   set the system message; /system alone shows it
+/save FILE     write the dialog as JSON, as chat_completion takes it
+/load FILE     go on with a saved dialog
+/help          this list
+Ctrl-C stops an answer, Ctrl-D leaves. A message that begins with / goes behind a space."""
+
+
+def chat(
+    ckpt_dir: str,
+    tokenizer_path: str | None = None,
+    system: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    top_k: int | None = None,
+    repetition_penalty: float = 1.0,
+    max_seq_len: int = 2048,
+    max_gen_len: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    chat_format: str | None = None,
+    seed: int = 1,
+) -> None:
+    """Talk to a model. /help in it lists the commands; lines can also come through a pipe.
+
+    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
+    system: the system message. max_seq_len: positions for the whole dialog; when it is full, the oldest turns go.
+    max_gen_len: longest answer in tokens; default is as far as the context goes.
+    """
+    llama = Llama.build(
+        ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, device=device, dtype=dtype, chat_format=chat_format
+    )
+    talk = Conversation(
+        llama,
+        system,
+        max_gen_len=max_gen_len,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+    )
+    with session():
+        _prepare_line_editing()
+        note("/help lists the commands, Ctrl-D leaves")
+        while (line := _read_line()) is not None:
+            try:
+                if line.startswith("/"):
+                    _command(talk, *line[1:].split(maxsplit=1))
+                elif line.strip():
+                    with interrupts() as pressed:
+                        _answer(talk, line.strip(), pressed)
+            except KeyboardInterrupt:  # pressed twice
+                note("\n[stopped]")
+            except (ValueError, TypeError, OSError, PeerError) as error:
+                note(f"error: {error}")
+    llama.close()
+
+
+def note(text: str) -> None:
+    say(dim(text, sys.stderr))
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def _prepare_line_editing() -> None:
+    if is_main_rank() and sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # Windows edits lines by itself
+            import readline
+
+            # Where Ctrl-C is no signal (see terminal), it drops the line.
+            readline.parse_and_bind(r'"\C-c": kill-whole-line')
+
+
+def _read_line() -> str | None:
+    """A line that rank 0 has read, on every rank; None at the end."""
+    line: str | None = None
+    if is_main_rank():
+        while line is None:
+            try:
+                line = input("> ") if sys.stdin.isatty() else next(sys.stdin).rstrip("\n")
+            except (EOFError, StopIteration):
+                if sys.stdin.isatty():
+                    write("\n")
+                break
+            except KeyboardInterrupt:  # at the prompt: a new line
+                if not sys.stdin.isatty():
+                    raise
+                write("\n")
+    return json.loads(text_from_rank_0(json.dumps(line)))
+
+
+# Answering ----------------------------------------------------------------------------------------
+
+
+def _answer(talk: Conversation, text: str, pressed: Callable[[], bool]) -> None:
+    started = first = time.perf_counter()
+    pieces = talk.say(text)
+    turn = talk.last
+    assert turn is not None
+    if turn.dropped:
+        fell = "oldest turn" if turn.dropped == 1 else f"{turn.dropped} oldest turns"
+        note(f"[the context is full: the {fell} fell out of the dialog]")
+    for piece in pieces:
+        if first == started:
+            first = time.perf_counter()
+        if is_main_rank():
+            write(visible(piece))
+        if _agreed(pressed(), talk.llama.model.cos.device):
+            break
+    pieces.close()
+    seconds = time.perf_counter() - first
+    if is_main_rank():
+        write("\n")
+    limit = talk.llama.model.params.max_seq_len
+    parts = []
+    if turn.finish_reason is None:
+        parts.append("stopped")
+    elif turn.finish_reason == "length":
+        parts.append("cut, the context is full" if turn.context >= limit else "cut by max_gen_len")
+    if not turn.kept:
+        parts.append("not kept")
+    if turn.new_tokens > 1:
+        parts.append(f"{(turn.new_tokens - 1) / seconds:.1f} tokens/s")
+    note(f"[{', '.join([*parts, f'context {turn.context} of {limit}'])}]")
+
+
+def _agreed(pressed: bool, device: torch.device) -> bool:
+    """Whether rank 0 wants to stop, on every rank."""
+    return bool(from_rank_0(torch.tensor([pressed]).to(device)).item())
+
+
+# Commands -----------------------------------------------------------------------------------------
+
+
+def _command(talk: Conversation, name: str = "", argument: str = "") -> None:
+    if name == "help":
+        note(HELP)
+    elif name == "reset":
+        talk.messages = []
+        note("[the dialog is empty]")
+    elif name == "system":
+        if argument:
+            talk.system = argument
+        note(f"[system message: {talk.system}]" if talk.system is not None else "[no system message]")
+    elif name in ("save", "load") and not argument:
+        note(f"error: /{name} needs a file name")
+    elif name == "save":
+        if is_main_rank():
+            Path(argument).write_text(json.dumps(talk.dialog(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        note(f"[saved to {argument}]")
+    elif name == "load":
+        _load(talk, argument)
+        turns = len(talk.messages) // 2
+        note(f"[{turns} turn{'s' * (turns != 1)} loaded]")
+    else:
+        note(f"error: there is no /{name}; /help lists the commands")
+
+
+def _load(talk: Conversation, path: str) -> None:
+    text = read_on_rank_0(Path(path))
+    try:
+        dialog = json.loads(text)
+        system, turns = split_system([*dialog, {"role": "user", "content": ""}])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no saved dialog: {error}") from None
+    if talk.llama.dialogs.refusal(dialog):
+        raise ValueError(f"{path} holds tags that mark turns, which this model's format refuses")
+    talk.system, talk.messages = system, turns[:-1]

@@ -1,0 +1,145 @@
+"""What people see and type: text made safe to show, pieces in order, Ctrl-C during an answer."""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO
+
+from llama.distributed import is_main_rank
+from llama.stream import TextPiece
+
+# Marks that turn the direction of text, and so can show other words than there are.
+BIDI_MARKS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A)), "\u200e", "\u200f", "\u061c"}
+
+
+def visible(text: str) -> str:
+    """Show control characters, which a terminal would obey, as what they are; line breaks and tabs stay."""
+    return "".join(char if char in "\n\t" or not _is_control(char) else _picture(char) for char in text)
+
+
+def _is_control(char: str) -> bool:
+    return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in BIDI_MARKS
+
+
+def _picture(char: str) -> str:
+    code = ord(char)
+    if code < 32 or code == 127:
+        return chr(0x2400 + code if code < 32 else 0x2421)  # the pictures of Unicode: ESC as one small character
+    return f"<U+{code:04X}>"
+
+
+def show(pieces: Iterable[TextPiece], heads: list[str], tail: str) -> None:
+    """Print rows one below the other, each behind its head and followed by its tail: on a terminal the first unfinished
+    row as it comes, elsewhere each when it is whole."""
+    if not is_main_rank():
+        for _ in pieces:
+            pass
+        return
+    live = sys.stdout.isatty()
+    waiting, done, row = [""] * len(heads), [False] * len(heads), 0
+    begun = False
+    for piece in pieces:
+        waiting[piece.row] += visible(piece.text) if live else piece.text
+        done[piece.row] = piece.finish_reason is not None
+        while row < len(heads) and (done[row] or (live and waiting[row])):
+            write(("" if begun else heads[row]) + waiting[row] + (tail if done[row] else ""))
+            waiting[row], begun = "", not done[row]
+            if begun:
+                break
+            row += 1
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def dim(text: str, stream: TextIO) -> str:
+    return f"\033[2m{text}\033[0m" if stream.isatty() else text
+
+
+# Ctrl-C ---------------------------------------------------------------------------------------------
+# A terminal sends Ctrl-C as SIGINT to the programs in front. torchrun starts ranks in sessions of their own, so there
+# it reaches torchrun alone, which would end all of them: then Ctrl-C is made an ordinary key and looked for among what
+# was typed.
+
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
+
+
+def _sends_no_signals() -> bool:
+    """Whether stdin is a terminal whose Ctrl-C does not reach this process."""
+    if termios is None or not sys.stdin.isatty():
+        return False
+    try:
+        os.tcgetpgrp(sys.stdin.fileno())
+    except OSError:  # not the terminal of our session
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _terminal(change: Callable[[list[Any]], None]) -> Iterator[None]:
+    """Change the terminal's attributes for a while."""
+    fd = sys.stdin.fileno()
+    before, attributes = termios.tcgetattr(fd), termios.tcgetattr(fd)
+    change(attributes)
+    termios.tcsetattr(fd, termios.TCSADRAIN, attributes)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def _no_interrupt_key(attributes: list[Any]) -> None:
+    attributes[6][termios.VINTR] = bytes([os.fpathconf(sys.stdin.fileno(), "PC_VDISABLE") % 256])
+
+
+def _key_by_key(attributes: list[Any]) -> None:
+    attributes[3] &= ~(termios.ICANON | termios.ECHO)
+
+
+@contextlib.contextmanager
+def session() -> Iterator[None]:
+    """Around a dialog at the terminal: Ctrl-C must not end it."""
+    with _terminal(_no_interrupt_key) if _sends_no_signals() else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Around an answer: gives a function that tells whether Ctrl-C has been pressed. Pressed twice it raises
+    KeyboardInterrupt, where signals arrive: the model may be in the middle of a long step."""
+    pressed = False
+
+    def signalled(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def typed() -> bool:
+        nonlocal pressed
+        fd = sys.stdin.fileno()
+        while select.select([fd], [], [], 0)[0]:
+            keys = os.read(fd, 1024)
+            pressed = pressed or b"\x03" in keys
+            if not keys:
+                break
+        return pressed
+
+    if _sends_no_signals():
+        with _terminal(_key_by_key):
+            yield typed
+        return
+    before = signal.signal(signal.SIGINT, signalled)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
