@@ -50,8 +50,10 @@ class Tokenizer:
         """Ids of a text, with BOS before and EOS behind where asked for. Text never becomes a special id."""
         if not isinstance(s, str):
             raise TypeError(f"a text to encode must be a string, not {type(s).__name__}")
-        if any("\ud800" <= char <= "\udfff" for char in s):
-            raise ValueError("the text holds half of a surrogate pair, which is no character")
+        try:
+            s.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the text holds half of a surrogate pair, which is no character") from None
         return [self.bos_id] * bos + self._backend.encode(s) + [self.eos_id] * eos
 
     def decode(self, ids: Sequence[int]) -> str:
