@@ -112,15 +112,15 @@ class TextStream:
 def read_stops(stop: Stop, count: int) -> list[list[str]]:
     """Stop texts for each prompt, from one text or list for all ("\\n" or ["\\n", "User:"]) or a list for each
     ([["\\n"], None, ["User:"]]). Raises TypeError or ValueError."""
-    if isinstance(stop, str):
-        stop = [stop]
-    if stop is not None:
+    if stop is not None and not isinstance(stop, str):
         check_list("stop texts", "texts", stop)
     shared = stop is None or all(isinstance(item, str) for item in stop)
-    stops = [list(texts or ()) for texts in ([stop] * count if shared else per_prompt("stop", stop, count))]
-    for text in (text for texts in stops for text in texts):
-        if not isinstance(text, str):
+    stops = []
+    for item in [stop] * count if shared else per_prompt("stop", stop, count):
+        texts = [item] if isinstance(item, str) else list(item) if isinstance(item, Sequence) else []
+        if not (item is None or isinstance(item, Sequence)) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"stop is {stop!r}, expected a list of texts, or one for each prompt")
-        if not text:
+        if "" in texts:
             raise ValueError("stop holds an empty text, which would end every answer at once")
+        stops.append(texts)
     return stops

@@ -1,0 +1,59 @@
+"""The same weights in an implementation that others wrote."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def transformers_model(folder: Path) -> LlamaForCausalLM:
+    """A seeded checkpoint in one shard, as transformers' Llama in float32."""
+    params = json.loads((folder / "params.json").read_text())
+    weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    heads, kv_heads = params["n_heads"], params.get("n_kv_heads", params["n_heads"])
+    rope = {"rope_type": "default", "rope_theta": params.get("rope_theta", 10000.0)}
+    if params.get("use_scaled_rope"):
+        rope |= {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope["original_max_position_embeddings"] = 8192
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=params["dim"],
+        intermediate_size=weights["layers.0.feed_forward.w1.weight"].shape[0],
+        num_hidden_layers=params["n_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=params["norm_eps"],
+        max_position_embeddings=131072 if params.get("use_scaled_rope") else 4096,
+        rope_parameters=rope,
+        tie_word_embeddings=False,
+    )
+    names = {
+        "tok_embeddings": "model.embed_tokens",
+        "norm": "model.norm",
+        "output": "lm_head",
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    state = {}
+    for key, weight in weights.items():
+        stem = key.removesuffix(".weight")
+        prefix = ""
+        if stem.startswith("layers."):
+            _, layer, stem = stem.split(".", 2)
+            prefix = f"model.layers.{layer}."
+        if stem in ("attention.wq", "attention.wk"):
+            # transformers pairs number i of a head with number i + head_dim / 2, Meta its neighbours 2i and 2i + 1.
+            n = heads if stem == "attention.wq" else kv_heads
+            weight = weight.view(n, -1, 2, params["dim"]).transpose(1, 2).reshape(weight.shape)
+        state[f"{prefix}{names[stem]}.weight"] = weight
+    theirs = LlamaForCausalLM(config).eval()
+    theirs.load_state_dict(state)
+    return theirs
