@@ -2,8 +2,9 @@
 
 from llama.chat_format import Dialog, Message
 from llama.completion import Llama
+from llama.conversation import Conversation
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["Dialog", "Llama", "Message", "ModelArgs", "Tokenizer", "Transformer"]
+__all__ = ["Conversation", "Dialog", "Llama", "Message", "ModelArgs", "Tokenizer", "Transformer"]
