@@ -1,6 +1,5 @@
 """A conversation answers as a fresh run over its whole history does, and computes only what is new."""
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -76,8 +75,9 @@ def test_edited_history_is_reused_up_to_the_change(build: Callable[..., Llama]) 
     del talk.messages[6:]
     apart.messages = list(talk.messages)
     assert say(talk, "So?") == fresh(apart, "So?", temperature=0, max_gen_len=8)
-    common = os.path.commonprefix([before, llama.dialogs.encode(talk.messages[:-1])])
-    assert talk.last is not None and 60 < talk.last.reused == len(common) < talk.last.prompt_tokens - 10
+    after = llama.dialogs.encode(talk.messages[:-1])
+    common = next(i for i, (old, new) in enumerate(zip(before, after, strict=False)) if old != new)
+    assert talk.last is not None and 60 < talk.last.reused == common < talk.last.prompt_tokens - 10
     talk.messages.clear()
     talk.system = "Be brief."
     apart.messages, apart.system = [], "Be brief."
