@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llama.chat_format import split_system
+from llama.chat_format import Message, split_system
 from llama.completion import Llama
 from llama.conversation import Conversation
 from llama.distributed import PeerError, from_rank_0, is_main_rank, read_on_rank_0, say, text_from_rank_0
@@ -63,7 +63,7 @@ def chat(
         while (line := _read_line()) is not None:
             try:
                 if line.startswith("/"):
-                    _command(talk, *line[1:].split(maxsplit=1))
+                    _command(talk, *line[1:].rstrip().split(maxsplit=1))
                 elif line.strip():
                     with interrupts() as pressed:
                         _answer(talk, line.strip(), pressed)
@@ -75,7 +75,7 @@ def chat(
 
 
 def note(text: str) -> None:
-    say(dim(text, sys.stderr))
+    say(dim(visible(text), sys.stderr))
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -113,20 +113,20 @@ def _read_line() -> str | None:
 
 def _answer(talk: Conversation, text: str, pressed: Callable[[], bool]) -> None:
     started = first = time.perf_counter()
-    pieces = talk.say(text)
-    turn = talk.last
-    assert turn is not None
-    if turn.dropped:
-        fell = "oldest turn" if turn.dropped == 1 else f"{turn.dropped} oldest turns"
-        note(f"[the context is full: the {fell} fell out of the dialog]")
-    for piece in pieces:
-        if first == started:
-            first = time.perf_counter()
-        if is_main_rank():
-            write(visible(piece))
-        if _agreed(pressed(), talk.llama.model.cos.device):
-            break
-    pieces.close()
+    # Closed however this ends: an answer left open would join the dialog later, after a /reset perhaps.
+    with contextlib.closing(talk.say(text)) as pieces:
+        turn = talk.last
+        assert turn is not None
+        if turn.dropped:
+            fell = "oldest turn" if turn.dropped == 1 else f"{turn.dropped} oldest turns"
+            note(f"[the context is full: the {fell} fell out of the dialog]")
+        for piece in pieces:
+            if first == started:
+                first = time.perf_counter()
+            if is_main_rank():
+                write(visible(piece))
+            if _agreed(pressed(), talk.llama.model.cos.device):
+                break
     seconds = time.perf_counter() - first
     if is_main_rank():
         write("\n")
@@ -179,8 +179,10 @@ def _load(talk: Conversation, path: str) -> None:
     text = read_on_rank_0(Path(path))
     try:
         dialog = json.loads(text)
-        system, turns = split_system([*dialog, {"role": "user", "content": ""}])
-    except (ValueError, TypeError) as error:
+        whole: list[Message] = [*dialog, {"role": "user", "content": ""}]
+        system, turns = split_system(whole)
+        talk.llama.dialogs.encode(whole)  # else every later turn would fail
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no saved dialog: {error}") from None
     if talk.llama.dialogs.refusal(dialog):
         raise ValueError(f"{path} holds tags that mark turns, which this model's format refuses")

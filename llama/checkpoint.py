@@ -1,21 +1,20 @@
-"""Meta-style checkpoint folders: params.json and consolidated.NN.pth, read at any number of ranks.
+"""Meta-style checkpoint folders: consolidated.NN.pth, read at any number of ranks.
 
 A shard file holds one slice of every tensor. What matters here is the logical tensor: each name has one axis along
 which shards divide it (`shard_axis`), and rank r of N takes its part of that axis across whichever files hold it.
 """
 
-import json
 import pickle
 import re
 import zipfile
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from llama.distributed import model_parallel, progress
-from llama.model import ModelArgs, Transformer
+from llama.model import Transformer
+from llama.params import CheckpointError, ModelArgs, read_params
 
 # Divided along the output features (0), along the input features (1), or repeated in every file (None).
 # tok_embeddings is missing here: Llama 2 files split it on dim 1, Llama 3 files on dim 0.
@@ -36,10 +35,6 @@ EMBEDDING = "tok_embeddings.weight"
 # Llama 1 stores the rotary frequencies, which are computed here.
 SKIPPED = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class CheckpointError(ValueError):
-    """The checkpoint folder is not what it should be; the message names the file and the way out."""
 
 
 def without_layer(key: str) -> str:
@@ -95,46 +90,6 @@ def check_world_size(args: ModelArgs, world_size: int) -> None:
             f"{world_size} ranks cannot share this model ({args.n_heads} heads, {args.kv_heads} KV heads, feed-forward "
             f"width {args.hidden_dim}, vocabulary {args.vocab_size}): start {', '.join(map(str, legal))}"
         )
-
-
-# params.json --------------------------------------------------------------------------------------
-
-
-def read_params(ckpt_dir: Path) -> ModelArgs:
-    """Read params.json. Unknown keys, wrong types and sizes that contradict each other are CheckpointErrors."""
-    path = ckpt_dir / "params.json"
-    try:
-        params = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: it comes with the consolidated.NN.pth files") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{path} holds a {type(params).__name__}, expected an object: fetch it again")
-    known = {f.name: f for f in fields(ModelArgs) if f.name not in ("max_batch_size", "max_seq_len")}
-    for key, value in params.items():
-        if key not in known:
-            raise CheckpointError(f"{path}: unknown key {key!r}; this runner knows {', '.join(known)}")
-        optional = known[key].default is None and value is None
-        is_flag = known[key].type is bool
-        whole = "int" in str(known[key].type)
-        if not optional and (
-            isinstance(value, bool) != is_flag
-            or not isinstance(value, int if whole else (int, float))
-            or (not is_flag and not 0 < value < float("inf") and (key, value) != ("vocab_size", -1))
-        ):
-            expected = "true or false" if is_flag else "a positive whole number" if whole else "a positive number"
-            raise CheckpointError(f"{path}: {key} is {value!r}, expected {expected}")
-    for key in ("dim", "n_layers", "n_heads"):
-        if key not in params:
-            raise CheckpointError(f"{path}: {key} is missing")
-    args = ModelArgs(**params)
-    if args.dim % args.n_heads or args.head_dim % 2 or args.n_heads % args.kv_heads:
-        raise CheckpointError(
-            f"{path}: dim {args.dim}, n_heads {args.n_heads} and n_kv_heads {args.kv_heads} do not go together "
-            "(heads divide dim into even parts, KV heads divide heads)"
-        )
-    return args
 
 
 # Files --------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from typing_extensions import Unpack
 from llama.cache import KVCache
 from llama.chat_format import ChatFormat, Dialog, Message, for_tokenizer, split_system
 from llama.checkpoint import Checkpoint, check_world_size, load_weights, tensor_shapes
-from llama.distributed import current_world, join, leave, pick_device, pick_dtype, raising_together, say, share_cores
+from llama.device import pick_device, pick_dtype, share_cores
+from llama.distributed import current_world, join, leave, raising_together, say
 from llama.generation import Generator
 from llama.model import Transformer
 from llama.request import Each, Row, Settings, check_list, check_whole

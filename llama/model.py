@@ -18,61 +18,10 @@ from torch import nn
 
 from llama.cache import KVCache
 from llama.distributed import model_parallel
+from llama.params import ModelArgs
 
-# Llama 3.2 1B and 3B, as (dim, n_layers): their frequencies are divided by 32, and their params.json does not say so.
-LLAMA_3_2_SHAPES = {(2048, 16), (3072, 28)}
 # Logits are computed for so many fp32 numbers at a time when all positions are scored (64 MB).
 SCORING_CHUNK = 2**24
-
-
-@dataclass
-class ModelArgs:
-    """A checkpoint's params.json, plus the two sizes of the runner (max_batch_size, max_seq_len).
-
-    n_kv_heads: None means n_heads (no grouping). vocab_size: -1 means the rows of the embedding.
-    multiple_of, ffn_dim_multiplier: give the feed-forward width, see `hidden_dim`.
-    use_scaled_rope: the frequency scaling of Llama 3.1; rope_scaling_factor: its factor, None means 32 for the
-    two shapes of Llama 3.2 and 8 otherwise.
-    """
-
-    dim: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int | None = None
-    vocab_size: int = -1
-    multiple_of: int = 256
-    ffn_dim_multiplier: float | None = None
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    use_scaled_rope: bool = False
-    rope_scaling_factor: float | None = None
-    max_batch_size: int = 32
-    max_seq_len: int = 2048
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-    @property
-    def hidden_dim(self) -> int:
-        """Width of the feed-forward: 2/3 of 4 * dim, times the multiplier, rounded up to a multiple."""
-        width = int(2 * (4 * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            width = int(self.ffn_dim_multiplier * width)
-        return -(-width // self.multiple_of) * self.multiple_of
-
-    @property
-    def rope_factor(self) -> float:
-        """What low frequencies are divided by; 1 without scaling."""
-        if not self.use_scaled_rope:
-            return 1.0
-        if self.rope_scaling_factor is not None:
-            return self.rope_scaling_factor
-        return 32.0 if (self.dim, self.n_layers) in LLAMA_3_2_SHAPES else 8.0
 
 
 # Layers -------------------------------------------------------------------------------------------

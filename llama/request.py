@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict, TypeVar
 
-from llama.model import ModelArgs
+from llama.params import ModelArgs
 
 T = TypeVar("T")
 Each: TypeAlias = T | Sequence[T]  # one value for all prompts, or a list with one for each

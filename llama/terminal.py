@@ -73,9 +73,14 @@ except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
 
 
+def _owns_terminal() -> bool:
+    # The ranks of a host share theirs; one of them may change it.
+    return termios is not None and is_main_rank() and sys.stdin.isatty()
+
+
 def _sends_no_signals() -> bool:
     """Whether stdin is a terminal whose Ctrl-C does not reach this process."""
-    if termios is None or not sys.stdin.isatty():
+    if not _owns_terminal():
         return False
     try:
         os.tcgetpgrp(sys.stdin.fileno())
@@ -99,6 +104,10 @@ def _terminal(change: Callable[[list[Any]], None]) -> Iterator[None]:
 
 def _no_interrupt_key(attributes: list[Any]) -> None:
     attributes[6][termios.VINTR] = bytes([os.fpathconf(sys.stdin.fileno(), "PC_VDISABLE") % 256])
+
+
+def _no_echo(attributes: list[Any]) -> None:
+    attributes[3] &= ~termios.ECHO  # what is typed meanwhile shows at the next prompt
 
 
 def _key_by_key(attributes: list[Any]) -> None:
@@ -140,6 +149,7 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         return
     before = signal.signal(signal.SIGINT, signalled)
     try:
-        yield lambda: pressed
+        with _terminal(_no_echo) if _owns_terminal() else contextlib.nullcontext():
+            yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llama import Llama, ModelArgs
-from llama.checkpoint import Checkpoint, CheckpointError, legal_world_sizes, rank_slice, read_params, tensor_shapes
+from llama.checkpoint import Checkpoint, legal_world_sizes, rank_slice, tensor_shapes
+from llama.params import CheckpointError, read_params
 from llama.tokenizer import TokenizerError
 
 

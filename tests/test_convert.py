@@ -19,7 +19,7 @@ import torch
 from llama.checkpoint import Checkpoint
 from llama.convert import ConvertError, convert
 from llama.convert.gguf import chat_keys, feed_forward_params
-from llama.model import ModelArgs
+from llama.params import ModelArgs
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")

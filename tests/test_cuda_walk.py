@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llama import Llama, Transformer, distributed, generation, sampling
-from llama.distributed import World, current_world, join, leave, pick_device
+from llama.device import pick_device
+from llama.distributed import World, current_world, join, leave
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, and the walk pretends one"),

@@ -15,7 +15,8 @@ from fairscale.nn.model_parallel import initialize, layers
 from ranks import run_ranks
 
 from llama import Llama
-from llama.distributed import World, current_world, pick_device, pick_dtype, share_cores
+from llama.device import pick_device, pick_dtype, share_cores
+from llama.distributed import World, current_world
 
 ROOT = Path(__file__).parent.parent
 

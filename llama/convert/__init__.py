@@ -6,8 +6,9 @@ from pathlib import Path
 
 from llama.convert import gguf
 from llama.convert.meta import ConvertError, check_shards, write_folder
-from llama.distributed import DTYPES, say
-from llama.model import ModelArgs
+from llama.device import DTYPES
+from llama.distributed import say
+from llama.params import ModelArgs
 
 __all__ = ["ConvertError", "convert"]
 

@@ -17,7 +17,7 @@ import torch
 
 from llama.checkpoint import EMBEDDING, tensor_shapes
 from llama.convert.meta import ConvertError, Source
-from llama.model import ModelArgs
+from llama.params import ModelArgs
 
 NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": "norm.weight", "output.weight": "output.weight"}
 LAYER_NAMES = {

@@ -11,7 +11,7 @@ import torch
 
 from llama.checkpoint import EMBEDDING, SHARD_AXIS, legal_world_sizes, without_layer
 from llama.distributed import progress
-from llama.model import ModelArgs
+from llama.params import ModelArgs
 
 
 class ConvertError(ValueError):

@@ -1,0 +1,99 @@
+"""The shape of a model: `ModelArgs`, and params.json, which it is read from."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+# Llama 3.2 1B and 3B, as (dim, n_layers): their frequencies are divided by 32, and their params.json does not say so.
+LLAMA_3_2_SHAPES = {(2048, 16), (3072, 28)}
+
+
+class CheckpointError(ValueError):
+    """The checkpoint folder is not what it should be; the message names the file and the way out."""
+
+
+@dataclass
+class ModelArgs:
+    """A checkpoint's params.json, plus the two sizes of the runner (max_batch_size, max_seq_len).
+
+    n_kv_heads: None means n_heads (no grouping). vocab_size: -1 means the rows of the embedding.
+    multiple_of, ffn_dim_multiplier: give the feed-forward width, see `hidden_dim`.
+    use_scaled_rope: the frequency scaling of Llama 3.1; rope_scaling_factor: its factor, None means 32 for the
+    two shapes of Llama 3.2 and 8 otherwise.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    vocab_size: int = -1
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    use_scaled_rope: bool = False
+    rope_scaling_factor: float | None = None
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward: 2/3 of 4 * dim, times the multiplier, rounded up to a multiple."""
+        width = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return -(-width // self.multiple_of) * self.multiple_of
+
+    @property
+    def rope_factor(self) -> float:
+        """What low frequencies are divided by; 1 without scaling."""
+        if not self.use_scaled_rope:
+            return 1.0
+        if self.rope_scaling_factor is not None:
+            return self.rope_scaling_factor
+        return 32.0 if (self.dim, self.n_layers) in LLAMA_3_2_SHAPES else 8.0
+
+
+def read_params(ckpt_dir: Path) -> ModelArgs:
+    """Read params.json. Unknown keys, wrong types and sizes that contradict each other are CheckpointErrors."""
+    path = ckpt_dir / "params.json"
+    try:
+        params = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: it comes with the consolidated.NN.pth files") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
+    if not isinstance(params, dict):
+        raise CheckpointError(f"{path} holds a {type(params).__name__}, expected an object: fetch it again")
+    known = {f.name: f for f in fields(ModelArgs) if f.name not in ("max_batch_size", "max_seq_len")}
+    for key, value in params.items():
+        if key not in known:
+            raise CheckpointError(f"{path}: unknown key {key!r}; this runner knows {', '.join(known)}")
+        optional = known[key].default is None and value is None
+        is_flag = known[key].type is bool
+        whole = "int" in str(known[key].type)
+        if not optional and (
+            isinstance(value, bool) != is_flag
+            or not isinstance(value, int if whole else (int, float))
+            or (not is_flag and not 0 < value < float("inf") and (key, value) != ("vocab_size", -1))
+        ):
+            expected = "true or false" if is_flag else "a positive whole number" if whole else "a positive number"
+            raise CheckpointError(f"{path}: {key} is {value!r}, expected {expected}")
+    for key in ("dim", "n_layers", "n_heads"):
+        if key not in params:
+            raise CheckpointError(f"{path}: {key} is missing")
+    args = ModelArgs(**params)
+    if args.dim % args.n_heads or args.head_dim % 2 or args.n_heads % args.kv_heads:
+        raise CheckpointError(
+            f"{path}: dim {args.dim}, n_heads {args.n_heads} and n_kv_heads {args.kv_heads} do not go together "
+            "(heads divide dim into even parts, KV heads divide heads)"
+        )
+    return args
