@@ -176,9 +176,8 @@ def _command(talk: Conversation, name: str = "", argument: str = "") -> None:
 
 
 def _load(talk: Conversation, path: str) -> None:
-    text = read_on_rank_0(Path(path))
     try:
-        dialog = json.loads(text)
+        dialog = json.loads(read_on_rank_0(Path(path)))
         whole: list[Message] = [*dialog, {"role": "user", "content": ""}]
         system, turns = split_system(whole)
         talk.llama.dialogs.encode(whole)  # else every later turn would fail

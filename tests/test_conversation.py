@@ -187,3 +187,12 @@ def test_the_first_token_of_turn_10_comes_as_soon_as_of_turn_2(
     ratio = statistics.median(waits[10]) / statistics.median(waits[2])
     measured("time to the first token, turn 10 / turn 2", ratio)
     assert ratio < 1.5
+
+
+def test_the_exercise_of_the_readme(demo: Path) -> None:
+    llama = Llama.build(demo, max_batch_size=1, dtype="float32")
+    talk, forgetful = (Conversation(llama, "You answer in one short sentence.", temperature=0) for _ in range(2))
+    assert say(talk, "It is Monday today. What day is today?") == "It's Monday today."
+    assert say(talk, "What day is tomorrow?") == "It's Tuesday tomorrow."
+    assert say(forgetful, "What day is tomorrow?") == "The day is tomorrow."
+    llama.close()
