@@ -13,8 +13,9 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from peers import transformers_model
+from ranks import run_ranks
 
-from llama import Llama
+from llama import Conversation, Llama
 from llama.stream import TextPiece, TextStream, read_stops
 from llama.tokenizer import Tokenizer
 
@@ -503,3 +504,26 @@ def test_2000_random_requests_are_rows_for_themselves_and_leave_no_memory(
     grown = rss_anon() - before
     measured("memory grown over 1,500 random requests, MB", grown / 1e6)
     assert grown < 8e6
+
+
+# Ranks --------------------------------------------------------------------------------------------
+
+
+def everything(folder: Path) -> list[Any]:
+    """What a rank gets from mixed settings, samples, stops, turns, calls in between."""
+    llama = Llama.build(folder, max_seq_len=200, max_batch_size=5)
+    ids = llama.generate(PROMPTS, **MIXED)[0]
+    stream = llama.stream(PROMPTS[:2], max_gen_len=8, temperature=0.8, seed=3)
+    steps = [[(token.row, token.id) for token in next(stream)]]
+    texts = llama.text_completion(TEXTS[:2], n=2, max_gen_len=9, repetition_penalty=1.3, stop=["e"], seed=[3, 8])
+    steps += [[(token.row, token.id) for token in step] for step in stream]
+    talk = Conversation(llama, temperature=0.7, seed=4, max_gen_len=7)
+    said = ["".join(talk.say(text)) for text in TEXTS]
+    next(talk.say("broken off"))
+    llama.close()
+    return [ids, steps, texts, said]
+
+
+def test_one_and_two_ranks_agree(checkpoint: Callable[..., Path]) -> None:
+    expected = everything(checkpoint("gqa"))
+    assert run_ranks(2, everything, checkpoint("gqa")) == [expected, expected]
