@@ -12,7 +12,7 @@ from typing import Any
 from llama.chat_format import Message
 from llama.completion import Llama
 from llama.distributed import is_main_rank, raising_together, read_on_rank_0, say, text_from_rank_0
-from llama.terminal import show
+from llama.terminal import show, visible
 
 
 def complete(
@@ -101,12 +101,18 @@ class Job:
 def _complete_file(
     llama: Llama, file: Path, out: Path, keep_going: bool, batch_tokens: int, seed: int, settings: dict[str, Any]
 ) -> None:
-    text = read_on_rank_0(file)
+    try:
+        text = read_on_rank_0(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
     with raising_together():
         if file.resolve() == out.resolve():
             raise ValueError("--file and --out name the same file")
         jobs = _read_jobs(llama, text, file.name, keep_going)
-        done = _read_done(out, {job.line: job for job in jobs}) if is_main_rank() else set()
+        done: set[int] = set()
+        if is_main_rank():
+            done = _read_done(out, {job.line: job for job in jobs})
+            out.open("ab").close()  # before the work, not after the first batch, tell that this cannot be written
     done = set(json.loads(text_from_rank_0(json.dumps(sorted(done)))))
     if done:
         say(f"{out}: {len(done)} of {len(jobs)} answers are there already")
@@ -132,7 +138,7 @@ def _read_jobs(llama: Llama, text: str, name: str, keep_going: bool) -> list[Job
         try:
             jobs.append(_read_job(llama, number, line))
         except (ValueError, TypeError, RecursionError) as error:
-            bad.append(f"{name}, line {number}: {error}")
+            bad.append(visible(f"{name}, line {number}: {error}"))
     if bad and not keep_going:
         more = f"; {len(bad) - 1} more lines are bad" if len(bad) > 1 else ""
         raise ValueError(f"{bad[0]}{more}: mend the file, or --keep_going skips them")
@@ -175,13 +181,13 @@ def _read_done(out: Path, jobs: dict[int, Job]) -> set[int]:
             job = jobs[answer["line"]]
             if answer[job.key] != job.given or job.line in done:
                 raise ValueError
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(
                 f"{out}, line {number}, is no answer to a line of the file: name another --out, or remove it"
             ) from None
         done.add(job.line)
-    head = b'{"line": '
-    if rest[: len(head)] != head[: len(rest)]:
+    heads = (_encoded(_head(job))[:-1] for job in jobs.values())
+    if rest and not any(rest[: len(head)] == head[: len(rest)] for head in heads):
         raise ValueError(f"{out} ends with what is no answer: name another --out, or remove it")
     if rest:
         os.truncate(out, len(content) - len(rest))
@@ -205,14 +211,22 @@ def batches(jobs: list[Job], batch_tokens: int, max_gen_len: int, llama: Llama) 
         yield batch
 
 
+def _head(job: Job) -> dict[str, Any]:
+    return {"line": job.line, job.key: job.given}
+
+
+def _encoded(answer: dict[str, Any]) -> bytes:
+    # Half a surrogate pair, which may stand in keys that nobody reads, becomes JSON's own escape.
+    return json.dumps(answer, ensure_ascii=False).encode(errors="backslashreplace")
+
+
 def _append(out: Path, batch: list[Job], answers: list[tuple[str, str | None]]) -> None:
     lines = []
     for job, (text, finish_reason) in zip(batch, answers, strict=True):
         generation = text if job.key == "prompt" else {"role": "assistant", "content": text}
-        answer = {"line": job.line, job.key: job.given, "generation": generation, "finish_reason": finish_reason}
-        lines.append(json.dumps(answer, ensure_ascii=False) + "\n")
+        lines.append(_encoded({**_head(job), "generation": generation, "finish_reason": finish_reason}) + b"\n")
     with out.open("ab") as file:
-        file.write("".join(lines).encode())
+        file.write(b"".join(lines))
         file.flush()
         os.fsync(file.fileno())
 
