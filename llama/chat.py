@@ -12,12 +12,12 @@ import torch
 from llama.chat_format import Message, split_system
 from llama.completion import Llama
 from llama.conversation import Conversation
-from llama.distributed import PeerError, from_rank_0, is_main_rank, read_on_rank_0, say, text_from_rank_0
-from llama.terminal import dim, interrupts, session, visible, write
+from llama.distributed import PeerError, from_rank_0, is_main_rank, read_on_rank_0, say, told_by_rank_0
+from llama.terminal import dim, interrupts, read_line, session, visible, write
 
 HELP = """\
 /reset         forget the dialog; the system message stays
-/system TEXT   set the system message; /system alone shows it
+/system TEXT   set the system message, /system - removes it, /system alone shows it
 /save FILE     write the dialog as JSON, as chat_completion takes it
 /load FILE     go on with a saved dialog
 /help          this list
@@ -32,6 +32,7 @@ def chat(
     top_p: float = 0.9,
     top_k: int | None = None,
     repetition_penalty: float = 1.0,
+    stop: list[str] | None = None,
     max_seq_len: int = 2048,
     max_gen_len: int | None = None,
     device: str = "auto",
@@ -56,11 +57,11 @@ def chat(
         top_p=top_p,
         top_k=top_k,
         repetition_penalty=repetition_penalty,
+        stop=stop,
     )
     with session():
-        _prepare_line_editing()
         note("/help lists the commands, Ctrl-D leaves")
-        while (line := _read_line()) is not None:
+        while (line := told_by_rank_0(read_line("> ") if is_main_rank() else None)) is not None:
             try:
                 if line.startswith("/"):
                     _command(talk, *line[1:].rstrip().split(maxsplit=1))
@@ -76,36 +77,6 @@ def chat(
 
 def note(text: str) -> None:
     say(dim(visible(text), sys.stderr))
-
-
-# Reading ------------------------------------------------------------------------------------------
-
-
-def _prepare_line_editing() -> None:
-    if is_main_rank() and sys.stdin.isatty():
-        with contextlib.suppress(ImportError):  # Windows edits lines by itself
-            import readline
-
-            # Where Ctrl-C is no signal (see terminal), it drops the line.
-            readline.parse_and_bind(r'"\C-c": kill-whole-line')
-
-
-def _read_line() -> str | None:
-    """A line that rank 0 has read, on every rank; None at the end."""
-    line: str | None = None
-    if is_main_rank():
-        while line is None:
-            try:
-                line = input("> ") if sys.stdin.isatty() else next(sys.stdin).rstrip("\n")
-            except (EOFError, StopIteration):
-                if sys.stdin.isatty():
-                    write("\n")
-                break
-            except KeyboardInterrupt:  # at the prompt: a new line
-                if not sys.stdin.isatty():
-                    raise
-                write("\n")
-    return json.loads(text_from_rank_0(json.dumps(line)))
 
 
 # Answering ----------------------------------------------------------------------------------------
@@ -159,30 +130,39 @@ def _command(talk: Conversation, name: str = "", argument: str = "") -> None:
         note("[the dialog is empty]")
     elif name == "system":
         if argument:
-            talk.system = argument
-        note(f"[system message: {talk.system}]" if talk.system is not None else "[no system message]")
+            talk.system = None if argument == "-" else argument
+        note(_system(talk))
     elif name in ("save", "load") and not argument:
         note(f"error: /{name} needs a file name")
     elif name == "save":
         if is_main_rank():
-            Path(argument).write_text(json.dumps(talk.dialog(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            Path(argument).expanduser().write_text(
+                json.dumps(talk.dialog(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
         note(f"[saved to {argument}]")
     elif name == "load":
         _load(talk, argument)
         turns = len(talk.messages) // 2
-        note(f"[{turns} turn{'s' * (turns != 1)} loaded]")
+        note(f"[{turns} turn{'s' * (turns != 1)} loaded]\n{_system(talk)}")
     else:
-        note(f"error: there is no /{name}; /help lists the commands")
+        note(f"error: there is no /{name}; /help lists the commands, Ctrl-D leaves")
+
+
+def _system(talk: Conversation) -> str:
+    if talk.system is not None:
+        return f"[system message: {talk.system}]"
+    own = talk.llama.tokenizer.default_system
+    return "[no system message]" if own is None else f"[the model's own system message: {own}]"
 
 
 def _load(talk: Conversation, path: str) -> None:
     try:
-        dialog = json.loads(read_on_rank_0(Path(path)))
+        dialog = json.loads(read_on_rank_0(Path(path).expanduser()))
         whole: list[Message] = [*dialog, {"role": "user", "content": ""}]
         system, turns = split_system(whole)
         talk.llama.dialogs.encode(whole)  # else every later turn would fail
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no saved dialog: {error}") from None
+        raise ValueError(f"{path} is no dialog that ends with an answer: {error}") from None
     if talk.llama.dialogs.refusal(dialog):
         raise ValueError(f"{path} holds tags that mark turns, which this model's format refuses")
     talk.system, talk.messages = system, turns[:-1]

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import fire
 
@@ -27,13 +27,11 @@ def run(command: Command | dict[str, Command]) -> None:
     of the program and keeps its traceback.
     """
     try:
-        _check_flags(command, sys.argv[1:])
-        for function in command.values() if isinstance(command, dict) else [command]:
-            _take_texts_as_written(function)
+        words = _read_words(command, sys.argv[1:])
         for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors=errors)  # characters that the terminal's encoding lacks end nothing
-        fire.Fire(command)
+        fire.Fire(command, words, "python -m llama" if isinstance(command, dict) else None)
     except BrokenPipeError:  # `| head` has seen enough; nothing may be flushed there at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -43,54 +41,76 @@ def run(command: Command | dict[str, Command]) -> None:
         sys.exit(130)
 
 
-def _take_texts_as_written(command: Command) -> None:
-    """Keep fire from reading a text as Python: "1e3" or "[1]" would become a number or a list."""
-    kinds = {p.name: str(p.annotation) for p in inspect.signature(command).parameters.values()}
-    texts = [name for name, kind in kinds.items() if kind in ("<class 'str'>", "str | None")]
-    lists = [name for name, kind in kinds.items() if kind == "list[str] | None"]
-    fire.decorators.SetParseFns(**dict.fromkeys(texts, str), **dict.fromkeys(lists, _text_or_list))(command)
+def _read_words(command: Command | dict[str, Command], words: list[str]) -> list[str]:
+    """The command line as fire cannot misread it: --name=value for everything, texts in Python's quotes.
+
+    By itself fire runs a command before it complains about a flag or shows its help, and takes texts for Python: "1e3"
+    for a number, "- a" for a flag.
+    """
+    if isinstance(command, dict):
+        if not words or words[0] not in command:
+            return words  # fire lists the commands
+        return [words[0], *_read_words(command[words[0]], words[1:])]
+    if {"-h", "--help"} & set(words):
+        return ["--help"]
+    parameters = inspect.signature(command).parameters
+    given, free, rest = dict[str, list[str]](), list[str](), list(words)
+    while rest:
+        word = rest.pop(0)
+        name, value = _flag(word, list(parameters))
+        if name is None:
+            free.append(word)
+            continue
+        if name not in parameters:
+            _refuse(f"unknown flag --{name}; there are {', '.join(f'--{name}' for name in parameters)}")
+        if value is None and parameters[name].annotation is bool:
+            value = rest.pop(0) if rest and rest[0] in ("True", "False") else "True"
+        elif value is None and rest and _flag(rest[0], list(parameters))[0] not in parameters:
+            value = rest.pop(0)
+        if value is None:
+            _refuse(f"--{name} needs a value")
+        given.setdefault(name, []).append(value)
+    # Words without a flag fill what is left, in turn.
+    places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and name not in given]
+    if len(free) > len(places):
+        _refuse(f"{len(free)} words without a flag, but {len(places)} have a place: quote a text with spaces")
+    given |= {name: [word] for name, word in zip(places, free, strict=False)}
+    if missing := [name for name, p in parameters.items() if p.default is p.empty and name not in given]:
+        _refuse(f"--{missing[0]} is missing; --help tells more")
+    return [f"--{name}={_as_python(values, str(parameters[name].annotation))}" for name, values in given.items()]
+
+
+def _flag(word: str, names: list[str]) -> tuple[str | None, str | None]:
+    """Name and value of "--name=value", "--name" or "-n", where one name begins with n; no name for other words."""
+    match = re.fullmatch(r"--?([A-Za-z][\w-]*)(?:=(.*))?", word, re.DOTALL)
+    if not match:
+        return None, None
+    name = match[1].replace("-", "_")
+    long = [other for other in names if len(name) == 1 and other.startswith(name)]
+    return (long[0] if len(long) == 1 else name), match[2]
+
+
+def _as_python(values: list[str], kind: str) -> str:
+    """The values that a flag was given, as fire reads them: lists are joined, otherwise the last one counts."""
+    if kind == "list[str] | None":
+        return repr([text for value in values for text in _text_or_list(value)])
+    return repr(values[-1]) if kind in ("<class 'str'>", "str | None") else values[-1]
 
 
 def _text_or_list(word: str) -> list[str]:
-    """A JSON list of texts, or one text."""
-    if word.startswith("["):
+    """A JSON list of texts, or one text, in which \\n and the like may stand."""
+    for json_text in (word, f'["{word}"]'):
         with contextlib.suppress(ValueError):
-            return json.loads(word)
+            found = json.loads(json_text)
+            if isinstance(found, list) and all(isinstance(text, str) for text in found):
+                return found
     return [word]
 
 
-def _check_flags(command: Command | dict[str, Command], words: list[str]) -> None:
-    """Refuse a misspelt or missing flag before anything runs: fire would run the command first and complain after."""
-    if isinstance(command, dict):
-        if not words or words[0] not in command:
-            return  # fire lists the commands
-        command, words = command[words[0]], words[1:]
-    if {"-h", "--help"} & set(words):
-        return
-    parameters = list(inspect.signature(command).parameters.values())
-    names = [p.name for p in parameters]
-    given, free, flag = set(), 0, False
-    for word in words:
-        if re.match(r"--?[A-Za-z]", word):
-            given.add(word.lstrip("-").split("=")[0].replace("-", "_"))
-            flag = "=" not in word  # the next word is its value
-        else:
-            free, flag = free + (not flag), False
-    # Words without a flag fill what is left, in turn.
-    places = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in given]
-    given |= set(places[:free])
-    missing = [p.name for p in parameters if p.default is p.empty and p.name not in given]
-    problem = ""
-    if unknown := sorted(given - set(names)):
-        problem = f"unknown flag --{unknown[0]}; there are {', '.join(f'--{name}' for name in names)}"
-    elif free > len(places):
-        problem = f"{free} words without a flag, but {len(places)} have a place: quote a text with spaces"
-    elif missing:
-        problem = f"--{missing[0]} is missing; --help tells more"
-    if problem:
-        if is_main_rank():
-            print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+def _refuse(problem: str) -> NoReturn:
+    if is_main_rank():
+        print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> None:

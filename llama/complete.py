@@ -1,5 +1,6 @@
 """`python -m llama complete`: continue one text, or a file of thousands."""
 
+import contextlib
 import json
 import os
 import sys
@@ -7,11 +8,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llama.chat_format import Message
 from llama.completion import Llama
-from llama.distributed import is_main_rank, raising_together, read_on_rank_0, say, text_from_rank_0
+from llama.distributed import is_main_rank, raising_together, read_on_rank_0, say, told_by_rank_0
+from llama.params import ModelArgs
+from llama.request import check_whole
 from llama.terminal import show, visible
 
 
@@ -29,7 +32,7 @@ def complete(
     top_k: int | None = None,
     repetition_penalty: float = 1.0,
     stop: list[str] | None = None,
-    max_gen_len: int = 128,
+    max_gen_len: int | None = 128,
     max_seq_len: int = 512,
     max_batch_size: int = 16,
     device: str = "auto",
@@ -46,7 +49,7 @@ def complete(
         "generation": ..., "finish_reason": ...}. If it is there, the lines it lacks are done.
     keep_going: skip lines of the file that cannot be read or do not fit, instead of refusing the file.
     batch_tokens: rows of a batch times their longest prompt and answer are at most this, or one row.
-    stop: a text that ends the answer, or a JSON list of them: '["\\n\\n", "User:"]'.
+    stop: a text that ends the answer ("\\n" is a line break), or a JSON list of them: '["\\n\\n", "User:"]'.
     seed: line N of a file draws with seed + N, whatever stands beside it.
     """
     if (file is None) != (out is None):
@@ -55,6 +58,7 @@ def complete(
         raise ValueError("give a text or --file, not both")
     if file is None and text is None and sys.stdin.isatty():
         raise ValueError('nothing to continue: give a text ("..."), pipe one in, or --file prompts.jsonl --out FILE')
+    check_whole("batch_tokens", batch_tokens, 1)
     llama = Llama.build(
         ckpt_dir,
         tokenizer_path,
@@ -75,7 +79,7 @@ def complete(
     }
     if file is None or out is None:
         if text is None:
-            text = text_from_rank_0(sys.stdin.read() if is_main_rank() else "").removesuffix("\n")
+            text = told_by_rank_0(sys.stdin.read() if is_main_rank() else None).removesuffix("\n")
         show(llama.stream_text([text], seed=seed, **settings), [""], "\n")
     else:
         _complete_file(llama, Path(file), Path(out), keep_going, batch_tokens, seed, settings)
@@ -101,33 +105,49 @@ class Job:
 def _complete_file(
     llama: Llama, file: Path, out: Path, keep_going: bool, batch_tokens: int, seed: int, settings: dict[str, Any]
 ) -> None:
-    try:
-        text = read_on_rank_0(file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+    text = read_on_rank_0(file)
     with raising_together():
         if file.resolve() == out.resolve():
             raise ValueError("--file and --out name the same file")
         jobs = _read_jobs(llama, text, file.name, keep_going)
         done: set[int] = set()
+        lock: IO[bytes] | None = None
         if is_main_rank():
+            lock = _lock(out)
             done = _read_done(out, {job.line: job for job in jobs})
-            out.open("ab").close()  # before the work, not after the first batch, tell that this cannot be written
-    done = set(json.loads(text_from_rank_0(json.dumps(sorted(done)))))
+    done = set(told_by_rank_0(sorted(done)))
     if done:
         say(f"{out}: {len(done)} of {len(jobs)} answers are there already")
     jobs = [job for job in jobs if job.line not in done]
     progress = Progress(jobs)
-    for batch in batches(jobs, batch_tokens, settings["max_gen_len"], llama):
-        make: Any = llama._text_rows if batch[0].key == "prompt" else llama._chat_rows
-        rows, texts = make([job.given for job in batch], seed=[seed + job.line for job in batch], **settings)
-        for _ in llama._pieces(rows, texts):
-            progress.show(sum(len(row.tokens) for row in rows))
-        with raising_together():
-            if is_main_rank():
-                _append(out, batch, [(text.text, row.finish_reason) for row, text in zip(rows, texts, strict=True)])
-        progress.add(batch, sum(len(row.tokens) for row in rows))
-    progress.end(out)
+    try:
+        for batch in batches(jobs, batch_tokens, settings["max_gen_len"], llama.model.params):
+            make: Any = llama._text_rows if batch[0].key == "prompt" else llama._chat_rows
+            rows, texts = make([job.given for job in batch], seed=[seed + job.line for job in batch], **settings)
+            for _ in llama._pieces(rows, texts):
+                progress.show(sum(len(row.tokens) for row in rows))
+            with raising_together():
+                if is_main_rank():
+                    _append(out, batch, [(text.text, row.finish_reason) for row, text in zip(rows, texts, strict=True)])
+            progress.add(batch, sum(len(row.tokens) for row in rows))
+    finally:
+        progress.clear()
+        if lock is not None:
+            lock.close()
+    progress.tell(out)
+
+
+def _lock(out: Path) -> IO[bytes]:
+    """Keep a second run from writing the same file, as long as what this returns is open."""
+    file = out.open("ab")
+    with contextlib.suppress(ImportError):  # Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another run is writing {out}: wait for it, or name another --out") from None
+    return file
 
 
 def _read_jobs(llama: Llama, text: str, name: str, keep_going: bool) -> list[Job]:
@@ -136,7 +156,10 @@ def _read_jobs(llama: Llama, text: str, name: str, keep_going: bool) -> list[Job
         if not line.strip():
             continue
         try:
+            line.encode()
             jobs.append(_read_job(llama, number, line))
+        except UnicodeEncodeError:
+            bad.append(f"{name}, line {number}: not UTF-8")
         except (ValueError, TypeError, RecursionError) as error:
             bad.append(visible(f"{name}, line {number}: {error}"))
     if bad and not keep_going:
@@ -170,8 +193,6 @@ def _read_job(llama: Llama, number: int, line: str) -> Job:
 
 def _read_done(out: Path, jobs: dict[int, Job]) -> set[int]:
     """The lines that an earlier run has answered; what it was writing when it was killed is cut off."""
-    if not out.exists():
-        return set()
     content = out.read_bytes()
     *lines, rest = content.split(b"\n")
     done = set()
@@ -194,9 +215,9 @@ def _read_done(out: Path, jobs: dict[int, Job]) -> set[int]:
     return done
 
 
-def batches(jobs: list[Job], batch_tokens: int, max_gen_len: int, llama: Llama) -> Iterator[list[Job]]:
+def batches(jobs: list[Job], batch_tokens: int, max_gen_len: int | None, args: ModelArgs) -> Iterator[list[Job]]:
     """Batches of one kind, the longest prompts first, so that memory and the time left are known early."""
-    args = llama.model.params
+    answer = args.max_seq_len if max_gen_len is None else max_gen_len
     batch: list[Job] = []
     width = 0  # the longest prompt of the batch and its answer
     for job in sorted(jobs, key=lambda job: (job.key, -job.length)):
@@ -205,7 +226,7 @@ def batches(jobs: list[Job], batch_tokens: int, max_gen_len: int, llama: Llama) 
             yield batch
             batch = []
         if not batch:
-            width = min(job.length + max_gen_len, args.max_seq_len)
+            width = min(job.length + answer, args.max_seq_len)
         batch.append(job)
     if batch:
         yield batch
@@ -261,9 +282,11 @@ class Progress:
         self.tokens += tokens
         self.show(0, 0)
 
-    def end(self, out: Path) -> None:
+    def clear(self) -> None:
         if self.visible:
-            print("\r\033[K", end="", file=sys.stderr)
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def tell(self, out: Path) -> None:
         seconds = time.perf_counter() - self.started
         rate = f", {self.tokens / seconds:.1f} tokens/s" if self.tokens else ""
         say(f"{out}: {self.done} answers in {seconds:.0f} s{rate}")

@@ -259,7 +259,10 @@ class Llama(Generator):
                 yield TextPiece(row.index, texts[row.index].take(), row.finish_reason)
         waiting, size = [row for row in rows if not row.finish_reason], self.model.params.max_batch_size
         for at in range(0, len(waiting), size):
-            for step in self._run(waiting[at : at + size], k, echo, reuse):
+            chunk = waiting[at : at + size]
+            # More samples of one prompt than fit a chunk: the cache still begins with it.
+            samples = at > 0 and all(row.prompt == waiting[at - size].prompt for row in waiting[at - size : at + size])
+            for step in self._run(chunk, k, echo, reuse or samples):
                 for token in step:
                     row, text = rows[token.row], texts[token.row]
                     if token.id is not None:

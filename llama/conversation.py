@@ -1,12 +1,13 @@
 """A dialog that goes on: the cache keeps what was said, so a turn computes only what is new."""
 
+import random
 from collections.abc import Generator
 from dataclasses import dataclass
 
 from llama.chat_format import Message
 from llama.completion import Llama
-from llama.request import Row, check_whole
-from llama.stream import Stop, TextStream
+from llama.request import Row, Settings, check_whole, read_rows
+from llama.stream import Stop, TextStream, read_stops
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Conversation:
     """One user, one model, and what they have said.
 
     messages: the dialog so far, {"role": ..., "content": ...} of user and assistant in turn. system: the system
-    message. Both may be edited or cut between turns: the next turn computes what comes after the first change.
+    message. Both may be edited or cut, in pairs, at any time: the next turn computes what comes after the first change.
     last: the last `Turn`.
 
     The settings are one value each, with the meanings of `chat_completion`; with a `seed` each answer draws from that
@@ -62,25 +63,33 @@ class Conversation:
     ):
         if max_gen_len is not None:
             check_whole("max_gen_len", max_gen_len, 1)
-        self.llama, self.system, self.max_gen_len, self.stop = llama, system, max_gen_len, stop
-        self.temperature, self.top_p, self.top_k, self.seed = temperature, top_p, top_k, seed
-        self.repetition_penalty = repetition_penalty
+        self.llama, self.system, self.stop = llama, system, stop
+        self.settings: Settings = {
+            "max_gen_len": max_gen_len,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
+        # Mistakes are told now, not at the first question.
+        read_rows(llama.model.params, random.Random(), (), [[0]], **self.settings)
+        read_stops(stop, 1)
+        self._room = llama.model.params.max_seq_len // 4 if max_gen_len is None else max_gen_len
         self.messages: list[Message] = []
         self.last: Turn | None = None
         self._open: Generator[str, None, None] | None = None
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """Say something and get the answer in pieces. The turn joins the dialog when the last piece has been read, or
-        with what had come when the iterator is closed; closed before the first piece, the turn never was.
+        """Say something and get the answer in pieces. With the first piece the turn joins `messages`, where the answer
+        grows as it is read; whoever stops reading leaves what has come until then.
 
         Raises ValueError when the system message and `text` alone fill the context. What the dialog's format refuses
         is answered with the fixed refusal and joins nothing.
         """
-        if self._open is not None:
-            self._open.close()  # an answer still coming ends here
         user: Message = {"role": "user", "content": text}
         limit = self.llama.model.params.max_seq_len
-        free = min(limit // 4, limit if self.max_gen_len is None else self.max_gen_len)
+        free = min(limit // 4, self._room)
         start = 0  # messages before it are dropped
         needed = self._length(user, start)
         while needed + free > limit and start < len(self.messages):
@@ -89,19 +98,12 @@ class Conversation:
         if needed >= limit:
             raise ValueError(
                 f"this message and the system message need {needed} positions, and max_seq_len is {limit}: "
-                "say less, or build with more"
+                "say less, or use a larger max_seq_len"
             )
         messages = [*self.messages[start:], user]
-        rows, texts = self.llama._chat_rows(
-            [[*self._system(), *messages]],
-            self.stop,
-            max_gen_len=self.max_gen_len,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-        )
+        rows, texts = self.llama._chat_rows([[*self._system(), *messages]], self.stop, **self.settings)
+        if self._open is not None:
+            self._open.close()  # one answer at a time
         self.last = Turn(needed, start // 2)
         self._open = self._answer(messages, rows[0], texts[0], self.last)
         return self._open
@@ -118,20 +120,17 @@ class Conversation:
         return len(self.llama.dialogs.encode([*self._system(), *self.messages[start:], user]))
 
     def _answer(self, messages: list[Message], row: Row, text: TextStream, turn: Turn) -> Generator[str, None, None]:
-        answer = ""
-        try:
-            for piece in self.llama._pieces([row], [text], reuse=True):
-                turn.reused, turn.new_tokens, turn.finish_reason = row.reused, len(row.tokens), piece.finish_reason
-                answer += piece.text
-                if piece.text:
-                    yield piece.text
-        except (GeneratorExit, KeyboardInterrupt):  # broken off: what was read is the answer
-            if answer:
-                self._keep(messages, answer, turn)
-            raise
-        self._keep(messages, answer, turn)
-
-    def _keep(self, messages: list[Message], answer: str, turn: Turn) -> None:
-        dialog: list[Message] = [*messages, {"role": "assistant", "content": answer}]
-        if self.llama.dialogs.refusal(dialog) is None:  # else every later turn would be refused
-            self.messages, turn.kept = dialog, True
+        answer: Message = {"role": "assistant", "content": ""}
+        dialog = [*messages, answer]
+        for piece in self.llama._pieces([row], [text], reuse=True):
+            turn.reused, turn.new_tokens, turn.finish_reason = row.reused, len(row.tokens), piece.finish_reason
+            answer["content"] += piece.text
+            accepted = self.llama.dialogs.refusal(dialog) is None
+            if accepted and not turn.kept:
+                self.messages, turn.kept = dialog, True
+            elif turn.kept and not accepted:  # a tag in the answer would have every later turn refused
+                turn.kept = False
+                if self.messages and self.messages[-1] is answer:
+                    del self.messages[-2:]
+            if piece.text:
+                yield piece.text

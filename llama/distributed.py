@@ -8,12 +8,13 @@ is a world of one, which needs no port and no variable.
 import atexit
 import contextlib
 import io
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -78,7 +79,7 @@ _members = 0  # models that use the group; the last one to leave destroys it
 _ours = False  # False: somebody else initialised torch.distributed and will destroy it
 _our_groups = False  # the same for fairscale's groups
 _store: dist.Store | None = None  # one per process: torchrun's port can be bound once
-_texts = 0  # texts that rank 0 has sent
+_told = 0  # values that rank 0 has told the others
 _rounds = 0  # groups made so far; each uses its own keys of the store
 _hooks = (sys.excepthook, sys.excepthook)  # before and after torch wrapped it, to put the rank before each line
 
@@ -147,33 +148,36 @@ def from_rank_0(ids: torch.Tensor) -> torch.Tensor:
     return ids
 
 
-def text_from_rank_0(text: str = "") -> str:
-    """Rank 0's text on every rank. The others wait as long as it takes, a user who types for instance, where a
-    collective would run into its timeout."""
-    global _texts
+def told_by_rank_0(value: Any = None) -> Any:
+    """Rank 0's value (of JSON's kinds), on every rank. The others wait as long as it takes, for a user who types for
+    instance, where a collective would run into its timeout."""
+    global _told
     if dist.get_world_size() == 1:
-        return text
+        return value
     if not _ours or _store is None:
-        texts = [text]
-        dist.broadcast_object_list(texts, src=0)
-        return texts[0]
-    _texts += 1
-    key = f"llama/text/{_texts}"
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+    _told += 1
+    key = f"llama/told/{_told}"
     if is_main_rank():
-        _store.set(key, text)
-        return text
+        _store.set(key, json.dumps(value))
+        return value
     while True:
         with contextlib.suppress(dist.DistStoreError):  # the store's own timeout
-            return _store.get(key).decode()
+            return json.loads(_store.get(key))
 
 
 def read_on_rank_0(path: Path) -> str:
-    """The text of a file that rank 0's host has, on every rank. Raises on all of them if it cannot be read."""
+    """The text of a file that rank 0's host has, on every rank; bytes that are no UTF-8 become half surrogates.
+
+    Raises on all ranks if the file cannot be read.
+    """
     text = ""
     with raising_together():
         if is_main_rank():
-            text = path.read_text(encoding="utf-8")
-    return text_from_rank_0(text)
+            text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    return told_by_rank_0(text)
 
 
 @contextlib.contextmanager

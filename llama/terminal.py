@@ -1,7 +1,9 @@
 """What people see and type: text made safe to show, pieces in order, Ctrl-C during an answer."""
 
 import contextlib
+import functools
 import os
+import re
 import select
 import signal
 import sys
@@ -62,6 +64,46 @@ def dim(text: str, stream: TextIO) -> str:
     return f"\033[2m{text}\033[0m" if stream.isatty() else text
 
 
+# Lines ----------------------------------------------------------------------------------------------
+
+_ahead = b""  # keys pressed during an answer, where we had to read them to find Ctrl-C
+
+
+def read_line(prompt: str) -> str | None:
+    """A line, edited where stdin is a terminal; None at the end of input."""
+    global _ahead
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    try:
+        import readline
+    except ImportError:  # Windows edits lines by itself
+        readline = None  # type: ignore[assignment]
+    while True:
+        line, end, rest = _without_control(_ahead).partition("\n")
+        _ahead = rest.encode()
+        if end:
+            write(f"{prompt}{line}\n")
+            return line
+        if readline is not None:
+            readline.parse_and_bind(r'"\C-c": kill-whole-line')  # for where Ctrl-C is no signal
+            readline.set_startup_hook(functools.partial(readline.insert_text, line))
+        try:
+            return input(prompt)
+        except EOFError:
+            write("\n")
+            return None
+        except KeyboardInterrupt:  # a new line
+            write("\n")
+
+
+def _without_control(keys: bytes) -> str:
+    text = keys.decode(errors="ignore").replace("\r", "\n")
+    while "\x7f" in text:  # rubbed out
+        text = re.sub(r"[^\n\x7f]?\x7f", "", text, count=1)
+    return "".join(char for char in text if char == "\n" or char.isprintable())
+
+
 # Ctrl-C ---------------------------------------------------------------------------------------------
 # A terminal sends Ctrl-C as SIGINT to the programs in front. torchrun starts ranks in sessions of their own, so there
 # it reaches torchrun alone, which would end all of them: then Ctrl-C is made an ordinary key and looked for among what
@@ -116,9 +158,15 @@ def _key_by_key(attributes: list[Any]) -> None:
 
 @contextlib.contextmanager
 def session() -> Iterator[None]:
-    """Around a dialog at the terminal: Ctrl-C must not end it."""
-    with _terminal(_no_interrupt_key) if _sends_no_signals() else contextlib.nullcontext():
-        yield
+    """Around a dialog at the terminal: Ctrl-C must not end it, and when torchrun ends the ranks because one has died,
+    the terminal is left as it was."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if _owns_terminal() else None
+    try:
+        with _terminal(_no_interrupt_key) if _sends_no_signals() else contextlib.nullcontext():
+            yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -134,13 +182,14 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         pressed = True
 
     def typed() -> bool:
+        global _ahead
         nonlocal pressed
         fd = sys.stdin.fileno()
-        while select.select([fd], [], [], 0)[0]:
-            keys = os.read(fd, 1024)
-            pressed = pressed or b"\x03" in keys
-            if not keys:
-                break
+        while select.select([fd], [], [], 0)[0] and (keys := os.read(fd, 1024)):
+            *before, after = keys.split(b"\x03")
+            if before:
+                pressed, _ahead = True, b""
+            _ahead += after
         return pressed
 
     if _sends_no_signals():

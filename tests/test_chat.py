@@ -1,5 +1,6 @@
 """`python -m llama chat`: what people see, and the keys and lines they send."""
 
+import builtins
 import codecs
 import contextlib
 import fcntl
@@ -18,12 +19,14 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ranks import CONTEXT
 
 from llama import Llama, Message, cli
+from llama import terminal as terminal_module
 from llama.chat import HELP, chat
 from llama.chat_format import REFUSAL
 from llama.stream import TextPiece
@@ -211,8 +214,8 @@ def test_commands(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
     assert notes(terminal.enter("/reset")) == ["[the dialog is empty]"]
     assert dialog() == [{"role": "system", "content": "Answer in é words."}]
     for line, expected in {
-        "/bye": "error: there is no /bye; /help lists the commands",
-        "/": "error: there is no /; /help lists the commands",
+        "/bye": "error: there is no /bye; /help lists the commands, Ctrl-D leaves",
+        "/": "error: there is no /; /help lists the commands, Ctrl-D leaves",
         "/save": "error: /save needs a file name",
         "/load ": "error: /load needs a file name",
     }.items():
@@ -235,7 +238,10 @@ def test_a_saved_dialog_goes_on_the_same(open_chat: Callable[..., Terminal], tmp
     terminal.enter("/system Something else")
     terminal.enter("What is it?")
     for place in (terminal, open_chat("--max_gen_len", "30")):
-        assert notes(place.enter(f"/load {tmp_path / 'half'}")) == ["[1 turn loaded]"]
+        assert notes(place.enter(f"/load {tmp_path / 'half'}")) == [
+            "[1 turn loaded]",
+            "[system message: Answer shortly.]",
+        ]
         again = place.enter("The licence")
         assert again.splitlines()[:2] == second.splitlines()[:2]
         place.enter(f"/save {tmp_path / 'again'}")
@@ -272,6 +278,15 @@ def test_a_file_that_is_no_dialog_leaves_the_dialog(open_chat: Callable[..., Ter
         terminal.enter(f"/save {tmp_path / 'after'}")
         assert (tmp_path / "after").read_bytes() == (tmp_path / "before").read_bytes()
     assert notes(terminal.enter("Go on"))[0].startswith("[cut by max_gen_len")
+
+
+def test_a_line_typed_during_an_answer_waits_for_the_prompt(open_chat: Callable[..., Terminal]) -> None:
+    terminal = open_chat("--max_gen_len", "600")
+    terminal.send("Hello\r")
+    terminal.read_until(r"Hello\r\n.{20}")
+    terminal.send("/system later\r")
+    assert "later" not in terminal.read_until(PROMPT)  # no echo between the words of the answer
+    assert notes(terminal.read_until(PROMPT)) == ["[system message: later]"]
 
 
 # Ctrl-C and Ctrl-D --------------------------------------------------------------------------------
@@ -340,7 +355,7 @@ def test_a_full_context_drops_the_oldest_turns(open_chat: Callable[..., Terminal
             (error,) = notes(terminal.enter("word " * 60))
             assert re.fullmatch(
                 r"error: this message and the system message need \d+ positions, and max_seq_len is 96: "
-                "say less, or build with more",
+                "say less, or use a larger max_seq_len",
                 error,
             )
         *others, status = notes(terminal.enter("Why? " * (1 + turn % 4)))
@@ -417,7 +432,7 @@ def test_nothing_but_visible_text_reaches_the_terminal(
     os.close(master)
     text = re.sub(r"\x1b\[[02]m|\r\n", "", shown).partition("Ctrl-D leaves")[2]
     assert not [char for char in text if unicodedata.category(char)[0] == "C"]
-    assert text.count(visible(HOSTILE)) == 6  # and one that the operating system's error quotes
+    assert text.count(visible(HOSTILE)) == 7  # and one that the operating system's error quotes
     assert text.startswith(visible(f"{HOSTILE}\rover["))
 
 
@@ -458,7 +473,10 @@ def test_lines_through_a_pipe(checkpoint: Callable[..., Path], build: Callable[.
     assert done.stdout == "".join(f"{message['content']}\n" for message in dialog[2::2])
     notes = done.stderr.splitlines()[1:]  # behind the line that `build` prints
     assert notes[0] == "/help lists the commands, Ctrl-D leaves"
-    assert notes[2:4] == ["[system message: 1e3]", "error: there is no /nothing; /help lists the commands"]
+    assert notes[2:4] == [
+        "[system message: 1e3]",
+        "error: there is no /nothing; /help lists the commands, Ctrl-D leaves",
+    ]
     assert len(notes) == 5 and all(re.fullmatch(STATUS, note) for note in (notes[1], notes[4]))
     assert "\x1b" not in done.stderr
 
@@ -495,3 +513,31 @@ def test_two_ranks_share_a_terminal(open_chat: Callable[..., Terminal], tmp_path
     assert terminal.ends() == 0
     assert termios.tcgetattr(terminal.device) == terminal.before
     assert "Traceback" not in terminal.shown
+
+
+@pytest.mark.parametrize(
+    ("keys", "lines", "left"),
+    [
+        (b"", [], ""),
+        (b"one\rtwo\nhal", ["one", "two"], "hal"),
+        (b"wrong\x7f\x7f\x7f\x7f\x7fright\n", ["right"], ""),
+        (b"\x7f\x7fa\x1b[31mb\x04\x07\n", ["a[31mb"], ""),  # nothing that a terminal would obey
+        ("é😀\n".encode(), ["é😀"], ""),
+    ],
+)
+def test_what_is_typed_during_an_answer_comes_next(
+    keys: bytes, lines: list[str], left: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where Ctrl-C is no signal, the keys of an answer's time were read to look for it."""
+    inserted: list[str] = []
+    hooks: list[Any] = []
+    readline = pytest.importorskip("readline")
+    monkeypatch.setattr(terminal_module, "_ahead", keys)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(readline, "set_startup_hook", hooks.append)
+    monkeypatch.setattr(readline, "insert_text", inserted.append)
+    monkeypatch.setattr(builtins, "input", lambda prompt: (hooks[-1](), "typed")[1])
+    assert [terminal_module.read_line("> ") for _ in lines] == lines
+    assert capsys.readouterr().out == "".join(f"> {line}\n" for line in lines)
+    assert terminal_module.read_line("> ") == "typed" and inserted == [left]
+    assert terminal_module.read_line("> ") == "typed" and inserted == [left, ""]

@@ -83,3 +83,56 @@ def test_convert_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert str(ended.value.code).startswith(f"error: {tmp_path / 'none.gguf'} does not exist")
+
+
+def texts(text: str = "none", *, stop: list[str] | None = None, count: int = 1, go_on: bool = False) -> None:
+    """Print what arrived."""
+    print(repr((text, stop, count, go_on)))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["1e3"], ("1e3", None, 1, False)),
+        (["[1]", "--count", "-2"], ("[1]", None, -2, False)),
+        (["--- title"], ("--- title", None, 1, False)),
+        (["-"], ("-", None, 1, False)),
+        (["--text", "--foo bar"], ("--foo bar", None, 1, False)),
+        (["--text=--count"], ("--count", None, 1, False)),
+        (["--go_on", "a text"], ("a text", None, 1, True)),
+        (["--go-on", "False", "x"], ("x", None, 1, False)),
+        (["-t", "short"], ("short", None, 1, False)),
+        (['it\'s "so"\n'], ('it\'s "so"\n', None, 1, False)),
+        (["--stop", "\\n", "--stop", "b"], ("none", ["\n", "b"], 1, False)),
+        (["--stop", '["a", "\\n"]'], ("none", ["a", "\n"], 1, False)),
+        (["--stop", "[1]"], ("none", ["[1]"], 1, False)),
+        (["--count", "2", "--count", "3"], ("none", None, 3, False)),
+    ],
+)
+def test_texts_arrive_as_they_were_written(
+    words: list[str], expected: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", "go", *words])
+    cli.run({"go": texts})
+    assert capsys.readouterr().out == f"{expected!r}\n"
+
+
+@pytest.mark.parametrize("words", [["--text"], ["--stop", "--go_on"], ["x", "--count"]])
+def test_a_flag_without_its_value(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    with pytest.raises(SystemExit):
+        cli.run(texts)
+    assert "needs a value" in capsys.readouterr().err
+
+
+def test_help_runs_nothing_wherever_it_stands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", "go", "--count", "3", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.run({"go": texts})
+    shown = capsys.readouterr()
+    assert ended.value.code == 0 and "(" not in shown.out and "--stop" in shown.out + shown.err
+    assert "METADATA" not in shown.out + shown.err

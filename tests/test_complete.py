@@ -1,6 +1,5 @@
 """`python -m llama complete`: a text from the command line, and a file of prompts that survives anything."""
 
-import dataclasses
 import io
 import itertools
 import json
@@ -13,16 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import CONTEXT
 
-from llama import Llama, cli
-from llama.complete import WORK_OF_AN_ANSWER, Job, Progress, _read_done, _read_jobs, batches
+from llama import Llama, ModelArgs, cli
+from llama.complete import WORK_OF_AN_ANSWER, Job, Progress, _lock, _read_done, _read_jobs, batches
 from llama.stream import TextPiece
 from llama.terminal import visible
 
@@ -129,10 +127,11 @@ def test_stop_texts_end_the_answer(complete: Callable[..., Ended], build: Callab
         json.dumps([first, second]): whole[: whole.find(second)],
         "[1": whole,  # no JSON, so a text
         "1e3": whole,
+        "[1, 2]": whole,  # JSON, but no texts
     }.items():
         assert complete("The licence", *FLAGS, "--stop", stop)[:2] == (0, expected + "\n")
-    ended = complete("The licence", "--stop", "[1, 2]")
-    assert ended[:2] == (1, "") and "error: stop" in ended.err
+    both = complete("The licence", *FLAGS, "--stop", first, "--stop", second)
+    assert both[:2] == (0, whole[: whole.find(second)] + "\n")
 
 
 @pytest.mark.parametrize(
@@ -246,16 +245,6 @@ def test_each_answer_is_the_one_its_line_gets_alone(
     )
 
 
-@dataclasses.dataclass
-class Limits:
-    max_batch_size: int
-    max_seq_len: int
-
-    @property
-    def llama(self) -> Llama:
-        return cast(Llama, SimpleNamespace(model=SimpleNamespace(params=self)))
-
-
 kinds = st.sampled_from(["text", [user("dialog")]])
 
 
@@ -263,17 +252,17 @@ kinds = st.sampled_from(["text", [user("dialog")]])
     st.lists(st.tuples(kinds, st.integers(1, 60)), max_size=40),
     st.integers(1, 400),
     st.integers(0, 40),
-    st.builds(Limits, st.integers(1, 9), st.just(60)),
+    st.builds(ModelArgs, max_batch_size=st.integers(1, 9), max_seq_len=st.just(60)),
 )
 def test_batches_hold_each_job_once_and_keep_their_bounds(
-    shapes: list[tuple[Any, int]], batch_tokens: int, max_gen_len: int, limits: Limits
+    shapes: list[tuple[Any, int]], batch_tokens: int, max_gen_len: int, limits: ModelArgs
 ) -> None:
     jobs = [Job(line, given, length) for line, (given, length) in enumerate(shapes, 1)]
 
     def positions(batch: list[Job]) -> int:
         return len(batch) * max(min(job.length + max_gen_len, limits.max_seq_len) for job in batch)
 
-    made = list(batches(jobs, batch_tokens, max_gen_len, limits.llama))
+    made = list(batches(jobs, batch_tokens, max_gen_len, limits))
     assert sorted(job.line for batch in made for job in batch) == [job.line for job in jobs]
     for batch in made:
         assert len({job.key for job in batch}) == 1
@@ -359,17 +348,33 @@ def test_an_empty_prompt_is_bad_where_no_bos_goes_first(build: Callable[..., Lla
         _read_jobs(llama, '\n{"prompt": ""}', "prompts.jsonl", False)
 
 
-@pytest.mark.parametrize("content", [None, b'{"prompt": "\xff"}'])
-def test_a_file_that_cannot_be_read_is_named(
-    content: bytes | None, complete: Callable[..., Ended], tmp_path: Path
-) -> None:
+def test_a_file_that_cannot_be_read_is_named(complete: Callable[..., Ended], tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    if content is not None:
-        file.write_bytes(content)
     ended = complete("--file", str(file), "--out", str(tmp_path / "answers.jsonl"))
     assert ended.status == 1
     assert ended.err.splitlines()[-1].startswith("error: ") and str(file) in ended.err
     assert ended.err.count("\n") == 2 and not (tmp_path / "answers.jsonl").exists()
+
+
+def test_bytes_that_are_no_utf8_are_a_bad_line_and_a_byte_order_mark_is_none(
+    complete: Callable[..., Ended], tmp_path: Path
+) -> None:
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "one"}\r\n{"prompt": "caf\xe9"}\r\n{"prompt": "three"}\r\n')
+    words = ["--file", str(file), "--out", str(out), *FLAGS]
+    ended = complete(*words)
+    assert ended.status == 1 and "prompts.jsonl, line 2: not UTF-8" in ended.err and not out.exists()
+    assert complete(*words, "--keep_going").status == 0
+    assert sorted(json.loads(line)["line"] for line in out.read_text().splitlines()) == [1, 3]
+
+
+def test_two_runs_do_not_write_one_file(complete: Callable[..., Ended], tmp_path: Path) -> None:
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    file.write_text('{"prompt": "one"}\n')
+    with _lock(out):
+        ended = complete("--file", str(file), "--out", str(out), *FLAGS)
+        assert ended.status == 1 and "another run is writing" in ended.err and out.read_bytes() == b""
+    assert complete("--file", str(file), "--out", str(out), *FLAGS).status == 0
 
 
 # A run that is broken off -------------------------------------------------------------------------
@@ -440,6 +445,7 @@ def answer_to(job: Job, generation: str = "é\u2028.") -> bytes:
 
 def test_a_line_cut_anywhere_is_written_again(tmp_path: Path) -> None:
     out, jobs = tmp_path / "answers.jsonl", jobs_of(ENTRIES)
+    out.touch()
     assert _read_done(out, jobs) == set()
     first, second = answer_to(jobs[5]), answer_to(jobs[2])
     for last in (jobs[8], jobs[12]):

@@ -109,17 +109,32 @@ def test_an_answer_broken_off_is_what_was_read(build: Callable[..., Llama]) -> N
     assert talk.messages == [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": answer}]
     assert talk.last is not None and talk.last.finish_reason is None and talk.last.kept
     next(talk.say("left hanging"))
-    talk.say("never read")  # breaks the one before off
+    talk.say("never read")
     assert [m["content"] for m in talk.messages[2::2]] == ["left hanging"]
     say(talk, "and on")
     assert [m["content"] for m in talk.messages[2::2]] == ["left hanging", "and on"]
     assert len(talk.messages) == 6
 
 
+def test_messages_edited_during_an_answer_stay_edited(build: Callable[..., Llama]) -> None:
+    llama = build("mha", max_seq_len=256, max_batch_size=1)
+    talk = Conversation(llama, temperature=0, max_gen_len=30)
+    for _ in talk.say("What is it?"):
+        break
+    assert len(talk.messages) == 2  # there at once, without another call
+    talk.messages = []
+    say(talk, "Hello.")
+    assert [m["content"] for m in talk.messages[::2]] == ["Hello."]
+    pieces = talk.say("Go on")
+    next(pieces)
+    talk.messages = talk.messages[2:]
+    assert "".join(pieces) and [m["content"] for m in talk.messages[::2]] == ["Go on"]
+
+
 def test_a_full_context_drops_the_oldest_turns_whole(build: Callable[..., Llama]) -> None:
     llama, other = (build("mha", max_seq_len=160, max_batch_size=1) for _ in range(2))
-    talk, apart = Conversation(llama, "Be brief.", temperature=0), Conversation(other, "Be brief.")
-    talk.max_gen_len = 20
+    talk = Conversation(llama, "Be brief.", temperature=0, max_gen_len=20)
+    apart = Conversation(other, "Be brief.")
     dropped = 0
     for number in range(30):
         question = f"{QUESTIONS[number % 7]} {number}"
@@ -160,6 +175,9 @@ def test_mistakes(build: Callable[..., Llama]) -> None:
         Conversation(llama, max_gen_len=0)
     with pytest.raises(TypeError):
         Conversation(llama).say(5)  # type: ignore[arg-type]
+    for wrong in ({"temperature": -1}, {"top_k": 0}, {"stop": [""]}, {"temperature": [0.5, 0.5]}):
+        with pytest.raises(ValueError):
+            Conversation(llama, **wrong)
     llama.chat_format = None
     with pytest.raises(ValueError, match="no known chat format"):
         Conversation(llama).say("Hi")

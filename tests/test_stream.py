@@ -394,6 +394,29 @@ def test_samples_of_a_prompt_share_its_prefill(build: Callable[..., Llama], monk
     assert len({tuple(row) for row in ids}) == 6
 
 
+def test_samples_share_their_prefill_across_chunks(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, llama = build("mha", max_batch_size=8), build("mha", max_batch_size=2)
+    arguments: dict[str, Any] = {"max_gen_len": 6, "temperature": 1.0, "seed": 3}
+    expected = large.text_completion(TEXTS[:1], n=5, **arguments)
+    expected += large.text_completion(TEXTS[1:2], n=2, **arguments)
+    hidden, shapes = llama.model.hidden, []
+
+    def watched(tokens: torch.Tensor, start_pos: Any, ctx_len: int) -> torch.Tensor:
+        shapes.append((tokens.shape[0], tokens.shape[1], start_pos))
+        return hidden(tokens, start_pos, ctx_len)
+
+    monkeypatch.setattr(llama.model, "hidden", watched)
+    found = llama.text_completion(TEXTS[:1], n=5, **arguments)
+    length = len(llama.tokenizer.encode(TEXTS[0], bos=True, eos=False))
+    # Each chunk begins with a prefill of one row: the first of the whole prompt, the others of its last id.
+    assert shapes[::6] == [(1, length, 0), (1, 1, length - 1), (1, 1, length - 1)]
+    found += llama.text_completion(TEXTS[1:2], n=2, **arguments)
+    assert found == expected
+    assert shapes[18][2] == 0  # another call starts afresh
+
+
 def test_samples_in_chunks(build: Callable[..., Llama]) -> None:
     large, small = build("mha", max_batch_size=8), build("mha", max_batch_size=2)
     arguments: dict[str, Any] = {"max_gen_len": 8, "temperature": 1.0, "n": 3, "stop": [["e"], ["a"]]}
