@@ -31,7 +31,7 @@ def run(command: Command | dict[str, Command]) -> None:
         for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors=errors)  # characters that the terminal's encoding lacks end nothing
-        fire.Fire(command, words, "python -m llama" if isinstance(command, dict) else None)
+        fire.Fire(command, words, "llama" if isinstance(command, dict) else None)
     except BrokenPipeError:  # `| head` has seen enough; nothing may be flushed there at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

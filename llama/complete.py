@@ -42,7 +42,7 @@ def complete(
 ) -> None:
     """Continue a text, or each line of a file.
 
-    text: what to continue; without it, what comes through a pipe.
+    text: what to continue, the one word that needs no flag; without it, what comes through a pipe.
     ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
     file: JSON lines, {"prompt": "..."} or {"messages": [...]} for a dialog; other keys are left alone.
     out: where the answers go, a line as soon as its batch ends, in the order of the work: {"line": 7, "prompt": ...,
