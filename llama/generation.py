@@ -142,8 +142,8 @@ class Generator:
     def _run(self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False) -> Iterator[list[Token]]:
         """The one loop: prefill all rows, then an id a step for each until all are finished.
 
-        k: alternatives a position; None for no log-probabilities. echo: give the prompts theirs too. reuse: keep what
-        the cache holds of the prompts' beginnings, at the price that the last bits depend on what ran before.
+        k: alternatives a position; None for no log-probabilities. echo: give the prompts theirs too. reuse: for rows of
+        one prompt, keep what the cache holds of its beginning; the last bits then depend on what ran before.
         Whoever reads may finish a row between two steps (`Row.cut`).
         """
         full = [row for row in rows if row.length >= row.limit]
@@ -175,8 +175,8 @@ class Generator:
         distinct = {text: slot for slot, text in enumerate(dict.fromkeys(texts))}
         slots, lengths = [distinct[text] for text in texts], [len(text) for text in distinct]
         start = 0
-        if reuse and self._held_at == model.passes and len(self._held) >= len(distinct):
-            start = min(_shared(held, text[:-1]) for held, text in zip(self._held, distinct, strict=False))
+        if reuse and self._held_at == model.passes:
+            start = _shared(self._held[0], texts[0][:-1])  # the last id is computed in any case: we need its state
 
         # Left-aligned and padded on the right: causality hides the padding from every position before it, and each
         # padded cache slot is overwritten by the row's own id before a query of that row can see it.

@@ -87,10 +87,10 @@ class TextStream:
         whole = decoded.rstrip(UNDECODED)  # the first bytes of a character, perhaps
         self._settle(whole)
         if whole == decoded:
-            # Decode from this id next time, if its own text is beyond doubt. The first id of a text may lose its
-            # leading space, so it must have more.
+            # Decode from this id next time, if it has a text of its own: the first id of a text may lose its leading
+            # space, and then all of what it loses must be its own.
             alone = self._tokenizer.decode([token])
-            if alone.strip() and UNDECODED not in alone and self.text.endswith(alone):
+            if alone and self.text.endswith(alone):
                 self._window, self._window_start = len(self._ids) - 1, len(self.text) - len(alone)
 
     def _settle(self, decoded: str) -> None:

@@ -27,7 +27,15 @@ def fresh(talk: Conversation, text: str, **arguments: Any) -> str:
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0},
+        {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.2},
+        {"temperature": 2.0, "seed": 6, "top_k": 9, "top_p": 1.0},
+        {"temperature": 2.0, "seed": 7, "top_p": 0.6, "stop": ["e"]},
+    ],
+)
 @pytest.mark.parametrize("name", ["mha", "gqa"])
 def test_answers_equal_a_fresh_run(
     name: str, settings: dict[str, Any], system: str | None, build: Callable[..., Llama]
@@ -47,21 +55,22 @@ def test_a_turn_computes_only_what_is_new(build: Callable[..., Llama], monkeypat
     llama = build("mha", max_seq_len=512, max_batch_size=1)
     talk = Conversation(llama, temperature=0, max_gen_len=6)
     hidden, passes = llama.model.hidden, []
+    cached: list[int] = []  # the ids whose keys and values stand in the cache
 
     def watched(tokens: torch.Tensor, start_pos: Any, ctx_len: int) -> torch.Tensor:
         passes.append((start_pos, tokens.shape[1]))
+        cached[start_pos:] = tokens[0].tolist()
         return hidden(tokens, start_pos, ctx_len)
 
     monkeypatch.setattr(llama.model, "hidden", watched)
     for question in QUESTIONS:
         passes.clear()
-        before = talk.last.context if talk.last else 0
+        prompt = llama.dialogs.encode([*talk.messages, {"role": "user", "content": question}])
+        common = next((i for i, (a, b) in enumerate(zip(cached, prompt, strict=False)) if a != b), len(cached))
         say(talk, question)
         assert talk.last is not None
         start, new = passes[0]
-        assert (start, start + new) == (talk.last.reused, talk.last.prompt_tokens)
-        # The dialog's ids may part from the generated ones in the last answer at the earliest.
-        assert start >= before - 7 - len(QUESTIONS[0])
+        assert (start, start + new) == (talk.last.reused, talk.last.prompt_tokens) == (common, len(prompt))
         assert all(seqlen == 1 for _, seqlen in passes[1:]) and len(passes) <= 6
 
 
@@ -91,12 +100,26 @@ def test_other_calls_between_turns_change_nothing(build: Callable[..., Llama]) -
     llama, other = (build("gqa", max_seq_len=256, max_batch_size=2) for _ in range(2))
     talk, second, apart = (Conversation(m, temperature=0, max_gen_len=8) for m in (llama, llama, other))
     for question in QUESTIONS:
+        llama.model.forward(torch.tensor([[5, 6, 7, 8]]), 0)  # of which the engine is not told
         pieces = talk.say(question)
         answer = next(pieces, "")
         say(second, question + " indeed")  # takes the cache in the middle of the answer
         llama.generate([[1, 2, 3], [4, 5]], 3)
         answer += "".join(pieces)
         assert answer == say(apart, question)
+    assert talk.messages == apart.messages
+
+
+def test_a_failed_answer_leaves_nothing_in_the_cache(build: Callable[..., Llama]) -> None:
+    llama, other = (build("mha", max_seq_len=256, max_batch_size=1) for _ in range(2))
+    talk, apart = (Conversation(m, temperature=0, max_gen_len=8) for m in (llama, other))
+    assert say(talk, QUESTIONS[0]) == say(apart, QUESTIONS[0])
+    healthy = llama.model.output.weight[9].clone()
+    llama.model.output.weight[9] = float("nan")
+    with pytest.raises(FloatingPointError):
+        say(talk, QUESTIONS[1])
+    llama.model.output.weight[9] = healthy
+    assert say(talk, QUESTIONS[1]) == say(apart, QUESTIONS[1])
     assert talk.messages == apart.messages
 
 
@@ -108,8 +131,10 @@ def test_an_answer_broken_off_is_what_was_read(build: Callable[..., Llama]) -> N
     pieces.close()
     assert talk.messages == [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": answer}]
     assert talk.last is not None and talk.last.finish_reason is None and talk.last.kept
-    next(talk.say("left hanging"))
+    hanging = talk.say("left hanging")
+    next(hanging)
     talk.say("never read")
+    assert next(hanging, None) is None  # one answer at a time
     assert [m["content"] for m in talk.messages[2::2]] == ["left hanging"]
     say(talk, "and on")
     assert [m["content"] for m in talk.messages[2::2]] == ["left hanging", "and on"]
@@ -157,6 +182,19 @@ def test_a_full_context_drops_the_oldest_turns_whole(build: Callable[..., Llama]
     answer = say(talk, "long but possible " * 9)  # alone in the context, with less room than a quarter
     assert answer and talk.last is not None and talk.last.prompt_tokens > 120 and len(talk.messages) == 2
     assert talk.last.finish_reason == "length"
+
+
+def test_no_more_room_is_kept_free_than_an_answer_needs(build: Callable[..., Llama]) -> None:
+    llama = build("mha", max_seq_len=160, max_batch_size=1)
+    for max_gen_len, free in ((4, 4), (100, 40), (None, 40)):
+        talk, fullest = Conversation(llama, temperature=0, max_gen_len=max_gen_len), 0
+        for number in range(30):
+            for _ in zip(talk.say("Who?"), range(3), strict=False):  # short turns, so that they come near
+                pass
+            assert talk.last is not None
+            fullest = max(fullest, talk.last.prompt_tokens)
+            assert fullest <= 160 - free, number
+        assert fullest > 160 - free - 35
 
 
 def test_what_the_format_refuses_is_not_kept(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,11 @@ def test_top_k_keeps_the_equals_of_the_last() -> None:
     assert kept.int().tolist() == [[0, 1, 0, 0, 0], [0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
 
 
+def test_top_p_1_keeps_everything_in_a_mixed_batch() -> None:
+    logits = torch.zeros(2, 10_000)
+    assert sample(logits, 1 - 2**-53, temperature=1.0, top_p=[1.0, 0.5])[0] == 9_999
+
+
 def test_draws_with_every_setting_follow_the_probabilities() -> None:
     """Chi-square over 20,000 draws against weights worked out by hand: ids 0 and 2 were seen, so their logits 2 and
     -0.5 become 1 and -1; top-k 4 leaves 1, 1, 0.5, 0; halved by temperature 2 and cut by top-p, three are left.

@@ -146,6 +146,28 @@ def test_the_beginning_of_a_stop_text_is_held_back() -> None:
     assert pieces_of(TextStream(TOK512, ["aab"]), letters("xaa")) == ["x", "", "", "aa"]
 
 
+def test_what_is_held_to_the_end_is_searched_too() -> None:
+    assert pieces_of(TextStream(TOK512, ["\ufffd"]), [*letters("a"), *bytes_of(TOK512, b"\xf0\x9f")]) == [
+        "a",
+        "",
+        "",
+        "",
+    ]
+
+
+def test_only_the_last_ids_are_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    decode = TOK512.decode
+
+    def watched(ids: list[int]) -> str:
+        decoded.append(len(ids))
+        return decode(ids)
+
+    monkeypatch.setattr(TOK512, "decode", watched)
+    pieces_of(TextStream(TOK512), TOK512.encode("the software is provided as is, 😀 " * 9, bos=False, eos=False))
+    assert len(decoded) > 200 and max(decoded) <= 8
+
+
 def test_an_id_that_the_stop_text_cuts_into_stays_with_the_part_before_it() -> None:
     ids = TOK512.encode("the software", bos=False, eos=False)
     assert [TOK512.decode_token(i) for i in ids[:2]] == [" the", " s"]
@@ -156,8 +178,11 @@ def test_an_id_that_the_stop_text_cuts_into_stays_with_the_part_before_it() -> N
 
 def test_no_stop_text_is_found_in_the_prompt() -> None:
     stream = TextStream(TOK512, ["ab"], prompt=letters("xaba"))
-    assert "".join(pieces_of(stream, letters("bab"))) == "xabab"  # the prompt's last letter begins none
+    assert stream.take() == "xaba"  # and its last letter is not held back
+    assert "".join(pieces_of(stream, letters("bab"))) == "b"
     assert stream.tokens == letters("b") and stream.pieces() == list("xabab")
+    empty = TextStream(TOK512, ["b"], prompt=[TOK512.bos_id])
+    assert "".join(pieces_of(empty, letters("b"))) == "" and (empty.tokens, empty.pieces()) == ([], ["<s>"])
 
 
 @settings(max_examples=300, deadline=None)
@@ -415,6 +440,37 @@ def test_samples_share_their_prefill_across_chunks(
     found += llama.text_completion(TEXTS[1:2], n=2, **arguments)
     assert found == expected
     assert shapes[18][2] == 0  # another call starts afresh
+
+
+def test_equal_prompts_anywhere_in_a_batch(build: Callable[..., Llama]) -> None:
+    """They are computed once, and each row gets its own prompt's state."""
+    llama = build("gqa", max_seq_len=96, max_batch_size=6)
+    order, arguments = [0, 2, 0, 4, 2, 4], {"temperature": 0.9, "logprobs": True, "echo": True}
+    seeds = list(range(6))
+    ids, logprobs = llama.generate([PROMPTS[i] for i in order], 8, seed=seeds, **arguments)  # type: ignore[arg-type]
+    for place, i in enumerate(order):
+        (alone,), scores = llama.generate([PROMPTS[i]], 8, seed=seeds[place], **arguments)  # type: ignore[arg-type]
+        assert alone == ids[place] and scores is not None and logprobs is not None
+        np.testing.assert_allclose(scores[0], logprobs[place], rtol=0, atol=1e-4)
+
+
+def test_samples_without_a_seed_differ(build: Callable[..., Llama]) -> None:
+    llama = build("mha", max_seq_len=64, max_batch_size=4)
+    ids, _ = llama.generate([[1, 5]], 12, temperature=1.2, n=4)
+    assert len({tuple(row) for row in ids}) == 4
+
+
+def test_samples_keep_their_prompts_stop_texts(build: Callable[..., Llama]) -> None:
+    llama = build("mha", max_seq_len=200, max_batch_size=8)
+    dialogs: Any = [[{"role": "user", "content": text}] for text in TEXTS[:2]]
+    calls: list[tuple[Any, Any]] = [(llama.text_completion, TEXTS[:2]), (llama.chat_completion, dialogs)]
+    stop, seed = [["e"], ["a"]], [3, 30]
+    for call, given_prompts in calls:
+        arguments: dict[str, Any] = {"max_gen_len": 60, "temperature": 1.0, "n": 3}
+        expected = [call(given_prompts[i : i + 1], stop=stop[i], seed=seed[i], **arguments) for i in (0, 1)]
+        assert call(given_prompts, stop=stop, seed=seed, **arguments) == [*expected[0], *expected[1]]
+        swapped = call(given_prompts, stop=stop[::-1], seed=seed, **arguments)
+        assert swapped[:3] != expected[0] and swapped[3:] != expected[1]
 
 
 def test_samples_in_chunks(build: Callable[..., Llama]) -> None:
