@@ -167,8 +167,10 @@ def test_top_k_keeps_the_equals_of_the_last() -> None:
 
 
 def test_top_p_1_keeps_everything_in_a_mixed_batch() -> None:
-    logits = torch.zeros(2, 10_000)
-    assert sample(logits, 1 - 2**-53, temperature=1.0, top_p=[1.0, 0.5])[0] == 9_999
+    """45 equal ids, whose rounded probabilities sum to more than 1, and one that is improbable."""
+    logits = torch.tensor([[0.0] * 45 + [-31.0]] * 2)
+    assert keep_top_p(probabilities(logits[:1], 1.0), 1.0)[0, 45] == 0  # which the filter at 1 would lose
+    assert sample(logits, 1 - 2**-53, temperature=1.0, top_p=[1.0, 0.5])[0] == 45
 
 
 def test_draws_with_every_setting_follow_the_probabilities() -> None:
