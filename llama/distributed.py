@@ -8,7 +8,6 @@ is a world of one, which needs no port and no variable.
 import atexit
 import contextlib
 import io
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -149,23 +148,23 @@ def from_rank_0(ids: torch.Tensor) -> torch.Tensor:
 
 
 def told_by_rank_0(value: Any = None) -> Any:
-    """Rank 0's value (of JSON's kinds), on every rank. The others wait as long as it takes, for a user who types for
-    instance, where a collective would run into its timeout."""
+    """Rank 0's value on every rank. The others wait as long as it takes, for a user who types for instance, where a
+    collective alone would run into its timeout."""
     global _told
     if dist.get_world_size() == 1:
         return value
-    if not _ours or _store is None:
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
-    _told += 1
-    key = f"llama/told/{_told}"
-    if is_main_rank():
-        _store.set(key, json.dumps(value))
-        return value
-    while True:
-        with contextlib.suppress(dist.DistStoreError):  # the store's own timeout
-            return json.loads(_store.get(key))
+    if _store is not None:
+        _told += 1
+        key = f"llama/told/{_told}"
+        if is_main_rank():
+            _store.set(key, "")
+        while not is_main_rank():
+            with contextlib.suppress(dist.DistStoreError):  # the store's own timeout
+                _store.wait([key])
+                break
+    values = [value]  # a store takes 8 MB at most
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def read_on_rank_0(path: Path) -> str:

@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize, layers
 from ranks import run_ranks
 
-from llama import Llama
+from llama import Llama, distributed
 from llama.device import pick_device, pick_dtype, share_cores
 from llama.distributed import World, current_world
 
@@ -37,7 +39,7 @@ def torchrun(world_size: int, *command: str, timeout: float = 120, **env: str) -
 
 def test_plain_python_needs_no_environment(checkpoint: Callable[..., Path]) -> None:
     code = f"""
-from llama import Llama
+from llama import Llama, distributed
 llama = Llama.build({str(checkpoint("mha"))!r})
 print(llama.text_completion(["The licence"], temperature=0, max_gen_len=4)[0]["finish_reason"])
 """
@@ -251,6 +253,23 @@ def test_models_come_and_go_on_two_ranks(checkpoint: Callable[..., Path]) -> Non
         assert first == third != second
 
 
+def what_rank_0_told(folder: Path) -> list[Any]:
+    llama = Llama.build(folder)
+    assert distributed._store is not None
+    distributed._store.set_timeout(timedelta(seconds=0.2))
+    if distributed.is_main_rank():
+        time.sleep(1)  # several of the store's timeouts
+    mine = ["é" * 5_000_000, None, {"line": "half \udc80"}] if distributed.is_main_rank() else [0] * 3
+    told = [distributed.told_by_rank_0(value) for value in mine]
+    llama.close()
+    return [len(told[0]), *told[1:]]
+
+
+def test_rank_0_tells_the_others_however_much_and_late(checkpoint: Callable[..., Path]) -> None:
+    expected = [5_000_000, None, {"line": "half \udc80"}]
+    assert run_ranks(2, what_rank_0_told, checkpoint("mha")) == [expected, expected]
+
+
 def test_an_example_under_torchrun_prints_once(checkpoint: Callable[..., Path]) -> None:
     done = torchrun(2, "example_text_completion.py", "--ckpt_dir", str(checkpoint("mha", 4)), "--max_gen_len", "4",
                     "--max_seq_len", "256")  # fmt: skip
@@ -272,7 +291,7 @@ def test_a_users_mistake_is_one_line_on_one_rank(checkpoint: Callable[..., Path]
 
 FAILING = """
 import os, sys, time
-from llama import Llama
+from llama import Llama, distributed
 llama = Llama.build(sys.argv[1])
 if os.environ["RANK"] == "1":
     raise RuntimeError("rank one has had enough")
@@ -309,7 +328,7 @@ import torch
 
 # Registered before the package's own handler, so it runs after that: the abort is rare, a group left alive is not.
 atexit.register(lambda: torch.distributed.is_initialized() and os._exit(3))
-from llama import Llama
+from llama import Llama, distributed
 
 attempt, is_rank = 0, False
 while attempt < 20 and not is_rank:  # one import serves all; a fork is a rank, and ends as a program of its own does
