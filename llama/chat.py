@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -64,13 +64,14 @@ def chat(
         while (line := told_by_rank_0(read_line("> ") if is_main_rank() else None)) is not None:
             try:
                 if line.startswith("/"):
-                    _command(talk, *line[1:].rstrip().split(maxsplit=1))
+                    with _files_may_fail():
+                        _command(talk, *line[1:].rstrip().split(maxsplit=1))
                 elif line.strip():
                     with interrupts() as pressed:
                         _answer(talk, line.strip(), pressed)
             except KeyboardInterrupt:  # pressed twice
                 note("\n[stopped]")
-            except (ValueError, TypeError, OSError, PeerError) as error:
+            except (ValueError, TypeError, PeerError) as error:
                 note(f"error: {error}")
     llama.close()
 
@@ -120,6 +121,17 @@ def _agreed(pressed: bool, device: torch.device) -> bool:
 
 
 # Commands -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _files_may_fail() -> Iterator[None]:
+    """A file that cannot be read or written ends a command; a terminal or pipe that is gone ends the session."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        note(f"error: {error}")
 
 
 def _command(talk: Conversation, name: str = "", argument: str = "") -> None:

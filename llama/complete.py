@@ -145,7 +145,7 @@ def _lock(out: Path) -> IO[bytes]:
 
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(f"another run is writing {out}: wait for it, or name another --out") from None
     return file
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -14,7 +14,7 @@ from llama.chat_format import ChatFormat, Dialog, Message, for_tokenizer, split_
 from llama.checkpoint import Checkpoint, check_world_size, load_weights, tensor_shapes
 from llama.device import pick_device, pick_dtype, share_cores
 from llama.distributed import current_world, join, leave, raising_together, say
-from llama.generation import Generator
+from llama.generation import Engine
 from llama.model import Transformer
 from llama.request import Each, Row, Settings, check_list, check_whole
 from llama.stream import Stop, TextPiece, TextStream, read_stops
@@ -38,7 +38,7 @@ class ChatPrediction(Details, total=False):
     generation: Message
 
 
-class Llama(Generator):
+class Llama(Engine):
     """A model with its tokenizer, for ids (`generate`), texts and dialogs.
 
     Under torchrun every rank holds one and makes the same calls.
@@ -169,7 +169,7 @@ class Llama(Generator):
 
     def stream_text(
         self, prompts: Sequence[str], *, stop: Stop = None, echo: bool = False, **settings: Unpack[Settings]
-    ) -> Iterator[TextPiece]:
+    ) -> Generator[TextPiece, None, None]:
         """`text_completion` as it comes: pieces (row, text, finish_reason), in which each row's texts, joined, are
         its "generation". Bytes that may become a character and the beginning of a stop text are held back."""
         return self._pieces(*self._text_rows(prompts, stop, echo, **settings), echo=echo)
@@ -217,7 +217,7 @@ class Llama(Generator):
 
     def stream_chat(
         self, dialogs: Sequence[Dialog], *, stop: Stop = None, **settings: Unpack[Settings]
-    ) -> Iterator[TextPiece]:
+    ) -> Generator[TextPiece, None, None]:
         """`chat_completion` as it comes, in pieces like `stream_text`'s."""
         return self._pieces(*self._chat_rows(dialogs, stop, **settings))
 
@@ -243,16 +243,18 @@ class Llama(Generator):
         rows = self._rows(ids, **settings)
         stops = read_stops(stop, len(dialogs))
         n = len(rows) // max(1, len(dialogs))
-        texts = [TextStream(self.tokenizer, stops[row.index // n]) for row in rows]
-        for row, text in zip(rows, texts, strict=True):
+        texts = []
+        for row in rows:
+            refusal = refusals[row.index // n]
+            texts.append(TextStream(self.tokenizer, stops[row.index // n] if refusal is None else ()))
             row.stop |= self.dialogs.stop_tokens
-            if refusal := refusals[row.index // n]:
-                row.finish_reason, text.text = "stop", refusal  # it never reaches the model
+            if refusal is not None:
+                row.finish_reason, texts[-1].text = "stop", refusal  # it never reaches the model
         return rows, texts
 
     def _pieces(
         self, rows: list[Row], texts: list[TextStream], k: int | None = None, echo: bool = False, reuse: bool = False
-    ) -> Iterator[TextPiece]:
+    ) -> Generator[TextPiece, None, None]:
         """Run any number of rows, max_batch_size at a time, and give their texts as they become certain."""
         for row in rows:
             if row.finish_reason:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,8 @@ class Generation(tuple[list[list[int]], list[list[float]] | None]):
     top: list[list[Alternatives]]
 
 
-class Generator:
-    """The engine: a model that continues lists of ids. Text stays outside; the tokenizer only names its stop ids."""
+class Engine:
+    """A model that continues lists of ids. Text stays outside; the tokenizer only names its stop ids."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1):
         self._model: Transformer | None = model
@@ -113,7 +113,7 @@ class Generator:
 
     def stream(
         self, prompt_tokens: Sequence[Sequence[int]], *, logprobs: bool | int = True, **settings: Unpack[Settings]
-    ) -> Iterator[list[Token]]:
+    ) -> Generator[list[Token], None, None]:
         """`generate` step by step: each gives a `Token` for every row that was still running.
 
         Other calls may come in between, and it may be closed early: neither changes what any of them returns.
@@ -139,7 +139,9 @@ class Generator:
             raise ValueError(f"logprobs is {logprobs}, but the vocabulary has {self.model.params.vocab_size} ids")
         return int(logprobs)
 
-    def _run(self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False) -> Iterator[list[Token]]:
+    def _run(
+        self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False
+    ) -> Generator[list[Token], None, None]:
         """The one loop: prefill all rows, then an id a step for each until all are finished.
 
         k: alternatives a position; None for no log-probabilities. echo: give the prompts theirs too. reuse: for rows of
@@ -149,7 +151,8 @@ class Generator:
         full = [row for row in rows if row.length >= row.limit]
         for row in full:
             row.finish_reason = "length"
-        h, passes = None, -1
+        h: torch.Tensor | None = None
+        passes = -1
         if rows and echo and k is not None:
             h, passes = self._prefill(rows, k=k), self.model.passes
         if full:
@@ -158,24 +161,30 @@ class Generator:
         step = 0
         while not all(row.finish_reason for row in rows):
             if h is None:
-                # After another call in between the cache is no longer ours.
-                h = self._decode(rows) if passes == self.model.passes else self._prefill(rows, reuse)
+                if passes == self.model.passes:
+                    h = self._decode(rows, step)
+                else:
+                    # The first step, or another call has taken the cache: filled in the same steps as before, it is
+                    # the same to the last bit.
+                    h = self._prefill(rows, reuse)
+                    for n in range(1, step + 1):
+                        h = self._decode(rows, n)
                 passes = self.model.passes
             yield self._choose(rows, h, sampler, k, step)
             h, step = None, step + 1
 
     @torch.inference_mode()
     def _prefill(self, rows: list[Row], reuse: bool = False, k: int | None = None) -> torch.Tensor:
-        """Fill the cache with all ids of the rows in one padded pass -> hidden states [bsz, dim] of their last ones.
+        """Fill the cache with the prompts in one padded pass -> hidden states [bsz, dim] of their last ids.
 
-        k: also score the prompts, with so many alternatives. Rows with the same ids are computed once.
+        k: also score the prompts, with so many alternatives. Equal prompts are computed once.
         """
         model = self.model
-        texts = [tuple(row.prompt + row.tokens) for row in rows]
+        texts = [tuple(row.prompt) for row in rows]
         distinct = {text: slot for slot, text in enumerate(dict.fromkeys(texts))}
         slots, lengths = [distinct[text] for text in texts], [len(text) for text in distinct]
         start = 0
-        if reuse and self._held_at == model.passes:
+        if reuse and len(distinct) == 1 and self._held_at == model.passes:
             start = _shared(self._held[0], texts[0][:-1])  # the last id is computed in any case: we need its state
 
         # Left-aligned and padded on the right: causality hides the padding from every position before it, and each
@@ -207,13 +216,13 @@ class Generator:
         return h
 
     @torch.inference_mode()
-    def _decode(self, rows: list[Row]) -> torch.Tensor:
-        """Add the newest id of each row to the cache -> hidden states [bsz, dim].
+    def _decode(self, rows: list[Row], n: int) -> torch.Tensor:
+        """Add the n-th generated id of each row to the cache -> hidden states [bsz, dim].
 
-        A finished row computes its last position once more, which changes nothing.
+        A row that has fewer computes its last position once more, which changes nothing.
         """
-        newest = [(row.tokens or row.prompt)[-1] for row in rows]
-        positions = [row.length - 1 for row in rows]
+        newest = [(row.tokens[:n] or row.prompt)[-1] for row in rows]
+        positions = [len(row.prompt) + len(row.tokens[:n]) - 1 for row in rows]
         ids, start_pos = torch.tensor([newest, positions]).to(self.model.cos.device)
         same = len(set(positions)) == 1
         h = self.model.hidden(ids[:, None], positions[0] if same else start_pos, max(positions) + 1)

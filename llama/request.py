@@ -116,9 +116,9 @@ def read_rows(
         each("seed", seed, _optional_whole(0)),
         strict=True,
     )
+    texts = [_prompt(i, prompt, args) for i, prompt in enumerate(prompts)]
     rows: list[Row] = []
-    for i, (prompt, (most, heat, p, k, penalty, stop, first_seed)) in enumerate(zip(prompts, settings, strict=True)):
-        ids = _prompt(i, prompt, args)
+    for ids, (most, heat, p, k, penalty, stop, first_seed) in zip(texts, settings, strict=True):
         limit = args.max_seq_len if most is None else min(len(ids) + most, args.max_seq_len)
         for j in range(n):
             stream = random.Random(seeds.getrandbits(63) if first_seed is None else first_seed + j)
@@ -183,7 +183,7 @@ def _stops(value: Any, count: int) -> list[set[int]]:
     shared = not isinstance(value, Sequence) or not any(isinstance(item, Sequence | None) for item in value)
     try:
         lists = [value] * count if shared else per_prompt("stop_token_ids", value, count)
-        return [set(map(operator.index, ids or ())) for ids in lists]
+        return [set(map(operator.index, () if ids is None else ids)) for ids in lists]
     except TypeError:
         raise TypeError(f"stop_token_ids is {value!r}, expected a list of ids, or one for each prompt") from None
 

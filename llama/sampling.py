@@ -65,7 +65,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: Setting) -> torch.Tensor:
     """Make ids less likely that were `seen` (bool [bsz, vocab]): repetition penalty of CTRL (arXiv:1909.05858)."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits).type_as(logits)
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor, most: int) -> torch.Tensor:

@@ -33,7 +33,6 @@ class TextStream:
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, stop
         self._ids: list[int] = []
-        self._starts: list[int] = []  # how much text was there before each id
         self._window, self._window_start = 0, 0  # the id from which we decode, and where its text starts
         self._given = 0
         self._from = 0  # where a stop text can begin at the earliest
@@ -80,7 +79,6 @@ class TextStream:
 
     def _add(self, token: int) -> None:
         self._ids.append(token)
-        self._starts.append(len(self.text))
         if token in self._tokenizer.unsettled_ids:
             return
         decoded = self._tokenizer.decode(self._ids[self._window :])
@@ -102,11 +100,12 @@ class TextStream:
         if begin is None:
             return
         self.stopped = True
-        kept = max(self._prompt, sum(start < begin for start in self._starts))
-        end = self._starts[kept] if kept < len(self._ids) else len(self.text)
-        self._overhang = self.text[begin:end]
         self.text = self.text[:begin]
+        decode, kept = self._tokenizer.decode, len(self._ids)
+        while kept > self._prompt and decode(self._ids[: kept - 1]).startswith(self.text):
+            kept -= 1
         del self._ids[kept:]
+        self._overhang = decode(self._ids)[begin:]
 
 
 def read_stops(stop: Stop, count: int) -> list[list[str]]:

@@ -118,6 +118,22 @@ def test_a_stop_id_ends_its_row_and_is_not_returned(build: Callable[..., Llama])
     assert tokens[1] == (free[1][: free[1].index(stop)] if stop in free[1] else free[1])
 
 
+def test_stop_ids_of_a_call_are_beside_the_models_own(build: Callable[..., Llama]) -> None:
+    llama = build("mha", max_seq_len=64)
+    (row,), _ = llama.generate([[1, 5]], 20, temperature=0)
+    llama.tokenizer.stop_tokens = {row[4]}
+    unused: Any = np.array([i for i in range(512) if i not in row][:2])
+    found = llama.generate([[1, 5]], 20, temperature=0, stop_token_ids=unused)
+    assert found[0] == [row[: row.index(row[4])]]
+
+
+def test_a_refused_call_draws_no_seed(build: Callable[..., Llama]) -> None:
+    first, second = build("mha", max_seq_len=64, seed=5), build("mha", max_seq_len=64, seed=5)
+    with pytest.raises(ValueError):
+        first.generate([[1], []], 4)
+    assert first.generate([[1, 5]], 12, temperature=1.0) == second.generate([[1, 5]], 12, temperature=1.0)
+
+
 def test_a_stop_id_in_the_prompt_ends_nothing(build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=64)
     eos = llama.tokenizer.eos_id

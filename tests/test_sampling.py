@@ -160,6 +160,12 @@ def test_filters_are_those_of_transformers(vocab: int) -> None:
     assert ((found > 0).sum(dim=-1) < vocab).any()
 
 
+def test_a_tiny_penalty_does_not_overflow() -> None:
+    logits = torch.tensor([[0.5, 1.0, 2.0, 1.0]])
+    for temperature in (0, 1.0):
+        assert sample(logits, 0.5, [[1]], temperature=temperature, repetition_penalty=1e-40) == [1]
+
+
 def test_top_k_keeps_the_equals_of_the_last() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]] * 4)
     kept = keep_top_k(logits, torch.tensor([[1], [2], [0], [9]]), 9) > -torch.inf

@@ -141,6 +141,17 @@ def test_stop_texts_end_a_row_before_them(text: str, stop: list[str], expected: 
     assert stream.tokens == letters(expected) and stream.stopped == (expected != text)
 
 
+def test_ids_of_the_stop_text_go_with_it_also_behind_held_bytes(tmp_path: Path) -> None:
+    stream = TextStream(TOK512, [" a"])
+    broken = bytes_of(TOK512, b"\xf0\x9f")
+    assert "".join(pieces_of(stream, [*broken, *TOK512.encode("a", bos=False, eos=False)])) == "\ufffd\ufffd"
+    assert stream.tokens == broken
+    tokenizer = byte_fallback_tokenizer(tmp_path)
+    ids = [258, *"漢".encode(), 10, 10, 258]  # the ids of bytes are the bytes
+    stream = TextStream(tokenizer, ["\n\n"])
+    assert "".join(pieces_of(stream, ids)) == "a漢" and stream.tokens == ids[:4]
+
+
 def test_the_beginning_of_a_stop_text_is_held_back() -> None:
     assert pieces_of(TextStream(TOK512, ["aab"]), letters("xaacaab")) == ["x", "", "", "aac", "", "", ""]
     assert pieces_of(TextStream(TOK512, ["aab"]), letters("xaa")) == ["x", "", "", "aa"]
@@ -305,7 +316,7 @@ def test_a_stream_closed_early_leaves_no_trace(build: Callable[..., Llama]) -> N
     llama, fresh = build("mha", max_seq_len=64, seed=7), build("mha", max_seq_len=64, seed=7)
     stream = llama.stream([[1, 5, 6], [1, 9]], temperature=0)
     next(stream), next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     texts = llama.stream_text(TEXTS, temperature=0)
     next(texts)
     del texts
@@ -346,6 +357,33 @@ def test_calls_in_between_change_nothing(build: Callable[..., Llama]) -> None:
         assert found == ids
         for ours, theirs in zip(found_logprobs, logprobs or [], strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_calls_in_between_change_no_bit_in_bfloat16(build: Callable[..., Llama]) -> None:
+    """Not only ids in float32: the cache is filled again in the steps that filled it first."""
+    llama = build("llama31", max_seq_len=120, max_batch_size=3, dtype="bfloat16")
+    arguments: dict[str, Any] = {"max_gen_len": [40, 5, 40], "temperature": 0}
+    expected, scores = llama.generate(PROMPTS[:3], logprobs=True, **arguments)
+    steps = []
+    for step in llama.stream(PROMPTS[:3], **arguments):
+        steps.append(step)
+        if len(steps) % 7 == 0:
+            llama.generate([[1]], 1)
+    assert collect(steps, 3)[:2] == (expected, scores)
+
+
+def test_a_call_between_chunks_of_samples_changes_nothing(build: Callable[..., Llama]) -> None:
+    llama = build("mha", max_seq_len=64, max_batch_size=2)
+    arguments: dict[str, Any] = {"n": 4, "temperature": 1.0, "seed": 3, "max_gen_len": 6}
+    expected = [answer["generation"] for answer in llama.text_completion(["The licence"], **arguments)]
+    ids = llama.tokenizer.encode("The licence", bos=True, eos=False)
+    for place in range(24):
+        texts = [""] * 4
+        for count, piece in enumerate(llama.stream_text(["The licence"], **arguments)):
+            texts[piece.row] += piece.text
+            if count == place:
+                llama.generate([ids, [1, 9, 9, 9, 9, 9, 9]], 1)
+        assert texts == expected, place
 
 
 def test_a_stream_of_a_closed_model_says_so(build: Callable[..., Llama]) -> None:
@@ -389,6 +427,9 @@ def test_streamed_dialogs_are_the_unstreamed(build: Callable[..., Llama]) -> Non
     assert texts == [answer["generation"]["content"] for answer in answers]
     assert reasons == [answer["finish_reason"] for answer in answers]
     assert texts[2] == texts[3] != "" and reasons[2:4] == ["stop", "stop"]  # the refusal
+    (refused,) = llama.chat_completion(dialogs[1:2])
+    stopped = llama.stream_chat(dialogs[1:2], stop=[".\n"])  # of which the refusal ends with the first half
+    assert joined(stopped, 1)[0] == [refused["generation"]["content"]]
     assert texts[0] == texts[1] and texts[4] != texts[5]  # greedy samples are equal, others draw apart
 
 
