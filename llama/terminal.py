@@ -78,7 +78,7 @@ def read_line(prompt: str) -> str | None:
     try:
         import readline
     except ImportError:  # Windows edits lines by itself
-        readline = None  # type: ignore[assignment]
+        readline = None  # type: ignore[assignment]  # a module elsewhere
     while True:
         line, end, rest = _without_control(_ahead).partition("\n")
         _ahead = rest.encode()
@@ -112,7 +112,7 @@ def _without_control(keys: bytes) -> str:
 try:
     import termios
 except ImportError:  # Windows
-    termios = None  # type: ignore[assignment]
+    termios = None  # type: ignore[assignment]  # a module elsewhere
 
 
 def _owns_terminal() -> bool:

@@ -541,3 +541,23 @@ def test_what_is_typed_during_an_answer_comes_next(
     assert capsys.readouterr().out == "".join(f"> {line}\n" for line in lines)
     assert terminal_module.read_line("> ") == "typed" and inserted == [left]
     assert terminal_module.read_line("> ") == "typed" and inserted == [left, ""]
+
+
+PIECES = [(1, "b", None), (0, "a\x1b", None), (1, "c", "stop"), (2, "", "length"), (0, "d", None), (0, "", "stop")]
+
+
+@pytest.mark.parametrize(
+    ("live", "expected"),
+    [
+        # The first unfinished row as it comes, what had come of the others meanwhile when it is their turn.
+        (True, ["<0>a␛", "d", ".", "<1>bc.", "<2>."]),
+        (False, ["<0>a\x1bd.", "<1>bc.", "<2>."]),
+    ],
+)
+def test_rows_are_shown_one_below_the_other(live: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    screen = SimpleNamespace(isatty=lambda: live, write=written.append, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", screen)
+    terminal_module.show((TextPiece(*piece) for piece in PIECES), ["<0>", "<1>", "<2>"], ".")
+    monkeypatch.undo()
+    assert written == expected

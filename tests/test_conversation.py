@@ -212,7 +212,7 @@ def test_mistakes(build: Callable[..., Llama]) -> None:
     with pytest.raises(ValueError, match="max_gen_len is 0"):
         Conversation(llama, max_gen_len=0)
     with pytest.raises(TypeError):
-        Conversation(llama).say(5)  # type: ignore[arg-type]
+        Conversation(llama).say(5)  # type: ignore[arg-type]  # the mistake under test
     for wrong in ({"temperature": -1}, {"top_k": 0}, {"stop": [""]}, {"temperature": [0.5, 0.5]}):
         with pytest.raises(ValueError):
             Conversation(llama, **wrong)
