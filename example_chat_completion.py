@@ -1,7 +1,9 @@
 """Answer dialogs: torchrun --nproc_per_node N example_chat_completion.py --ckpt_dir DIR"""
 
 from llama import Dialog, Llama
+from llama.chat_format import base_model_note
 from llama.cli import run
+from llama.distributed import say
 from llama.terminal import show
 
 DIALOGS: list[Dialog] = [
@@ -33,13 +35,25 @@ def main(
     max_batch_size: int = 8,
     device: str = "auto",
     dtype: str = "auto",
+    chat_format: str | None = None,
     seed: int = 1,
 ) -> None:
     """Answer a few dialogs and print them, on a terminal as they come.
 
     ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
     """
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, device=device, dtype=dtype)
+    llama = Llama.build(
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        chat_format=chat_format,
+    )
+    if note := base_model_note(ckpt_dir):
+        say(note)
     pieces = llama.stream_chat(DIALOGS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
     heads = ["\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in dialog) for dialog in DIALOGS]
     show(pieces, [f"{head}\nAssistant: " for head in heads], f"\n{'-' * 40}\n")

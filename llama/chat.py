@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llama.chat_format import Message, split_system
+from llama.chat_format import Message, base_model_note, split_system
 from llama.completion import Llama
 from llama.conversation import Conversation
 from llama.distributed import PeerError, from_rank_0, is_main_rank, read_on_rank_0, say, told_by_rank_0
@@ -60,6 +60,8 @@ def chat(
         stop=stop,
     )
     with session():
+        if warning := base_model_note(ckpt_dir):
+            note(warning)
         note("/help lists the commands, Ctrl-D leaves")
         while (line := told_by_rank_0(read_line("> ") if is_main_rank() else None)) is not None:
             try:

@@ -15,7 +15,10 @@ import torch
 from llama.distributed import model_parallel, progress
 from llama.model import Transformer
 from llama.params import CheckpointError, ModelArgs, read_params
+from llama.sniff import ZIP, what_instead, what_is
 
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 # Divided along the output features (0), along the input features (1), or repeated in every file (None).
 # tok_embeddings is missing here: Llama 2 files split it on dim 1, Llama 3 files on dim 0.
 SHARD_AXIS = {
@@ -29,9 +32,8 @@ SHARD_AXIS = {
     "attention_norm.weight": None,
     "ffn_norm.weight": None,
     "norm.weight": None,
-    "output.weight": 0,
+    OUTPUT: 0,
 }
-EMBEDDING = "tok_embeddings.weight"
 # Llama 1 stores the rotary frequencies, which are computed here.
 SKIPPED = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +44,7 @@ def without_layer(key: str) -> str:
     return re.sub(r"^layers\.\d+\.", "", key)
 
 
-def tensor_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(args: ModelArgs) -> Shapes:
     """Name -> logical (undivided) shape of every tensor of a model."""
     q_dim, kv_dim = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
     layer = {
@@ -56,10 +58,10 @@ def tensor_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
         "attention_norm.weight": (args.dim,),
         "ffn_norm.weight": (args.dim,),
     }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (args.vocab_size, args.dim)}
+    shapes: Shapes = {EMBEDDING: (args.vocab_size, args.dim)}
     for i in range(args.n_layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    return shapes | {"norm.weight": (args.dim,), "output.weight": (args.vocab_size, args.dim)}
+    return shapes | {"norm.weight": (args.dim,), OUTPUT: (args.vocab_size, args.dim)}
 
 
 def rank_slice(key: str, rows: int, args: ModelArgs, rank: int, world_size: int) -> tuple[int, int]:
@@ -77,6 +79,7 @@ def legal_world_sizes(args: ModelArgs) -> list[int]:
         n
         for n in range(1, args.n_heads + 1)
         if args.n_heads % n == 0
+        and args.dim % n == 0
         and args.hidden_dim % n == 0
         and args.vocab_size % n == 0
         and (args.kv_heads % n == 0 or n % args.kv_heads == 0)
@@ -104,10 +107,10 @@ class Checkpoint:
     params: params.json, with the vocabulary filled in from the embedding where it says -1.
     embedding_axis: 0 where the files divide the vocabulary (Llama 3), 1 where they divide dim (Llama 2).
     dtype: what the embedding is stored in.
+    shapes: name -> logical shape of what the files hold: without output.weight in tied models, whose embedding serves.
     """
 
     def __init__(self, ckpt_dir: Path):
-        self.dir = ckpt_dir
         self.paths = find_shards(ckpt_dir)
         self.params = read_params(ckpt_dir)
         self._opened = {0: open_shard(self.paths[0])}
@@ -118,6 +121,9 @@ class Checkpoint:
         self.embedding_axis = 0 if columns == self.params.dim else 1
         if self.params.vocab_size == -1:
             self.params.vocab_size = rows * len(self.paths) if self.embedding_axis == 0 else rows
+        self.shapes = tensor_shapes(self.params)
+        if OUTPUT not in self._opened[0]:
+            del self.shapes[OUTPUT]
         self._check(0)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -138,6 +144,12 @@ class Checkpoint:
             # Repeated tensors may differ in their last bits from file to file; all ranks take the first file's.
             out.copy_(self[0][key])
             return
+        if key not in self.shapes:  # the output of a tied model: rows of the embedding,
+            key = EMBEDDING
+            if self.embedding_axis == 1:  # which lie in every file
+                for part, index in zip(out.chunk(len(self.paths), dim=1), range(len(self.paths)), strict=True):
+                    part.copy_(self[index][key][start:stop])
+                return
         width = self[0][key].shape[axis]
         for index in range(start // width, (stop - 1) // width + 1):
             low, high = max(start, index * width), min(stop, (index + 1) * width)
@@ -145,52 +157,39 @@ class Checkpoint:
             out.narrow(axis, low - start, high - low).copy_(source)
 
     def _check(self, index: int) -> None:
-        """Account for every tensor of one file, by name: missing, unexpected, of wrong shape, of wrong type."""
-        tensors, count = self._opened[index], len(self.paths)
-        expected = {}
-        for key, shape in tensor_shapes(self.params).items():
-            parts = list(shape)
-            if (axis := self.axis(key)) is not None:
-                parts[axis] = parts[axis] // count if parts[axis] % count == 0 else -1  # -1: no shape fits
-            expected[key] = tuple(parts)
-        faults = {
-            "missing": expected.keys() - tensors.keys(),
-            "unexpected": tensors.keys() - expected.keys(),
-            "wrong shape": {
-                f"{key} {tuple(t.shape)}, expected {expected[key]}"
-                for key, t in tensors.items()
-                if key in expected and tuple(t.shape) != expected[key]
-            },
-            "wrong type": {f"{key} {t.dtype}" for key, t in tensors.items() if t.dtype not in FLOAT_TYPES},
-        }
-        found = [f"{fault}: {_first(names)}" for fault, names in faults.items() if names]
-        if found:
+        count = len(self.paths)
+        if found := shard_faults(self._opened[index], self.shapes, self.embedding_axis, count):
             part = "the whole of" if count == 1 else f"one of {count} parts of"
             what = f"{self.paths[index]} is not {part} the model in params.json (files missing, or another model's?)"
             raise CheckpointError("; ".join([what, *found]))
 
 
+def shard_faults(tensors: dict[str, torch.Tensor], shapes: Shapes, embedding_axis: int, count: int) -> list[str]:
+    """Account for every tensor of one of `count` files, by name: missing, unexpected, of wrong shape or type."""
+    expected = {}
+    for key, shape in shapes.items():
+        parts = list(shape)
+        if (axis := embedding_axis if key == EMBEDDING else SHARD_AXIS[without_layer(key)]) is not None:
+            parts[axis] = parts[axis] // count if parts[axis] % count == 0 else -1  # -1: no shape fits
+        expected[key] = tuple(parts)
+    wrong = [key for key in expected.keys() & tensors.keys() if tuple(tensors[key].shape) != expected[key]]
+    faults = {
+        "missing": expected.keys() - tensors.keys(),
+        "unexpected": tensors.keys() - expected.keys(),
+        "wrong shape": {f"{key} {tuple(tensors[key].shape)}, expected {expected[key]}" for key in wrong},
+        "wrong type": {f"{key} {t.dtype}" for key, t in tensors.items() if t.dtype not in FLOAT_TYPES},
+    }
+    return [f"{fault}: {_first(names)}" for fault, names in faults.items() if names]
+
+
 def find_shards(ckpt_dir: Path) -> list[Path]:
     """consolidated.00.pth, .01.pth ... in order; a gap or an empty folder is a CheckpointError with the way out."""
-    if not ckpt_dir.exists():
-        raise CheckpointError(f"{ckpt_dir} does not exist: give the folder with the consolidated.NN.pth files")
-    convert = f"convert it with: python -m llama convert {ckpt_dir} DST"
-    if ckpt_dir.is_file():
-        with ckpt_dir.open("rb") as file:
-            kind = f"a GGUF file: {convert}" if file.read(4) == b"GGUF" else "a file: give the folder it lies in"
-        raise CheckpointError(f"{ckpt_dir} is {kind}")
     numbered = {}
     for path in ckpt_dir.glob("consolidated.*.pth"):
         if match := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name):
             numbered[int(match[1])] = path
     if not numbered:
-        if (ckpt_dir / "config.json").exists() or any(ckpt_dir.glob("*.safetensors")):
-            original = ckpt_dir / "original"
-            way = f"its folder {original} has that layout" if original.is_dir() else convert
-            raise CheckpointError(f"{ckpt_dir} is a Hugging Face folder, not one in Meta's layout: {way}")
-        if gguf := sorted(ckpt_dir.glob("*.gguf")):
-            raise CheckpointError(f"{ckpt_dir} holds a GGUF file: {convert.replace(str(ckpt_dir), str(gguf[0]))}")
-        raise CheckpointError(f"{ckpt_dir} holds no consolidated.NN.pth: give the folder of one model")
+        raise CheckpointError(f"{ckpt_dir} {what_instead(ckpt_dir)}")
     if missing := [f"consolidated.{i:02d}.pth" for i in range(max(numbered)) if i not in numbered]:
         raise CheckpointError(f"{ckpt_dir} lacks {_first(missing)}: fetch it again")
     return [numbered[i] for i in range(len(numbered))]
@@ -199,7 +198,9 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
 def open_shard(path: Path) -> dict[str, torch.Tensor]:
     """Map one file into memory; nothing but tensors in a dict is accepted."""
     if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is damaged, or not a file that torch.save (1.6 or later) wrote: fetch it again")
+        kind = what_is(path)
+        kind = "cut off or damaged" if kind in (None, ZIP) else f"{kind}, not what torch.save (1.6 or later) writes"
+        raise CheckpointError(f"{path} is {kind}: fetch it again")
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds; all mean that this file is no checkpoint
@@ -228,6 +229,9 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype)
     shapes = tensor_shapes(args)
     state: dict[str, torch.Tensor] = {}
     for key, parameter in progress(list(model.named_parameters()), "loading"):
+        if key not in checkpoint.shapes and parameter.shape == state[EMBEDDING].shape:
+            state[key] = state[EMBEDDING]  # tied, and this rank's rows of both are the same: held once
+            continue
         state[key] = torch.empty(parameter.shape, dtype=dtype, device=model.cos.device)
         axis = checkpoint.axis(key)
         start, stop = (0, 0) if axis is None else rank_slice(key, shapes[key][axis], args, rank, world_size)

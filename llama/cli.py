@@ -16,6 +16,8 @@ from llama.chat import chat
 from llama.complete import complete
 from llama.convert import convert
 from llama.distributed import PeerError, is_main_rank, should_tell
+from llama.plan import plan
+from llama.verify import verify
 
 Command = Callable[..., Any]
 
@@ -114,4 +116,4 @@ def _refuse(problem: str) -> NoReturn:
 
 
 def main() -> None:
-    run({"chat": chat, "complete": complete, "convert": convert})
+    run({"chat": chat, "complete": complete, "convert": convert, "plan": plan, "verify": verify})

@@ -10,12 +10,13 @@ import torch
 from typing_extensions import Unpack
 
 from llama.cache import KVCache
-from llama.chat_format import ChatFormat, Dialog, Message, for_tokenizer, split_system
-from llama.checkpoint import Checkpoint, check_world_size, load_weights, tensor_shapes
+from llama.chat_format import FORMATS, ChatFormat, Dialog, Message, for_tokenizer, split_system
+from llama.checkpoint import OUTPUT, Checkpoint, check_world_size, load_weights
 from llama.device import pick_device, pick_dtype, share_cores
 from llama.distributed import current_world, join, leave, raising_together, say
 from llama.generation import Engine
 from llama.model import Transformer
+from llama.params import CheckpointError
 from llama.request import Each, Row, Settings, check_list, check_whole
 from llama.stream import Stop, TextPiece, TextStream, read_stops
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
@@ -69,7 +70,7 @@ class Llama(Engine):
         seed: where the random streams of calls without a seed come from.
         device: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:N" or "mps".
         dtype: "auto" (the checkpoint's, where the device computes in it), "float32", "bfloat16" or "float16".
-        chat_format: the dialog format, "llama2" or "chatml"; default is the one that belongs to the tokenizer.
+        chat_format: how dialogs are written, a name of `chat_format.FORMATS`; default is what the tokenizer says.
 
         Raises CheckpointError and TokenizerError (both ValueErrors) for files that do not fit, ValueError for
         arguments, on every rank (PeerError where only another rank failed). Prints one line to stderr.
@@ -96,7 +97,14 @@ class Llama(Engine):
                 args = checkpoint.params
                 args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
                 check_world_size(args, world.size)
-                tokenizer = Tokenizer(tokenizer_path or find_tokenizer(Path(ckpt_dir)))
+                if args.sliding_window is not None and max_seq_len > args.sliding_window:
+                    raise CheckpointError(
+                        f"max_seq_len {max_seq_len} goes beyond this model's sliding window of {args.sliding_window} "
+                        f"positions, which is not implemented: give --max_seq_len {args.sliding_window} or less"
+                    )
+                tokenizer = Tokenizer(
+                    tokenizer_path or find_tokenizer(Path(ckpt_dir)), use_scaled_rope=args.use_scaled_rope
+                )
                 if tokenizer.n_words != args.vocab_size:
                     raise TokenizerError(
                         f"the tokenizer has {tokenizer.n_words} ids, the model {args.vocab_size}: "
@@ -117,7 +125,8 @@ class Llama(Engine):
         """The chat format. Raises ValueError where none is known."""
         if self.chat_format is None:
             raise ValueError(
-                "this tokenizer belongs to no known chat format: build with chat_format='llama2' or 'chatml'"
+                "no chat format is recorded for this model, probably a base model: text completion works; "
+                f"to chat all the same, name one with chat_format= or --chat_format: {', '.join(FORMATS)}"
             )
         return self.chat_format
 
@@ -290,17 +299,20 @@ class Llama(Engine):
 def _summary(model: Transformer, checkpoint: Checkpoint, ranks: int, dtype: torch.dtype, seconds: float) -> str:
     """The line that `build` prints: what was loaded from what, in which dtype, where, and the memory it took."""
     args = model.params
-    size = sum(math.prod(shape) for shape in tensor_shapes(args).values())
-    weights = sum(w.numel() * w.element_size() for w in model.parameters())
+    size = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    storages = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in model.parameters()}
+    weights = sum(storages.values())
     caches = [module for module in model.modules() if isinstance(module, KVCache)]
     cache = sum(buffer.numel() * buffer.element_size() for module in caches for buffer in module.buffers())
+    tied = "" if OUTPUT in checkpoint.shapes else " (the embedding serves as output)"
     stored = "" if dtype == checkpoint.dtype else f" (stored as {_name(checkpoint.dtype)})"
     over = f" over {torch.distributed.get_backend()}" if ranks > 1 else ""
-    scaled = f", RoPE scaled by {args.rope_factor:g}" if args.use_scaled_rope else ""
+    factor = args.rope_factor if args.use_scaled_rope else args.rope_linear_factor
+    scaled = "" if factor is None else f", RoPE scaled by {factor:g}"
     return (
-        f"llama: {size / 1e6:,.1f}M parameters, {_count(len(checkpoint.paths), 'shard')} -> {_count(ranks, 'rank')}"
-        f"{over}, {_name(dtype)}{stored} on {model.cos.device}{scaled}; {weights / 1e6:,.1f} MB weights and "
-        f"{cache / 1e6:,.1f} MB cache a rank; {seconds:.1f} s"
+        f"llama: {size / 1e6:,.1f}M parameters{tied}, {_count(len(checkpoint.paths), 'shard')} -> "
+        f"{_count(ranks, 'rank')}{over}, {_name(dtype)}{stored} on {model.cos.device}{scaled}; "
+        f"{weights / 1e6:,.1f} MB weights and {cache / 1e6:,.1f} MB cache a rank; {seconds:.1f} s"
     )
 
 

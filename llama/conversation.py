@@ -72,7 +72,8 @@ class Conversation:
             "repetition_penalty": repetition_penalty,
             "seed": seed,
         }
-        # Mistakes are told now, not at the first question.
+        # Mistakes are told now, not at the first question; so is a model without a chat format.
+        self._format = llama.dialogs
         read_rows(llama.model.params, random.Random(), (), [[0]], **self.settings)
         read_stops(stop, 1)
         self._room = llama.model.params.max_seq_len // 4 if max_gen_len is None else max_gen_len
@@ -117,7 +118,7 @@ class Conversation:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def _length(self, user: Message, start: int) -> int:
-        return len(self.llama.dialogs.encode([*self._system(), *self.messages[start:], user]))
+        return len(self._format.encode([*self._system(), *self.messages[start:], user]))
 
     def _answer(self, messages: list[Message], row: Row, text: TextStream, turn: Turn) -> Generator[str, None, None]:
         answer: Message = {"role": "assistant", "content": ""}
@@ -125,7 +126,7 @@ class Conversation:
         for piece in self.llama._pieces([row], [text], reuse=True):
             turn.reused, turn.new_tokens, turn.finish_reason = row.reused, len(row.tokens), piece.finish_reason
             answer["content"] += piece.text
-            accepted = self.llama.dialogs.refusal(dialog) is None
+            accepted = self._format.refusal(dialog) is None
             if accepted and not turn.kept:
                 self.messages, turn.kept = dialog, True
             elif turn.kept and not accepted:  # a tag in the answer would have every later turn refused

@@ -91,7 +91,8 @@ class RMSNorm(nn.Module):
 def rope_table(args: ModelArgs, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position * frequency, fp32 [max_seq_len, head_dim / 2] each.
 
-    Pair i of a head turns by theta^(-2i / head_dim) radians a position (Su et al. 2021, arXiv:2104.09864).
+    Pair i of a head turns by theta^(-2i / head_dim) radians a position (Su et al. 2021, arXiv:2104.09864), or by that
+    over the linear factor (arXiv:2306.15595).
     Scaling (Llama 3.1, arXiv:2407.21783): wavelengths over 8192 positions are stretched by the factor, those under
     a fourth of that are kept, and between them the two frequencies are blended.
     """
@@ -103,6 +104,8 @@ def rope_table(args: ModelArgs, device: torch.device) -> tuple[torch.Tensor, tor
         periods = old_ctx_len * freqs / (2 * torch.pi)  # turns within the old context
         keep = ((periods - low_factor) / (high_factor - low_factor)).clamp(0, 1)
         freqs = (1 - keep) * freqs / args.rope_factor + keep * freqs
+    elif args.rope_linear_factor is not None:
+        freqs = freqs / args.rope_linear_factor
     angles = torch.outer(torch.arange(args.max_seq_len, dtype=torch.float32), freqs)
     return angles.cos().to(device), angles.sin().to(device)
 

@@ -17,9 +17,12 @@ class ModelArgs:
     """A checkpoint's params.json, plus the two sizes of the runner (max_batch_size, max_seq_len).
 
     n_kv_heads: None means n_heads (no grouping). vocab_size: -1 means the rows of the embedding.
-    multiple_of, ffn_dim_multiplier: give the feed-forward width, see `hidden_dim`.
+    head_dim: 0 means dim / n_heads. hidden_dim, the width of the feed-forward: 0 means 2/3 of 4 * dim, times
+    ffn_dim_multiplier, rounded up to a multiple of multiple_of. Both hold the true size once the object is made.
     use_scaled_rope: the frequency scaling of Llama 3.1; rope_scaling_factor: its factor, None means 32 for the
-    two shapes of Llama 3.2 and 8 otherwise.
+    two shapes of Llama 3.2 and 8 otherwise. rope_linear_factor: what all positions are divided by instead.
+    sliding_window: how many positions a query looks back on in models that have a limit. None of it is implemented
+    but the check that max_seq_len stays inside, where it changes nothing.
     """
 
     dim: int = 4096
@@ -29,28 +32,27 @@ class ModelArgs:
     vocab_size: int = -1
     multiple_of: int = 256
     ffn_dim_multiplier: float | None = None
+    head_dim: int = 0
+    hidden_dim: int = 0
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     use_scaled_rope: bool = False
     rope_scaling_factor: float | None = None
+    rope_linear_factor: float | None = None
+    sliding_window: int | None = None
     max_batch_size: int = 32
     max_seq_len: int = 2048
+
+    def __post_init__(self) -> None:
+        self.head_dim = self.head_dim or self.dim // self.n_heads
+        width = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        self.hidden_dim = self.hidden_dim or -(-width // self.multiple_of) * self.multiple_of
 
     @property
     def kv_heads(self) -> int:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-    @property
-    def hidden_dim(self) -> int:
-        """Width of the feed-forward: 2/3 of 4 * dim, times the multiplier, rounded up to a multiple."""
-        width = int(2 * (4 * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            width = int(self.ffn_dim_multiplier * width)
-        return -(-width // self.multiple_of) * self.multiple_of
 
     @property
     def rope_factor(self) -> float:
@@ -91,9 +93,12 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
         if key not in params:
             raise CheckpointError(f"{path}: {key} is missing")
     args = ModelArgs(**params)
-    if args.dim % args.n_heads or args.head_dim % 2 or args.n_heads % args.kv_heads:
+    divided = "head_dim" in params or args.dim % args.n_heads == 0
+    if not divided or args.head_dim % 2 or args.n_heads % args.kv_heads:
         raise CheckpointError(
-            f"{path}: dim {args.dim}, n_heads {args.n_heads} and n_kv_heads {args.kv_heads} do not go together "
-            "(heads divide dim into even parts, KV heads divide heads)"
+            f"{path}: dim {args.dim}, n_heads {args.n_heads}, n_kv_heads {args.kv_heads} and head_dim {args.head_dim} "
+            "do not go together (heads divide dim into even parts, KV heads divide heads)"
         )
+    if args.use_scaled_rope and args.rope_linear_factor is not None:
+        raise CheckpointError(f"{path}: use_scaled_rope and rope_linear_factor exclude each other: remove one")
     return args

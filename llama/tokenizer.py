@@ -1,9 +1,47 @@
-"""Text to ids and back: SentencePiece (Llama 1 and 2) and tokenizer.json behind one `Tokenizer`."""
+"""Text to ids and back: SentencePiece (Llama 1 and 2, Mistral), tiktoken ranks (Llama 3) and tokenizer.json behind one
+`Tokenizer`."""
 
+import base64
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+Kind = Literal["sentencepiece", "tiktoken", "tokenizer.json"]
+
+# Special tokens that end an answer, beside EOS, wherever a vocabulary has them.
+STOP_NAMES = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
+# How Llama 3 cuts a text into the pieces within which bytes are merged.
+LLAMA3_SPLIT = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+# Those of Llama 3's special tokens that have a use, by their place behind the ranks; the others are reserved.
+LLAMA3_SPECIAL = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    9: "<|eot_id|>",
+}
+LLAMA31_SPECIAL = LLAMA3_SPECIAL | {
+    4: "<|finetune_right_pad_id|>",
+    5: "<|step_id|>",
+    8: "<|eom_id|>",
+    10: "<|python_tag|>",
+    11: "<|image|>",
+}
+N_LLAMA3_SPECIAL = 256
+RANKS_LIMIT = 16 * 2**20  # bytes of a rank file; Llama 3's has 2 MB
+SPACES_LIMIT = 999_998  # tiktoken's pattern matcher panics at longer runs of white space
 
 
 class TokenizerError(ValueError):
@@ -11,40 +49,56 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """A tokenizer read from `tokenizer.model` (SentencePiece) or `tokenizer.json`, told apart by content.
+    """A tokenizer read from `tokenizer.model` (SentencePiece or tiktoken ranks) or `tokenizer.json`, told apart by
+    content.
 
-    n_words: size of the vocabulary. bos_id, eos_id, pad_id: -1 where the tokenizer has none.
+    use_scaled_rope: params.json's key, which says which special tokens belong to Llama 3's ranks: 3.1's or 3.0's.
+
+    kind: "sentencepiece", "tiktoken" or "tokenizer.json".
+    n_words: rows of the embedding. Models may have more than the tokenizer has ids; those beyond give no text.
+    bos_id, eos_id, pad_id: -1 where the tokenizer has none.
     adds_bos: whether texts start with BOS (Llama's do, SmolLM2's do not).
     stop_tokens: ids that end a generation. special_ids: name -> id of the control tokens.
+    rstrip_ids: special ids behind which white space is dropped from a text.
     chat_format, default_system: the dialog format that belongs to the tokenizer and the system message it puts
-    before a dialog without one; None where unknown.
+    before a dialog without one; None where unknown. system_prefix: what it puts before every system message.
+    dialog_bos: whether BOS goes before dialogs in formats that have none.
     unsettled_ids: bytes whose text depends on all the bytes that follow, as the backend decodes a run of them at once.
 
-    Raises TokenizerError when the file cannot be read.
+    `tokenizer_config.json` beside the file is read for chat_format, default_system, system_prefix, dialog_bos,
+    add_bos_token and vocab_size (n_words); a tokenizer.json needs it for its BOS, EOS and padding too.
+
+    Raises TokenizerError.
     """
 
-    def __init__(self, model_path: str | Path):
+    def __init__(self, model_path: str | Path, *, use_scaled_rope: bool = False):
         path = Path(model_path)
-        try:
-            with path.open("rb") as file:
-                start = file.read(16)
-        except OSError as error:
-            raise TokenizerError(f"tokenizer {path} cannot be read: {error.strerror}") from None
+        self.kind = _kind(path)
+        config = _read_config(path.with_name("tokenizer_config.json"), needed=self.kind == "tokenizer.json")
         backend: _Backend
-        if start.lstrip().startswith(b"{"):
-            backend = _TokenizerJson(path)
-        elif start.startswith(b"\n"):  # the first field of a SentencePiece model, in protobuf's encoding
+        if self.kind == "sentencepiece":
             backend = _SentencePiece(path)
+        elif self.kind == "tiktoken":
+            backend = _Tiktoken(path, LLAMA31_SPECIAL if use_scaled_rope else LLAMA3_SPECIAL)
         else:
-            raise TokenizerError(
-                f"{path} is neither a SentencePiece model nor a tokenizer.json (Llama 3's rank files are not read yet)"
-            )
-        self._backend = backend
-        self.n_words, self.special_ids = backend.n_words, backend.special_ids
+            backend = _TokenizerJson(path, config)
+        self._backend, self._n_own = backend, backend.n_words
+        self.special_ids, self.rstrip_ids = backend.special_ids, backend.rstrip_ids
         self.bos_id, self.eos_id, self.pad_id = backend.bos_id, backend.eos_id, backend.pad_id
-        self.adds_bos, self.unsettled_ids = backend.adds_bos, backend.unsettled_ids
-        self.chat_format, self.default_system = backend.chat_format, backend.default_system
+        self.adds_bos = backend.adds_bos and config.get("add_bos_token") is not False
+        self.unsettled_ids = backend.unsettled_ids
         self.stop_tokens = {self.eos_id} - {-1}
+        self.stop_tokens |= {self.special_ids[name] for name in STOP_NAMES if name in self.special_ids}
+        self.chat_format: str | None = config.get("chat_format", backend.chat_format)
+        self.default_system: str | None = config.get("default_system")
+        self.system_prefix: str = config.get("system_prefix", "")
+        self.dialog_bos: bool = config.get("dialog_bos", False)
+        self.n_words: int = config.get("vocab_size", self._n_own)
+        if self.n_words < self._n_own:
+            raise TokenizerError(
+                f"tokenizer_config.json says vocab_size {self.n_words}, but ids of {path} go up to {self._n_own - 1}: "
+                "correct the key or take it out"
+            )
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """Ids of a text, with BOS before and EOS behind where asked for. Text never becomes a special id."""
@@ -58,11 +112,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids. Special ids give nothing, bytes that are not UTF-8 give U+FFFD."""
-        return self._backend.decode(list(ids))
+        return self._backend.decode([token for token in ids if token < self._n_own])
 
     def decode_token(self, token: int) -> str:
         """One id as people read it: leading spaces kept, special ids by name."""
-        return self._backend.piece(token)
+        return self._backend.piece(token) if token < self._n_own else ""
 
 
 def find_tokenizer(ckpt_dir: Path) -> Path:
@@ -75,6 +129,76 @@ def find_tokenizer(ckpt_dir: Path) -> Path:
     raise TokenizerError(f"no {' or '.join(names)} in {ckpt_dir} or beside it: give --tokenizer_path")
 
 
+def read_ranks(path: Path) -> list[bytes]:
+    """The tokens of a tiktoken file, which is lines of "base64 rank", in the order of their ranks."""
+    if (size := path.stat().st_size) > RANKS_LIMIT:
+        raise TokenizerError(f"{path} has {size:,} bytes, a rank file at most {RANKS_LIMIT:,}: fetch it again")
+    ranks: dict[bytes, int] = {}
+    for n, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            encoded, rank = line.split()
+            token = base64.b64decode(encoded, validate=True)
+            if not token or not rank.isdigit():
+                raise ValueError
+            ranks[token] = int(rank)
+        except ValueError:
+            raise TokenizerError(
+                f"{path}, line {n}: {str(line[:60])[1:]} is not a token in base64 and its rank, fetch the file again"
+            ) from None
+        if len(ranks) < n:
+            raise TokenizerError(f"{path}, line {n}: a second rank for the token {token!r}, fetch the file again")
+    tokens = sorted(ranks, key=ranks.__getitem__)
+    for i, token in enumerate(tokens):
+        if (found := ranks[token]) != i:
+            fault = f"rank {found} twice" if found < i else f"no rank {i}"
+            raise TokenizerError(f"{path} has {fault} in {len(tokens):,} lines, fetch it again")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise TokenizerError(f"{path} has no rank for the byte 0x{missing[0]:02X}, fetch it again")
+    return tokens
+
+
+def _kind(path: Path) -> Kind:
+    try:
+        with path.open("rb") as file:
+            start = file.read(1024)
+    except OSError as error:
+        raise TokenizerError(f"tokenizer {path} cannot be read: {error.strerror}") from None
+    if start.lstrip().startswith(b"{"):
+        return "tokenizer.json"
+    if start.startswith(b"\n"):  # the first field of a SentencePiece model, in protobuf's encoding
+        return "sentencepiece"
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", start):
+        return "tiktoken"
+    raise TokenizerError(
+        f"{path} is no tokenizer known here (a SentencePiece model, tiktoken ranks or a tokenizer.json): fetch it again"
+    )
+
+
+def _read_config(path: Path, needed: bool) -> dict[str, Any]:
+    """tokenizer_config.json; of our own keys, those that it has are of the right type."""
+    if not needed and not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        use = ", which names the special tokens," if needed else ""
+        raise TokenizerError(f"{path}{use} cannot be read: {error}") from error
+    expected: dict[str, tuple[type, ...]] = {
+        "chat_format": (str, type(None)),
+        "default_system": (str, type(None)),
+        "system_prefix": (str,),
+        "dialog_bos": (bool,),
+        "vocab_size": (int,),
+    }
+    for key, types in expected.items():
+        if key in config and type(config[key]) not in types:
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+            raise TokenizerError(f"{path}: {key} is {str(config[key])[:60]!r}, expected {names}")
+    return config
+
+
 class _Backend(Protocol):
     n_words: int
     bos_id: int
@@ -82,9 +206,9 @@ class _Backend(Protocol):
     pad_id: int
     adds_bos: bool
     special_ids: dict[str, int]
+    rstrip_ids: set[int]
     unsettled_ids: set[int]
-    chat_format: str | None
-    default_system: str | None
+    chat_format: str | None  # where tokenizer_config.json does not say
 
     def encode(self, s: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
@@ -93,8 +217,6 @@ class _Backend(Protocol):
 
 class _SentencePiece:
     chat_format: str | None = "llama2"
-    default_system: str | None = None
-    adds_bos = True
 
     def __init__(self, path: Path):
         from sentencepiece import SentencePieceProcessor
@@ -107,7 +229,9 @@ class _SentencePiece:
         self.bos_id: int = self.model.bos_id()
         self.eos_id: int = self.model.eos_id()
         self.pad_id: int = self.model.pad_id()
+        self.adds_bos = self.bos_id >= 0
         self.unsettled_ids: set[int] = set()
+        self.rstrip_ids: set[int] = set()
         control = [i for i in range(self.n_words) if self.model.is_control(i)]
         self.special_ids: dict[str, int] = {self.model.id_to_piece(i): i for i in control}
 
@@ -125,11 +249,52 @@ class _SentencePiece:
         return name.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
 
 
+class _Tiktoken:
+    chat_format: str | None = "llama3"
+    adds_bos = True
+
+    def __init__(self, path: Path, special: dict[int, str]):
+        self.tokens = read_ranks(path)
+        try:
+            from tiktoken import Encoding
+        except ImportError:
+            raise TokenizerError(f"{path} needs the tiktoken package: pip install 'llama-runner[convert]'") from None
+        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        # It is not told of the special tokens, so that no text becomes one.
+        self.model = Encoding(path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
+        reserved = iter(range(N_LLAMA3_SPECIAL))
+        self.names = [special.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(N_LLAMA3_SPECIAL)]
+        self.special_ids = {name: len(ranks) + i for i, name in enumerate(self.names)}
+        self.n_words = len(ranks) + N_LLAMA3_SPECIAL
+        self.bos_id = self.special_ids["<|begin_of_text|>"]
+        self.eos_id = self.special_ids["<|end_of_text|>"]
+        self.pad_id = -1
+        self.unsettled_ids: set[int] = set()
+        self.rstrip_ids: set[int] = set()
+
+    def encode(self, s: str) -> list[int]:
+        if len(s) > SPACES_LIMIT and (longest := max(map(len, re.findall(r"\s+", s)), default=0)) > SPACES_LIMIT:
+            raise ValueError(
+                f"the text holds {longest:,} white-space characters in a row, tiktoken takes {SPACES_LIMIT:,}: "
+                "shorten them"
+            )
+        return self.model.encode_ordinary(s)
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(self.tokens[i] for i in ids if i < len(self.tokens)).decode(errors="replace")
+
+    def piece(self, token: int) -> str:
+        return self.decode([token]) if token < len(self.tokens) else self.names[token - len(self.tokens)]
+
+
 class _TokenizerJson:
     """A Hugging Face tokenizer.json; the tokenizer_config.json beside it says which tokens are BOS, EOS and padding."""
 
-    def __init__(self, path: Path):
+    chat_format: str | None = None
+
+    def __init__(self, path: Path, config: dict[str, Any]):
         try:
+            from tokenizers import AddedToken
             from tokenizers import Tokenizer as Reader
         except ImportError:
             raise TokenizerError(f"{path} needs the tokenizers package: pip install 'llama-runner[convert]'") from None
@@ -137,27 +302,26 @@ class _TokenizerJson:
             self.model = Reader.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
             raise TokenizerError(f"{path} is not a tokenizer.json: {error}") from error
-        config_path = path.with_name("tokenizer_config.json")
-        try:
-            config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
-            if not isinstance(config, dict):
-                raise ValueError("it holds no object")
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{config_path}, which names the special tokens, cannot be read: {error}") from error
-        self.model.encode_special_tokens = True  # "<|im_end|>" in a text stays text
-        self.n_words: int = self.model.get_vocab_size()
-        added = self.model.get_added_tokens_decoder()
-        self.special_ids = {token.content: i for i, token in added.items() if token.special}
         self.bos_id, self.eos_id, self.pad_id = (
             self._id_of(config, key, path) for key in ("bos_token", "eos_token", "pad_token")
         )
-        self.adds_bos = bool(config.get("add_bos_token", False))
+        self.model.encode_special_tokens = True  # "<|im_end|>" in a text stays text
+        added = self.model.get_added_tokens_decoder()
+        for i in {self.bos_id, self.eos_id} - {-1}:
+            # Also where it is not marked special, as Phi-3's </s>: a text could end a turn.
+            self.model.add_special_tokens([added.get(i, AddedToken(self.model.id_to_token(i), normalized=False))])
+        added = self.model.get_added_tokens_decoder()
+        self.special_ids = {token.content: i for i, token in added.items() if token.special}
+        self.rstrip_ids = {i for i, token in added.items() if token.special and token.rstrip}
+        self.n_words: int = max(self.model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        template_adds_bos = self.model.encode("").ids[:1] == [self.bos_id]
+        self.adds_bos = self.bos_id >= 0 and bool(config.get("add_bos_token", template_adds_bos))
+        decoder = self.model.decoder.__getstate__() if self.model.decoder is not None else b""
         self.unsettled_ids: set[int] = set()
-        if self.model.decoder is not None and b"ByteFallback" in self.model.decoder.__getstate__():
+        if b"ByteFallback" in decoder:
             found = (self.model.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
             self.unsettled_ids = {token for token in found if token is not None}
-        self.chat_format: str | None = config.get("chat_format")
-        self.default_system: str | None = config.get("default_system")
+        self._strips = b"Strip" in decoder or b"Metaspace" in decoder
 
     def _id_of(self, config: dict[str, Any], key: str, path: Path) -> int:
         token = config.get(key)
@@ -176,4 +340,7 @@ class _TokenizerJson:
         return self.model.decode(ids)
 
     def piece(self, token: int) -> str:
-        return self.model.decode([token], skip_special_tokens=False)
+        alone = self.model.decode([token], skip_special_tokens=False)
+        if self._strips:  # the space before the first id: look at the second of two
+            return self.model.decode([token, token], skip_special_tokens=False)[len(alone) :]
+        return alone

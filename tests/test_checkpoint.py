@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from make_checkpoint import tensor
+from ranks import run_ranks
 
 from llama import Llama, ModelArgs
 from llama.checkpoint import Checkpoint, legal_world_sizes, rank_slice, tensor_shapes
@@ -62,7 +65,7 @@ def edit_shard(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         ({"norm_eps": -1e-5}, "norm_eps is -1e-05, expected a positive number"),
         ({"use_scaled_rope": 1}, "use_scaled_rope is 1, expected true or false"),
         ({"vocab_size": -2}, "vocab_size is -2, expected"),
-        ({"n_heads": 7}, "dim 64, n_heads 7 and n_kv_heads 7 do not go together"),
+        ({"n_heads": 7}, "dim 64, n_heads 7, n_kv_heads 7 and head_dim 9 do not go together"),
         ({"n_kv_heads": 3}, "do not go together"),
         ({"n_heads": "drop"}, "n_heads is missing"),
         ({"vocab_size": 500}, "wrong shape"),
@@ -278,7 +281,7 @@ def test_no_tokenizer(folder: Path) -> None:
     beside = folder.parent / "tokenizer.model"
     assert "cannot be read: No such file" in message(folder, tokenizer_path=beside)
     beside.write_bytes(b"\x00 not a model")
-    assert "neither a SentencePiece model nor a tokenizer.json" in message(folder, tokenizer_path=beside)
+    assert "is no tokenizer known here" in message(folder, tokenizer_path=beside)
     beside.write_bytes(b"\n not a model")
     assert "not a SentencePiece model" in message(folder)  # found beside the folder
 
@@ -294,7 +297,7 @@ def test_no_tokenizer(folder: Path) -> None:
         ({"seed": -1}, ValueError, "seed is -1, expected a whole number from 0"),
         ({"ckpt_dir": True}, TypeError, "ckpt_dir is True, expected a path"),
         ({"device": "xpu"}, ValueError, "device 'xpu': expected auto, cpu, cuda, cuda:N or mps"),
-        ({"chat_format": "alpaca"}, ValueError, "chat format 'alpaca': expected llama2, chatml"),
+        ({"chat_format": "alpaca"}, ValueError, "chat format 'alpaca': expected llama2, llama3, chatml"),
     ],
 )
 def test_arguments_that_do_not_fit(
@@ -302,3 +305,76 @@ def test_arguments_that_do_not_fit(
 ) -> None:
     with pytest.raises(error, match=expected):
         Llama.build(**{"ckpt_dir": folder, **arguments})
+
+
+# Tied embeddings ----------------------------------------------------------------------------------
+
+
+def tied_answers(*folders: Path) -> list[Any]:
+    """The logits of each folder, and whether the output matrix is the embedding's memory."""
+    found = []
+    for folder in folders:
+        llama = Llama.build(folder, max_seq_len=32, max_batch_size=1, device="cpu")
+        shared = llama.model.output.weight.data_ptr() == llama.model.tok_embeddings.weight.data_ptr()
+        found.append((llama.model.forward(torch.tensor([[1, 70, 400]]), 0).numpy(), shared))
+        llama.close()
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("name", ["mha", "llama31"])
+def test_without_output_weight_the_embedding_serves(
+    name: str, world_size: int, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Files without output.weight, one and four, split on either axis: as files that hold the embedding twice."""
+    embedding = tensor(name, "tok_embeddings.weight", (512, 64 if name == "mha" else 128))
+    folders = []
+    for shards in (1, 4):
+        for kind in ("twice", "once"):
+            folders.append(tmp_path / f"{shards}-{kind}")
+            shutil.copytree(checkpoint(name, shards), folders[-1])
+            for i, path in enumerate(sorted(folders[-1].glob("*.pth"))):
+                edit_shard(path, lambda t: t.pop("output.weight"))
+                if kind == "twice":
+                    rows = embedding.chunk(shards)[i].clone()
+                    edit_shard(path, lambda t, rows=rows: t.update({"output.weight": rows}))  # type: ignore[misc]  # bound now
+    for found in run_ranks(world_size, tied_answers, *folders):
+        (twice, apart), (once, shared), (twice_4, apart_4), (once_4, shared_4) = found
+        for logits in (once, twice_4, once_4):
+            np.testing.assert_allclose(logits, twice, rtol=0, atol=1e-5 * np.abs(twice).max())
+        # A rank holds the matrix once where its rows of the output are what it holds of the embedding.
+        assert (apart, apart_4, shared, shared_4) == (False, False, True, world_size == 1 or name == "llama31")
+
+
+def test_a_shard_that_alone_lacks_the_output(folder: Path) -> None:
+    edit_shard(folder / "consolidated.00.pth", lambda t: t.pop("output.weight"))
+    assert "consolidated.01.pth" in message(folder) and "unexpected: output.weight" in message(folder)
+
+
+def test_explicit_sizes(tmp_path: Path) -> None:
+    """Mistral's names: a head that is not dim / n_heads, a width that multiple_of does not give."""
+    params = {
+        "dim": 64,
+        "n_layers": 1,
+        "n_heads": 6,
+        "n_kv_heads": 2,
+        "head_dim": 20,
+        "hidden_dim": 50,
+        "vocab_size": 8,
+    }
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    args = read_params(tmp_path)
+    assert (args.head_dim, args.hidden_dim) == (20, 50)
+    shapes = tensor_shapes(args)
+    assert shapes["layers.0.attention.wq.weight"] == (120, 64) and shapes["layers.0.attention.wo.weight"] == (64, 120)
+    assert shapes["layers.0.attention.wk.weight"] == (40, 64) and shapes["layers.0.feed_forward.w2.weight"] == (64, 50)
+    assert legal_world_sizes(args) == [1, 2]
+
+
+def test_a_sliding_window_limits_the_context(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoint("mha"), tmp_path / "in")
+    path = tmp_path / "in" / "params.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 64}))
+    with pytest.raises(CheckpointError, match="max_seq_len 65 goes beyond this model's sliding window of 64 positions"):
+        Llama.build(tmp_path / "in", max_seq_len=65, device="cpu")
+    Llama.build(tmp_path / "in", max_seq_len=64, device="cpu").close()

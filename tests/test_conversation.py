@@ -217,7 +217,7 @@ def test_mistakes(build: Callable[..., Llama]) -> None:
         with pytest.raises(ValueError):
             Conversation(llama, **wrong)
     llama.chat_format = None
-    with pytest.raises(ValueError, match="no known chat format"):
+    with pytest.raises(ValueError, match="no chat format is recorded"):
         Conversation(llama).say("Hi")
 
 

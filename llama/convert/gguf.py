@@ -5,9 +5,7 @@ only change their names. The vocabulary becomes a tokenizer.json, what else a to
 tokenizer_config.json beside it; the chat template in there is read as text and never run.
 """
 
-import json
 import re
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama.checkpoint import EMBEDDING, tensor_shapes
+from llama.checkpoint import EMBEDDING, OUTPUT, tensor_shapes
 from llama.convert.meta import ConvertError, Source
+from llama.convert.params import decimal, feed_forward_params, head_params, shown, whole
+from llama.convert.tokenizer import tokenizer_files
+from llama.convert.vocab import sentencepiece_model
+from llama.model import rope_table
 from llama.params import ModelArgs
+from llama.tokenizer import LLAMA3_SPLIT
 
-NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": "norm.weight", "output.weight": "output.weight"}
+NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": "norm.weight", OUTPUT: OUTPUT}
 LAYER_NAMES = {
     "attn_q.weight": "attention.wq.weight",
     "attn_k.weight": "attention.wk.weight",
@@ -46,8 +49,18 @@ KNOWN_KEYS = {
     "llama.feed_forward_length",
     "llama.rope.dimension_count",
     "llama.rope.freq_base",
+    "llama.rope.scale_linear",
+    "llama.rope.scaling.factor",
+    "llama.rope.scaling.finetuned",
+    "llama.rope.scaling.original_context_length",
+    "llama.rope.scaling.type",
     "llama.vocab_size",
 }
+# What "auto" keeps of what the embedding is stored in; the other types are quantized ones.
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# tokenizer.ggml.pre -> how a byte-level vocabulary cuts text before it merges.
+LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
+PRE_TOKENIZERS = ("smollm", "gpt-2", *LLAMA3_PRE)
 # tokenizer.ggml.token_type
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
@@ -79,32 +92,38 @@ def _read(path: Path) -> Source:
         raise ConvertError(f"one of {meta['split.count']} parts: join them with llama-gguf-split --merge first")
 
     params = _params(meta)
-    tensors = {_name(t.name): t for t in reader.tensors}
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    if (divisors := stored.pop("rope_freqs.weight", None)) is not None:
+        params |= _llama3_scaling(np.array(divisors.data, np.float32), params)
+    tensors = {_name(name): tensor for name, tensor in stored.items()}
     if EMBEDDING not in tensors or len(tensors[EMBEDDING].shape) != 2:
         raise ConvertError("token_embd.weight is missing: the file holds no whole model")
     params["vocab_size"] = int(tensors[EMBEDDING].shape[1])  # GGUF writes shapes innermost first
-    tensors.setdefault("output.weight", tensors[EMBEDDING])  # tied: Meta's files hold it twice
     shapes = tensor_shapes(ModelArgs(**params))
+    if OUTPUT not in tensors:
+        del shapes[OUTPUT]
     for name in sorted(shapes.keys() | tensors.keys()):
         found = tuple(int(n) for n in reversed(tensors[name].shape)) if name in tensors else None
         if found != shapes.get(name):
             there = f"has shape {found}" if found else "is missing"
             expected = f"expected {shapes[name]}" if name in shapes else "which this model has no place for"
             raise ConvertError(f"the tensor for {name} {there}, {expected}: fetch the file again")
-    files = _tokenizer_files(meta, params["vocab_size"])
-    return Source(params, {name: partial(_weights, tensors[name]) for name in shapes}, files)
+    files = _tokenizer(meta, params["vocab_size"])
+    kind = TYPES.get(tensors[EMBEDDING].tensor_type.name, torch.bfloat16)
+    return Source(params, {name: partial(_weights, tensors[name]) for name in shapes}, files, kind)
 
 
 def _weights(tensor: Any) -> torch.Tensor:
     from gguf import dequantize
 
     try:
-        return torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
+        values = dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError:
         raise ConvertError(
             f"{tensor.name} is stored as {tensor.tensor_type.name}, which the gguf package cannot dequantize: "
             "take a file of another type (F16, BF16, Q8_0 ...), or upgrade gguf"
         ) from None
+    return torch.from_numpy(values if values.flags.writeable else values.copy()).float()
 
 
 def _name(name: str) -> str:
@@ -114,10 +133,6 @@ def _name(name: str) -> str:
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     if match and match[2] in LAYER_NAMES:
         return f"layers.{match[1]}.{LAYER_NAMES[match[2]]}"
-    if name == "rope_freqs.weight":
-        raise ConvertError(
-            "scaled rotary frequencies (rope_freqs.weight) are not supported yet: take an unscaled model"
-        )
     raise ConvertError(f"tensor {name} has no counterpart in Meta's layout: only plain llama models convert")
 
 
@@ -129,79 +144,59 @@ def _params(meta: dict[str, Any]) -> dict[str, Any]:
     if (architecture := meta.get("general.architecture")) != "llama":
         raise ConvertError(f"architecture {architecture!r} is not supported: only 'llama' is")
     for key, value in meta.items():
-        if key.startswith("llama.rope.scaling."):
-            if meta.get("llama.rope.scaling.type") != "none":
-                raise ConvertError(f"{key} = {value!r}: rope scaling is not supported yet, take an unscaled model")
-        elif key.startswith("llama.expert") and value:
+        if key.startswith("llama.expert") and value:
             raise ConvertError(f"{key} = {value!r}: mixtures of experts are not supported, take a dense model")
-        elif key.startswith("llama.") and key not in KNOWN_KEYS:
+        if key.startswith("llama.") and key not in KNOWN_KEYS:
             raise ConvertError(f"{key} = {value!r} is not known here and may change the results: take a plain model")
-    dim, n_heads = _whole(meta, "llama.embedding_length"), _whole(meta, "llama.attention.head_count")
-    n_kv_heads = _whole(meta, "llama.attention.head_count_kv", n_heads)
-    if dim % n_heads or dim // n_heads % 2 or n_heads % n_kv_heads:
-        raise ConvertError(
-            f"llama.embedding_length {dim}, head_count {n_heads} and head_count_kv {n_kv_heads} do not go together "
-            "(heads divide the embedding into even parts, KV heads divide heads): fetch the file again"
-        )
-    for key in ("llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length"):
-        if _whole(meta, key, dim // n_heads) != dim // n_heads:
-            raise ConvertError(
-                f"{key} is {meta[key]}: only {dim // n_heads}, embedding_length / head_count, is supported"
-            )
+    dim, n_heads = whole(meta, "llama.embedding_length"), whole(meta, "llama.attention.head_count")
+    if "llama.attention.key_length" not in meta and dim % n_heads:
+        raise ConvertError(f"llama.embedding_length {dim} is no multiple of {n_heads} heads: fetch the file again")
+    head_dim = whole(meta, "llama.attention.key_length", dim // n_heads)
+    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        if whole(meta, key, head_dim) != head_dim:
+            raise ConvertError(f"{key} is {meta[key]}: only {head_dim}, the size of a head, is supported")
     return {
         "dim": dim,
-        "n_layers": _whole(meta, "llama.block_count"),
-        "n_heads": n_heads,
-        "n_kv_heads": n_kv_heads,
-        **feed_forward_params(dim, _whole(meta, "llama.feed_forward_length")),
+        "n_layers": whole(meta, "llama.block_count"),
+        **head_params(dim, n_heads, whole(meta, "llama.attention.head_count_kv", n_heads), head_dim),
+        **feed_forward_params(dim, whole(meta, "llama.feed_forward_length")),
         "norm_eps": _decimal(meta, "llama.attention.layer_norm_rms_epsilon"),
         "rope_theta": _decimal(meta, "llama.rope.freq_base", 10000.0),
+        **_linear_scaling(meta),
     }
 
 
-def _whole(meta: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = meta.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**24:
-        raise ConvertError(f"{key} is {_shown(value)}, expected a whole number from 1 to {2**24 - 1}")
-    return value
+def _linear_scaling(meta: dict[str, Any]) -> dict[str, float]:
+    """A factor without a type counts as linear, as in llama.cpp; one of 0 is none."""
+    factor = "llama.rope.scaling.factor" if "llama.rope.scaling.factor" in meta else "llama.rope.scale_linear"
+    kind = meta.get("llama.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise ConvertError(f"rope scaling {kind!r} is not supported: none, linear and Llama 3's are")
+    return {"rope_linear_factor": _decimal(meta, factor)} if kind == "linear" and meta.get(factor) else {}
+
+
+def _llama3_scaling(divisors: np.ndarray, params: dict[str, Any]) -> dict[str, Any]:
+    """rope_freqs.weight divides each frequency: Llama 3's scaling with the factor that it shows, or an error."""
+    scaling: dict[str, Any] = {"use_scaled_rope": True, "rope_scaling_factor": float(divisors.max())}
+    plain, scaled = ModelArgs(**params), ModelArgs(**params, **scaling)
+    if divisors.shape != (plain.head_dim // 2,):
+        raise ConvertError(f"rope_freqs.weight has shape {divisors.shape}, expected {(plain.head_dim // 2,)}")
+    # Position 1 turns by the frequencies themselves.
+    angles = [torch.atan2(sin[1], cos[1]) for cos, sin in (rope_table(a, torch.device("cpu")) for a in (plain, scaled))]
+    if not np.allclose((angles[0] / angles[1]).numpy(), divisors, rtol=1e-4):
+        raise ConvertError("rope_freqs.weight holds another scaling of frequencies than Llama 3's: not supported")
+    return scaling
 
 
 def _decimal(meta: dict[str, Any], key: str, default: float | None = None) -> float:
     """The shortest decimal that is the file's float32: 1e-05, where it reads 9.999999747378752e-06."""
-    value = meta.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ConvertError(f"{key} is {_shown(value)}, expected a positive number")
-    return float(str(np.float32(value)))
-
-
-def _shown(value: Any) -> str:
-    return "missing" if value is None else repr(value)[:60]
-
-
-def feed_forward_params(dim: int, width: int) -> dict[str, int | float]:
-    """multiple_of, and ffn_dim_multiplier where that alone cannot do it, that make ModelArgs.hidden_dim == width."""
-
-    def fits(**params: Any) -> bool:
-        return ModelArgs(dim=dim, **params).hidden_dim == width
-
-    powers = [256, *(2**n for n in range(9, 16)), *(2**n for n in range(7, -1, -1))]
-    divisors = (n for n in range(1, width + 1) if width % n == 0)
-    for multiple_of in (*powers, *divisors):
-        if fits(multiple_of=multiple_of):
-            return {"multiple_of": multiple_of}
-    # Rounding goes upwards: without a multiplier no width under 8/3 * dim can be reached.
-    for multiple_of in (n for n in powers if width % n == 0):
-        middle = (width + 1 - multiple_of / 2) / int(8 * dim / 3)  # of the multipliers that round to this width
-        for digits in range(1, 17):
-            if fits(multiple_of=multiple_of, ffn_dim_multiplier=round(middle, digits)):
-                return {"multiple_of": multiple_of, "ffn_dim_multiplier": round(middle, digits)}
-    raise ConvertError(f"no multiple_of and ffn_dim_multiplier give feed_forward_length {width} at dim {dim}")
+    return float(str(np.float32(decimal(meta, key, default))))
 
 
 # Tokenizer ----------------------------------------------------------------------------------------
 
 
-def _tokenizer_files(meta: dict[str, Any], vocab_size: int) -> dict[str, str]:
+def _tokenizer(meta: dict[str, Any], vocab_size: int) -> dict[str, bytes]:
     tokens = _array(meta, "tokenizer.ggml.tokens", str)
     types = _array(meta, "tokenizer.ggml.token_type", int)
     if not len(tokens) == len(types) == vocab_size:
@@ -209,26 +204,46 @@ def _tokenizer_files(meta: dict[str, Any], vocab_size: int) -> dict[str, str]:
             f"{len(tokens)} tokens and {len(types)} token types for an embedding of {vocab_size} rows: "
             "fetch the file again"
         )
-    return {
-        "tokenizer.json": _tokenizer_json(meta, tokens, types),
-        "tokenizer_config.json": json.dumps(_tokenizer_config(meta, tokens, types), indent=2) + "\n",
+    model = meta.get("tokenizer.ggml.model")
+    if model not in ("gpt2", "llama"):
+        raise ConvertError(
+            f"tokenizer.ggml.model {model!r} is not supported: 'llama' (SentencePiece) and 'gpt2' (byte-level BPE) are"
+        )
+    if model == "gpt2":
+        vocabulary = {"tokenizer.json": _tokenizer_json(meta, tokens, types).encode()}
+    else:
+        vocabulary = {"tokenizer.model": _sentencepiece(meta, tokens, types)}
+    return tokenizer_files(vocabulary, _tokenizer_config(meta, tokens, model), vocab_size)
+
+
+def _sentencepiece(meta: dict[str, Any], tokens: list[str], types: list[int]) -> bytes:
+    scores = _array(meta, "tokenizer.ggml.scores", float)
+    if len(scores) != len(tokens):
+        raise ConvertError(f"{len(scores)} scores for {len(tokens)} tokens: fetch the file again")
+    ids = {
+        f"{name}_id": _token_id(meta, key, tokens)
+        for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
+    return sentencepiece_model(
+        list(zip(tokens, scores, types, strict=True)),
+        add_dummy_prefix=bool(meta.get("tokenizer.ggml.add_space_prefix", True)),
+        **{name: value for name, value in ids.items() if value is not None},
+    )
 
 
 def _array(meta: dict[str, Any], key: str, kind: type) -> list[Any]:
     value = meta.get(key)
     if not isinstance(value, list) or not all(type(item) is kind for item in value):
-        raise ConvertError(f"{key} is {_shown(value)}, expected an array of {kind.__name__}: fetch the file again")
+        raise ConvertError(f"{key} is {shown(value)}, expected an array of {kind.__name__}: fetch the file again")
     return value
 
 
 def _tokenizer_json(meta: dict[str, Any], tokens: list[str], types: list[int]) -> str:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    if (model := meta.get("tokenizer.ggml.model")) != "gpt2":
-        raise ConvertError(f"tokenizer.ggml.model {model!r} is not supported: only 'gpt2' (byte-level BPE) is")
-    if (pre := meta.get("tokenizer.ggml.pre")) != "smollm":
-        raise ConvertError(f"tokenizer.ggml.pre {pre!r} is not supported: only 'smollm' is")
+    pre = meta.get("tokenizer.ggml.pre")
+    if pre not in PRE_TOKENIZERS:
+        raise ConvertError(f"tokenizer.ggml.pre {pre!r} is not supported: {', '.join(PRE_TOKENIZERS)} are")
     if unknown := sorted(set(types) - {NORMAL, CONTROL, USER_DEFINED, UNUSED}):
         raise ConvertError(f"tokenizer.ggml.token_type {unknown[0]} has no place in a byte-level vocabulary")
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -241,13 +256,15 @@ def _tokenizer_json(meta: dict[str, Any], tokens: list[str], types: list[int]) -
         if not {left, right, left + right} <= vocab.keys():
             raise ConvertError(f"tokenizer.ggml.merges holds {merge!r}, not two tokens that make a third")
         merges.append((left, right))
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    steps: list[Any] = []
+    if pre == "smollm":
+        steps = [pre_tokenizers.Digits(individual_digits=True)]
+    elif pre in LLAMA3_PRE:
+        steps = [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")]
+    # ByteLevel's own pattern is GPT-2's. Llama 3 takes a piece that is a token whole, without looking for merges.
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in LLAMA3_PRE))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_PRE))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
         added = [token for token, type_ in zip(tokens, types, strict=True) if type_ == kind]
@@ -255,46 +272,21 @@ def _tokenizer_json(meta: dict[str, Any], tokens: list[str], types: list[int]) -
     return tokenizer.to_str(pretty=True)
 
 
-def _tokenizer_config(meta: dict[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
-    # Without the key llama.cpp adds a BOS to SentencePiece vocabularies and, of the byte-level ones, to a few
-    # pre-tokenizers by name; smollm is none of them.
-    config: dict[str, Any] = {"add_bos_token": bool(meta.get("tokenizer.ggml.add_bos_token", False))}
+def _tokenizer_config(meta: dict[str, Any], tokens: list[str], model: str) -> dict[str, Any]:
+    # Without the key llama.cpp adds a BOS to SentencePiece vocabularies and to those of Llama 3.
+    adds_bos = model == "llama" or meta.get("tokenizer.ggml.pre") in LLAMA3_PRE
+    config: dict[str, Any] = {"add_bos_token": bool(meta.get("tokenizer.ggml.add_bos_token", adds_bos))}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        key = f"tokenizer.ggml.{key}_token_id"
-        if (token_id := meta.get(key)) is None:
-            continue
-        if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
-            raise ConvertError(f"{key} is {token_id!r}, but ids end at {len(tokens) - 1}: fetch the file again")
-        config[f"{name}_token"] = tokens[token_id]
+        if (token_id := _token_id(meta, key, tokens)) is not None:
+            config[f"{name}_token"] = tokens[token_id]
     if isinstance(template := meta.get("tokenizer.chat_template"), str):
         config["chat_template"] = template
-        control = [token for token, type_ in zip(tokens, types, strict=True) if type_ == CONTROL]
-        config |= chat_keys(template, control)
     return config
 
 
-def chat_keys(template: str, control: Iterable[str]) -> dict[str, str]:
-    """chat_format and default_system, as far as the literal text of a Jinja template gives them away.
-
-    ChatML is `<|im_start|>ROLE, newline, text, <|im_end|>` with both marks in the vocabulary. (Phi-4 has a third mark,
-    `<|im_sep|>`, in place of the newline.) A template without a literal system message yields no default_system.
-    """
-    from jinja2 import Environment, TemplateSyntaxError
-
-    try:
-        # The lexer alone: it cuts the template into tokens and resolves the escapes of string literals.
-        literals = [
-            str(token.value) for token in Environment().lexer.tokenize(template) if token.type in ("string", "data")
-        ]
-    except TemplateSyntaxError:
-        return {}
-    written = "".join(literals)
-    if "<|im_start|>assistant\n" not in written or "<|im_sep|>" in written:
-        return {}
-    if not {"<|im_start|>", "<|im_end|>"} <= set(control):
-        return {}
-    keys = {"chat_format": "chatml"}
-    for literal in literals:
-        if match := re.search(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", literal, re.DOTALL):
-            return keys | {"default_system": match[1]}
-    return keys
+def _token_id(meta: dict[str, Any], name: str, tokens: list[str]) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    token_id = meta.get(key)
+    if token_id is not None and (not isinstance(token_id, int) or not 0 <= token_id < len(tokens)):
+        raise ConvertError(f"{key} is {token_id!r}, but ids end at {len(tokens) - 1}: fetch the file again")
+    return token_id

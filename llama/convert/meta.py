@@ -1,17 +1,33 @@
-"""Writing a folder in Meta's layout: consolidated.NN.pth, params.json, checklist.chk."""
+"""Meta's layout, read and written tensor by tensor: consolidated.NN.pth, params.json, checklist.chk."""
 
 import hashlib
+import io
 import json
+import pickle
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._utils import _rebuild_tensor_v2
 
-from llama.checkpoint import EMBEDDING, SHARD_AXIS, legal_world_sizes, without_layer
+from llama.checkpoint import EMBEDDING, OUTPUT, SHARD_AXIS, Checkpoint, legal_world_sizes, without_layer
 from llama.distributed import progress
 from llama.params import ModelArgs
+from llama.tokenizer import TokenizerError, find_tokenizer
+
+LLAMA3_VOCAB = 128_000  # a vocabulary so large is Llama 3's
+STORAGE_TYPES = {
+    torch.float32: torch.FloatStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.float16: torch.HalfStorage,
+}
 
 
 class ConvertError(ValueError):
@@ -20,16 +36,85 @@ class ConvertError(ValueError):
 
 @dataclass
 class Source:
-    """A model of another format: what will be in its folder, with the weights still in their file.
+    """A model of any format, described in Meta's terms, with its weights still in their files.
 
     params: the keys of params.json, vocab_size included.
-    tensors: Meta's name -> a call that reads this logical tensor.
-    files: text of the further files (tokenizer) by name.
+    tensors: Meta's name -> a call that reads this logical tensor. No output.weight where the embedding serves.
+    files: content of the tokenizer's files by name.
+    dtype: what the weights are stored in ("auto" keeps it); bfloat16 for quantized ones.
+    embedding_axis: how Meta's files divide the embedding, 0 by rows (Llama 3) or 1 by columns (Llama 2); -1 where the
+    source does not say.
+    notes: what the user should know about the result, a line each.
     """
 
     params: dict[str, Any]
     tensors: dict[str, Callable[[], torch.Tensor]]
-    files: dict[str, str]
+    files: dict[str, bytes]
+    dtype: torch.dtype
+    embedding_axis: int = -1
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.embedding_axis == -1:  # as Meta's code for this family expects it
+            llama3 = self.params["vocab_size"] >= LLAMA3_VOCAB or self.args.use_scaled_rope
+            self.embedding_axis = 0 if llama3 or OUTPUT not in self.tensors else 1
+
+    @property
+    def args(self) -> ModelArgs:
+        return ModelArgs(**self.params)
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One tensor in `dtype`. Raises ConvertError where a number is none, or does not fit the type."""
+        tensor = self.tensors[name]()
+        if not _is_finite(tensor):
+            raise ConvertError(f"{name} holds NaN or infinite numbers: fetch the file again")
+        if tensor.dtype != dtype:
+            tensor = tensor.to(dtype)
+            if not _is_finite(tensor):
+                raise ConvertError(
+                    f"{name} holds numbers beyond {str(dtype)[6:]}'s range: take --dtype bfloat16 or float32"
+                )
+        return tensor
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    low, high = tensor.aminmax()  # NaN comes through, and no further tensor is needed
+    return bool(low.isfinite() and high.isfinite())
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> Source:
+    """A folder in Meta's layout, whatever its number of shards. Raises CheckpointError."""
+    checkpoint = Checkpoint(folder)
+    params = json.loads((folder / "params.json").read_text()) | {"vocab_size": checkpoint.params.vocab_size}
+    for index in range(len(checkpoint.paths)):
+        checkpoint[index]  # opened and checked before anything is written
+    files, notes = {}, []
+    try:
+        found = find_tokenizer(folder)
+        for path in (found, found.with_name("tokenizer_config.json")):
+            if path.is_file():
+                files[path.name] = path.read_bytes()
+    except TokenizerError:
+        notes.append(f"no tokenizer was found in {folder} or beside it: the new folder has none either")
+    tensors: dict[str, Callable[[], torch.Tensor]] = {
+        name: partial(_whole, checkpoint, name) for name in checkpoint.shapes
+    }
+    axis = -1 if len(checkpoint.paths) == 1 else checkpoint.embedding_axis  # one file divides nothing
+    return Source(params, tensors, files, checkpoint.dtype, axis, notes)
+
+
+def _whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    if len(checkpoint.paths) == 1 or (axis := checkpoint.axis(name)) is None:
+        return checkpoint[0][name]
+    out = torch.empty(checkpoint.shapes[name], dtype=checkpoint[0][name].dtype)
+    checkpoint.copy(name, 0, out.shape[axis], out)
+    return out
+
+
+# Writing ------------------------------------------------------------------------------------------
 
 
 def check_shards(args: ModelArgs, shards: int) -> None:
@@ -43,27 +128,86 @@ def check_shards(args: ModelArgs, shards: int) -> None:
         )
 
 
-def write_folder(source: Source, folder: Path, dtype: torch.dtype, shards: int) -> None:
-    """Fill an empty folder. Holds the model once in `dtype`, plus one tensor as its file stores it."""
-    files: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
-    for name, read in progress(list(source.tensors.items()), "converting"):
-        tensor = read()
-        axis = 1 if name == EMBEDDING else SHARD_AXIS[without_layer(name)]  # the embedding as in Llama 2's files
-        for i, file in enumerate(files):
-            part = tensor
-            if axis is not None:
-                width = tensor.shape[axis] // shards
-                part = tensor.narrow(axis, i * width, width)
-            # A copy even where nothing changes: torch.save writes the whole storage that lies under a view.
-            file[name] = part.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    for i, file in enumerate(files):
-        torch.save(file, folder / f"consolidated.{i:02d}.pth")
-        file.clear()
+def write(source: Source, folder: Path, dtype: torch.dtype, shards: int) -> None:
+    """Fill an empty folder, one tensor in memory at a time."""
+    files = [TorchFile(folder / f"consolidated.{i:02d}.pth") for i in range(shards)]
+    for name in progress(list(source.tensors), "converting"):
+        tensor = source.read(name, dtype)
+        axis = source.embedding_axis if name == EMBEDDING else SHARD_AXIS[without_layer(name)]
+        parts = [tensor] * shards if axis is None else tensor.chunk(shards, dim=axis)
+        for file, part in zip(files, parts, strict=True):
+            file.add(name, part)
+    for file in files:
+        file.close()
     (folder / "params.json").write_text(json.dumps(source.params) + "\n", encoding="utf-8")
-    for filename, text in source.files.items():
-        (folder / filename).write_text(text, encoding="utf-8")
-    lines = [f"{md5(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    for filename, content in source.files.items():
+        (folder / filename).write_bytes(content)
+    lines = [f"{md5(path)}  {path.name}\n" for path in progress(sorted(folder.iterdir()), "checksums")]
     (folder / "checklist.chk").write_text("".join(lines), encoding="utf-8")
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, copied only where it is no contiguous piece of memory."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+class TorchFile:
+    """A file of tensors by name as torch.save writes it, but written one by one: torch.save wants all in memory.
+
+    It is a zip file without compression: STEM/data/N holds the bytes of tensor N, STEM/data.pkl the pickled
+    dictionary, in which persistent ids ("storage", type, N, "cpu", numel) stand for those bytes.
+    """
+
+    def __init__(self, path: Path):
+        self.stem = path.stem
+        self.zip = zipfile.ZipFile(path, "w")
+        self.tensors: dict[str, _Entry] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        key = str(len(self.tensors))
+        self.tensors[name] = _Entry(_Storage(key, tensor.dtype, tensor.numel()), tuple(tensor.shape))
+        self._record(f"data/{key}", raw(tensor))
+
+    def close(self) -> None:
+        pickled = io.BytesIO()
+        _Pickler(pickled, protocol=2).dump(self.tensors)
+        self._record("data.pkl", pickled.getbuffer())
+        self._record("byteorder", sys.byteorder.encode())
+        self._record("version", b"3\n")
+        self.zip.close()
+
+    def _record(self, name: str, content: bytes | memoryview) -> None:
+        info = zipfile.ZipInfo(f"{self.stem}/{name}")
+        # Bytes begin at a multiple of 64, as torch has them, so that mapped tensors are aligned: the local header is
+        # 30 bytes, the name, a field of 20 for the sizes, and a field of ours for padding.
+        begin = self.zip.fp.tell() + 30 + len(info.filename) + 20 + 4  # type: ignore[union-attr]  # open until close
+        info.extra = struct.pack("<HH", 0x4246, -begin % 64) + b"Z" * (-begin % 64)
+        with self.zip.open(info, "w", force_zip64=True) as record:
+            record.write(content)
+
+
+@dataclass
+class _Storage:
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+@dataclass
+class _Entry:
+    storage: _Storage
+    shape: tuple[int, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stride = torch.empty(self.shape, device="meta").stride()
+        return _rebuild_tensor_v2, (self.storage, 0, self.shape, stride, False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, _Storage):
+            return "storage", STORAGE_TYPES[obj.dtype], obj.key, "cpu", obj.numel
+        return None
 
 
 def md5(path: Path) -> str:

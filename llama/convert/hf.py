@@ -1,0 +1,435 @@
+"""Hugging Face folders of Llama, Mistral and Phi-3, read and written: config.json, safetensors or pytorch_model*.bin.
+
+Two things differ from Meta's layout beside the names. Rotary pairs: number i of a head turns with number
+i + head_dim / 2, in Meta's with its neighbour, so the rows of wq and wk change places. And Phi-3 keeps wq, wk and wv in
+one matrix, w1 and w3 in another.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.checkpoint import EMBEDDING, OUTPUT, open_shard, tensor_shapes, without_layer
+from llama.convert.meta import ConvertError, Source, raw
+from llama.convert.params import decimal, feed_forward_params, head_params, shown, whole
+from llama.convert.tokenizer import tokenizer_files
+from llama.convert.vocab import hf_tokenizer
+from llama.distributed import progress
+from llama.params import ModelArgs
+from llama.sniff import JSON, SAFETENSORS, ZIP, what_is
+from llama.tokenizer import Tokenizer, find_tokenizer
+
+NAMES = {EMBEDDING: "model.embed_tokens.weight", "norm.weight": "model.norm.weight", OUTPUT: "lm_head.weight"}
+LAYER_NAMES = {
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+# Phi-3's two fused matrices, and whose rows they hold one below the other.
+FUSED = {
+    "self_attn.qkv_proj.weight": ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight"),
+    "mlp.gate_up_proj.weight": ("feed_forward.w1.weight", "feed_forward.w3.weight"),
+}
+FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "phi3": "Phi3ForCausalLM"}
+SKIPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old folders have them; computed here
+SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def _name(name: str) -> str:
+    """Meta's tensor name -> Hugging Face's."""
+    if name in NAMES:
+        return NAMES[name]
+    return f"model.layers.{name.split('.')[1]}.{LAYER_NAMES[without_layer(name)]}"
+
+
+def interleaved(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Rows of wq or wk [n_heads * head_dim, dim] from this order to Meta's: pair i to places 2i and 2i + 1."""
+    return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def half_split(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """The way back: pair i to places i and i + head_dim / 2."""
+    return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _heads(name: str, args: ModelArgs) -> int | None:
+    """The heads of a matrix whose rows the two layouts order differently."""
+    return {"attention.wq.weight": args.n_heads, "attention.wk.weight": args.kv_heads}.get(without_layer(name))
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stored:
+    """A tensor in its file: `read` maps rows [start, stop) of it into memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: Callable[[int, int], torch.Tensor]
+
+
+def read(folder: Path) -> Source:
+    """Read the configuration and the names and shapes of all tensors, and check them. Raises ConvertError."""
+    try:
+        return _read(folder)
+    except ModuleNotFoundError as error:
+        raise ConvertError(
+            f"{folder} needs the Python package {error.name}: pip install 'llama-runner[convert]'"
+        ) from error
+    except OSError as error:
+        raise ConvertError(f"{error.filename or folder} cannot be read ({error.strerror}): fetch it again") from error
+    except ConvertError as error:
+        raise ConvertError(f"{folder}: {error}") from error
+
+
+def _read(folder: Path) -> Source:
+    config = _read_json(folder / "config.json")
+    family = _family(config)
+    params = _params(config, family)
+    stored = {name: tensor for name, tensor in _stored(folder).items() if not SKIPPED.fullmatch(name)}
+    args = ModelArgs(**params)
+    shapes = tensor_shapes(args)
+    if config.get("tie_word_embeddings", False) and NAMES[OUTPUT] not in stored:  # one that is stored is what runs
+        del shapes[OUTPUT]
+    if family == "phi3":
+        stored = _split(stored, shapes)
+    expected = {_name(name): shape for name, shape in shapes.items()}
+    for name in sorted(expected.keys() | stored.keys()):
+        found = stored[name].shape if name in stored else None
+        if found != expected.get(name):
+            there = f"has shape {found}" if found else "is missing"
+            wanted = f"expected {expected[name]}" if name in expected else "which this model has no place for"
+            raise ConvertError(f"{name} {there}, {wanted}: fetch the folder again, or take a plain model")
+        if stored[name].dtype not in SAFETENSORS_TYPES:
+            raise ConvertError(f"{name} is stored as {stored[name].dtype}: quantized folders are not supported")
+
+    def reader(name: str) -> Callable[[], torch.Tensor]:
+        tensor, heads = stored[_name(name)], _heads(name, args)
+        if heads is None:
+            return lambda: tensor.rows(0, tensor.shape[0])
+        return lambda: interleaved(tensor.rows(0, tensor.shape[0]), heads)
+
+    files, notes = _tokenizer(folder, args.vocab_size)
+    if args.sliding_window is not None:
+        notes.append(f"attention slides over {args.sliding_window} positions: max_seq_len has to stay inside")
+    return Source(params, {name: reader(name) for name in shapes}, files, stored[NAMES[EMBEDDING]].dtype, notes=notes)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConvertError(f"{path.name} is {what_is(path) or f'no JSON ({error})'}: fetch it again") from error
+    if not isinstance(found, dict):
+        raise ConvertError(f"{path.name} holds a {type(found).__name__}, expected an object: fetch it again")
+    return found
+
+
+def _family(config: dict[str, Any]) -> str:
+    """llama, mistral or phi3; ConvertError by the name of what it is instead."""
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else None
+    kind = config.get("model_type")
+    for family, name in FAMILIES.items():
+        if architecture == name or (architecture is None and kind == family):
+            return family
+    if architecture is None and kind is None:
+        raise ConvertError("config.json names no architecture: it describes no model that is supported")
+    raise ConvertError(
+        f"architecture {shown(architecture or kind)} is not supported: {', '.join(FAMILIES.values())} are"
+    )
+
+
+def _params(config: dict[str, Any], family: str) -> dict[str, Any]:
+    """The keys of params.json; ConvertError for what the runner's model does not compute."""
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise ConvertError(f"{key} is {shown(config[key])}: models with biases are not supported")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ConvertError(f"hidden_act is {shown(config['hidden_act'])}: only silu is supported")
+    if isinstance(quantized := config.get("quantization_config"), dict):
+        raise ConvertError(
+            f"weights are quantized ({quantized.get('quant_method', 'unknown method')}), which is not supported: "
+            "take the unquantized folder"
+        )
+    dim, n_heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
+    n_kv_heads = whole(config, "num_key_value_heads", n_heads)
+    if config.get("head_dim") is None and dim % n_heads:
+        raise ConvertError(f"hidden_size {dim} is no multiple of {n_heads} heads: fetch config.json again")
+    params = {
+        "dim": dim,
+        "n_layers": whole(config, "num_hidden_layers"),
+        **head_params(dim, n_heads, n_kv_heads, whole(config, "head_dim", dim // n_heads)),
+        "vocab_size": whole(config, "vocab_size"),
+        **feed_forward_params(dim, whole(config, "intermediate_size")),
+        "norm_eps": decimal(config, "rms_norm_eps", 1e-6),
+        **_rope(config),
+    }
+    window = config.get("sliding_window") if family != "llama" else None
+    if window is not None and whole(config, "sliding_window") < whole(config, "max_position_embeddings", 2**24 - 1):
+        params["sliding_window"] = window
+    return params
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """rope_theta and the scaling: rope_parameters since transformers 5, rope_theta and rope_scaling before."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ConvertError(f"the rotary settings {shown(rope)} are not supported: one object for all layers is")
+    theta = config if config.get("rope_theta") is not None else rope
+    params: dict[str, Any] = {"rope_theta": decimal(theta, "rope_theta", 10000.0)}
+    partial = config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
+    if partial not in (None, 1.0):
+        raise ConvertError(f"partial_rotary_factor is {shown(partial)}: only 1.0 is supported")
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    if kind == "llama3":
+        for key, value in (("low_freq_factor", 1), ("high_freq_factor", 4), ("original_max_position_embeddings", 8192)):
+            if rope.get(key) != value:
+                raise ConvertError(f"{key} is {shown(rope.get(key))}: rope scaling 'llama3' is supported with {value}")
+        return params | {"use_scaled_rope": True, "rope_scaling_factor": decimal(rope, "factor")}
+    if kind == "linear":
+        return params | {"rope_linear_factor": decimal(rope, "factor")}
+    if kind != "default":
+        raise ConvertError(f"rope scaling {shown(kind)} is not supported: default, linear and llama3 are")
+    return params
+
+
+def _stored(folder: Path) -> dict[str, Stored]:
+    """All tensors by Hugging Face's names, with nothing read."""
+    for name, opener in (("model.safetensors", _open_safetensors), ("pytorch_model.bin", _open_torch)):
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return opener(folder / name)
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise ConvertError(f"{index.name} has no weight_map of names to files: fetch it again")
+            stored: dict[str, Stored] = {}
+            for file in progress(sorted(set(weight_map.values())), "opening"):
+                if Path(file).name != file:
+                    raise ConvertError(f"{index.name} names {file!r}, a file outside the folder: do not trust it")
+                if not (folder / file).exists():
+                    raise ConvertError(f"{file} is missing, which {index.name} names: fetch it")
+                found = opener(folder / file)
+                if twice := sorted(found.keys() & stored.keys()):
+                    raise ConvertError(f"{file} holds {twice[0]}, which another file holds too: fetch the folder again")
+                stored |= found
+            if lost := sorted(weight_map.keys() - stored.keys()):
+                raise ConvertError(f"{weight_map[lost[0]]} lacks {lost[0]}, which {index.name} names: fetch it again")
+            return stored
+    if (folder / "adapter_config.json").exists():
+        raise ConvertError("only an adapter is in here, no model: merge it into its base model first")
+    raise ConvertError("neither model.safetensors nor pytorch_model.bin nor an index of them is in here: fetch them")
+
+
+def _open_safetensors(path: Path) -> dict[str, Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    types = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    _refuse_foreign(path, SAFETENSORS)
+    try:
+        file = safe_open(path, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
+    except (SafetensorError, OSError) as error:
+        raise ConvertError(f"{path.name} is damaged or cut off ({error}): fetch it again") from error
+
+    def stored(part: Any) -> Stored:
+        kind = part.get_dtype()
+        return Stored(tuple(part.get_shape()), types.get(kind, kind), lambda start, stop: part[start:stop])
+
+    return {name: stored(part) for name, part in slices.items()}
+
+
+def _open_torch(path: Path) -> dict[str, Stored]:
+    _refuse_foreign(path, ZIP)
+
+    def stored(tensor: torch.Tensor) -> Stored:
+        return Stored(tuple(tensor.shape), tensor.dtype, lambda start, stop: tensor[start:stop])
+
+    return {name: stored(tensor) for name, tensor in open_shard(path).items()}
+
+
+def _refuse_foreign(path: Path, expected: str) -> None:
+    kind = what_is(path)
+    if kind not in (None, expected):
+        raise ConvertError(f"{path.name} is {kind}, not {expected}: fetch it again")
+
+
+def _split(stored: dict[str, Stored], shapes: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """Phi-3's fused matrices as the ones they are made of."""
+
+    def part(whole: Stored, start: int, shape: tuple[int, ...]) -> Stored:
+        return Stored(shape, whole.dtype, lambda low, high: whole.rows(start + low, start + high))
+
+    split = dict(stored)
+    for name, whole_ in stored.items():
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        if match is None or match[2] not in FUSED:
+            continue
+        names = [f"layers.{match[1]}.{member}" for member in FUSED[match[2]]]
+        members = {member: shapes.get(member, (0, 0)) for member in names}
+        rows = sum(shape[0] for shape in members.values())
+        if whole_.shape != (rows, members[names[0]][1]):
+            raise ConvertError(f"{name} has shape {whole_.shape}, expected {(rows, members[names[0]][1])}")
+        del split[name]
+        start = 0
+        for member, shape in members.items():
+            split[_name(member)] = part(whole_, start, shape)
+            start += shape[0]
+    return split
+
+
+def _tokenizer(folder: Path, rows: int) -> tuple[dict[str, bytes], list[str]]:
+    """The tokenizer's files for the new folder, and notes.
+
+    tokenizer.model where it has all the ids, as it needs no further package; tokenizer.json where tokens were added.
+    """
+    model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+    config = _read_json(path) if (path := folder / "tokenizer_config.json").exists() else {}
+    named = _read_json(path) if (path := folder / "special_tokens_map.json").exists() else {}
+    for key in ("bos_token", "eos_token", "pad_token"):
+        if config.get(key) is None and named.get(key) is not None:
+            config[key] = named[key]
+    if config.get("chat_template") is None and (path := folder / "chat_template.jinja").exists():
+        config["chat_template"] = path.read_text(encoding="utf-8")
+    for path in (model, fast):
+        if path.exists() and (kind := what_is(path)) not in (None, JSON):
+            raise ConvertError(f"{path.name} is {kind}: fetch it again")
+    if fast.exists():
+        from tokenizers import Tokenizer as Reader
+
+        try:
+            reader = Reader.from_file(str(fast))
+        except Exception as error:  # the package raises bare Exception
+            raise ConvertError(f"{fast.name} is not a tokenizer.json ({error}): fetch it again") from error
+        ids = max(reader.get_vocab().values(), default=-1) + 1
+        if not (model.exists() and Tokenizer(model).n_words >= ids):
+            bos = config.get("bos_token")
+            bos = bos.get("content") if isinstance(bos, dict) else bos
+            # Where the configuration does not say it, the file's own post-processor does.
+            first = reader.encode("a").ids[:1]
+            config.setdefault("add_bos_token", bos is not None and first == [reader.token_to_id(bos)])
+            return tokenizer_files({fast.name: fast.read_bytes()}, config, rows), []
+    elif (folder / "added_tokens.json").exists():
+        raise ConvertError(
+            "tokenizer.model lacks the tokens of added_tokens.json; tokenizer.json has all: fetch it too"
+        )
+    if model.exists():
+        return tokenizer_files({model.name: model.read_bytes()}, config, rows), []
+    return {}, [f"{folder} has neither tokenizer.model nor tokenizer.json: put one beside the new files"]
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def check_shards(args: ModelArgs, shards: int) -> None:
+    tensors = len(tensor_shapes(args))
+    if isinstance(shards, bool) or not isinstance(shards, int) or not 1 <= shards < tensors:
+        raise ConvertError(f"--shards is {shards!r}, expected a number of files from 1 to {tensors - 1}")
+
+
+def write(source: Source, folder: Path, dtype: torch.dtype, shards: int) -> None:
+    """Fill an empty folder, one tensor in memory at a time."""
+    args = source.args
+    shapes = {name: tensor_shapes(args)[name] for name in source.tensors}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    total, done = sum(sizes.values()), 0
+    groups: list[list[str]] = [[] for _ in range(shards)]
+    for name, size in sizes.items():  # in order, each file about as large as the next
+        groups[min(done * shards // total, shards - 1)].append(name)
+        done += size
+    files = [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
+    if shards == 1:
+        files = ["model.safetensors"]
+    names = iter(progress(list(shapes), "converting"))
+    for file, group in zip(files, groups, strict=True):
+        with (folder / file).open("wb") as out:
+            out.write(_header({_name(name): shapes[name] for name in group}, dtype))
+            for name, _ in zip(group, names, strict=False):
+                tensor, heads = source.read(name, dtype), _heads(name, args)
+                out.write(raw(tensor if heads is None else half_split(tensor, heads)))
+    if shards > 1:
+        weight_map = {_name(name): file for file, group in zip(files, groups, strict=True) for name in group}
+        _write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    for filename, content in source.files.items():
+        (folder / filename).write_bytes(content)
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    stops: list[int] = []
+    if source.files:
+        path = find_tokenizer(folder)
+        for filename, text in hf_tokenizer(path, args.use_scaled_rope).items():
+            (folder / filename).write_text(text, encoding="utf-8")
+        tokenizer = Tokenizer(path, use_scaled_rope=args.use_scaled_rope)
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+        ids = {name: None if value == -1 else value for name, value in ids.items()}
+        stops = sorted(tokenizer.stop_tokens)
+    _write_json(folder / "config.json", _config(source, dtype) | ids)
+    _write_json(folder / "generation_config.json", ids | {"eos_token_id": stops or None})
+
+
+def _header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """The beginning of a safetensors file: the length of the JSON text in 8 bytes, and the text."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, shape in shapes.items():
+        end = begin + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins aligned
+    return struct.pack("<Q", len(text)) + text
+
+
+def _config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
+    args = source.args
+    family = "llama" if args.sliding_window is None else "mistral"
+    rope: dict[str, Any] | None = None
+    # Meta's params.json has no limit; these are the families' own.
+    positions = 8192 if args.rope_theta == 500000.0 else 16384 if args.rope_theta == 1000000.0 else 4096
+    if args.use_scaled_rope:
+        positions = 131072
+        rope = {"rope_type": "llama3", "factor": args.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope["original_max_position_embeddings"] = 8192
+    elif args.rope_linear_factor is not None:
+        rope = {"rope_type": "linear", "factor": args.rope_linear_factor}
+    config = {
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
+        "hidden_size": args.dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.kv_heads,
+        "head_dim": args.head_dim,
+        "intermediate_size": args.hidden_dim,
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": positions,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "rope_scaling": rope,
+        "hidden_act": "silu",
+        "tie_word_embeddings": OUTPUT not in source.tensors,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if family == "llama":
+        return config | {"attention_bias": False, "mlp_bias": False}
+    return config | {"sliding_window": args.sliding_window}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,60 @@
+"""What the readers of other formats need to fill in params.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llama.convert.meta import ConvertError
+from llama.params import ModelArgs
+
+
+def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number out of a model's configuration. Raises ConvertError where it is none."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**24:
+        raise ConvertError(f"{key} is {shown(value)}, expected a whole number from 1 to {2**24 - 1}")
+    return value
+
+
+def decimal(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A positive number out of a model's configuration. Raises ConvertError where it is none."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ConvertError(f"{key} is {shown(value)}, expected a positive number")
+    return float(value)
+
+
+def shown(value: Any) -> str:
+    return "missing" if value is None else repr(value)[:60]
+
+
+def head_params(dim: int, n_heads: int, n_kv_heads: int, head_dim: int) -> dict[str, int]:
+    """n_heads and n_kv_heads, and head_dim where dim / n_heads is another. Raises ConvertError for odd combinations."""
+    if head_dim % 2 or n_heads % n_kv_heads:
+        raise ConvertError(
+            f"{n_heads} heads of {head_dim} and {n_kv_heads} KV heads do not go together (a head has an even size, "
+            "KV heads divide heads): fetch the model again"
+        )
+    explicit = {} if n_heads * head_dim == dim else {"head_dim": head_dim}
+    return {"n_heads": n_heads, "n_kv_heads": n_kv_heads, **explicit}
+
+
+def feed_forward_params(dim: int, width: int) -> dict[str, int | float]:
+    """The keys that make ModelArgs.hidden_dim == width: multiple_of, ffn_dim_multiplier, and only where these cannot,
+    hidden_dim, which Meta's own code does not read."""
+
+    def fits(**params: Any) -> bool:
+        return ModelArgs(dim=dim, **params).hidden_dim == width
+
+    powers = [256, *(2**n for n in range(9, 16)), *(2**n for n in range(7, -1, -1))]
+    for multiple_of in powers:
+        if fits(multiple_of=multiple_of):
+            return {"multiple_of": multiple_of}
+    # The multiplier of Meta's models has one digit behind the point.
+    for digits in (1, 2):
+        for multiple_of in (n for n in powers if n >= 32 and width % n == 0):
+            middle = (width + 1 - multiple_of / 2) / int(8 * dim / 3)  # of the multipliers that round to this width
+            if fits(multiple_of=multiple_of, ffn_dim_multiplier=round(middle, digits)):
+                return {"multiple_of": multiple_of, "ffn_dim_multiplier": round(middle, digits)}
+    return {"hidden_dim": width}

@@ -1,0 +1,431 @@
+"""Checking a Meta folder without loading it: the function behind `python -m llama verify`."""
+
+import hashlib
+import re
+import struct
+import sys
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from llama.checkpoint import (
+    EMBEDDING,
+    OUTPUT,
+    SHARD_AXIS,
+    Shapes,
+    find_shards,
+    open_shard,
+    shard_faults,
+    tensor_shapes,
+    without_layer,
+)
+from llama.distributed import progress
+from llama.params import CheckpointError, ModelArgs, read_params
+from llama.sniff import JSON, LFS_POINTER, PICKLE, ZIP, what_is
+from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
+
+BLOCK = 2**20  # files are read in blocks of so many bytes
+HASHES = {32: "md5", 64: "sha256"}  # by the digits of a sum
+# Norms stand in every file. One model's may differ by their last bit, 0.8 % in bfloat16; another model's by far more.
+SAME_NORMS = 0.01
+Tensors = dict[str, torch.Tensor]
+
+
+def verify(ckpt_dir: str) -> None:
+    """Check a folder of consolidated.NN.pth shards against its checklists, itself and params.json, without loading it.
+
+    Prints a line for each fault on stdout and ends with exit status 1 if there is any, else a line that says what was
+    checked. Lines that begin with "note:" are no faults. Every byte is read once, but weights are not looked at as
+    numbers: NaN is not found.
+    """
+    folder = Path(str(ckpt_dir))  # on a command line, 7 is a name too
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder: give the one with the consolidated.NN.pth files")
+    found = check(folder)
+    for line in [*found.faults, *(f"note: {note}" for note in found.notes)]:
+        print(line)
+    if found.faults:
+        sys.exit(1)
+    print(f"OK: {folder}: {', '.join(found.checked)}")
+
+
+@dataclass
+class Findings:
+    """What a check found: faults, and notes that are no faults, a line each; what was compared, a phrase each.
+
+    faulty: the files that faults are about, so that no file is told twice to be missing.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+    faulty: set[Path] = field(default_factory=set)
+
+    def add(self, path: Path, fault: object) -> None:
+        self.faults.append(f"{path} {fault}")
+        self.faulty.add(path)
+
+
+@dataclass
+class Record:
+    """One file inside a zip file: its bytes [start, stop), the CRC they should have, and what is wrong without them."""
+
+    name: str
+    start: int
+    stop: int
+    crc: int
+    fault: str = ""
+
+
+def check(folder: Path) -> Findings:
+    """All that can be said of a folder without loading its weights."""
+    found = Findings()
+    shards: dict[int, Path] = {}
+    for path in sorted(folder.glob("consolidated.*.pth")):
+        if match := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name):
+            if (number := int(match[1])) in shards:
+                found.add(path, f"has the same number as {shards[number].name}: remove the one that is too many")
+            shards.setdefault(number, path)
+    params = folder / "params.json"
+    try:
+        tokenizer = find_tokenizer(folder)
+    except TokenizerError as error:
+        found.faults.append(str(error).replace("give --tokenizer_path", "put it there"))
+        tokenizer = None
+    files = [*shards.values(), params, *([tokenizer] if tokenizer else [])]
+    readable = _check_bytes(files, folder, found)
+
+    args, opened = None, {}
+    if params in readable:
+        try:
+            args = read_params(folder)
+        except CheckpointError as error:
+            found.faults.append(str(error))
+    for number, path in shards.items():
+        if path in readable:
+            try:
+                opened[number] = open_shard(path)
+            except CheckpointError as error:
+                found.faults.append(str(error))
+    if not shards:
+        try:
+            find_shards(folder)  # says which other format lies there
+        except CheckpointError as error:
+            found.faults.append(str(error))
+    elif args and opened:
+        args = _check_tensors(shards, opened, args, found)
+    else:
+        _check_count(shards, max(shards) + 1, found)
+    if tokenizer in readable:
+        _check_tokenizer(tokenizer, args, found)
+    return found
+
+
+# Bytes --------------------------------------------------------------------------------------------
+
+
+def _check_bytes(files: list[Path], folder: Path, found: Findings) -> set[Path]:
+    """Read every file once, those that the checklists name too. Returns the files that are what they should be, even
+    where their sum says that they are another model's."""
+    listed = _read_checklists(folder, found)
+    named = {digest: path for path, (digest, _) in listed.items()}
+    readable = set()
+    seen: dict[tuple[Any, ...], Path] = {}  # shards by their data
+    unordered = False  # shards of which nothing says which part they are
+    for path in dict.fromkeys([*files, *listed]):
+        digest, checklist = listed.get(path, ("", path))
+        is_shard = re.fullmatch(r"consolidated\.\d+\.pth", path.name) is not None
+        try:
+            if path.is_dir():
+                found.add(path, "is a folder, expected a file: remove it and fetch the file")
+                continue
+            if path in files and (fault := _wrong_kind(path, is_shard)):
+                found.add(path, fault)
+                continue
+            records = _read_zip(path) if is_shard else []
+            hashed = hashlib.new(HASHES[len(digest)], usedforsecurity=False) if digest else None
+            torn = _scan(path, records, hashed)
+        except FileNotFoundError:
+            found.add(path, f"is missing{f', but {checklist.name} lists it' if digest else ''}: fetch it")
+            continue
+        except (CheckpointError, OSError) as error:
+            reason = error.strerror or error if isinstance(error, OSError) else error
+            found.add(path, f"cannot be read ({reason}): fetch it again")
+            continue
+        if torn:
+            found.add(path, f"is damaged in {_some(torn)}: fetch it again")
+            continue
+        readable.add(path)
+        if hashed and (sum_ := hashed.hexdigest()) != digest:
+            what = (
+                f"holds what {checklist.name} calls {named[sum_].name}" if sum_ in named else "is not the listed file"
+            )
+            way = "put each file in its place" if sum_ in named else "fetch it again"
+            found.add(path, f"{what}: its {hashed.name} is {sum_}, expected {digest}: {way}")
+        elif is_shard:
+            data = tuple((r.name.partition("/")[2], r.stop - r.start, r.crc) for r in records if "/data/" in r.name)
+            inner = re.fullmatch(r"consolidated\.(\d+)", records[0].name.partition("/")[0])
+            if not any(r.crc for r in records):
+                found.notes.append(f"{path} was written without CRCs: only a checklist could tell that it is undamaged")
+            elif data in seen:
+                found.add(path, f"holds the same tensors as {seen[data].name}: remove it, or fetch this part again")
+            elif not digest and inner and int(inner[1]) != int(path.stem.rpartition(".")[2]):
+                found.add(path, f"was saved as {inner[0]}.pth, expected {path.name}: put each file in its place")
+            seen.setdefault(data, path)
+            unordered |= not digest and not inner
+    if listed:
+        found.checked.append(f"{len(listed)} files against their listed sums")
+        found.notes += [f"{path} is in no checklist" for path in files if path not in listed and path in readable]
+    else:
+        found.notes.append(f"no checklist.chk in {folder} or beside it: shards are checked by the CRCs inside them")
+    if unordered and len(seen) > 1:
+        found.notes.append("nothing in the shards says which part each one is: two in each other's place look right")
+    return readable
+
+
+def _wrong_kind(path: Path, is_shard: bool) -> str | None:
+    kind = what_is(path)
+    if kind == ZIP if is_shard else kind in (None, ZIP, PICKLE) or (kind == JSON and path.suffix != ".pth"):
+        return None
+    way = {
+        LFS_POINTER: "fetch the file that it stands for (git lfs pull)",
+        PICKLE: "load it with torch.load and write it with torch.save, 1.6 or later",
+    }
+    expected = "a file of torch.save" if is_shard else "the file itself"
+    return f"is {kind or 'of no known kind'}, expected {expected}: {way.get(kind or '', 'fetch it again')}"
+
+
+def _read_checklists(folder: Path, found: Findings) -> dict[Path, tuple[str, Path]]:
+    """File -> (sum, checklist), from checklist.chk and tokenizer_checklist.chk in the folder or else beside it."""
+    listed: dict[Path, tuple[str, Path]] = {}
+    for checklist in ("checklist.chk", "tokenizer_checklist.chk"):
+        places = [place / checklist for place in (folder, folder.resolve().parent) if (place / checklist).exists()]
+        if not places:
+            continue
+        path = places[0]
+        try:
+            kind, text = what_is(path), path.read_text(encoding="utf-8-sig", errors="replace")
+        except OSError as error:
+            found.add(path, f"cannot be read ({error.strerror or error}): fetch it again")
+            continue
+        if kind:
+            found.add(path, f"is {kind}, expected lines of a sum and a name: fetch it again")
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            match = re.fullmatch(r"([0-9a-fA-F]{32}|[0-9a-fA-F]{64})[ \t]+\*?(\S.*?)\s*", line)
+            name = match[2].removeprefix("./") if match else ""
+            if not match:
+                what = f"is {line[:60]!r}, expected an md5 or sha256 sum and a name: fetch it again"
+                found.add(path, f"cannot be read: line {number} {what}")
+            elif name in (".", "..") or re.search(r"[/\\\0]", name):
+                found.add(
+                    path, f"names {name[:60]!r} in line {number}, expected a name without a path: remove the line"
+                )
+            else:
+                file = folder / name if (folder / name).exists() else path.parent / name
+                listed[file] = match[1].lower(), path
+    return listed
+
+
+def _read_zip(path: Path) -> list[Record]:
+    """The records of a zip file by their place. Raises CheckpointError where its directory is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            file.seek(archive.start_dir)
+            directory, at, records = file.read(), 0, []
+            for info in archive.infolist():
+                name_length, extra_length, comment_length = struct.unpack_from("<3H", directory, at + 28)
+                records.append(_read_record(file, info, directory[at : at + 46 + name_length]))
+                at += 46 + name_length + extra_length + comment_length
+    except OSError:
+        raise
+    except Exception as error:  # zipfile raises half a dozen kinds; all mean that the file is damaged
+        raise CheckpointError(f"cut short at {path.stat().st_size:,} bytes, or damaged: {error}") from error
+    if not records:
+        raise CheckpointError("a zip file of nothing")
+    records.sort(key=lambda record: record.start)
+    for record, limit in zip(records, [*(record.start for record in records[1:]), path.stat().st_size], strict=True):
+        if record.stop > limit:
+            record.fault = "length"
+    return records
+
+
+def _read_record(file: BinaryIO, info: zipfile.ZipInfo, central: bytes) -> Record:
+    """A record, with what its own header and the directory's entry (`central`) say differently.
+
+    zipfile and torch believe one or the other, so a flipped bit there can hide.
+    """
+    file.seek(info.header_offset)
+    local = file.read(30)
+    if len(local) < 30:
+        raise CheckpointError(f"{info.filename} lies beyond its end")
+    name_length, extra_length = struct.unpack_from("<2H", local, 26)
+    name, extra = file.read(name_length), file.read(extra_length)
+    start = info.header_offset + 30 + name_length + extra_length
+    record = Record(info.filename, start, start + info.file_size, info.CRC)
+    # From the version to the date both have the same fields; the sum may come behind the data instead.
+    streamed = info.flag_bits & 8
+    same = local[:4] == b"PK\x03\x04" and local[4:14] == central[6:16] and name == central[46:]
+    if not same or local[14:18] != (bytes(4) if streamed else central[16:20]):
+        record.fault = "header"
+    while len(extra) >= 4:  # fields of a kind, a length and so many bytes; torch's padding is Z's in a field "FB"
+        kind, length = struct.unpack_from("<2sH", extra)
+        if kind == b"FB" and extra[4 : 4 + length].strip(b"Z"):
+            record.fault = "padding"
+        extra = extra[4 + length :]
+    if streamed:
+        file.seek(record.stop)
+        behind = file.read(24)
+        sizes = [struct.pack("<2Q", info.compress_size, info.file_size)]
+        if max(info.compress_size, info.file_size) < 2**32:
+            sizes.append(struct.pack("<2L", info.compress_size, info.file_size))
+        if not behind.startswith(tuple(b"PK\x07\x08" + central[16:20] + size for size in sizes)):
+            record.fault = "sum"
+    if info.compress_type != zipfile.ZIP_STORED:
+        record.fault = "compression, which torch.save does not use"
+    return record
+
+
+def _scan(path: Path, records: list[Record], hashed: Any) -> list[str]:
+    """Read a file once, block by block, feed `hashed`, and name the records that are not what their CRCs say."""
+    size = path.stat().st_size
+    torn = [f"{record.name} ({record.fault})" for record in records if record.fault]
+    waiting = [record for record in records if not record.fault]
+    if not any(record.crc for record in waiting):
+        waiting = []  # written with torch.serialization.set_crc32_options(False)
+    if not (waiting or hashed):
+        return torn
+    waiting.reverse()
+    at = crc = 0
+    with path.open("rb") as file:
+        for _ in progress(range(-(-size // BLOCK)), f"{path.name}: MiB"):
+            block = file.read(BLOCK)
+            end = at + len(block)
+            if hashed:
+                hashed.update(block)
+            while waiting and waiting[-1].start < end:
+                record = waiting[-1]
+                crc = zlib.crc32(memoryview(block)[max(0, record.start - at) : max(0, record.stop - at)], crc)
+                if record.stop > end:
+                    break
+                if crc != record.crc:
+                    torn.append(record.name)
+                waiting.pop()
+                crc = 0
+            at = end
+    return torn
+
+
+# Tensors ------------------------------------------------------------------------------------------
+
+
+def _check_tensors(
+    shards: dict[int, Path], opened: dict[int, Tensors], args: ModelArgs, found: Findings
+) -> ModelArgs | None:
+    """Account for every tensor of every file. Returns `args` with its vocabulary, None where that is unknown."""
+    tables = {number: tensors[EMBEDDING] for number, tensors in opened.items() if EMBEDDING in tensors}
+    columns = [table.shape[1] for table in tables.values() if table.dim() == 2]
+    if not columns:
+        found.add(next(iter(shards.values())), f"has no {EMBEDDING}, expected a Llama checkpoint in Meta's layout")
+        return None
+    axis = 0 if _commonest(columns) == args.dim else 1
+    rows = _commonest(table.shape[0] for table in tables.values() if table.dim() == 2)
+    tied = not any(OUTPUT in tensors for tensors in opened.values())
+    # The number of files, unless every file is a part of a model in another number.
+    counts = [len(shards), max(shards) + 1, *filter(None, (_parts(tensors, args) for tensors in opened.values()))]
+    models = {}
+    for count in dict.fromkeys(counts):
+        vocab_size = args.vocab_size if args.vocab_size != -1 else rows * count if axis == 0 else rows
+        model = replace(args, vocab_size=vocab_size)
+        shapes = {key: shape for key, shape in tensor_shapes(model).items() if not (tied and key == OUTPUT)}
+        faults = {number: shard_faults(tensors, shapes, axis, count) for number, tensors in opened.items()}
+        models[count] = model, shapes, faults
+    count = min(models, key=lambda n: all(models[n][2].values()))  # the first one that any file fits
+    args, shapes, faults = models[count]
+    _check_count(shards, count, found)
+    part = "the whole" if count == 1 else f"one of {count} parts"
+    for number in opened:
+        if number < count:
+            for fault in faults[number]:
+                found.add(
+                    shards[number],
+                    f"is not {part} of the model in params.json, {fault}: fetch it again, or the params.json it "
+                    "belongs to",
+                )
+    _check_kinship(
+        shards, {n: t for n, t in opened.items() if n < count and shards[n] not in found.faulty}, shapes, found
+    )
+    if tied:
+        found.notes.append(f"no file has {OUTPUT}: the embedding serves as the output too")
+    found.checked.append(f"{count} shard{'s' * (count > 1)} of {len(shapes)} tensors against params.json")
+    return args
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _parts(tensors: Tensors, args: ModelArgs) -> int | None:
+    """The number of files that a model's first query projection lies in, going by this one."""
+    wq = tensors.get("layers.0.attention.wq.weight")
+    return args.n_heads * args.head_dim // wq.shape[0] if wq is not None and wq.dim() and wq.shape[0] else None
+
+
+def _check_count(shards: dict[int, Path], count: int, found: Findings) -> None:
+    """Are the files those of a model in `count` parts?"""
+    folder = next(iter(shards.values())).parent
+    for number in range(count):
+        path = folder / f"consolidated.{number:02d}.pth"
+        if number not in shards and path not in found.faulty:
+            found.add(path, f"is missing, one of {count} parts of the model: fetch it")
+    for number, path in shards.items():
+        if number >= count and path not in found.faulty:
+            found.add(
+                path, f"is one file too many, expected {count} of them: remove it, or fetch those that belong to it"
+            )
+
+
+def _check_kinship(shards: dict[int, Path], opened: dict[int, Tensors], shapes: Shapes, found: Findings) -> None:
+    """Are files whose shapes fit parts of one model? They have the types and the norms of most of the others."""
+    if len(opened) < 2:
+        return
+    norms = [key for key in shapes if key != EMBEDDING and SHARD_AXIS[without_layer(key)] is None]
+    types = {number: [tensors[key].dtype for key in shapes] for number, tensors in opened.items()}
+    repeated = {n: torch.cat([tensors[key].flatten().float() for key in norms]) for n, tensors in opened.items()}
+
+    def alike(a: int, b: int) -> bool:
+        far = (repeated[a] - repeated[b]).abs().mean() > SAME_NORMS * repeated[a].abs().mean()
+        return not far and types[a] == types[b]
+
+    model = max(opened, key=lambda number: sum(alike(number, other) for other in opened))
+    for number in opened:
+        if not alike(model, number):
+            what = "types" if types[model] != types[number] else "norms"
+            found.add(
+                shards[number],
+                f"has other {what} than {shards[model].name}, expected parts of one model: fetch the one that is not "
+                "this model's",
+            )
+
+
+def _check_tokenizer(path: Path, args: ModelArgs | None, found: Findings) -> None:
+    try:
+        tokenizer = Tokenizer(path, use_scaled_rope=bool(args and args.use_scaled_rope))
+    except TokenizerError as error:
+        found.faults.append(str(error))
+        return
+    if args and args.vocab_size not in (-1, tokenizer.n_words):
+        found.add(path, f"has {tokenizer.n_words} ids, expected the model's {args.vocab_size}: fetch the model's own")
+    found.checked.append(f"{path.name} with {tokenizer.n_words} ids")
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
