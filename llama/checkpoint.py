@@ -237,3 +237,5 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype)
         start, stop = (0, 0) if axis is None else rank_slice(key, shapes[key][axis], args, rank, world_size)
         checkpoint.copy(key, start, stop, state[key])
     model.load_state_dict(state, assign=True)
+    if state[OUTPUT] is state[EMBEDDING]:
+        model.output.weight = model.tok_embeddings.weight  # one parameter, counted once

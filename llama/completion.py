@@ -300,8 +300,7 @@ def _summary(model: Transformer, checkpoint: Checkpoint, ranks: int, dtype: torc
     """The line that `build` prints: what was loaded from what, in which dtype, where, and the memory it took."""
     args = model.params
     size = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-    storages = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in model.parameters()}
-    weights = sum(storages.values())
+    weights = sum(w.numel() * w.element_size() for w in model.parameters())
     caches = [module for module in model.modules() if isinstance(module, KVCache)]
     cache = sum(buffer.numel() * buffer.element_size() for module in caches for buffer in module.buffers())
     tied = "" if OUTPUT in checkpoint.shapes else " (the embedding serves as output)"

@@ -19,7 +19,6 @@ from llama.checkpoint import (
     OUTPUT,
     SHARD_AXIS,
     Shapes,
-    find_shards,
     open_shard,
     shard_faults,
     tensor_shapes,
@@ -27,7 +26,7 @@ from llama.checkpoint import (
 )
 from llama.distributed import progress
 from llama.params import CheckpointError, ModelArgs, read_params
-from llama.sniff import JSON, LFS_POINTER, PICKLE, ZIP, what_is
+from llama.sniff import JSON, LFS_POINTER, PICKLE, ZIP, what_instead, what_is
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
 BLOCK = 2**20  # files are read in blocks of so many bytes
@@ -92,6 +91,9 @@ def check(folder: Path) -> Findings:
             if (number := int(match[1])) in shards:
                 found.add(path, f"has the same number as {shards[number].name}: remove the one that is too many")
             shards.setdefault(number, path)
+    if not shards:  # the rest would only say what else of a Meta folder is not there
+        found.faults.append(f"{folder} {what_instead(folder)}")
+        return found
     params = folder / "params.json"
     try:
         tokenizer = find_tokenizer(folder)
@@ -113,12 +115,7 @@ def check(folder: Path) -> Findings:
                 opened[number] = open_shard(path)
             except CheckpointError as error:
                 found.faults.append(str(error))
-    if not shards:
-        try:
-            find_shards(folder)  # says which other format lies there
-        except CheckpointError as error:
-            found.faults.append(str(error))
-    elif args and opened:
+    if args and opened:
         args = _check_tensors(shards, opened, args, found)
     else:
         _check_count(shards, max(shards) + 1, found)

@@ -257,7 +257,7 @@ def test_a_file_cannot_run_code(folder: Path, tmp_path: Path) -> None:
     assert marker.exists()
     marker.unlink()
     path.write_bytes(pickle.dumps(Bomb(marker)))
-    assert "not a file that torch.save (1.6 or later) wrote" in message(folder)
+    assert "not what torch.save (1.6 or later) writes" in message(folder)
     assert not marker.exists()
 
 

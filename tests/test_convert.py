@@ -244,7 +244,7 @@ def test_memory_is_a_few_tensors(tmp_path: Path, to: str, measured: Callable[[st
     thread.join()
     measured(f"memory of a conversion to {to}, in largest tensors", (most - start) / largest)
     assert total > 200 * largest
-    assert most - start < 12 * largest
+    assert most - start < 4 * largest
 
 
 # Sources that will not do --------------------------------------------------------------------------

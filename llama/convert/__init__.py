@@ -57,6 +57,7 @@ def convert(
         _remove(partial)  # of a conversion that was killed
         partial.mkdir(parents=True)
         writer.write(source, partial, kind, shards)
+        others = sorted(path.name for path in partial.iterdir() if path.suffix not in (".pth", ".safetensors"))
         if os.path.lexists(dst):
             _remove(replaced)
             dst.rename(replaced)
@@ -72,7 +73,7 @@ def convert(
     for note in source.notes:
         say(f"note: {note}")
     files = "1 file" if shards == 1 else f"{shards} files"
-    say(f"wrote {dst}: {len(source.tensors)} tensors as {str(kind)[6:]} in {files}, {', '.join(source.files)}")
+    say(f"wrote {dst}: {len(source.tensors)} tensors as {str(kind)[6:]} in {files}, {', '.join(others)}")
 
 
 def _reader(src: Path) -> Callable[[Path], Source]:

@@ -80,7 +80,8 @@ def _match(
     if not spaces_count:
         texts = [None if text is None else "".join(text.split()) for text in texts]
     keys: dict[str, Any] = {}
-    if roles.get(BOS) and (texts[0] or "").startswith(roles[BOS]) and BOS not in dialect.parts(ASKED):
+    starts = [text.startswith(roles.get(BOS, HOLE)) for text in (texts[0] or "", written(ASKED))]
+    if starts == [True, False]:  # not where the dialect's own first mark serves as BOS, as SmolLM2's does
         keys["dialog_bos"] = True
     # What a template adds stands where the dialect would put it. If it is something else, the texts will not be equal.
     for key, text, dialog in (("default_system", texts[0], ASKED), ("system_prefix", texts[2], DIALOGS[2])):

@@ -26,7 +26,8 @@ def tokenizer_files(vocabulary: dict[str, bytes], config: dict[str, Any], rows: 
         raise ConvertError(
             f"the tokenizer has {tokenizer.n_words} ids, the embedding {rows} rows: they are of two models"
         )
-    config = config | chat_keys(config.get("chat_template"), config, tokenizer.special_ids)
+    if config.get("chat_template") or "chat_format" not in config:  # else it comes from a folder of ours
+        config = config | chat_keys(config.get("chat_template"), config, tokenizer.special_ids)
     if tokenizer.n_words < rows:
         config["vocab_size"] = rows
     return vocabulary | {"tokenizer_config.json": _json(config)}
