@@ -4,7 +4,7 @@
 import base64
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -100,15 +100,36 @@ class Tokenizer:
                 "correct the key or take it out"
             )
 
-    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """Ids of a text, with BOS before and EOS behind where asked for. Text never becomes a special id."""
+    def encode(
+        self, s: str, bos: bool, eos: bool, *, allowed_special: Literal["all"] | Collection[str] = ()
+    ) -> list[int]:
+        """Ids of a text, with BOS before and EOS behind where asked for.
+
+        allowed_special: names of special tokens, or "all", that become their ids where the text holds them. By default
+        none does: text that users write cannot end a turn.
+        """
         if not isinstance(s, str):
             raise TypeError(f"a text to encode must be a string, not {type(s).__name__}")
         try:
             s.encode()
         except UnicodeEncodeError:
             raise ValueError("the text holds half of a surrogate pair, which is no character") from None
-        return [self.bos_id] * bos + self._backend.encode(s) + [self.eos_id] * eos
+        ids = [self.bos_id] * bos
+        for i, part in enumerate(self._split(s, allowed_special)):
+            if i % 2:
+                ids.append(self.special_ids[part])
+            elif part := part.lstrip() if i and ids[-1] in self.rstrip_ids else part:
+                ids += self._backend.encode(part)
+        return ids + [self.eos_id] * eos
+
+    def _split(self, s: str, names: Literal["all"] | Collection[str]) -> list[str]:
+        """Texts and the special tokens between them, in turn."""
+        names = self.special_ids.keys() if names == "all" else names
+        if not names:
+            return [s]
+        if unknown := sorted(set(names) - self.special_ids.keys()):
+            raise ValueError(f"allowed_special names {unknown[0]!r}, which is no special token of this tokenizer")
+        return re.split(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})", s)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids. Special ids give nothing, bytes that are not UTF-8 give U+FFFD."""

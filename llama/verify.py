@@ -101,7 +101,7 @@ def check(folder: Path) -> Findings:
         found.faults.append(str(error).replace("give --tokenizer_path", "put it there"))
         tokenizer = None
     files = [*shards.values(), params, *([tokenizer] if tokenizer else [])]
-    readable = _check_bytes(files, folder, found)
+    readable = check_bytes(files, folder, found)
 
     args, opened = None, {}
     if params in readable:
@@ -127,7 +127,7 @@ def check(folder: Path) -> Findings:
 # Bytes --------------------------------------------------------------------------------------------
 
 
-def _check_bytes(files: list[Path], folder: Path, found: Findings) -> set[Path]:
+def check_bytes(files: list[Path], folder: Path, found: Findings) -> set[Path]:
     """Read every file once, those that the checklists name too. Returns the files that are what they should be, even
     where their sum says that they are another model's."""
     listed = _read_checklists(folder, found)
@@ -184,6 +184,11 @@ def _check_bytes(files: list[Path], folder: Path, found: Findings) -> set[Path]:
     if unordered and len(seen) > 1:
         found.notes.append("nothing in the shards says which part each one is: two in each other's place look right")
     return readable
+
+
+def torn_records(path: Path) -> list[str]:
+    """The records of a zip file whose bytes are not what their CRCs say. Raises CheckpointError for no whole one."""
+    return _scan(path, _read_zip(path), None)
 
 
 def _wrong_kind(path: Path, is_shard: bool) -> str | None:

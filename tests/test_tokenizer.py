@@ -187,6 +187,26 @@ def test_llama3_ids_are_those_of_metas_package(llama31: Tokenizer) -> None:
 
 
 NOT_IN_THE_DEMO = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
+
+
+def test_special_tokens_where_they_are_asked_for(llama31: Tokenizer, json_folder: Path) -> None:
+    from llama_models.llama3.tokenizer import Tokenizer as Peer
+
+    text = "<|start_header_id|>user<|end_header_id|>\n\nHi  <|eot_id|><|eot_id|> <|eot_i"
+    theirs = Peer(LLAMA3)
+    for allowed in ("all", {"<|eot_id|>"}, set[str]()):
+        expected = theirs.encode(text, bos=True, eos=True, allowed_special=allowed, disallowed_special=set())
+        assert llama31.encode(text, bos=True, eos=True, allowed_special=allowed) == expected
+    assert llama31.encode(text, bos=True, eos=True) == expected  # none by default
+    with pytest.raises(
+        ValueError, match="allowed_special names '<|x|>', which is no special token".replace("|", r"\|")
+    ):
+        llama31.encode(text, bos=False, eos=False, allowed_special={"<|x|>"})
+    ours = Tokenizer(json_folder / "tokenizer.json")
+    a = ours.encode("a", bos=False, eos=False)
+    assert ours.encode("<|im_start|>a<|im_end|>", bos=False, eos=False, allowed_special="all") == [257, *a, 258]
+
+
 PER_EXAMPLE = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -25,6 +25,7 @@ from llama.distributed import progress
 from llama.params import ModelArgs
 from llama.sniff import JSON, SAFETENSORS, ZIP, what_is
 from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.verify import torn_records
 
 NAMES = {EMBEDDING: "model.embed_tokens.weight", "norm.weight": "model.norm.weight", OUTPUT: "lm_head.weight"}
 LAYER_NAMES = {
@@ -260,7 +261,10 @@ def _open_torch(path: Path) -> dict[str, Stored]:
     def stored(tensor: torch.Tensor) -> Stored:
         return Stored(tuple(tensor.shape), tensor.dtype, lambda start, stop: tensor[start:stop])
 
-    return {name: stored(tensor) for name, tensor in open_shard(path).items()}
+    tensors = open_shard(path)
+    if torn := torn_records(path):
+        raise ConvertError(f"{path.name} is damaged in {torn[0]}: fetch it again")
+    return {name: stored(tensor) for name, tensor in tensors.items()}
 
 
 def _refuse_foreign(path: Path, expected: str) -> None:

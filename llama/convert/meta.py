@@ -21,6 +21,7 @@ from llama.checkpoint import EMBEDDING, OUTPUT, SHARD_AXIS, Checkpoint, legal_wo
 from llama.distributed import progress
 from llama.params import ModelArgs
 from llama.tokenizer import TokenizerError, find_tokenizer
+from llama.verify import Findings, check_bytes
 
 LLAMA3_VOCAB = 128_000  # a vocabulary so large is Llama 3's
 STORAGE_TYPES = {
@@ -86,8 +87,15 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def read(folder: Path) -> Source:
-    """A folder in Meta's layout, whatever its number of shards. Raises CheckpointError."""
+    """A folder in Meta's layout, whatever its number of shards. Raises CheckpointError or ConvertError.
+
+    Its bytes are compared with the sums in its files and in its checklist first: a flipped bit would go on unseen.
+    """
     checkpoint = Checkpoint(folder)
+    findings = Findings()
+    check_bytes([*checkpoint.paths, folder / "params.json"], folder, findings)
+    if findings.faults:
+        raise ConvertError(findings.faults[0])
     params = json.loads((folder / "params.json").read_text()) | {"vocab_size": checkpoint.params.vocab_size}
     for index in range(len(checkpoint.paths)):
         checkpoint[index]  # opened and checked before anything is written
