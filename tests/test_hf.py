@@ -16,6 +16,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Phi3Config
 
 from llama import Llama, ModelArgs, Tokenizer
+from llama.chat_format import ChatFormat, base_model_note
 from llama.checkpoint import Checkpoint, tensor_shapes
 from llama.convert import ConvertError, convert
 from llama.tokenizer import find_tokenizer
@@ -154,6 +155,15 @@ def test_seeded_checkpoints_there_and_back(
 
 # Tokenizers ---------------------------------------------------------------------------------------
 
+DIALOGS: list[Any] = [
+    [{"role": "user", "content": " Hi there\n"}],
+    [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": " Hello. "},
+        {"role": "user", "content": "Bye"},
+    ],
+]
 TEXTS = ["Permission is  hereby granted\n\n", "é\u2603\U0001f600 1234567", "def f(x):\n\treturn x", " a", ""]
 
 
@@ -176,8 +186,10 @@ def tiny(folder: Path, rows: int, tokenizer: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("rows", "tokenizer"), [(512, TOKENIZER), (128256, LLAMA3_TOKENIZER)])
-def test_transformers_reads_the_same_ids(tmp_path: Path, rows: int, tokenizer: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "tokenizer", "dialect"), [(512, TOKENIZER, "llama2"), (128256, LLAMA3_TOKENIZER, "llama3")]
+)
+def test_transformers_reads_the_same_ids(tmp_path: Path, rows: int, tokenizer: Path, dialect: str) -> None:
     shutil.copy(tokenizer, tmp_path / "tokenizer.model")
     folder = tiny(tmp_path / "meta", rows, tmp_path / "tokenizer.model")
     convert(folder, tmp_path / "hf", to="hf")
@@ -187,6 +199,10 @@ def test_transformers_reads_the_same_ids(tmp_path: Path, rows: int, tokenizer: P
         ids = ours.encode(text, bos=True, eos=False)
         assert theirs(text).input_ids == ids
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+    # The dialect of Meta's chat models comes along as a template.
+    for dialog in DIALOGS:
+        encoded = theirs.apply_chat_template(dialog, add_generation_prompt=True)
+        assert list(getattr(encoded, "input_ids", encoded)) == ChatFormat(dialect, ours).encode(dialog)
     # And back: from tokenizer.model where it is there, else from tokenizer.json.
     (tmp_path / "without").mkdir()
     for path in (tmp_path / "hf").iterdir():
@@ -197,7 +213,7 @@ def test_transformers_reads_the_same_ids(tmp_path: Path, rows: int, tokenizer: P
         found = Tokenizer(find_tokenizer(tmp_path / f"meta-{source}"), use_scaled_rope=rows > 512)
         assert (tmp_path / f"meta-{source}" / name).exists()
         assert (found.n_words, found.bos_id, found.eos_id) == (ours.n_words, ours.bos_id, ours.eos_id)
-        assert found.stop_tokens == ours.stop_tokens and found.adds_bos
+        assert found.stop_tokens == ours.stop_tokens and found.adds_bos and found.chat_format == dialect
         assert all(found.encode(text, bos=True, eos=False) == ours.encode(text, bos=True, eos=False) for text in TEXTS)
 
 
@@ -256,6 +272,20 @@ def test_a_tokenizer_larger_than_the_embedding(hugging_face: Callable[..., Path]
     shutil.copy(LLAMA3_TOKENIZER, tmp_path / "in" / "tokenizer.model")
     with pytest.raises(ConvertError, match=r"the tokenizer has 128256 ids, the embedding 512 rows"):
         convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_base_model_stays_one(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Only the folder's name tells that Meta's base models were not taught to chat; the new one's is another."""
+    shutil.copytree(checkpoint("mha"), tmp_path / "llama-2-7b")
+    convert(tmp_path / "llama-2-7b", tmp_path / "mine", to="hf")
+    assert AutoTokenizer.from_pretrained(tmp_path / "mine").chat_template is None
+    for source in ("llama-2-7b", "mine"):
+        convert(tmp_path / source, tmp_path / f"from-{source}")
+        assert Tokenizer(tmp_path / f"from-{source}" / "tokenizer.model").chat_format is None
+        assert "looks like a base model" in str(base_model_note(tmp_path / f"from-{source}"))
+    shutil.copytree(checkpoint("mha"), tmp_path / "llama-2-7b-chat")
+    convert(tmp_path / "llama-2-7b-chat", tmp_path / "chat")
+    assert Tokenizer(tmp_path / "chat" / "tokenizer.model").chat_format == "llama2"
 
 
 def test_without_a_tokenizer(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch._utils import _rebuild_tensor_v2
 
+from llama.chat_format import base_model_note
 from llama.checkpoint import EMBEDDING, OUTPUT, SHARD_AXIS, Checkpoint, legal_world_sizes, without_layer
 from llama.distributed import progress
 from llama.params import ModelArgs
@@ -105,6 +106,9 @@ def read(folder: Path) -> Source:
         for path in (found, found.with_name("tokenizer_config.json")):
             if path.is_file():
                 files[path.name] = path.read_bytes()
+        if "tokenizer_config.json" not in files and base_model_note(folder):
+            # Its name says that it was not taught to chat, and the new folder may have another.
+            files["tokenizer_config.json"] = b'{"chat_format": null}\n'
     except TokenizerError:
         notes.append(f"no tokenizer was found in {folder} or beside it: the new folder has none either")
     tensors: dict[str, Callable[[], torch.Tensor]] = {

@@ -20,6 +20,23 @@ SECONDS = 30  # on a busy machine, and where there are no limits but this
 MEMORY = 2**29
 LONGEST = 100_000  # characters of one dialog; the longest templates of these dialects write a few thousand
 
+# For Meta's own models, whose folders have no template.
+TEMPLATES = {
+    "llama2": (
+        "{% if messages[0].role == 'system' %}"
+        "{% set system, turns = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n', messages[1:] %}"
+        "{% else %}{% set system, turns = '', messages %}{% endif %}"
+        "{% for turn in turns %}{% if turn.role == 'user' %}"
+        "{{ bos_token + '[INST] ' + ((system if loop.first else '') + turn.content) | trim + ' [/INST]' }}"
+        "{% else %}{{ ' ' + turn.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for turn in messages %}"
+        "{{ '<|start_header_id|>' + turn.role + '<|end_header_id|>\n\n' + turn.content | trim + '<|eot_id|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+}
+
 ASKED: "Dialog" = [{"role": "user", "content": "Name a fruit."}]
 TURNS: "Dialog" = [*ASKED, {"role": "assistant", "content": "An apple."}, {"role": "user", "content": "And another?"}]
 SYSTEM: "Dialog" = [{"role": "system", "content": "Be kind."}]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.convert.meta import ConvertError
+from llama.convert.template import TEMPLATES
 from llama.tokenizer import LLAMA3_SPLIT, Tokenizer, read_ranks
 
 Piece = tuple[str, float, int]  # text with U+2581 for spaces, score, type
@@ -169,8 +170,10 @@ def hf_tokenizer(path: Path, use_scaled_rope: bool) -> dict[str, str]:
         config |= {"add_bos_token": tokenizer.adds_bos, "unk_token": layout["model"]["unk_token"]}
         kept = ("chat_template",)
     config["chat_format"] = tokenizer.chat_format
-    kept += ("default_system", "system_prefix", "vocab_size")
+    kept += ("default_system", "system_prefix", "dialog_bos", "vocab_size")
     config |= {key: source[key] for key in kept if key in source}
+    if "chat_template" not in config and tokenizer.chat_format in TEMPLATES:
+        config["chat_template"] = TEMPLATES[tokenizer.chat_format]
     names = {i: name for name, i in tokenizer.special_ids.items()}
     for key, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id), ("pad_token", tokenizer.pad_id)):
         if i in names:
