@@ -336,7 +336,8 @@ class _TokenizerJson:
         self.rstrip_ids = {i for i, token in added.items() if token.special and token.rstrip}
         self.n_words: int = max(self.model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         template_adds_bos = self.model.encode("").ids[:1] == [self.bos_id]
-        self.adds_bos = self.bos_id >= 0 and bool(config.get("add_bos_token", template_adds_bos))
+        said = config.get("add_bos_token")
+        self.adds_bos = self.bos_id >= 0 and bool(template_adds_bos if said is None else said)
         decoder = self.model.decoder.__getstate__() if self.model.decoder is not None else b""
         self.unsettled_ids: set[int] = set()
         if b"ByteFallback" in decoder:

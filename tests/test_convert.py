@@ -114,6 +114,18 @@ def test_files_are_those_of_torch_save(checkpoint: Callable[..., Path], tmp_path
             assert {name.split("/")[0] for name in file.namelist()} == {path.stem}
 
 
+def test_sums_count_for_weights_only(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """A params.json that was edited since, as many are, converts; a shard that is not the listed one does not."""
+    convert(checkpoint("mha"), tmp_path / "in", shards=2)
+    params = json.loads((tmp_path / "in" / "params.json").read_text())
+    (tmp_path / "in" / "params.json").write_text(json.dumps(params | {"norm_eps": 2e-5}))
+    (tmp_path / "in" / "tokenizer.model").unlink()  # listed too
+    convert(tmp_path / "in", tmp_path / "out")
+    shutil.copy(tmp_path / "in" / "consolidated.00.pth", tmp_path / "in" / "consolidated.01.pth")
+    with pytest.raises(ConvertError, match=r"consolidated.01.pth holds what checklist.chk calls consolidated.00.pth"):
+        convert(tmp_path / "in", tmp_path / "again")
+
+
 # Destinations -------------------------------------------------------------------------------------
 
 

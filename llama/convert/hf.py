@@ -322,17 +322,14 @@ def _tokenizer(folder: Path, rows: int) -> tuple[dict[str, bytes], list[str]]:
             raise ConvertError(f"{fast.name} is not a tokenizer.json ({error}): fetch it again") from error
         ids = max(reader.get_vocab().values(), default=-1) + 1
         if not (model.exists() and Tokenizer(model).n_words >= ids):
-            bos = config.get("bos_token")
-            bos = bos.get("content") if isinstance(bos, dict) else bos
-            # Where the configuration does not say it, the file's own post-processor does.
-            first = reader.encode("a").ids[:1]
-            config.setdefault("add_bos_token", bos is not None and first == [reader.token_to_id(bos)])
             return tokenizer_files({fast.name: fast.read_bytes()}, config, rows), []
-    elif (folder / "added_tokens.json").exists():
-        raise ConvertError(
-            "tokenizer.model lacks the tokens of added_tokens.json; tokenizer.json has all: fetch it too"
-        )
     if model.exists():
+        added = _read_json(path) if (path := folder / "added_tokens.json").exists() else {}
+        own = Tokenizer(model).n_words
+        if any(not isinstance(i, int) or i >= own for i in added.values()):
+            raise ConvertError(
+                "tokenizer.model lacks the tokens of added_tokens.json; tokenizer.json has all: fetch it too"
+            )
         return tokenizer_files({model.name: model.read_bytes()}, config, rows), []
     return {}, [f"{folder} has neither tokenizer.model nor tokenizer.json: put one beside the new files"]
 
