@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from ranks import run_ranks
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama import Llama
+from llama.convert import convert
 
 
 def answers(folder: Path, cases: list[dict[str, Any]]) -> Any:
@@ -51,3 +53,22 @@ def test_bfloat16_stays_near_float32(
     measured("bfloat16 to float32, demo, worst", float(np.abs(differences).max()))
     assert 1e-4 < np.median(np.abs(differences)) < 0.05
     assert np.abs(differences).max() < 1.0
+
+
+def test_the_same_text_from_every_format(demo_float32: Path, smollm2: dict[str, Any], tmp_path: Path) -> None:
+    """GGUF -> Meta -> Hugging Face -> Meta: greedy ids of each folder, the middle one read by transformers."""
+    convert(demo_float32, tmp_path / "hf", to="hf", shards=2)
+    convert(tmp_path / "hf", tmp_path / "meta")
+    cases = smollm2["completions"]
+    for (tokens, _, text), case in zip(answers(tmp_path / "meta", cases), cases, strict=True):
+        assert tokens == case["prompt_tokens"] + case["tokens"] and text == case["text"]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for case in cases[:2]:
+        ids = tokenizer(case["prompt"], return_tensors="pt").input_ids
+        assert ids[0].tolist() == case["prompt_tokens"]
+        found = theirs.generate(ids, max_new_tokens=len(case["tokens"]), do_sample=False)[0]
+        assert found.tolist() == case["prompt_tokens"] + case["tokens"]
+    for case in smollm2["chats"]:
+        encoded: Any = tokenizer.apply_chat_template(case["dialog"], add_generation_prompt=True)
+        assert list(getattr(encoded, "input_ids", encoded)) == case["prompt_tokens"]
