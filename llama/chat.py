@@ -13,6 +13,7 @@ from llama.chat_format import Message, base_model_note, split_system
 from llama.completion import Llama
 from llama.conversation import Conversation
 from llama.distributed import PeerError, from_rank_0, is_main_rank, read_on_rank_0, say, told_by_rank_0
+from llama.params import CheckpointError, read_params
 from llama.terminal import dim, interrupts, read_line, session, visible, write
 
 HELP = """\
@@ -33,7 +34,7 @@ def chat(
     top_k: int | None = None,
     repetition_penalty: float = 1.0,
     stop: list[str] | None = None,
-    max_seq_len: int = 2048,
+    max_seq_len: int | None = None,
     max_gen_len: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -43,9 +44,14 @@ def chat(
     """Talk to a model. /help in it lists the commands; lines can also come through a pipe.
 
     ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
-    system: the system message. max_seq_len: positions for the whole dialog; when it is full, the oldest turns go.
+    system: the system message. max_seq_len: positions for the whole dialog; when it is full, the oldest turns go. The
+    default is 2048, or the model's sliding window where that is less.
     max_gen_len: longest answer in tokens; default is as far as the context goes.
     """
+    if max_seq_len is None:
+        max_seq_len = 2048
+        with contextlib.suppress(CheckpointError):  # build tells it better
+            max_seq_len = min(max_seq_len, read_params(Path(ckpt_dir)).sliding_window or max_seq_len)
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, device=device, dtype=dtype, chat_format=chat_format
     )

@@ -186,7 +186,7 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
     """consolidated.00.pth, .01.pth ... in order; a gap or an empty folder is a CheckpointError with the way out."""
     numbered = {}
     for path in ckpt_dir.glob("consolidated.*.pth"):
-        if match := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name):
+        if match := re.fullmatch(r"consolidated\.(\d\d+)\.pth", path.name):
             numbered[int(match[1])] = path
     if not numbered:
         raise CheckpointError(f"{ckpt_dir} {what_instead(ckpt_dir)}")

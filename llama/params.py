@@ -4,8 +4,13 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from llama.sniff import EMPTY, FOLDER, LFS_POINTER, WEB_PAGE, what_is
+
 # Llama 3.2 1B and 3B, as (dim, n_layers): their frequencies are divided by 32, and their params.json does not say so.
 LLAMA_3_2_SHAPES = {(2048, 16), (3072, 28)}
+
+# A number beyond is damage; others end at 2^24 where they are whole, at 1e12 where they are not.
+LIMITS = {"n_layers": 10_000, "ffn_dim_multiplier": 1000}
 
 
 class CheckpointError(ValueError):
@@ -71,7 +76,9 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
         params = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: it comes with the consolidated.NN.pth files") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        if (kind := what_is(path)) in (LFS_POINTER, WEB_PAGE, EMPTY, FOLDER):
+            raise CheckpointError(f"{path} is {kind}: fetch it again") from error
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
     if not isinstance(params, dict):
         raise CheckpointError(f"{path} holds a {type(params).__name__}, expected an object: fetch it again")
@@ -85,7 +92,11 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
         if not optional and (
             isinstance(value, bool) != is_flag
             or not isinstance(value, int if whole else (int, float))
-            or (not is_flag and not 0 < value < float("inf") and (key, value) != ("vocab_size", -1))
+            or (
+                not is_flag
+                and not 0 < value < LIMITS.get(key, 2**24 if whole else 1e12)
+                and (key, value) != ("vocab_size", -1)
+            )
         ):
             expected = "true or false" if is_flag else "a positive whole number" if whole else "a positive number"
             raise CheckpointError(f"{path}: {key} is {value!r}, expected {expected}")

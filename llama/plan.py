@@ -26,6 +26,7 @@ from llama.checkpoint import (
 from llama.device import DTYPES
 from llama.params import CheckpointError, ModelArgs, read_params
 from llama.request import check_whole
+from llama.sniff import what_instead
 
 LLAMA_2_VOCAB = 32000
 KEYS_AND_VALUES = ("attention.wk.weight", "attention.wv.weight")
@@ -157,9 +158,8 @@ def _read(path: Path, vocab_size: int | None) -> tuple[ModelArgs, bool, int, lis
     """The model's shape, whether it is tied, the axis on which its files divide the embedding, and notes."""
     tied, axis, notes = False, 0, list[str]()
     folder = path.parent if path.name == "params.json" and path.is_file() else path
-    if not folder.is_dir():
-        what = "a file" if path.exists() else "not there"
-        raise CheckpointError(f"{path} is {what}: give a checkpoint folder, or a file named params.json")
+    if not (folder / "params.json").exists():
+        raise CheckpointError(f"{path} {what_instead(path)}, or a file named params.json")
     if folder == path and any(folder.glob("consolidated.*.pth")):
         checkpoint = Checkpoint(folder)
         args, tied, axis = checkpoint.params, OUTPUT not in checkpoint.shapes, checkpoint.embedding_axis
@@ -184,7 +184,12 @@ def _row(args: ModelArgs, world_size: int, dtype: str, memory: int | None, size:
     rope, cache = size.rope // args.max_seq_len, size.cache // args.max_seq_len // args.max_batch_size  # a position's
     context = min((memory - size.weights) // (rope + cache), args.sliding_window or sys.maxsize)
     batch = (memory - size.weights - size.rope) // (cache * args.max_seq_len)
-    return row | {"fits": size.total <= memory, "max_context": max(0, context), "max_batch": max(0, batch)}
+    slides = args.max_seq_len > (args.sliding_window or sys.maxsize)  # no memory makes that run
+    return row | {
+        "fits": size.total <= memory and not slides,
+        "max_context": max(0, context),
+        "max_batch": 0 if slides else max(0, batch),
+    }
 
 
 # Tables -------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from llama.sniff import what_is
+
 Kind = Literal["sentencepiece", "tiktoken", "tokenizer.json"]
 
 # Special tokens that end an answer, beside EOS, wherever a vocabulary has them.
@@ -85,7 +87,7 @@ class Tokenizer:
         self._backend, self._n_own = backend, backend.n_words
         self.special_ids, self.rstrip_ids = backend.special_ids, backend.rstrip_ids
         self.bos_id, self.eos_id, self.pad_id = backend.bos_id, backend.eos_id, backend.pad_id
-        self.adds_bos = backend.adds_bos and config.get("add_bos_token") is not False
+        self.adds_bos = backend.adds_bos and (self.kind != "sentencepiece" or config.get("add_bos_token") is not False)
         self.unsettled_ids = backend.unsettled_ids
         self.stop_tokens = {self.eos_id} - {-1}
         self.stop_tokens |= {self.special_ids[name] for name in STOP_NAMES if name in self.special_ids}
@@ -191,7 +193,8 @@ def _kind(path: Path) -> Kind:
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", start):
         return "tiktoken"
     raise TokenizerError(
-        f"{path} is no tokenizer known here (a SentencePiece model, tiktoken ranks or a tokenizer.json): fetch it again"
+        f"{path} is {what_is(path) or 'of no known kind'}, expected a SentencePiece model, tiktoken ranks or a "
+        "tokenizer.json: fetch it again"
     )
 
 
@@ -336,8 +339,8 @@ class _TokenizerJson:
         self.rstrip_ids = {i for i, token in added.items() if token.special and token.rstrip}
         self.n_words: int = max(self.model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         template_adds_bos = self.model.encode("").ids[:1] == [self.bos_id]
-        said = config.get("add_bos_token")
-        self.adds_bos = self.bos_id >= 0 and bool(template_adds_bos if said is None else said)
+        # As transformers has it, where the file's post-processor counts whatever the configuration says.
+        self.adds_bos = self.bos_id >= 0 and (template_adds_bos or bool(config.get("add_bos_token")))
         decoder = self.model.decoder.__getstate__() if self.model.decoder is not None else b""
         self.unsettled_ids: set[int] = set()
         if b"ByteFallback" in decoder:

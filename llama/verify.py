@@ -362,7 +362,7 @@ def _check_tensors(
                     f"is not {part} of the model in params.json, {fault}: fetch it again, or the params.json it "
                     "belongs to",
                 )
-    _check_kinship(
+    check_kinship(
         shards, {n: t for n, t in opened.items() if n < count and shards[n] not in found.faulty}, shapes, found
     )
     if tied:
@@ -395,7 +395,7 @@ def _check_count(shards: dict[int, Path], count: int, found: Findings) -> None:
             )
 
 
-def _check_kinship(shards: dict[int, Path], opened: dict[int, Tensors], shapes: Shapes, found: Findings) -> None:
+def check_kinship(shards: dict[int, Path], opened: dict[int, Tensors], shapes: Shapes, found: Findings) -> None:
     """Are files whose shapes fit parts of one model? They have the types and the norms of most of the others."""
     if len(opened) < 2:
         return

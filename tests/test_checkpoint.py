@@ -81,6 +81,10 @@ def test_params_that_do_not_fit(changes: dict[str, Any], expected: str, folder: 
 
 def test_params_that_are_no_json_object(folder: Path) -> None:
     (folder / "params.json").write_text("<html>")
+    assert "params.json is an HTML or XML page: fetch it again" in message(folder)
+    (folder / "params.json").write_text("{]")
+    assert "params.json cannot be read as JSON" in message(folder)
+    (folder / "params.json").write_text("[" * 100_000)
     assert "params.json cannot be read as JSON" in message(folder)
     (folder / "params.json").write_text("[1]")
     assert "holds a list, expected an object" in message(folder)
@@ -281,7 +285,7 @@ def test_no_tokenizer(folder: Path) -> None:
     beside = folder.parent / "tokenizer.model"
     assert "cannot be read: No such file" in message(folder, tokenizer_path=beside)
     beside.write_bytes(b"\x00 not a model")
-    assert "is no tokenizer known here" in message(folder, tokenizer_path=beside)
+    assert "expected a SentencePiece model, tiktoken ranks or" in message(folder, tokenizer_path=beside)
     beside.write_bytes(b"\n not a model")
     assert "not a SentencePiece model" in message(folder)  # found beside the folder
 

@@ -21,10 +21,11 @@ from formats import meta_weights, write_gguf, write_llama2c
 from make_checkpoint import MODELS as SEEDED
 from make_checkpoint import TOKENIZER
 from safetensors.torch import load_file, save_file
+from test_hf import LLAMA3_TOKENIZER
 
 from llama import Llama, Tokenizer
 from llama.checkpoint import Checkpoint, tensor_shapes
-from llama.convert import ConvertError, convert
+from llama.convert import ConvertError, convert, meta
 from llama.params import ModelArgs
 
 FORMATS = ("meta", "meta-4-shards", "hf", "hf-3-files", "hf-bin", "gguf", "llama2c")
@@ -147,19 +148,54 @@ def test_force_replaces_a_model(source: Path, tmp_path: Path) -> None:
 
 
 def test_force_replaces_nothing_else(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "letter").write_text("dear")
-    (tmp_path / "file").write_text("mine")
-    for name in ("home", "file"):
-        with pytest.raises(ConvertError, match="is not a model's folder, so --force does not replace it"):
+    for name, files in (("home", ["letter"]), ("project", ["config.json", "main.c"]), ("nest", ["params.json", "x/y"])):
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_text("{}")
+        with pytest.raises(ConvertError, match="which is no part of a converted model, so --force does not replace it"):
             convert(source, tmp_path / name, force=True)
-    model = tmp_path / "home" / "params.json"
-    shutil.copytree(source, tmp_path / "home" / "model")
-    model.write_text("{}")
-    for inside in (tmp_path / "home" / "model", tmp_path / "home"):
+        assert all((tmp_path / name / file).exists() for file in files)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConvertError, match="is no folder, so --force does not replace it"):
+        convert(source, tmp_path / "file", force=True)
+
+
+def test_force_does_not_replace_the_source(source: Path, tmp_path: Path) -> None:
+    """The source itself, a folder it lies in, or one that its links lead to."""
+    shutil.copytree(source, tmp_path / "models" / "mine")
+    (tmp_path / "links").mkdir()
+    for path in (tmp_path / "models" / "mine").iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    before = sorted(tmp_path.rglob("*"))
+    for src, dst in (("models/mine", "models/mine"), ("models/mine", "models"), ("links", "models/mine")):
         with pytest.raises(ConvertError, match="which would be lost"):
-            convert(tmp_path / "home" / "model", inside, force=True)
-    assert (tmp_path / "home" / "letter").exists() and (tmp_path / "home" / "model" / "params.json").exists()
+            convert(tmp_path / src, tmp_path / dst, force=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_neighbours_are_left_alone(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is called like a temporary folder stays; the source may be one."""
+    shutil.copytree(source, tmp_path / "out.partial")
+    (tmp_path / "out.partial-x").mkdir()
+    convert(tmp_path / "out.partial", tmp_path / "out")
+    convert(tmp_path / "out.partial", tmp_path / "out", force=True)
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.partial", "out.partial-x"]
+    assert "out.partial-x is of a conversion that was killed, or still runs" in capsys.readouterr().err
+
+
+def test_two_conversions_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that comes second to its end finds the folder there, and leaves it."""
+    write = meta.write
+
+    def meanwhile(*arguments: Any) -> None:
+        monkeypatch.setattr(meta, "write", write)
+        convert(source, tmp_path / "out", shards=2)
+        write(*arguments)
+
+    monkeypatch.setattr(meta, "write", meanwhile)
+    with pytest.raises(ConvertError, match="exists and is left as it is"):
+        convert(source, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"] and len(list((tmp_path / "out").glob("*.pth"))) == 2
 
 
 def test_a_failure_keeps_the_old_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +229,7 @@ def test_numbers_that_do_not_fit_are_refused(source: Path, tmp_path: Path) -> No
     shutil.copytree(source, tmp_path / "in")
     for value, dtype, part in (
         (70000.0, "float16", "beyond float16's range: take --dtype bfloat16"),
+        (float("-inf"), "auto", "holds NaN"),
         (float("inf"), "auto", "holds NaN"),
         (float("nan"), "bfloat16", "holds NaN"),
     ):
@@ -208,9 +245,9 @@ def test_a_killed_conversion_leaves_no_folder(checkpoint: Callable[..., Path], t
     stop = "import llama.convert.meta as m, os; m.md5 = lambda path: os.kill(os.getpid(), 9)\n"
     call = f"from llama.convert import convert; convert({str(checkpoint('mha'))!r}, {str(tmp_path / 'out')!r})"
     done = subprocess.run([sys.executable, "-c", stop + call], capture_output=True)
-    assert done.returncode == -9 and os.listdir(tmp_path) == ["out.partial"]
+    assert done.returncode == -9 and [name.partition("-")[0] for name in os.listdir(tmp_path)] == ["out.partial"]
     convert(checkpoint("mha"), tmp_path / "out")
-    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "params.json").exists()
 
 
 def anonymous() -> int:
@@ -303,6 +340,19 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
         "low_freq_factor is 2",
     ),
     "linear without factor": ({"config.json": config(rope_scaling={"type": "linear"})}, "factor is missing"),
+    "a scaling for each kind of layer": (
+        {"config.json": config(rope_parameters={"full_attention": {"rope_type": "default"}})},
+        "one object for all layers is",
+    ),
+    "two thetas": (
+        {"config.json": config(rope_theta=5e5, rope_parameters={"rope_theta": 1e4})},
+        "rope_theta, rope_parameters and rope_scaling contradict each other",
+    ),
+    "two scalings": (
+        {"config.json": config(rope_parameters={"rope_type": "default"}, rope_scaling={"type": "linear", "factor": 4})},
+        "rope_theta, rope_parameters and rope_scaling contradict each other",
+    ),
+    "nested without end": ({"config.json": "[" * 100_000}, "config.json is no JSON"),
     "half rotary": ({"config.json": config(partial_rotary_factor=0.5)}, "partial_rotary_factor is 0.5"),
     "odd heads": ({"config.json": config(num_attention_heads=5)}, "hidden_size 64 is no multiple of 5"),
     "kv heads": ({"config.json": config(num_key_value_heads=3)}, "3 KV heads do not go together"),
@@ -326,7 +376,7 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
         "'../secret', a file outside the folder",
     ),
     "index without map": ({"config.json": config(), "model.safetensors.index.json": "{}"}, "has no weight_map"),
-    "file: pointer": ({"model.gguf": LFS}, "is a Git LFS pointer: supported are"),
+    "file: pointer": ({"model.gguf": LFS}, "is a Git LFS pointer: fetch the file that it stands for"),
     "file: page": ({"model.bin": "<!DOCTYPE html>"}, "is an HTML or XML page: supported are"),
     "file: nothing": ({"model.bin": ""}, "is an empty file: supported are"),
     "file: text": ({"model.bin": "what is this"}, "is of no known format: supported are"),
@@ -542,6 +592,63 @@ def test_files_of_two_models_are_told_apart(in_format: Callable[[str, str], Path
         assert files[1].name in error_of(tmp_path / case, tmp_path / "out")
 
 
+def test_shards_of_two_models_of_one_shape(in_format: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """Shapes fit, sums fit, but the norms, which stand in every file, are another model's."""
+    shutil.copytree(in_format("mha", "meta-4-shards"), tmp_path / "in")
+    path = tmp_path / "in" / "consolidated.02.pth"
+    tensors = torch.load(path, weights_only=True)
+    store({name: torch.randn_like(tensor) for name, tensor in tensors.items()}, path)
+    assert "consolidated.02.pth has other norms than" in error_of(tmp_path / "in", tmp_path / "out")
+
+
+def test_the_tokenizer_of_a_meta_folder_is_checked(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "in")
+    tokenizer = tmp_path / "in" / "tokenizer.model"
+    for content, part in (
+        (LFS.encode(), "tokenizer.model is a Git LFS pointer, expected"),
+        (Path(LLAMA3_TOKENIZER).read_bytes(), "has 128256 ids, the model 512: put the model's own there"),
+    ):
+        tokenizer.write_bytes(content)
+        assert part in error_of(tmp_path / "in", tmp_path / "out")
+    tokenizer.unlink()
+    convert(tmp_path / "in", tmp_path / "out")  # beside it, or none at all
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
+
+
+def test_a_dialect_that_was_recorded_stays(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "in")
+    recorded = {"chat_format": "zephyr", "default_system": "Be kind."}
+    (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(recorded))
+    convert(tmp_path / "in", tmp_path / "meta")
+    convert(tmp_path / "meta", tmp_path / "hf", to="hf")
+    convert(tmp_path / "hf", tmp_path / "back")
+    for name in ("meta", "back"):
+        tokenizer = Tokenizer(tmp_path / name / "tokenizer.model")
+        assert (tokenizer.chat_format, tokenizer.default_system) == ("zephyr", "Be kind.")
+
+
+def test_a_tied_model_is_divided_by_rows(source: Path, tmp_path: Path) -> None:
+    """So that every rank's rows of the output are what it holds of the embedding."""
+    weights = meta_weights(source)
+    del weights["output.weight"]
+    shutil.copytree(source, tmp_path / "in")
+    torch.save(weights, tmp_path / "in" / "consolidated.00.pth")
+    convert(tmp_path / "in", tmp_path / "out", shards=2)
+    assert Checkpoint(tmp_path / "out").embedding_axis == 0
+
+
+def test_a_full_disk_leaves_one_line(source: Path, tmp_path: Path) -> None:
+    """Beyond the first MB nothing can be written: no traceback of a file that tries to end itself."""
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    call = "import sys; from llama.cli import main; main()"
+    command = [sys.executable, "-c", limit + call, "convert", str(source), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and not os.listdir(tmp_path)
+    assert done.stderr.startswith("error: ") and "cannot be written (File too large)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_progress_is_shown_on_a_terminal_only(source: Path, tmp_path: Path) -> None:
     call = f"from llama.convert import convert; convert({str(source)!r}, {str(tmp_path / 'out')!r})"
     leader, follower = pty.openpty()
@@ -557,7 +664,7 @@ def test_progress_is_shown_on_a_terminal_only(source: Path, tmp_path: Path) -> N
             break
         shown += block
     assert process.wait() == 0
-    assert b"converting" in shown and b"21/21" in shown
+    assert b"converting" in shown and b"21/21" in shown and b"21/21wrote" not in shown
     shutil.rmtree(tmp_path / "out")
     piped = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
     assert len(piped.stderr.splitlines()) == 1 and piped.stderr.startswith("wrote ")

@@ -208,7 +208,8 @@ def test_auto_keeps_what_is_stored(tmp_path: Path, kind: str, expected: torch.dt
     convert(tmp_path / "m.gguf", tmp_path / "out")
     (found,) = load(tmp_path / "out")
     for name, tensor in found.items():
-        assert tensor.dtype == expected and torch.equal(tensor, weights[name].to(expected)), name
+        kept = torch.float32 if tensor.dim() == 1 else expected  # llama.cpp stores all norms in float32
+        assert tensor.dtype == kept and torch.equal(tensor, weights[name].to(kept)), name
 
 
 def test_params(tmp_path: Path) -> None:
@@ -302,20 +303,6 @@ def test_says_one_line_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(err.splitlines()) == 1
     assert "21 tensors as float32 in 2 files" in err
     assert not (tmp_path / "new" / "out.partial").exists()
-
-
-@pytest.mark.parametrize("stale", ["folder", "file"])
-def test_stale_partial_is_replaced(tmp_path: Path, stale: str) -> None:
-    write_gguf(tmp_path / "m.gguf")
-    partial = tmp_path / "out.partial"
-    if stale == "folder":
-        partial.mkdir()
-        (partial / "consolidated.07.pth").write_bytes(b"old")
-    else:
-        partial.write_bytes(b"old")
-    convert(tmp_path / "m.gguf", tmp_path / "out")
-    assert not partial.exists()
-    assert [p.name for p in sorted((tmp_path / "out").glob("*.pth"))] == ["consolidated.00.pth"]
 
 
 @pytest.mark.parametrize(
@@ -567,18 +554,23 @@ def test_other_byte_level_vocabularies(tmp_path: Path, pre: str) -> None:
     """Llama 3's and GPT-2's way to cut texts, against tiktoken with the same ranks."""
     import tiktoken
 
-    write_gguf(tmp_path / "m.gguf", {"tokenizer.ggml.pre": pre})
+    # "(t" goes together only where a word may begin with "(", and no merge leads to "zq".
+    tokens = [{"ll": "(t", SPACE + "1": "zq"}.get(token, token) for token in TOKENS]
+    merges = [pair for pair in MERGES if "".join(pair) in tokens] + [("(", "t")]
+    meta = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": [f"{a} {b}" for a, b in merges]}
+    write_gguf(tmp_path / "m.gguf", {"tokenizer.ggml.pre": pre, **meta})
     convert(tmp_path / "m.gguf", tmp_path / "out")
     ours = Tokenizer(tmp_path / "out" / "tokenizer.json")
     assert ours.adds_bos == (pre == "llama-bpe")  # llama.cpp's default
     byte_of = {char: byte for byte, char in BYTE_CHARS.items()}
-    ranks = {}
-    for rank, token in enumerate([*BYTE_CHARS.values(), *(a + b for a, b in MERGES)]):
-        ranks[bytes(byte_of[char] for char in token)] = rank
+    first = len(CONTROL_TOKENS)  # the ids of the bytes begin behind them
+    last = first + 256 + len(MERGES)
+    ranks = {bytes(byte_of[char] for char in token): rank for rank, token in enumerate(tokens[first:last])}
     patterns = {"llama-bpe": LLAMA3_PATTERN, "gpt-2": ReferenceTokenizer.PATTERN}
     theirs = tiktoken.Encoding("theirs", pat_str=patterns[pre], mergeable_ranks=ranks, special_tokens={})
-    first = len(CONTROL_TOKENS)  # the ids of the bytes begin behind them
-    for text in [*random_texts(500, TOKENS), "the 12 112 1122  1", "  t\n\n the'll LL'LL"]:
+    for text in [*random_texts(500, TOKENS), "the 12 112 1122  1", "  t\n\n the'll LL'LL", "zq\nzq", "x(the (the"]:
+        if pre == "gpt-2" and "zq" in text:
+            continue  # tiktoken takes whole words without looking for merges, GPT-2 does not
         text = text.replace(USER_TOKEN, "")
         assert ours.encode(text, bos=False, eos=False) == [first + i for i in theirs.encode_ordinary(text)], text
 
@@ -589,6 +581,7 @@ def test_sentencepiece_vocabulary(checkpoint: Callable[..., Path], tmp_path: Pat
     convert(tmp_path / "m.gguf", tmp_path / "out")
     ours, theirs = Tokenizer(tmp_path / "out" / "tokenizer.model"), Tokenizer(TOKENIZER)
     assert (ours.n_words, ours.bos_id, ours.eos_id, ours.pad_id) == (512, 1, 2, -1)
+    assert ours.encode("a", bos=False, eos=False) == theirs.encode("a", bos=False, eos=False)
     assert ours.chat_format is None and ours.adds_bos and ours.special_ids == theirs.special_ids
     for text in random_texts(500, TOKENS):
         ids = ours.encode(text, bos=True, eos=True)

@@ -254,10 +254,49 @@ def test_added_tokens_and_spare_rows(tmp_path: Path) -> None:
     llama.close()
     # Meta -> Hugging Face keeps the added tokens and the template.
     convert(tmp_path / "out", tmp_path / "back", to="hf")
+    end = llama.tokenizer.special_ids["<|end|>"]
+    assert end in json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"]
     back = AutoTokenizer.from_pretrained(tmp_path / "back")
     assert list(getattr(back.apply_chat_template(plain, add_generation_prompt=True), "input_ids", theirs)) == list(
         getattr(theirs, "input_ids", theirs)
     )
+
+
+def test_another_order_or_another_eos_than_tokenizer_model(tmp_path: Path) -> None:
+    """tokenizer.json counts where the two disagree."""
+    shutil.copy(TOKENIZER, tmp_path / "tokenizer.model")
+    convert(tiny(tmp_path / "meta", 512, tmp_path / "tokenizer.model"), tmp_path / "hf", to="hf")
+    path, config = tmp_path / "hf" / "tokenizer.json", tmp_path / "hf" / "tokenizer_config.json"
+    convert(tmp_path / "hf", tmp_path / "same")
+    assert (tmp_path / "same" / "tokenizer.model").exists()
+    whole, keys = path.read_text(), json.loads(config.read_text())
+    found = json.loads(whole)
+    vocab = found["model"]["vocab"]
+    names = {i: name for name, i in vocab.items()}
+    vocab[names[400]], vocab[names[401]] = 401, 400
+    path.write_text(json.dumps(found))
+    convert(tmp_path / "hf", tmp_path / "swapped")
+    path.write_text(whole)
+    config.write_text(json.dumps(keys | {"eos_token": "<s>"}))
+    convert(tmp_path / "hf", tmp_path / "eos")
+    for name, eos in (("swapped", 2), ("eos", 1)):
+        assert Tokenizer(find_tokenizer(tmp_path / name)).kind == "tokenizer.json"
+        assert Tokenizer(find_tokenizer(tmp_path / name)).eos_id == eos
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "special_tokens_map.json", "config.json"])
+def test_bos_and_eos_wherever_they_are_named(tmp_path: Path, where: str) -> None:
+    shutil.copy(TOKENIZER, tmp_path / "tokenizer.model")
+    convert(tiny(tmp_path / "meta", 512, tmp_path / "tokenizer.model"), tmp_path / "hf", to="hf")
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    if where != "tokenizer_config.json":
+        (tmp_path / "hf" / "tokenizer_config.json").unlink()
+    if where == "special_tokens_map.json":
+        names = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+        (tmp_path / "hf" / where).write_text(json.dumps(names))
+    convert(tmp_path / "hf", tmp_path / "out")
+    found = Tokenizer(tmp_path / "out" / "tokenizer.json")
+    assert (found.bos_id, found.eos_id, found.adds_bos, found.stop_tokens) == (1, 2, True, {2})
 
 
 def test_tokens_that_only_a_tokenizer_json_has(hugging_face: Callable[..., Path], tmp_path: Path) -> None:
@@ -298,6 +337,49 @@ def test_without_a_tokenizer(
     (tmp_path / "in" / "tokenizer.model").unlink()
     convert(tmp_path / "in", tmp_path / "out")
     assert "has neither tokenizer.model nor tokenizer.json: put one beside the new files" in capsys.readouterr().err
+
+
+def test_a_window_survives_the_way_there_and_back(hugging_face: Callable[..., Path], tmp_path: Path) -> None:
+    convert(hugging_face("mistral-0.1"), tmp_path / "meta")
+    for i in range(2):
+        convert(tmp_path / "meta", tmp_path / f"hf{i}", to="hf")
+        convert(tmp_path / f"hf{i}", tmp_path / "meta", force=True)
+    assert Checkpoint(tmp_path / "meta").params.sliding_window == 64
+
+
+def test_stored_types_are_kept_one_by_one(hugging_face: Callable[..., Path], tmp_path: Path) -> None:
+    """bfloat16 matrices beside float32 norms, there and back: bit for bit."""
+    shutil.copytree(hugging_face("llama-2"), tmp_path / "in")
+    tensors = {k: t.bfloat16() if t.dim() == 2 else t for k, t in weights(tmp_path / "in").items()}
+    save_file(tensors, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    convert(tmp_path / "in", tmp_path / "meta", shards=2)
+    convert(tmp_path / "meta", tmp_path / "hf", to="hf")
+    back = weights(tmp_path / "hf")
+    assert back.keys() == tensors.keys()
+    assert all(back[key].dtype == tensors[key].dtype and torch.equal(back[key], tensors[key]) for key in tensors)
+
+
+def test_files_are_never_empty(hugging_face: Callable[..., Path], tmp_path: Path) -> None:
+    convert(hugging_face("llama-2"), tmp_path / "meta")
+    convert(tmp_path / "meta", tmp_path / "hf", to="hf", shards=4)
+    assert all(load_file(path) for path in (tmp_path / "hf").glob("*.safetensors"))
+    with pytest.raises(ConvertError, match="--shards 19 would leave a file empty"):
+        convert(tmp_path / "meta", tmp_path / "more", to="hf", shards=19)
+
+
+@pytest.mark.parametrize(("name", "eps"), [("mistral-0.1", 1e-6), ("phi-3", 1e-5), ("llama-2", 1e-6)])
+def test_what_a_configuration_leaves_out(
+    hugging_face: Callable[..., Path], tmp_path: Path, name: str, eps: float
+) -> None:
+    """As transformers fills it in."""
+    shutil.copytree(hugging_face(name), tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    config = json.loads(path.read_text())
+    del config["rms_norm_eps"]
+    path.write_text(json.dumps(config))
+    convert(tmp_path / "in", tmp_path / "out")
+    assert Checkpoint(tmp_path / "out").params.norm_eps == eps
+    same(our_logits(tmp_path / "out"), their_logits(tmp_path / "in"))
 
 
 # Configurations -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from formats import meta_weights
@@ -122,6 +123,43 @@ def test_headers_that_make_no_model(tmp_path: Path, content: bytes, part: str) -
     (tmp_path / "m.bin").write_bytes(content)
     with pytest.raises(ConvertError, match=re.escape(part)):
         convert(tmp_path / "m.bin", tmp_path / "out")
+
+
+def test_groups_need_not_divide_rows(tmp_path: Path) -> None:
+    """stories42M's feed-forward has 1376 columns and groups of 64: a group may run over the end of a row."""
+    sizes = {"dim": 8, "hidden": 12, "layers": 1, "heads": 2, "kv_heads": 1, "vocab": 4, "context": 16}
+    rng = np.random.default_rng(2)
+    content = struct.pack("<4si7iBi", b"24ka", 2, *sizes.values(), 1, 32).ljust(256, b"\0")
+    content += rng.standard_normal(24).astype(np.float32).tobytes()
+    w1 = np.zeros(0)
+    for name, numel in (
+        ("tok", 32),
+        ("wq", 64),
+        ("wk", 32),
+        ("wv", 32),
+        ("wo", 64),
+        ("w1", 96),
+        ("w2", 96),
+        ("w3", 96),
+    ):
+        numbers = rng.integers(-127, 128, numel).astype(np.int8)
+        scales = rng.random(numel // 32).astype(np.float32)
+        content += numbers.tobytes() + scales.tobytes()
+        if name == "w1":
+            w1 = np.concatenate([group * scale for group, scale in zip(numbers.reshape(-1, 32), scales, strict=True)])
+    (tmp_path / "m.bin").write_bytes(content)
+    convert(tmp_path / "m.bin", tmp_path / "out")
+    found = meta_weights(tmp_path / "out")["layers.0.feed_forward.w1.weight"]
+    assert torch.equal(found, torch.from_numpy(w1.astype(np.float32)).view(12, 8))
+
+
+def test_sizes_that_look_like_a_pickle(tmp_path: Path) -> None:
+    """A version 0 file begins with its dim: 640 is 80 02 00 00, which a pickle begins with too."""
+    shapes = 2 * 640 + 640 + 4 * 640 + 4 * 640 * 640 + 3 * 640 * 2  # norms, embedding, attention, feed-forward
+    sizes = struct.pack("<7i", 640, 2, 1, 1, 1, 4, 2)
+    (tmp_path / "m.bin").write_bytes(sizes + np.ones(shapes + 2 * 2 * 320, np.float32).tobytes())
+    convert(tmp_path / "m.bin", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "params.json").read_text())["dim"] == 640
 
 
 @pytest.mark.parametrize("name", VERSIONS)

@@ -270,12 +270,15 @@ def test_flags_that_do_not_fit(flags: dict[str, Any], message: str, tmp_path: Pa
 
 
 def test_paths_that_hold_no_model(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere is not there: give a checkpoint folder"):
+    with pytest.raises(CheckpointError, match="nowhere does not exist: give the folder"):
         plan(str(tmp_path / "nowhere"))
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"other.json is a file: give .* named params.json"):
         plan(str(tmp_path / "other.json"))
-    with pytest.raises(CheckpointError, match=r"params.json is missing"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds no consolidated.NN.pth: .* named params.json",
+    ):
         plan(str(tmp_path))
     with pytest.raises(CheckpointError, match="dim is missing"):
         plan(str(write_params(tmp_path, {"n_layers": 1})))

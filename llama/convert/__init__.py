@@ -4,21 +4,31 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from llama.checkpoint import tensor_shapes
 from llama.convert import gguf, hf, llama2c, meta
 from llama.convert.meta import ConvertError, Source
 from llama.device import DTYPES
 from llama.distributed import say
-from llama.sniff import GGUF, SAFETENSORS, ZIP, what_is
+from llama.sniff import GGUF, LFS_POINTER, PICKLE, SAFETENSORS, ZIP, what_is
 
 __all__ = ["ConvertError", "convert"]
 
 SUPPORTED = (
     "supported are Meta's folders (consolidated.NN.pth), Hugging Face's of Llama, Mistral and Phi-3 (config.json), "
     "GGUF files of architecture llama, and llama2.c's .bin files"
+)
+
+
+# What a converted folder holds.
+WRITTEN = (
+    *("consolidated.*.pth", "params.json", "checklist.chk", "tokenizer.model", "tokenizer.json"),
+    *("tokenizer_config.json", "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
 )
 
 
@@ -33,11 +43,12 @@ def convert(
     """Convert a model into a new folder in Meta's layout, or Hugging Face's.
 
     src: a folder in Meta's layout or Hugging Face's, a GGUF file, or a .bin file of llama2.c; told by content.
-    dst: the new folder. It appears when all is written; until then the work lies beside it in `dst`.partial.
-    dtype: auto (what `src` stores; bfloat16 for quantized weights), float32 (exact for those too), bfloat16, float16.
+    dst: the new folder. It appears when all is written; until then the work lies beside it in `dst`.partial-XXXX.
+    dtype: auto (each tensor as `src` stores it; bfloat16 for quantized ones), float32 (exact for those too), bfloat16
+    or float16.
     shards: the number of files that hold the weights.
     to: meta (consolidated.NN.pth, params.json) or hf (safetensors, config.json).
-    force: replace `dst` where it is a model's folder.
+    force: replace `dst` where it holds a converted model and nothing else.
 
     Raises ConvertError, CheckpointError or TokenizerError, in one line, where `src`, `dst` or the settings will not do.
     """
@@ -48,32 +59,34 @@ def convert(
         raise ConvertError(f"to {to!r}: expected meta or hf")
     _check_destination(src, dst, force)
     source = _reader(src)(src)
-    kind = source.dtype if dtype == "auto" else DTYPES[dtype]
+    dtypes = source.dtypes if dtype == "auto" else dict.fromkeys(source.dtypes, DTYPES[dtype])
     writer = meta if to == "meta" else hf
     writer.check_shards(source.args, shards)
-    _check_disk(source, dst, kind.itemsize)
-    partial, replaced = dst.with_name(dst.name + ".partial"), dst.with_name(dst.name + ".replaced")
     try:
-        _remove(partial)  # of a conversion that was killed
-        partial.mkdir(parents=True)
-        writer.write(source, partial, kind, shards)
-        others = sorted(path.name for path in partial.iterdir() if path.suffix not in (".pth", ".safetensors"))
-        if os.path.lexists(dst):
-            _remove(replaced)
-            dst.rename(replaced)
-        partial.rename(dst)
-        _remove(replaced)
-    except BaseException as error:
-        _remove(partial)
-        if isinstance(error, OSError):
-            raise ConvertError(
-                f"{dst} cannot be written ({error.strerror or error}): make room or choose another place for it"
-            ) from error
-        raise
+        _check_disk(source, dtypes, dst)
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        # A name that nobody else has, so that nothing of others is ever written to or removed.
+        partial = Path(tempfile.mkdtemp(prefix=f"{dst.name}.partial-", dir=dst.parent))
+        try:
+            writer.write(source, partial, dtypes, shards)
+            files = sorted(path.name for path in partial.iterdir() if path.suffix not in (".pth", ".safetensors"))
+            partial.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else in
+            _move(partial, dst, force)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise ConvertError(
+            f"{dst} cannot be written ({error.strerror or error}): make room or choose another place for it"
+        ) from error
+    for path in dst.parent.iterdir():
+        if path.name.startswith(f"{dst.name}.partial-"):
+            source.notes.append(f"{path} is of a conversion that was killed, or still runs: remove it if none does")
     for note in source.notes:
         say(f"note: {note}")
-    files = "1 file" if shards == 1 else f"{shards} files"
-    say(f"wrote {dst}: {len(source.tensors)} tensors as {str(kind)[6:]} in {files}, {', '.join(others)}")
+    kinds = " and ".join(sorted({str(kind)[6:] for kind in dtypes.values()}))
+    count = "1 file" if shards == 1 else f"{shards} files"
+    say(f"wrote {dst}: {len(source.tensors)} tensors as {kinds} in {count}, {', '.join(files)}")
 
 
 def _reader(src: Path) -> Callable[[Path], Source]:
@@ -96,13 +109,14 @@ def _reader(src: Path) -> Callable[[Path], Source]:
         kind = what_is(src)
         if kind == GGUF:
             return gguf.read
-        if kind is None and llama2c.is_model(src):
+        if kind in (None, PICKLE) and llama2c.is_model(src):  # a dim of 640 looks like a pickle
             return llama2c.read
     except OSError as error:
         raise ConvertError(f"{src} cannot be read ({error.strerror})") from error
     if kind in (SAFETENSORS, ZIP):
         raise ConvertError(f"{src} is {kind}, a part of a model: name the folder it lies in, {src.parent}")
-    raise ConvertError(f"{src} is {kind or 'of no known format'}: {SUPPORTED}")
+    way = "fetch the file that it stands for (git lfs pull)" if kind == LFS_POINTER else SUPPORTED
+    raise ConvertError(f"{src} is {kind or 'of no known format'}: {way}")
 
 
 def _base_model(config: Path) -> str:
@@ -113,33 +127,58 @@ def _base_model(config: Path) -> str:
 
 
 def _check_destination(src: Path, dst: Path, force: bool) -> None:
+    """What is there is replaced on request only, and only where nothing else is lost with it."""
     if not os.path.lexists(dst):
         return
     if not force:
         raise ConvertError(f"{dst} exists and is left as it is: name another folder, or give --force to replace it")
-    if dst.resolve() == src.resolve() or dst.resolve() in src.resolve().parents:
-        raise ConvertError(f"{dst} holds {src}, which would be lost: name another folder")
-    models = ("params.json", "config.json")
-    if not dst.is_dir() or (any(dst.iterdir()) and not any((dst / name).is_file() for name in models)):
-        raise ConvertError(f"{dst} is not a model's folder, so --force does not replace it: name another folder")
+    if dst.is_symlink() or not dst.is_dir():
+        raise ConvertError(f"{dst} is no folder, so --force does not replace it: name another one")
+    for path in (src, *(src.iterdir() if src.is_dir() else ())):  # links may lead there
+        if dst.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ConvertError(f"{dst} holds {path}, which would be lost: name another folder")
+    for path in sorted(dst.iterdir()):
+        if not any(path.match(name) for name in WRITTEN) or path.is_dir():
+            raise ConvertError(
+                f"{dst} holds {path.name}, which is no part of a converted model, so --force does not replace it: "
+                "name another folder"
+            )
 
 
-def _check_disk(source: Source, dst: Path, itemsize: int) -> None:
+def _move(partial: Path, dst: Path, force: bool) -> None:
+    """The finished folder into its place. The old one goes last, and comes back where that fails."""
+    if not os.path.lexists(dst):
+        partial.rename(dst)
+        return
+    _check_destination(partial, dst, force)  # it may have come meanwhile
+    old = Path(tempfile.mkdtemp(prefix=f"{dst.name}.replaced-", dir=dst.parent))
+    dst.rename(old / dst.name)
+    try:
+        partial.rename(dst)
+    except OSError:
+        (old / dst.name).rename(dst)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        say(f"note: {old}, the folder that was replaced, could not be removed")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _check_disk(source: Source, dtypes: dict[str, torch.dtype], dst: Path) -> None:
     """What will be written must fit beside what is there: an old `dst` goes when the new one is whole."""
     shapes = tensor_shapes(source.args)
-    needed = sum(math.prod(shapes[name]) for name in source.tensors) * itemsize
+    needed = sum(math.prod(shapes[name]) * kind.itemsize for name, kind in dtypes.items())
     needed += sum(map(len, source.files.values()))
     place = next(parent for parent in dst.absolute().parents if parent.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ConvertError(
-            f"{dst} needs {needed / 1e9:,.1f} GB, {place} has {free / 1e9:,.1f} GB free: make room or choose another "
-            "place"
+            f"{dst} needs {needed / 1e9:,.1f} GB, {place} has {free / 1e9:,.1f} GB free: make room or choose "
+            "another place"
         )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        path.unlink()

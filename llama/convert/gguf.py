@@ -1,11 +1,12 @@
-"""Reading GGUF files of architecture `llama` with a byte-level BPE vocabulary.
+"""Reading GGUF files of architecture `llama`.
 
 Weights are dequantized. GGUF's llama stores wq and wk in Meta's order (neighbouring pairs turn together), so tensors
-only change their names. The vocabulary becomes a tokenizer.json, what else a tokenizer has to know a
-tokenizer_config.json beside it; the chat template in there is read as text and never run.
+only change their names. A byte-level BPE vocabulary becomes a tokenizer.json, a SentencePiece one a tokenizer.model; a
+tokenizer_config.json beside it has what else there is to know.
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from llama.checkpoint import EMBEDDING, OUTPUT, tensor_shapes
 from llama.convert.meta import ConvertError, Source
-from llama.convert.params import decimal, feed_forward_params, head_params, shown, whole
+from llama.convert.params import MOST_LAYERS, decimal, feed_forward_params, head_params, shown, whole
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import sentencepiece_model
 from llama.model import rope_table
@@ -56,7 +57,7 @@ KNOWN_KEYS = {
     "llama.rope.scaling.type",
     "llama.vocab_size",
 }
-# What "auto" keeps of what the embedding is stored in; the other types are quantized ones.
+# What "auto" keeps; the other types are quantized ones.
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # tokenizer.ggml.pre -> how a byte-level vocabulary cuts text before it merges.
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
@@ -109,21 +110,28 @@ def _read(path: Path) -> Source:
             expected = f"expected {shapes[name]}" if name in shapes else "which this model has no place for"
             raise ConvertError(f"the tensor for {name} {there}, {expected}: fetch the file again")
     files = _tokenizer(meta, params["vocab_size"])
-    kind = TYPES.get(tensors[EMBEDDING].tensor_type.name, torch.bfloat16)
-    return Source(params, {name: partial(_weights, tensors[name]) for name in shapes}, files, kind)
+    for tensor in {tensor.tensor_type: tensor for tensor in tensors.values()}.values():
+        _dequantize(tensor, tensor.data[:1])  # types that cannot be read are told before anything is written
+    dtypes = {name: TYPES.get(tensors[name].tensor_type.name, torch.bfloat16) for name in shapes}
+    readers: dict[str, Callable[[], torch.Tensor]] = {name: partial(_weights, tensors[name]) for name in shapes}
+    return Source(params, readers, files, dtypes, max_positions=meta.get("llama.context_length", 0))
 
 
 def _weights(tensor: Any) -> torch.Tensor:
+    values = _dequantize(tensor, tensor.data)
+    return torch.from_numpy(values if values.flags.writeable else values.copy()).float()
+
+
+def _dequantize(tensor: Any, data: np.ndarray) -> np.ndarray:
     from gguf import dequantize
 
     try:
-        values = dequantize(tensor.data, tensor.tensor_type)
+        return dequantize(data, tensor.tensor_type)
     except NotImplementedError:
         raise ConvertError(
             f"{tensor.name} is stored as {tensor.tensor_type.name}, which the gguf package cannot dequantize: "
             "take a file of another type (F16, BF16, Q8_0 ...), or upgrade gguf"
         ) from None
-    return torch.from_numpy(values if values.flags.writeable else values.copy()).float()
 
 
 def _name(name: str) -> str:
@@ -157,7 +165,7 @@ def _params(meta: dict[str, Any]) -> dict[str, Any]:
             raise ConvertError(f"{key} is {meta[key]}: only {head_dim}, the size of a head, is supported")
     return {
         "dim": dim,
-        "n_layers": whole(meta, "llama.block_count"),
+        "n_layers": whole(meta, "llama.block_count", limit=MOST_LAYERS),
         **head_params(dim, n_heads, whole(meta, "llama.attention.head_count_kv", n_heads), head_dim),
         **feed_forward_params(dim, whole(meta, "llama.feed_forward_length")),
         "norm_eps": _decimal(meta, "llama.attention.layer_norm_rms_epsilon"),

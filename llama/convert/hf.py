@@ -5,6 +5,7 @@ i + head_dim / 2, in Meta's with its neighbour, so the rows of wq and wk change 
 one matrix, w1 and w3 in another.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -12,13 +13,14 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from llama.chat_format import for_tokenizer
 from llama.checkpoint import EMBEDDING, OUTPUT, open_shard, tensor_shapes, without_layer
 from llama.convert.meta import ConvertError, Source, raw
-from llama.convert.params import decimal, feed_forward_params, head_params, shown, whole
+from llama.convert.params import MOST_LAYERS, decimal, feed_forward_params, head_params, shown, whole
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import hf_tokenizer
 from llama.distributed import progress
@@ -45,6 +47,12 @@ FUSED = {
     "mlp.gate_up_proj.weight": ("feed_forward.w1.weight", "feed_forward.w3.weight"),
 }
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "phi3": "Phi3ForCausalLM"}
+# What a configuration means that leaves these keys out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6},
+    "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
+    "phi3": {"rms_norm_eps": 1e-5},
+}
 SKIPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # old folders have them; computed here
 SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -76,7 +84,7 @@ def _heads(name: str, args: ModelArgs) -> int | None:
 
 @dataclass
 class Stored:
-    """A tensor in its file: `read` maps rows [start, stop) of it into memory."""
+    """A tensor in its file: `rows` reads rows [start, stop) of it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -116,7 +124,10 @@ def _read(folder: Path) -> Source:
             wanted = f"expected {expected[name]}" if name in expected else "which this model has no place for"
             raise ConvertError(f"{name} {there}, {wanted}: fetch the folder again, or take a plain model")
         if stored[name].dtype not in SAFETENSORS_TYPES:
-            raise ConvertError(f"{name} is stored as {stored[name].dtype}: quantized folders are not supported")
+            raise ConvertError(
+                f"{name} is stored as {stored[name].dtype}: float32, bfloat16 and float16 are supported, "
+                "take the unquantized folder"
+            )
 
     def reader(name: str) -> Callable[[], torch.Tensor]:
         tensor, heads = stored[_name(name)], _heads(name, args)
@@ -124,17 +135,21 @@ def _read(folder: Path) -> Source:
             return lambda: tensor.rows(0, tensor.shape[0])
         return lambda: interleaved(tensor.rows(0, tensor.shape[0]), heads)
 
-    files, notes = _tokenizer(folder, args.vocab_size)
+    files, notes = _tokenizer(folder, config, args)
     if args.sliding_window is not None:
         notes.append(f"attention slides over {args.sliding_window} positions: max_seq_len has to stay inside")
-    return Source(params, {name: reader(name) for name in shapes}, files, stored[NAMES[EMBEDDING]].dtype, notes=notes)
+    tensors = {name: reader(name) for name in shapes}
+    dtypes = {name: stored[_name(name)].dtype for name in shapes}
+    return Source(params, tensors, files, dtypes, max_positions=config.get("max_position_embeddings", 0), notes=notes)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConvertError(f"{path.name} is {what_is(path) or f'no JSON ({error})'}: fetch it again") from error
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        kind = what_is(path)
+        kind = f"no JSON ({error})" if kind in (None, JSON) else kind
+        raise ConvertError(f"{path.name} is {kind}: fetch it again") from error
     if not isinstance(found, dict):
         raise ConvertError(f"{path.name} holds a {type(found).__name__}, expected an object: fetch it again")
     return found
@@ -157,6 +172,7 @@ def _family(config: dict[str, Any]) -> str:
 
 def _params(config: dict[str, Any], family: str) -> dict[str, Any]:
     """The keys of params.json; ConvertError for what the runner's model does not compute."""
+    config = DEFAULTS[family] | config
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise ConvertError(f"{key} is {shown(config[key])}: models with biases are not supported")
@@ -173,26 +189,30 @@ def _params(config: dict[str, Any], family: str) -> dict[str, Any]:
         raise ConvertError(f"hidden_size {dim} is no multiple of {n_heads} heads: fetch config.json again")
     params = {
         "dim": dim,
-        "n_layers": whole(config, "num_hidden_layers"),
+        "n_layers": whole(config, "num_hidden_layers", limit=MOST_LAYERS),
         **head_params(dim, n_heads, n_kv_heads, whole(config, "head_dim", dim // n_heads)),
         "vocab_size": whole(config, "vocab_size"),
         **feed_forward_params(dim, whole(config, "intermediate_size")),
-        "norm_eps": decimal(config, "rms_norm_eps", 1e-6),
+        "norm_eps": decimal(config, "rms_norm_eps"),
         **_rope(config),
     }
-    window = config.get("sliding_window") if family != "llama" else None
-    if window is not None and whole(config, "sliding_window") < whole(config, "max_position_embeddings", 2**24 - 1):
-        params["sliding_window"] = window
+    if family != "llama" and config.get("sliding_window") is not None:
+        params["sliding_window"] = whole(config, "sliding_window")
     return params
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """rope_theta and the scaling: rope_parameters since transformers 5, rope_theta and rope_scaling before."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ConvertError(f"the rotary settings {shown(rope)} are not supported: one object for all layers is")
-    theta = config if config.get("rope_theta") is not None else rope
-    params: dict[str, Any] = {"rope_theta": decimal(theta, "rope_theta", 10000.0)}
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    for rope in (new, old):
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise ConvertError(f"the rotary settings {shown(rope)} are not supported: one object for all layers is")
+    kinds = {rope.get("rope_type", rope.get("type")) or "default" for rope in (new, old) if rope}
+    thetas = {value for source in (config, new, old) if (value := source.get("rope_theta")) is not None}
+    if len(thetas) > 1 or len(kinds) > 1 or new | old != old | new:
+        raise ConvertError("rope_theta, rope_parameters and rope_scaling contradict each other: fetch the folder again")
+    rope = new | old
+    params: dict[str, Any] = {"rope_theta": decimal({"rope_theta": next(iter(thetas), None)}, "rope_theta", 10000.0)}
     partial = config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1.0):
         raise ConvertError(f"partial_rotary_factor is {shown(partial)}: only 1.0 is supported")
@@ -297,7 +317,7 @@ def _split(stored: dict[str, Stored], shapes: dict[str, tuple[int, ...]]) -> dic
     return split
 
 
-def _tokenizer(folder: Path, rows: int) -> tuple[dict[str, bytes], list[str]]:
+def _tokenizer(folder: Path, model_config: dict[str, Any], args: ModelArgs) -> tuple[dict[str, bytes], list[str]]:
     """The tokenizer's files for the new folder, and notes.
 
     tokenizer.model where it has all the ids, as it needs no further package; tokenizer.json where tokens were added.
@@ -305,14 +325,12 @@ def _tokenizer(folder: Path, rows: int) -> tuple[dict[str, bytes], list[str]]:
     model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
     config = _read_json(path) if (path := folder / "tokenizer_config.json").exists() else {}
     named = _read_json(path) if (path := folder / "special_tokens_map.json").exists() else {}
-    for key in ("bos_token", "eos_token", "pad_token"):
-        if config.get(key) is None and named.get(key) is not None:
-            config[key] = named[key]
     if config.get("chat_template") is None and (path := folder / "chat_template.jinja").exists():
-        config["chat_template"] = path.read_text(encoding="utf-8")
+        config["chat_template"] = path.read_text(encoding="utf-8", errors="replace")
     for path in (model, fast):
         if path.exists() and (kind := what_is(path)) not in (None, JSON):
             raise ConvertError(f"{path.name} is {kind}: fetch it again")
+    own = Tokenizer(model, use_scaled_rope=args.use_scaled_rope) if model.exists() else None
     if fast.exists():
         from tokenizers import Tokenizer as Reader
 
@@ -320,18 +338,36 @@ def _tokenizer(folder: Path, rows: int) -> tuple[dict[str, bytes], list[str]]:
             reader = Reader.from_file(str(fast))
         except Exception as error:  # the package raises bare Exception
             raise ConvertError(f"{fast.name} is not a tokenizer.json ({error}): fetch it again") from error
-        ids = max(reader.get_vocab().values(), default=-1) + 1
-        if not (model.exists() and Tokenizer(model).n_words >= ids):
-            return tokenizer_files({fast.name: fast.read_bytes()}, config, rows), []
-    if model.exists():
+        for name in ("bos", "eos", "pad"):  # by name, or where no file names it, by the model's id
+            ids = model_config.get(f"{name}_token_id")
+            by_id = next((i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0), None)
+            known = [config.get(f"{name}_token"), named.get(f"{name}_token")]
+            known += [] if by_id is None else [reader.id_to_token(by_id)]
+            config[f"{name}_token"] = next((token for token in known if token is not None), None)
+        if own is None or not _same(model, own, reader, config["eos_token"]):
+            return tokenizer_files({fast.name: fast.read_bytes()}, config, args.vocab_size), []
+    if own is not None:
         added = _read_json(path) if (path := folder / "added_tokens.json").exists() else {}
-        own = Tokenizer(model).n_words
-        if any(not isinstance(i, int) or i >= own for i in added.values()):
+        if any(not isinstance(i, int) or i >= own.n_words for i in added.values()):
             raise ConvertError(
                 "tokenizer.model lacks the tokens of added_tokens.json; tokenizer.json has all: fetch it too"
             )
-        return tokenizer_files({model.name: model.read_bytes()}, config, rows), []
+        return tokenizer_files({model.name: model.read_bytes()}, config, args.vocab_size), []
     return {}, [f"{folder} has neither tokenizer.model nor tokenizer.json: put one beside the new files"]
+
+
+def _same(path: Path, own: Tokenizer, fast: Any, eos: Any) -> bool:
+    """Whether a tokenizer.model says all that a tokenizer.json does: every token by its id, and which one is EOS."""
+    from sentencepiece import SentencePieceProcessor
+
+    if own.n_words <= max(fast.get_vocab().values(), default=-1):
+        return False
+    if own.kind != "sentencepiece":  # ranks name no tokens
+        return all(fast.token_to_id(name) in (None, i) for name, i in own.special_ids.items())
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    pieces = SentencePieceProcessor(model_file=str(path))
+    names = [pieces.id_to_piece(i) for i in range(own.n_words)]
+    return eos in (None, names[own.eos_id]) and all(fast.id_to_token(i) == name for i, name in enumerate(names))
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -339,30 +375,34 @@ def _tokenizer(folder: Path, rows: int) -> tuple[dict[str, bytes], list[str]]:
 
 def check_shards(args: ModelArgs, shards: int) -> None:
     tensors = len(tensor_shapes(args))
-    if isinstance(shards, bool) or not isinstance(shards, int) or not 1 <= shards < tensors:
+    if type(shards) is not int or not 1 <= shards < tensors:
         raise ConvertError(f"--shards is {shards!r}, expected a number of files from 1 to {tensors - 1}")
 
 
-def write(source: Source, folder: Path, dtype: torch.dtype, shards: int) -> None:
+def write(source: Source, folder: Path, dtypes: dict[str, torch.dtype], shards: int) -> None:
     """Fill an empty folder, one tensor in memory at a time."""
     args = source.args
     shapes = {name: tensor_shapes(args)[name] for name in source.tensors}
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     total, done = sum(sizes.values()), 0
     groups: list[list[str]] = [[] for _ in range(shards)]
-    for name, size in sizes.items():  # in order, each file about as large as the next
-        groups[min(done * shards // total, shards - 1)].append(name)
+    for name, size in sizes.items():  # in order, each file about as large as the next: by where a tensor's middle is
+        groups[(2 * done + size) * shards // (2 * total)].append(name)
         done += size
+    if not all(groups):
+        raise ConvertError(f"--shards {shards} would leave a file empty, as tensors stay whole: take fewer")
     files = [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
     if shards == 1:
         files = ["model.safetensors"]
-    names = iter(progress(list(shapes), "converting"))
-    for file, group in zip(files, groups, strict=True):
-        with (folder / file).open("wb") as out:
-            out.write(_header({_name(name): shapes[name] for name in group}, dtype))
-            for name, _ in zip(group, names, strict=False):
-                tensor, heads = source.read(name, dtype), _heads(name, args)
-                out.write(raw(tensor if heads is None else half_split(tensor, heads)))
+    with contextlib.ExitStack() as stack:
+        place: dict[str, BinaryIO] = {}
+        for file, group in zip(files, groups, strict=True):
+            out = stack.enter_context((folder / file).open("wb"))
+            out.write(_header({_name(name): (shapes[name], dtypes[name]) for name in group}))
+            place |= dict.fromkeys(group, out)
+        for name in progress(list(shapes), "converting"):
+            tensor, heads = source.read(name, dtypes[name]), _heads(name, args)
+            place[name].write(raw(tensor if heads is None else half_split(tensor, heads)))
     if shards > 1:
         weight_map = {_name(name): file for file, group in zip(files, groups, strict=True) for name in group}
         _write_json(
@@ -371,7 +411,7 @@ def write(source: Source, folder: Path, dtype: torch.dtype, shards: int) -> None
     for filename, content in source.files.items():
         (folder / filename).write_bytes(content)
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    stops: list[int] = []
+    stops: set[int] = set()
     if source.files:
         path = find_tokenizer(folder)
         for filename, text in hf_tokenizer(path, args.use_scaled_rope).items():
@@ -379,16 +419,17 @@ def write(source: Source, folder: Path, dtype: torch.dtype, shards: int) -> None
         tokenizer = Tokenizer(path, use_scaled_rope=args.use_scaled_rope)
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
         ids = {name: None if value == -1 else value for name, value in ids.items()}
-        stops = sorted(tokenizer.stop_tokens)
-    _write_json(folder / "config.json", _config(source, dtype) | ids)
-    _write_json(folder / "generation_config.json", ids | {"eos_token_id": stops or None})
+        dialogs = for_tokenizer(tokenizer)
+        stops = tokenizer.stop_tokens | (dialogs.stop_tokens if dialogs else set())
+    _write_json(folder / "config.json", _config(source, dtypes[EMBEDDING]) | ids)
+    _write_json(folder / "generation_config.json", ids | {"eos_token_id": sorted(stops) or None})
 
 
-def _header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+def _header(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> bytes:
     """The beginning of a safetensors file: the length of the JSON text in 8 bytes, and the text."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in tensors.items():
         end = begin + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": SAFETENSORS_TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
@@ -401,14 +442,15 @@ def _config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     args = source.args
     family = "llama" if args.sliding_window is None else "mistral"
     rope: dict[str, Any] | None = None
-    # Meta's params.json has no limit; these are the families' own.
-    positions = 8192 if args.rope_theta == 500000.0 else 16384 if args.rope_theta == 1000000.0 else 4096
+    # Meta's params.json has no limit; where the source had none, these are the families' own.
+    positions = {500000.0: 8192, 1000000.0: 16384}.get(args.rope_theta, 4096)
     if args.use_scaled_rope:
         positions = 131072
         rope = {"rope_type": "llama3", "factor": args.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         rope["original_max_position_embeddings"] = 8192
     elif args.rope_linear_factor is not None:
         rope = {"rope_type": "linear", "factor": args.rope_linear_factor}
+    positions = source.max_positions or positions
     config = {
         "architectures": [FAMILIES[family]],
         "model_type": family,

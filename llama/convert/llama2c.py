@@ -100,7 +100,9 @@ def _read(path: Path) -> Source:
                 tensors[name] = _reader(data, at, shapes[name], header.group)
                 at += _bytes(shapes[name], header.group)
     files, notes = _tokenizer(path, header.vocab_size)
-    return Source(params, {name: tensors[name] for name in shapes}, files, torch.float32, notes=notes)
+    tensors = {name: tensors[name] for name in shapes}  # in Meta's order
+    dtypes = dict.fromkeys(shapes, torch.float32)
+    return Source(params, tensors, files, dtypes, max_positions=header.context, notes=notes)
 
 
 def _header(path: Path) -> Header | None:
@@ -126,7 +128,8 @@ def _header(path: Path) -> Header | None:
     sizes = (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, context)
     sound = all(0 < size < 2**24 for size in sizes) and n_layers < 2**12 and dim % n_heads == 0 == n_heads % n_kv_heads
     if sound and version == 2:
-        sound = group > 0 and dim % group == 0 == hidden_dim % group
+        matrices = (vocab_size * dim, dim * dim, dim * (dim // n_heads) * n_kv_heads, hidden_dim * dim)
+        sound = group > 0 and all(numel % group == 0 for numel in matrices)
     if not sound:
         if has_magic:
             raise ConvertError(f"the sizes {tuple(sizes)} in its header make no model: fetch it again")

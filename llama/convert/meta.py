@@ -1,5 +1,6 @@
 """Meta's layout, read and written tensor by tensor: consolidated.NN.pth, params.json, checklist.chk."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -21,8 +22,8 @@ from llama.chat_format import base_model_note
 from llama.checkpoint import EMBEDDING, OUTPUT, SHARD_AXIS, Checkpoint, legal_world_sizes, without_layer
 from llama.distributed import progress
 from llama.params import ModelArgs
-from llama.tokenizer import TokenizerError, find_tokenizer
-from llama.verify import Findings, check_bytes
+from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
+from llama.verify import Findings, check_bytes, check_kinship
 
 LLAMA3_VOCAB = 128_000  # a vocabulary so large is Llama 3's
 STORAGE_TYPES = {
@@ -43,17 +44,19 @@ class Source:
     params: the keys of params.json, vocab_size included.
     tensors: Meta's name -> a call that reads this logical tensor. No output.weight where the embedding serves.
     files: content of the tokenizer's files by name.
-    dtype: what the weights are stored in ("auto" keeps it); bfloat16 for quantized ones.
+    dtypes: what each tensor is stored in ("auto" keeps it); bfloat16 for quantized ones.
     embedding_axis: how Meta's files divide the embedding, 0 by rows (Llama 3) or 1 by columns (Llama 2); -1 where the
     source does not say.
+    max_positions: the longest context that the model was made for, 0 where the source does not say.
     notes: what the user should know about the result, a line each.
     """
 
     params: dict[str, Any]
     tensors: dict[str, Callable[[], torch.Tensor]]
     files: dict[str, bytes]
-    dtype: torch.dtype
+    dtypes: dict[str, torch.dtype]
     embedding_axis: int = -1
+    max_positions: int = 0
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -93,32 +96,36 @@ def read(folder: Path) -> Source:
     Its bytes are compared with the sums in its files and in its checklist first: a flipped bit would go on unseen.
     """
     checkpoint = Checkpoint(folder)
+    shards = range(len(checkpoint.paths))
     findings = Findings()
-    check_bytes(checkpoint.paths, folder, findings)
+    check_bytes([*checkpoint.paths, folder / "params.json"], folder, findings)
+    check_kinship(dict(enumerate(checkpoint.paths)), {i: checkpoint[i] for i in shards}, checkpoint.shapes, findings)
+    notes = []
     for fault in findings.faults:
-        if fault.startswith(
-            tuple(map(str, checkpoint.paths))
-        ):  # params.json may have been edited since its sum was made
+        if fault.startswith(tuple(map(str, checkpoint.paths))):
             raise ConvertError(fault)
+        notes.append(fault)  # of a params.json that was edited since its sum was made, or a file that is not needed
     params = json.loads((folder / "params.json").read_text()) | {"vocab_size": checkpoint.params.vocab_size}
-    for index in range(len(checkpoint.paths)):
-        checkpoint[index]  # opened and checked before anything is written
-    files, notes = {}, []
+    files = {}
     try:
-        found = find_tokenizer(folder)
-        for path in (found, found.with_name("tokenizer_config.json")):
-            if path.is_file():
-                files[path.name] = path.read_bytes()
-        if "tokenizer_config.json" not in files and base_model_note(folder):
-            # Its name says that it was not taught to chat, and the new folder may have another.
-            files["tokenizer_config.json"] = b'{"chat_format": null}\n'
+        path = find_tokenizer(folder)
     except TokenizerError:
         notes.append(f"no tokenizer was found in {folder} or beside it: the new folder has none either")
+    else:
+        n_words = Tokenizer(path, use_scaled_rope=checkpoint.params.use_scaled_rope).n_words
+        if n_words != params["vocab_size"]:
+            raise ConvertError(f"{path} has {n_words} ids, the model {params['vocab_size']}: put the model's own there")
+        config = path.with_name("tokenizer_config.json")
+        files = {file.name: file.read_bytes() for file in (path, config) if file.is_file()}
+        if not config.is_file() and base_model_note(folder):
+            # Its name says that it was not taught to chat, and the new folder may have another.
+            files[config.name] = b'{"chat_format": null}\n'
     tensors: dict[str, Callable[[], torch.Tensor]] = {
         name: partial(_whole, checkpoint, name) for name in checkpoint.shapes
     }
+    dtypes = {name: checkpoint[0][name].dtype for name in checkpoint.shapes}
     axis = -1 if len(checkpoint.paths) == 1 else checkpoint.embedding_axis  # one file divides nothing
-    return Source(params, tensors, files, checkpoint.dtype, axis, notes)
+    return Source(params, tensors, files, dtypes, axis, notes=notes)
 
 
 def _whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -135,7 +142,7 @@ def _whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 def check_shards(args: ModelArgs, shards: int) -> None:
     """Files hold whole heads, none of them twice: the runner's world sizes without those that repeat KV heads."""
     legal = [n for n in legal_world_sizes(args) if args.kv_heads % n == 0]
-    if isinstance(shards, bool) or shards not in legal:
+    if type(shards) is not int or shards not in legal:
         raise ConvertError(
             f"this model cannot be divided over {shards!r} files ({args.n_heads} heads, {args.kv_heads} KV heads, "
             f"feed-forward width {args.hidden_dim}, vocabulary {args.vocab_size}): --shards takes "
@@ -143,17 +150,16 @@ def check_shards(args: ModelArgs, shards: int) -> None:
         )
 
 
-def write(source: Source, folder: Path, dtype: torch.dtype, shards: int) -> None:
+def write(source: Source, folder: Path, dtypes: dict[str, torch.dtype], shards: int) -> None:
     """Fill an empty folder, one tensor in memory at a time."""
-    files = [TorchFile(folder / f"consolidated.{i:02d}.pth") for i in range(shards)]
-    for name in progress(list(source.tensors), "converting"):
-        tensor = source.read(name, dtype)
-        axis = source.embedding_axis if name == EMBEDDING else SHARD_AXIS[without_layer(name)]
-        parts = [tensor] * shards if axis is None else tensor.chunk(shards, dim=axis)
-        for file, part in zip(files, parts, strict=True):
-            file.add(name, part)
-    for file in files:
-        file.close()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(TorchFile(folder / f"consolidated.{i:02d}.pth")) for i in range(shards)]
+        for name in progress(list(source.tensors), "converting"):
+            tensor = source.read(name, dtypes[name])
+            axis = source.embedding_axis if name == EMBEDDING else SHARD_AXIS[without_layer(name)]
+            parts = [tensor] * shards if axis is None else tensor.chunk(shards, dim=axis)
+            for file, part in zip(files, parts, strict=True):
+                file.add(name, part)
     (folder / "params.json").write_text(json.dumps(source.params) + "\n", encoding="utf-8")
     for filename, content in source.files.items():
         (folder / filename).write_bytes(content)
@@ -177,6 +183,16 @@ class TorchFile:
         self.stem = path.stem
         self.zip = zipfile.ZipFile(path, "w")
         self.tensors: dict[str, _Entry] = {}
+
+    def __enter__(self) -> "TorchFile":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        elif self.zip.fp is not None:
+            self.zip.fp.close()
+            self.zip.fp = None  # or it would try once more to end the file, on a full disk perhaps
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         key = str(len(self.tensors))

@@ -6,13 +6,15 @@ from typing import Any
 from llama.convert.meta import ConvertError
 from llama.params import ModelArgs
 
+MOST_LAYERS = 10_000  # a number beyond is damage, and would take minutes to find missing
 
-def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive whole number out of a model's configuration. Raises ConvertError where it is none."""
+
+def whole(config: Mapping[str, Any], key: str, default: int | None = None, limit: int = 2**24) -> int:
+    """A positive whole number under `limit` out of a model's configuration. Raises ConvertError where it is none."""
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**24:
-        raise ConvertError(f"{key} is {shown(value)}, expected a whole number from 1 to {2**24 - 1}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < limit:
+        raise ConvertError(f"{key} is {shown(value)}, expected a whole number from 1 to {limit - 1}")
     return value
 
 

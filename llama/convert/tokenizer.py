@@ -7,7 +7,7 @@ from typing import Any
 
 from llama.convert.meta import ConvertError
 from llama.convert.template import chat_keys
-from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
 
 def tokenizer_files(vocabulary: dict[str, bytes], config: dict[str, Any], rows: int) -> dict[str, bytes]:
@@ -21,7 +21,10 @@ def tokenizer_files(vocabulary: dict[str, bytes], config: dict[str, Any], rows: 
         files = vocabulary | {"tokenizer_config.json": _json(config)}
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
-        tokenizer = Tokenizer(find_tokenizer(Path(folder)))
+        try:
+            tokenizer = Tokenizer(find_tokenizer(Path(folder)))
+        except TokenizerError as error:
+            raise ConvertError(str(error).replace(f"{folder}/", "")) from error
     if tokenizer.n_words > rows:
         raise ConvertError(
             f"the tokenizer has {tokenizer.n_words} ids, the embedding {rows} rows: they are of two models"

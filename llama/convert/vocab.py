@@ -156,6 +156,8 @@ def hf_tokenizer(path: Path, use_scaled_rope: bool) -> dict[str, str]:
 
     use_scaled_rope: params.json's key, see Tokenizer.
     """
+    from tokenizers import Tokenizer as Reader
+
     tokenizer = Tokenizer(path, use_scaled_rope=use_scaled_rope)
     config_path = path.with_name("tokenizer_config.json")
     source: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
@@ -163,6 +165,8 @@ def hf_tokenizer(path: Path, use_scaled_rope: bool) -> dict[str, str]:
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if tokenizer.kind == "tokenizer.json":
         text = path.read_text(encoding="utf-8")
+        if tokenizer.adds_bos and not Reader.from_str(text).encode("").ids:  # transformers looks in there alone
+            text = json.dumps(json.loads(text) | {"post_processor": _bos_template(tokenizer)}, ensure_ascii=False)
         kept: tuple[str, ...] = ("unk_token", "pad_token", "add_bos_token", "chat_template")
     else:
         layout = _from_sentencepiece(path) if tokenizer.kind == "sentencepiece" else _from_ranks(path, tokenizer)
