@@ -44,6 +44,11 @@ def without_layer(key: str) -> str:
     return re.sub(r"^layers\.\d+\.", "", key)
 
 
+def shard_axis(key: str, embedding_axis: int) -> int | None:
+    """The axis along which files divide a tensor; None when each repeats it."""
+    return embedding_axis if key == EMBEDDING else SHARD_AXIS[without_layer(key)]
+
+
 def tensor_shapes(args: ModelArgs) -> Shapes:
     """Name -> logical (undivided) shape of every tensor of a model."""
     q_dim, kv_dim = args.n_heads * args.head_dim, args.kv_heads * args.head_dim
@@ -133,13 +138,9 @@ class Checkpoint:
             self._check(index)
         return self._opened[index]
 
-    def axis(self, key: str) -> int | None:
-        """The axis along which the files divide a tensor; None when each repeats it."""
-        return self.embedding_axis if key == EMBEDDING else SHARD_AXIS[without_layer(key)]
-
     def copy(self, key: str, start: int, stop: int, out: torch.Tensor) -> None:
         """Fill `out` with [start, stop) of a logical tensor's shard axis, from the files that hold it."""
-        axis = self.axis(key)
+        axis = shard_axis(key, self.embedding_axis)
         if axis is None:
             # Repeated tensors may differ in their last bits from file to file; all ranks take the first file's.
             out.copy_(self[0][key])
@@ -169,7 +170,7 @@ def shard_faults(tensors: dict[str, torch.Tensor], shapes: Shapes, embedding_axi
     expected = {}
     for key, shape in shapes.items():
         parts = list(shape)
-        if (axis := embedding_axis if key == EMBEDDING else SHARD_AXIS[without_layer(key)]) is not None:
+        if (axis := shard_axis(key, embedding_axis)) is not None:
             parts[axis] = parts[axis] // count if parts[axis] % count == 0 else -1  # -1: no shape fits
         expected[key] = tuple(parts)
     wrong = [key for key in expected.keys() & tensors.keys() if tuple(tensors[key].shape) != expected[key]]
@@ -233,7 +234,7 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype)
             state[key] = state[EMBEDDING]  # tied, and this rank's rows of both are the same: held once
             continue
         state[key] = torch.empty(parameter.shape, dtype=dtype, device=model.cos.device)
-        axis = checkpoint.axis(key)
+        axis = shard_axis(key, checkpoint.embedding_axis)
         start, stop = (0, 0) if axis is None else rank_slice(key, shapes[key][axis], args, rank, world_size)
         checkpoint.copy(key, start, stop, state[key])
     model.load_state_dict(state, assign=True)

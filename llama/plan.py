@@ -15,11 +15,11 @@ import torch
 from llama.checkpoint import (
     EMBEDDING,
     OUTPUT,
-    SHARD_AXIS,
     Checkpoint,
     check_world_size,
     legal_world_sizes,
     rank_slice,
+    shard_axis,
     tensor_shapes,
     without_layer,
 )
@@ -65,7 +65,7 @@ def sizes(
     local: dict[str, tuple[int, ...]] = {}
     for key, shape in tensor_shapes(args).items():
         parts = list(shape)
-        if (axis := embedding_axis if key == EMBEDDING else SHARD_AXIS[without_layer(key)]) is not None:
+        if (axis := shard_axis(key, embedding_axis)) is not None:
             start, stop = rank_slice(key, shape[axis], args, 0, world_size)
             parts[axis] = stop - start
         local[key] = tuple(parts)

@@ -16,7 +16,7 @@ import torch
 
 from llama.checkpoint import EMBEDDING, OUTPUT, tensor_shapes
 from llama.convert.meta import ConvertError, Source
-from llama.convert.params import MOST_LAYERS, decimal, feed_forward_params, head_params, shown, whole
+from llama.convert.params import MOST_LAYERS, check_shapes, decimal, feed_forward_params, head_params, shown, whole
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import sentencepiece_model
 from llama.model import rope_table
@@ -103,12 +103,7 @@ def _read(path: Path) -> Source:
     shapes = tensor_shapes(ModelArgs(**params))
     if OUTPUT not in tensors:
         del shapes[OUTPUT]
-    for name in sorted(shapes.keys() | tensors.keys()):
-        found = tuple(int(n) for n in reversed(tensors[name].shape)) if name in tensors else None
-        if found != shapes.get(name):
-            there = f"has shape {found}" if found else "is missing"
-            expected = f"expected {shapes[name]}" if name in shapes else "which this model has no place for"
-            raise ConvertError(f"the tensor for {name} {there}, {expected}: fetch the file again")
+    check_shapes({name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()}, shapes)
     files = _tokenizer(meta, params["vocab_size"])
     for tensor in {tensor.tensor_type: tensor for tensor in tensors.values()}.values():
         _dequantize(tensor, tensor.data[:1])  # types that cannot be read are told before anything is written

@@ -20,7 +20,7 @@ import torch
 from llama.chat_format import for_tokenizer
 from llama.checkpoint import EMBEDDING, OUTPUT, open_shard, tensor_shapes, without_layer
 from llama.convert.meta import ConvertError, Source, raw
-from llama.convert.params import MOST_LAYERS, decimal, feed_forward_params, head_params, shown, whole
+from llama.convert.params import MOST_LAYERS, check_shapes, decimal, feed_forward_params, head_params, shown, whole
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import hf_tokenizer
 from llama.distributed import progress
@@ -117,12 +117,8 @@ def _read(folder: Path) -> Source:
     if family == "phi3":
         stored = _split(stored, shapes)
     expected = {_name(name): shape for name, shape in shapes.items()}
-    for name in sorted(expected.keys() | stored.keys()):
-        found = stored[name].shape if name in stored else None
-        if found != expected.get(name):
-            there = f"has shape {found}" if found else "is missing"
-            wanted = f"expected {expected[name]}" if name in expected else "which this model has no place for"
-            raise ConvertError(f"{name} {there}, {wanted}: fetch the folder again, or take a plain model")
+    check_shapes({name: tensor.shape for name, tensor in stored.items()}, expected)
+    for name in expected:
         if stored[name].dtype not in SAFETENSORS_TYPES:
             raise ConvertError(
                 f"{name} is stored as {stored[name].dtype}: float32, bfloat16 and float16 are supported, "
@@ -296,23 +292,23 @@ def _refuse_foreign(path: Path, expected: str) -> None:
 def _split(stored: dict[str, Stored], shapes: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
     """Phi-3's fused matrices as the ones they are made of."""
 
-    def part(whole: Stored, start: int, shape: tuple[int, ...]) -> Stored:
-        return Stored(shape, whole.dtype, lambda low, high: whole.rows(start + low, start + high))
+    def part(fused: Stored, start: int, shape: tuple[int, ...]) -> Stored:
+        return Stored(shape, fused.dtype, lambda low, high: fused.rows(start + low, start + high))
 
     split = dict(stored)
-    for name, whole_ in stored.items():
+    for name, fused in stored.items():
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
         if match is None or match[2] not in FUSED:
             continue
-        names = [f"layers.{match[1]}.{member}" for member in FUSED[match[2]]]
-        members = {member: shapes.get(member, (0, 0)) for member in names}
-        rows = sum(shape[0] for shape in members.values())
-        if whole_.shape != (rows, members[names[0]][1]):
-            raise ConvertError(f"{name} has shape {whole_.shape}, expected {(rows, members[names[0]][1])}")
+        members = {
+            key: shapes.get(key, (0, 0)) for key in (f"layers.{match[1]}.{member}" for member in FUSED[match[2]])
+        }
+        expected = (sum(shape[0] for shape in members.values()), next(iter(members.values()))[1])
+        check_shapes({name: fused.shape}, {name: expected})
         del split[name]
         start = 0
-        for member, shape in members.items():
-            split[_name(member)] = part(whole_, start, shape)
+        for key, shape in members.items():
+            split[_name(key)] = part(fused, start, shape)
             start += shape[0]
     return split
 

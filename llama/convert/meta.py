@@ -19,7 +19,7 @@ import torch
 from torch._utils import _rebuild_tensor_v2
 
 from llama.chat_format import base_model_note
-from llama.checkpoint import EMBEDDING, OUTPUT, SHARD_AXIS, Checkpoint, legal_world_sizes, without_layer
+from llama.checkpoint import OUTPUT, Checkpoint, legal_world_sizes, shard_axis
 from llama.distributed import progress
 from llama.params import ModelArgs
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
@@ -129,7 +129,7 @@ def read(folder: Path) -> Source:
 
 
 def _whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    if len(checkpoint.paths) == 1 or (axis := checkpoint.axis(name)) is None:
+    if len(checkpoint.paths) == 1 or (axis := shard_axis(name, checkpoint.embedding_axis)) is None:
         return checkpoint[0][name]
     out = torch.empty(checkpoint.shapes[name], dtype=checkpoint[0][name].dtype)
     checkpoint.copy(name, 0, out.shape[axis], out)
@@ -156,7 +156,7 @@ def write(source: Source, folder: Path, dtypes: dict[str, torch.dtype], shards: 
         files = [stack.enter_context(TorchFile(folder / f"consolidated.{i:02d}.pth")) for i in range(shards)]
         for name in progress(list(source.tensors), "converting"):
             tensor = source.read(name, dtypes[name])
-            axis = source.embedding_axis if name == EMBEDDING else SHARD_AXIS[without_layer(name)]
+            axis = shard_axis(name, source.embedding_axis)
             parts = [tensor] * shards if axis is None else tensor.chunk(shards, dim=axis)
             for file, part in zip(files, parts, strict=True):
                 file.add(name, part)

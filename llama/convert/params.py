@@ -1,4 +1,4 @@
-"""What the readers of other formats need to fill in params.json."""
+"""What the readers of other formats have in common: params.json filled in, and every tensor accounted for."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +29,15 @@ def decimal(config: Mapping[str, Any], key: str, default: float | None = None) -
 
 def shown(value: Any) -> str:
     return "missing" if value is None else repr(value)[:60]
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Account for every tensor by name and shape. Raises ConvertError for the first that does not fit."""
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            there = f"has shape {found[name]}" if name in found else "is missing"
+            wanted = f"expected {expected[name]}" if name in expected else "which this model has no place for"
+            raise ConvertError(f"tensor {name} {there}, {wanted}: fetch the model again, or take a plain one")
 
 
 def head_params(dim: int, n_heads: int, n_kv_heads: int, head_dim: int) -> dict[str, int]:
