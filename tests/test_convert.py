@@ -173,6 +173,13 @@ def test_force_does_not_replace_the_source(source: Path, tmp_path: Path) -> None
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_current_folder_can_be_replaced(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(source, tmp_path / "out", shards=2)
+    monkeypatch.chdir(tmp_path / "out")
+    convert(source, ".", force=True)
+    assert os.listdir(tmp_path) == ["out"] and len(list((tmp_path / "out").glob("*.pth"))) == 1
+
+
 def test_neighbours_are_left_alone(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever is called like a temporary folder stays; the source may be one."""
     shutil.copytree(source, tmp_path / "out.partial")
@@ -383,6 +390,7 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
     "file: json": ({"model.json": "{}"}, "is a JSON text: supported are"),
     "file: zip": ({"consolidated.00.pth": "PK\3\4"}, "a part of a model: name the folder it lies in"),
     "file: gguf alone": ({"a.gguf": "GGUF"}, "a.gguf: damaged, cut off or of an unknown GGUF version"),
+    "only original": ({"original/consolidated.00.pth": ""}, "holds Meta's files in its folder original: name that"),
     "folder of a gguf": ({"a.gguf": "GGUF", "readme": ""}, "is a folder: name the file in it"),
 }
 
@@ -402,6 +410,7 @@ def test_what_is_no_model_says_what_it_is(tmp_path: Path, fault: str) -> None:
     files, part = FOREIGN[fault]
     (tmp_path / "in").mkdir()
     for name, text in files.items():
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_text(text)
     source = tmp_path / "in"
     if fault.startswith("file:"):

@@ -53,6 +53,8 @@ def convert(
     Raises ConvertError, CheckpointError or TokenizerError, in one line, where `src`, `dst` or the settings will not do.
     """
     src, dst = Path(str(src)), Path(str(dst))  # on a command line, 7 is a name too
+    if dst.name in ("", ".."):
+        dst = dst.resolve()  # "." has a name and a parent too
     if dtype not in ("auto", *DTYPES):
         raise ConvertError(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
     if to not in ("meta", "hf"):
@@ -101,6 +103,8 @@ def _reader(src: Path) -> Callable[[Path], Source]:
         if (src / "adapter_config.json").is_file():
             base = _base_model(src / "adapter_config.json")
             raise ConvertError(f"{src} holds an adapter for {base}, no model: merge it into that one first")
+        if any((src / "original").glob("consolidated.*.pth")):
+            raise ConvertError(f"{src} holds Meta's files in its folder original: name that, {src / 'original'}")
         models = sorted(path for path in src.iterdir() if path.suffix in (".gguf", ".bin") and path.is_file())
         if models:
             raise ConvertError(f"{src} is a folder: name the file in it, {models[0]} for instance")
