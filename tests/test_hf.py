@@ -330,6 +330,25 @@ def test_a_base_model_stays_one(checkpoint: Callable[..., Path], tmp_path: Path)
     assert Tokenizer(tmp_path / "chat" / "tokenizer.model").chat_format == "llama2"
 
 
+@pytest.mark.parametrize("fault", ["named in no file", "in two files"])
+def test_an_index_that_its_files_contradict(hugging_face: Callable[..., Path], tmp_path: Path, fault: str) -> None:
+    convert(hugging_face("llama-2"), tmp_path / "meta")
+    convert(tmp_path / "meta", tmp_path / "in", to="hf", shards=2)
+    path = tmp_path / "in" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    second = max(index["weight_map"].values())
+    if fault == "named in no file":
+        index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = second
+        path.write_text(json.dumps(index))
+        part = f"{second} lacks model.layers.9.mlp.up_proj.weight, which model.safetensors.index.json names"
+    else:
+        extra = {"model.embed_tokens.weight": torch.zeros(512, 64)}
+        save_file(load_file(tmp_path / "in" / second) | extra, tmp_path / "in" / second, {"format": "pt"})
+        part = f"{second} holds model.embed_tokens.weight, which another file holds too"
+    with pytest.raises(ConvertError, match=part):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
 def test_without_a_tokenizer(
     hugging_face: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,6 +63,17 @@ def test_a_model_from_its_pieces_gives_the_same_ids(model_path: Path) -> None:
         assert made.decode([1, *ids, 0, 2, 0]) == peer.decode([1, *ids, 0, 2, 0])  # 0 decodes to a mark
 
 
+def test_pieces_behind_another_vocabulary(model_path: Path, tmp_path: Path) -> None:
+    """Code Llama's way: Llama 2's pieces and 16 more. Other texts keep their ids."""
+    pieces = pieces_of(model_path)
+    more: list[Piece] = [(f"▁<MORE{i}>", -1e9 - i, NORMAL) for i in range(16)]
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model([*pieces, *more]))
+    longer, whole = Tokenizer(tmp_path / "tokenizer.model"), Tokenizer(model_path)
+    assert (longer.kind, longer.n_words, longer.stop_tokens) == ("sentencepiece", len(pieces) + 16, {2})
+    for text in random_texts(300):
+        assert longer.encode(text, bos=True, eos=True) == whole.encode(text, bos=True, eos=True)
+
+
 def test_ids_and_prefix_of_a_model() -> None:
     pieces: list[Piece] = [("</s>", 0, CONTROL), ("<pad>", 0, CONTROL), ("<u>", 0, UNKNOWN), ("<bos>", 0, CONTROL)]
     pieces += small_vocabulary()[3:]

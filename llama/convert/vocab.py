@@ -4,6 +4,7 @@ that Hugging Face's libraries want, written for any tokenizer of ours."""
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,7 @@ def _utf8(piece: str) -> bytes:
 
 
 def _twice(names: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 # llama2.c -----------------------------------------------------------------------------------------
