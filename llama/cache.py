@@ -19,6 +19,9 @@ class KVCache(nn.Module):
         self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
+    def extra_repr(self) -> str:
+        return f"2 x {' x '.join(map(str, self.k.shape))}, {self.k.dtype}"
+
     def clear(self) -> None:
         """Forget everything: a NaN would otherwise reach other rows, as its weight of 0 does not silence it."""
         self.k.zero_()

@@ -12,9 +12,10 @@ import torch
 from llama.chat_format import Message, base_model_note, split_system
 from llama.completion import Llama
 from llama.conversation import Conversation
-from llama.distributed import PeerError, from_rank_0, is_main_rank, read_on_rank_0, say, told_by_rank_0
+from llama.distributed import PeerError, from_rank_0, is_main_rank, say, told_by_rank_0
 from llama.params import CheckpointError, read_params
 from llama.terminal import dim, interrupts, read_line, session, visible, write
+from llama.textfile import read_on_rank_0
 
 HELP = """\
 /reset         forget the dialog; the system message stays

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from llama.distributed import model_parallel, progress
+from llama.distributed import model_parallel
 from llama.model import Transformer
 from llama.params import CheckpointError, ModelArgs, read_params
+from llama.progress import progress
 from llama.sniff import ZIP, what_instead, what_is
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name

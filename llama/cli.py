@@ -1,13 +1,13 @@
 """`python -m llama COMMAND`, and how commands and examples end when something is wrong."""
 
 import contextlib
-import inspect
 import io
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any, NoReturn
 
 import fire
@@ -16,6 +16,9 @@ from llama.chat import chat
 from llama.complete import complete
 from llama.convert import convert
 from llama.distributed import PeerError, is_main_rank, should_tell
+from llama.evals.harness import lm_eval
+from llama.evals.inspect import inspect
+from llama.evals.perplexity import perplexity
 from llama.plan import plan
 from llama.verify import verify
 
@@ -23,17 +26,21 @@ Command = Callable[..., Any]
 
 
 def run(command: Command | dict[str, Command]) -> None:
-    """Read the command line into `command`'s arguments and call it.
-
-    A mistake of the user's ends in one line on stderr and exit status 1 or 2, Ctrl-C in 130; anything else is a fault
-    of the program and keeps its traceback.
-    """
-    try:
+    """Read the command line into `command`'s arguments and call it."""
+    with ending_in_one_line():
         words = _read_words(command, sys.argv[1:])
         for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors=errors)  # characters that the terminal's encoding lacks end nothing
         fire.Fire(command, words, "llama" if isinstance(command, dict) else None)
+
+
+@contextlib.contextmanager
+def ending_in_one_line() -> Iterator[None]:
+    """A mistake of the user's ends in one line on stderr and exit status 1 or 2, Ctrl-C in 130; anything else is a
+    fault of the program and keeps its traceback."""
+    try:
+        yield
     except BrokenPipeError:  # `| head` has seen enough; nothing may be flushed there at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -55,7 +62,7 @@ def _read_words(command: Command | dict[str, Command], words: list[str]) -> list
         return [words[0], *_read_words(command[words[0]], words[1:])]
     if {"-h", "--help"} & set(words):
         return ["--help"]
-    parameters = inspect.signature(command).parameters
+    parameters = signature(command).parameters
     given, free, rest = dict[str, list[str]](), list[str](), list(words)
     while rest:
         word = rest.pop(0)
@@ -74,6 +81,9 @@ def _read_words(command: Command | dict[str, Command], words: list[str]) -> list
         given.setdefault(name, []).append(value)
     # Words without a flag fill what is left, in turn.
     places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and name not in given]
+    if places and parameters[places[-1]].annotation == list[str]:
+        given[places.pop()] = free[len(places) :]
+        free = free[: len(places)]
     if len(free) > len(places):
         _refuse(f"{len(free)} words without a flag, but {len(places)} have a place: quote a text with spaces")
     given |= {name: [word] for name, word in zip(places, free, strict=False)}
@@ -96,6 +106,8 @@ def _as_python(values: list[str], kind: str) -> str:
     """The values that a flag was given, as fire reads them: lists are joined, otherwise the last one counts."""
     if kind == "list[str] | None":
         return repr([text for value in values for text in _text_or_list(value)])
+    if kind == "list[str]":
+        return repr(values)
     return repr(values[-1]) if kind in ("<class 'str'>", "str | None") else values[-1]
 
 
@@ -115,5 +127,21 @@ def _refuse(problem: str) -> NoReturn:
     sys.exit(2)
 
 
+COMMANDS: dict[str, Command] = {
+    "chat": chat,
+    "complete": complete,
+    "convert": convert,
+    "inspect": inspect,
+    "lm_eval": lm_eval,
+    "perplexity": perplexity,
+    "plan": plan,
+    "verify": verify,
+}
+
+
 def main() -> None:
-    run({"chat": chat, "complete": complete, "convert": convert, "plan": plan, "verify": verify})
+    if sys.argv[1:2] == ["lm_eval"]:  # the harness reads its flags by itself
+        with ending_in_one_line():
+            lm_eval(sys.argv[2:])
+    else:
+        run(COMMANDS)

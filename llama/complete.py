@@ -12,10 +12,11 @@ from typing import IO, Any
 
 from llama.chat_format import Message
 from llama.completion import Llama
-from llama.distributed import is_main_rank, raising_together, read_on_rank_0, say, told_by_rank_0
+from llama.distributed import is_main_rank, raising_together, say, told_by_rank_0
 from llama.params import ModelArgs
 from llama.request import check_whole
 from llama.terminal import show, visible
+from llama.textfile import read_on_rank_0
 
 
 def complete(

@@ -9,7 +9,6 @@ from typing import TypedDict
 import torch
 from typing_extensions import Unpack
 
-from llama.cache import KVCache
 from llama.chat_format import FORMATS, ChatFormat, Dialog, Message, for_tokenizer, split_system
 from llama.checkpoint import OUTPUT, Checkpoint, check_world_size, load_weights
 from llama.device import pick_device, pick_dtype, share_cores
@@ -301,8 +300,7 @@ def _summary(model: Transformer, checkpoint: Checkpoint, ranks: int, dtype: torc
     args = model.params
     size = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     weights = sum(w.numel() * w.element_size() for w in model.parameters())
-    caches = [module for module in model.modules() if isinstance(module, KVCache)]
-    cache = sum(buffer.numel() * buffer.element_size() for module in caches for buffer in module.buffers())
+    cache = sum(buffer.numel() * buffer.element_size() for kv in model.caches for buffer in kv.buffers())
     tied = "" if OUTPUT in checkpoint.shapes else " (the embedding serves as output)"
     stored = "" if dtype == checkpoint.dtype else f" (stored as {_name(checkpoint.dtype)})"
     over = f" over {torch.distributed.get_backend()}" if ranks > 1 else ""

@@ -10,16 +10,13 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
-
-T = TypeVar("T")
 
 
 class PeerError(RuntimeError):
@@ -61,15 +58,6 @@ def say(text: str) -> None:
     """Print one line to stderr, on rank 0 only: stdout belongs to results."""
     if is_main_rank():
         print(text, file=sys.stderr, flush=True)
-
-
-def progress(items: Sequence[T], label: str) -> Iterator[T]:
-    """Iterate, counting on one line of rank 0's stderr when that is a terminal."""
-    show = is_main_rank() and sys.stderr.isatty()
-    for done, item in enumerate(items, 1):
-        yield item
-        if show:
-            print(f"\r{label} {done}/{len(items)}", end="\n" if done == len(items) else "", file=sys.stderr, flush=True)
 
 
 # Process group ------------------------------------------------------------------------------------
@@ -165,18 +153,6 @@ def told_by_rank_0(value: Any = None) -> Any:
     values = [value]  # a store takes 8 MB at most
     dist.broadcast_object_list(values, src=0)
     return values[0]
-
-
-def read_on_rank_0(path: Path) -> str:
-    """The text of a file that rank 0's host has, on every rank; bytes that are no UTF-8 become half surrogates.
-
-    Raises on all ranks if the file cannot be read.
-    """
-    text = ""
-    with raising_together():
-        if is_main_rank():
-            text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    return told_by_rank_0(text)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,13 @@ import math
 import random
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
-from llama.cache import KVCache
 from llama.distributed import current_world, from_rank_0, is_main_rank, leave
 from llama.model import Transformer, score
 from llama.request import Alternatives, Each, Row, Settings, StopIds, check_whole, read_rows
@@ -198,20 +199,24 @@ class Engine:
         if k is not None:
             # h:       h0  h1  h2        predicts
             # tokens:  t0  t1  t2  t3    one place to the left
-            scores = read_back(model.token_logprobs(h[:, :-1], tokens[:, 1:], k))
+            width = tokens.shape[1]
+            at = torch.tensor(
+                [slot * width + i for slot, n in enumerate(lengths) for i in range(n - 1)], dtype=torch.int64
+            )
+            scores = model.measured(h.flatten(0, 1)[at], tokens.flatten()[at + 1], partial(score, k=k))  # no padding
+            found = iter([_alternatives(values, k) for values in read_back(scores)])
+            by_text = [list(islice(found, length - 1)) for length in lengths]
             for row, slot in zip(rows, slots, strict=True):
-                found = [_alternatives(values, k) for values in scores[slot][: len(row.prompt) - 1]]
-                row.prompt_logprobs = [0.0, *(logprob for logprob, _ in found)]
-                row.prompt_top = [[], *(top for _, top in found)]
+                row.prompt_logprobs = [0.0, *(logprob for logprob, _ in by_text[slot])]
+                row.prompt_top = [[], *(top for _, top in by_text[slot])]
             self._check_finite(rows, [all(map(math.isfinite, row.prompt_logprobs)) for row in rows], "in the prompt")
         for row in rows:
             row.reused = start
         h = h[range(len(distinct)), [length - start - 1 for length in lengths]]  # the last position of each
         if len(distinct) < len(rows):
             h = h[slots]
-            for module in model.modules():
-                if isinstance(module, KVCache):
-                    module.spread(slots, max(lengths))
+            for cache in model.caches:
+                cache.spread(slots, max(lengths))
         self._held, self._held_at = [list(text) for text in texts], model.passes
         return h
 
@@ -272,9 +277,8 @@ class Engine:
         for row, is_finite in zip(rows, finite, strict=True):
             if not is_finite:
                 self._held_at = -1
-                for module in self.model.modules():
-                    if isinstance(module, KVCache):
-                        module.clear()
+                for cache in self.model.caches:
+                    cache.clear()
                 raise FloatingPointError(
                     f"logits that are not finite {where}, row {row.index}, rank {current_world().rank}: "
                     "the weights are damaged, or their dtype overflows (try --dtype float32)"

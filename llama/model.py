@@ -4,6 +4,7 @@ Shapes use bsz (rows), seqlen (new positions), ctx_len (positions a query may lo
 included), dim, head_dim and vocab. "Local" is this rank's part of what is split over the ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from llama.params import ModelArgs
 
 # Logits are computed for so many fp32 numbers at a time when all positions are scored (64 MB).
 SCORING_CHUNK = 2**24
+# What is wanted of a position: fp32 logits [n, vocab] and the ids that follow [n] -> fp32 [n, m].
+Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 # Layers -------------------------------------------------------------------------------------------
@@ -29,11 +32,20 @@ SCORING_CHUNK = 2**24
 # as it is and leave the weight on the meta device, to be assigned from the checkpoint.
 
 
-def _meta_weight(rows: int, columns: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(rows, columns, device="meta"), requires_grad=False)
+def _meta_weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
 
-class ColumnLinear(ColumnParallelLinear):
+class Shaped(nn.Module):
+    """Shows the local shape of its weight where the model is printed."""
+
+    weight: nn.Parameter
+
+    def extra_repr(self) -> str:
+        return " x ".join(map(str, self.weight.shape))
+
+
+class ColumnLinear(Shaped, ColumnParallelLinear):
     """x @ weight.T with the output features split: [.., in] -> [.., local_out], or [.., out] when gathered."""
 
     def __init__(self, in_features: int, local_out_features: int, gather_output: bool = False):
@@ -43,7 +55,7 @@ class ColumnLinear(ColumnParallelLinear):
         self.gather_output = gather_output
 
 
-class RowLinear(RowParallelLinear):
+class RowLinear(Shaped, RowParallelLinear):
     """x @ weight.T with the input features split, summed over the ranks: [.., local_in] -> [.., out]."""
 
     def __init__(self, local_in_features: int, out_features: int):
@@ -53,7 +65,7 @@ class RowLinear(RowParallelLinear):
         self.input_is_parallel = True
 
 
-class VocabEmbedding(VocabParallelEmbedding):
+class VocabEmbedding(Shaped, VocabParallelEmbedding):
     """Rows of a table that is split on the vocabulary, as in Llama 3's files: [bsz, seqlen] -> [bsz, seqlen, dim]."""
 
     def __init__(self, vocab_size: int, dim: int):
@@ -66,7 +78,7 @@ class VocabEmbedding(VocabParallelEmbedding):
         self.scale_grad_by_freq, self.sparse = False, False
 
 
-class DimEmbedding(ParallelEmbedding):
+class DimEmbedding(Shaped, ParallelEmbedding):
     """Rows of a table that is split on dim, as in Llama 2's files: [bsz, seqlen] -> [bsz, seqlen, dim]."""
 
     def __init__(self, vocab_size: int, dim: int):
@@ -76,12 +88,12 @@ class DimEmbedding(ParallelEmbedding):
         self.scale_grad_by_freq, self.sparse = False, False
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Shaped):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, device="meta"), requires_grad=False)
+        self.weight = _meta_weight(dim)
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -274,17 +286,18 @@ class Transformer(nn.Module):
         return self.output(h).float()
 
     @torch.inference_mode()
-    def token_logprobs(self, h: torch.Tensor, targets: torch.Tensor, k: int = 0) -> torch.Tensor:
-        """`score` of the id that follows each position, fp32 [bsz, seqlen, 1 + 2k].
+    def measured(self, h: torch.Tensor, targets: torch.Tensor, measure: Measure) -> torch.Tensor:
+        """measure(logits, targets) -> [n, m] for hidden states [n, dim] and the ids that follow them [n].
 
-        h: hidden states [bsz, seqlen, dim]. targets: the ids that follow, [bsz, seqlen].
         Works in chunks of positions, so that the logits of all of them never stand in memory together.
         """
-        bsz, seqlen, _ = h.shape
-        chunk = max(1, SCORING_CHUNK // (bsz * self.params.vocab_size))
-        parts = [slice(at, at + chunk) for at in range(0, seqlen, chunk)]
-        scores = [score(self.logits(h[:, part]), targets[:, part], k) for part in parts]
-        return torch.cat(scores, dim=1) if scores else h.new_zeros(bsz, 0, 1 + 2 * k, dtype=torch.float32)
+        chunk = max(1, SCORING_CHUNK // self.params.vocab_size)
+        parts = zip(h.split(chunk), targets.split(chunk), strict=True)
+        return torch.cat([measure(self.logits(states), ids) for states, ids in parts])
+
+    @property
+    def caches(self) -> list[KVCache]:
+        return [module for module in self.modules() if isinstance(module, KVCache)]
 
 
 def score(logits: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:

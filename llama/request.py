@@ -116,7 +116,7 @@ def read_rows(
         each("seed", seed, _optional_whole(0)),
         strict=True,
     )
-    texts = [_prompt(i, prompt, args) for i, prompt in enumerate(prompts)]
+    texts = [read_ids(f"prompt {i}", prompt, args) for i, prompt in enumerate(prompts)]
     rows: list[Row] = []
     for ids, (most, heat, p, k, penalty, stop, first_seed) in zip(texts, settings, strict=True):
         limit = args.max_seq_len if most is None else min(len(ids) + most, args.max_seq_len)
@@ -188,19 +188,23 @@ def _stops(value: Any, count: int) -> list[set[int]]:
         raise TypeError(f"stop_token_ids is {value!r}, expected a list of ids, or one for each prompt") from None
 
 
-def _prompt(i: int, prompt: Any, args: ModelArgs) -> list[int]:
+def read_ids(name: str, value: Any, args: ModelArgs) -> list[int]:
+    """A list of one id or more that the model has a place for. Raises ValueError or TypeError."""
     try:
-        ids = [operator.index(token) for token in prompt]
+        ids = [operator.index(token) for token in value]
     except TypeError:
-        raise TypeError(f"prompt {i} is not a list of ids: {str(prompt)[:60]}") from None
+        raise TypeError(f"{name} is not a list of ids: {str(value)[:60]}") from None
     if not ids:
-        raise ValueError(f"prompt {i} is empty: the model needs an id to continue, BOS for instance")
+        raise ValueError(f"{name} is empty: the model needs an id to continue, BOS for instance")
     if len(ids) > args.max_seq_len:
         raise ValueError(
-            f"prompt {i} has {len(ids)} ids, but max_seq_len is {args.max_seq_len}: "
-            "shorten it or build with a larger one"
+            f"{name} has {len(ids)} ids, but max_seq_len is {args.max_seq_len}: shorten it or build with a larger one"
         )
+    check_known(name, ids, args)
+    return ids
+
+
+def check_known(name: str, ids: Sequence[int], args: ModelArgs) -> None:
     outside = [token for token in ids if not 0 <= token < args.vocab_size]
     if outside:
-        raise ValueError(f"prompt {i} holds id {outside[0]}, outside the vocabulary of {args.vocab_size}")
-    return ids
+        raise ValueError(f"{name} holds id {outside[0]}, outside the vocabulary of {args.vocab_size}")

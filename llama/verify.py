@@ -24,8 +24,8 @@ from llama.checkpoint import (
     tensor_shapes,
     without_layer,
 )
-from llama.distributed import progress
 from llama.params import CheckpointError, ModelArgs, read_params
+from llama.progress import progress
 from llama.sniff import JSON, LFS_POINTER, PICKLE, ZIP, what_instead, what_is
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 

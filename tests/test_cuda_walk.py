@@ -144,7 +144,7 @@ def test_build_and_generate(
         torch.save({key: tensor.to(stored) for key, tensor in torch.load(path).items()}, path)
     device = torch.device("cuda", rank % 2)
     with walk(monkeypatch, rank, size, capability) as chosen:
-        hidden, logits, scores = (spy(monkeypatch, Transformer, n) for n in ("hidden", "logits", "token_logprobs"))
+        hidden, logits, scores = (spy(monkeypatch, Transformer, n) for n in ("hidden", "logits", "measured"))
         read, drawn = (spy(monkeypatch, generation, n) for n in ("read_back", "from_rank_0"))
         sampled = spy(monkeypatch, sampling.Sampler, "sample")
         llama = Llama.build(tmp_path, max_seq_len=32)

@@ -23,8 +23,8 @@ from llama.convert.meta import ConvertError, Source, raw
 from llama.convert.params import MOST_LAYERS, check_shapes, decimal, feed_forward_params, head_params, shown, whole
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import hf_tokenizer
-from llama.distributed import progress
 from llama.params import ModelArgs
+from llama.progress import progress
 from llama.sniff import JSON, SAFETENSORS, ZIP, what_is
 from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.verify import torn_records

@@ -20,8 +20,8 @@ from torch._utils import _rebuild_tensor_v2
 
 from llama.chat_format import base_model_note
 from llama.checkpoint import OUTPUT, Checkpoint, legal_world_sizes, shard_axis
-from llama.distributed import progress
 from llama.params import ModelArgs
+from llama.progress import progress
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 from llama.verify import Findings, check_bytes, check_kinship
 

@@ -1,0 +1,3 @@
+def inspect(text: str, *, ckpt_dir: str) -> None:
+    """Stub."""
+    raise NotImplementedError

@@ -1,0 +1,3 @@
+def perplexity(files: list[str], *, ckpt_dir: str) -> None:
+    """Stub."""
+    raise NotImplementedError(files)
