@@ -81,9 +81,10 @@ def _read_words(command: Command | dict[str, Command], words: list[str]) -> list
         given.setdefault(name, []).append(value)
     # Words without a flag fill what is left, in turn.
     places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and name not in given]
-    if places and parameters[places[-1]].annotation == list[str]:
-        given[places.pop()] = free[len(places) :]
-        free = free[: len(places)]
+    if places and parameters[places[-1]].annotation == list[str] and len(free) >= len(places):
+        most = places.pop()  # a list takes all the words that are left
+        given[most] = free[len(places) :]
+        del free[len(places) :]
     if len(free) > len(places):
         _refuse(f"{len(free)} words without a flag, but {len(places)} have a place: quote a text with spaces")
     given |= {name: [word] for name, word in zip(places, free, strict=False)}
