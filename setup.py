@@ -24,7 +24,8 @@ def long_description() -> str:
 # Versions are lower bounds only where an older one is known not to do (jinja2 before 3.1.6: ways out of its sandbox);
 # requirements.txt pins what was tested.
 CONVERT = ["gguf", "tokenizers", "tiktoken", "safetensors", "jinja2>=3.1.6"]
-TEST = ["pytest", "hypothesis", "ruff", "mypy", "transformers", "llama-models", "mistral-common"]
+EVAL = ["lm-eval"]
+TEST = ["pytest", "hypothesis", "ruff", "mypy", "transformers", "accelerate", "llama-models", "mistral-common"]
 
 setup(
     name="llama-runner",
@@ -37,6 +38,6 @@ setup(
     packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama": ["py.typed"]},
     install_requires=["torch>=2.5", "fairscale>=0.4.13", "sentencepiece", "fire", "numpy"],
-    extras_require={"convert": CONVERT, "test": CONVERT + TEST},
+    extras_require={"convert": CONVERT, "eval": EVAL, "test": CONVERT + EVAL + TEST},
     entry_points={"console_scripts": ["llama = llama.cli:main"]},
 )

@@ -89,7 +89,9 @@ def _read_words(command: Command | dict[str, Command], words: list[str]) -> list
         _refuse(f"{len(free)} words without a flag, but {len(places)} have a place: quote a text with spaces")
     given |= {name: [word] for name, word in zip(places, free, strict=False)}
     if missing := [name for name, p in parameters.items() if p.default is p.empty and name not in given]:
-        _refuse(f"--{missing[0]} is missing; --help tells more")
+        name = missing[0]
+        what = "FILE..." if parameters[name].annotation == list[str] else f"--{name}"
+        _refuse(f"{what} is missing; --help tells more")
     return [f"--{name}={_as_python(values, str(parameters[name].annotation))}" for name, values in given.items()]
 
 

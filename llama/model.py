@@ -21,8 +21,8 @@ from llama.cache import KVCache
 from llama.distributed import model_parallel
 from llama.params import ModelArgs
 
-# Logits are computed for so many fp32 numbers at a time when all positions are scored (64 MB).
-SCORING_CHUNK = 2**24
+# Logits are computed for so many fp32 numbers at a time when positions are scored (32 MB).
+SCORING_CHUNK = 2**23
 # What is wanted of a position: fp32 logits [n, vocab] and the ids that follow [n] -> fp32 [n, m].
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -39,10 +39,8 @@ def _meta_weight(*shape: int) -> nn.Parameter:
 class Shaped(nn.Module):
     """Shows the local shape of its weight where the model is printed."""
 
-    weight: nn.Parameter
-
     def extra_repr(self) -> str:
-        return " x ".join(map(str, self.weight.shape))
+        return " x ".join(map(str, self.get_parameter("weight").shape))
 
 
 class ColumnLinear(Shaped, ColumnParallelLinear):
@@ -300,11 +298,16 @@ class Transformer(nn.Module):
         return [module for module in self.modules() if isinstance(module, KVCache)]
 
 
+def log_norm(logits: torch.Tensor) -> torch.Tensor:
+    """Logits less this are log-probabilities, [.., 1]; on a CPU `log_softmax` is off by up to 1e-5 in fp32."""
+    return logits.logsumexp(dim=-1, keepdim=True)
+
+
 def score(logits: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
     """Log-probabilities: logits [.., vocab], ids [..] -> [.., 1 + 2k]: the targets', the k best, and those k ids.
 
     fp32 holds every id below 2^24 exactly, so that one transfer from the device brings everything.
     """
-    logprobs = logits.log_softmax(dim=-1)
-    best, ids = logprobs.topk(k, dim=-1)
-    return torch.cat((logprobs.gather(-1, targets[..., None]), best, ids.float()), dim=-1)
+    best, ids = logits.topk(k, dim=-1)
+    chosen = torch.cat((logits.gather(-1, targets[..., None]), best), dim=-1) - log_norm(logits)
+    return torch.cat((chosen, ids.float()), dim=-1)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llama.distributed import current_world
 from llama.generation import Engine, read_back
-from llama.model import Measure, Transformer, score
+from llama.model import Measure, Transformer, log_norm, score
 from llama.params import ModelArgs
 from llama.progress import progress
 from llama.request import Alternatives, check_known, check_list, check_whole, read_ids
@@ -115,9 +115,7 @@ def rolling_loglikelihood(
     Raises ValueError or TypeError for a stride out of range and for ids outside the vocabulary.
     """
     limit = llama.model.params.max_seq_len
-    check_whole("stride", limit if stride is None else stride, 1)
-    if stride is not None and stride > limit:
-        raise ValueError(f"stride is {stride}, but a window has only max_seq_len {limit} ids: ids would be left out")
+    check_stride(stride, limit)
     texts: list[Text] = []
     owners = []
     for i, ids in enumerate(_checked("token_lists", token_lists)):
@@ -159,6 +157,20 @@ def hidden_states(llama: Engine, ids: Sequence[int]) -> torch.Tensor:
     return llama.model.hidden(torch.tensor([text], device=llama.model.cos.device), 0, len(text))
 
 
+def check_bos(bos: bool | None) -> None:
+    if bos not in (True, False, None):
+        raise TypeError(f"bos is {bos!r}, expected True or False")
+
+
+def check_stride(stride: int | None, max_seq_len: int) -> None:
+    if stride is not None:
+        check_whole("stride", stride, 1)
+        if stride > max_seq_len:
+            raise ValueError(
+                f"stride is {stride}, but a window has only max_seq_len {max_seq_len} ids: some would be left out"
+            )
+
+
 def prefix_id(tokenizer: Tokenizer) -> int:
     """What stands before a text that nothing else precedes: BOS, or EOS in vocabularies that have no BOS."""
     return tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
@@ -167,6 +179,7 @@ def prefix_id(tokenizer: Tokenizer) -> int:
 def with_bos(tokenizer: Tokenizer, ids: list[int], bos: bool | None = None) -> list[int]:
     """`ids` with BOS in front, at most once. bos: None puts it there where the tokenizer does. Raises ValueError where
     True asks for a BOS that the vocabulary lacks."""
+    check_bos(bos)
     if not (tokenizer.adds_bos if bos is None else bos) or ids[:1] == [tokenizer.bos_id]:
         return ids
     if tokenizer.bos_id < 0:
@@ -316,7 +329,7 @@ def _padded(rows: Sequence[Sequence[int]], model: Transformer) -> torch.Tensor:
 
 
 def _logprob(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return logits.log_softmax(dim=-1).gather(-1, targets[:, None])
+    return logits.gather(-1, targets[:, None]) - log_norm(logits)
 
 
 def _logprob_and_best(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llama import Llama, Transformer, distributed, generation, sampling
+from llama import Llama, Transformer, distributed, generation, sampling, scoring
 from llama.device import pick_device
 from llama.distributed import World, current_world, join, leave
 
@@ -94,7 +94,8 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     patch.setattr(dist, "init_process_group", init_fake)
     patch.setattr(dist, "get_backend", lambda *group: "nccl")
     patch.setattr(dist, "all_gather_object", lambda *objects: None)
-    patch.setattr(generation, "read_back", lambda values: np.ones(values.shape).tolist())
+    for module in (generation, scoring):
+        patch.setattr(module, "read_back", lambda values: np.ones(values.shape).tolist())
     patch.setattr(FakeTensorMode, "avoid_device_init", True)  # else it looks for the pretended GPU
     chosen = pretend_gpus(patch, hosts_gpus, capability)
     join(current_world(), torch.device("cuda"))  # outside the mode, where fairscale can read its ranks
@@ -152,6 +153,9 @@ def test_build_and_generate(
         ragged, _ = llama.generate([[5, 6, 7], [8]], 3, temperature=0, logprobs=True, echo=True)
         uniform, _ = llama.generate([[5, 6], [7, 8]], 3, temperature=0.6, top_p=0.9)
         model.forward(torch.zeros(2, 3, dtype=torch.int64).to(device), 4)  # a later chunk: with a mask
+        # Two shared contexts of two lengths, so that the second pass has a mask for each row; and a text alone.
+        requests = [(context, [token, 9]) for context in ([5] * 9, [6] * 8) for token in (7, 8)]
+        total, *_ = scoring.loglikelihood(llama, [*requests, ([5, 6], [7])])
         llama.close()
 
     assert chosen == [rank % 2]
@@ -160,10 +164,12 @@ def test_build_and_generate(
     floats = [model.cos, model.sin, *(call[-1] for call in logits + scores), *(call[0] for call in read)]
     assert {(t.device, t.dtype) for t in floats} == {(device, F32)}
     assert {(ids.device, ids.dtype) for *_, ids in drawn} == {(device, torch.int64)}
-    # Two generations of a prefill and two decode steps, each row at its own position or all at one; the later chunk.
+    # Two generations of a prefill and two decode steps, each row at its own position or all at one; the later chunk;
+    # the two passes of scoring.
     starts = [start if isinstance(start, int) else start.device for _, _, start, *_ in hidden]
-    assert starts == [0, device, device, 0, 2, 3, 4]
-    assert (len(scores), len(drawn), len(sampled)) == (1, 6, 6 if rank == 0 else 0)
+    assert starts == [0, device, device, 0, 2, 3, 4, 0, device]
+    assert (len(scores), len(drawn), len(sampled)) == (2, 6, 6 if rank == 0 else 0)
+    assert total == (2.0, True)
     assert (ragged, uniform) == ([[5, 6, 7, 1, 1, 1], [8, 1, 1, 1]], [[1, 1, 1], [1, 1, 1]])
 
 

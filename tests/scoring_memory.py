@@ -1,0 +1,38 @@
+"""python scoring_memory.py TOKENIZER DTYPE: the most memory in bytes after hidden states, and after scoring."""
+
+import resource
+import sys
+
+import torch
+
+from llama import ModelArgs, Tokenizer, Transformer
+from llama.device import DTYPES
+from llama.distributed import current_world, join
+from llama.generation import Engine
+from llama.scoring import hidden_states, token_logprobs
+
+ROWS, LENGTH = 4, 4096
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(tokenizer: str, dtype: torch.dtype) -> None:
+    join(current_world(), torch.device("cpu"))
+    args = ModelArgs(
+        dim=128, n_layers=1, n_heads=2, vocab_size=32000, multiple_of=64, max_seq_len=LENGTH, max_batch_size=ROWS
+    )
+    model = Transformer(args, dtype, torch.device("cpu"))
+    weights = {name: torch.randn(w.shape).mul_(0.02).to(dtype) for name, w in model.named_parameters()}
+    model.load_state_dict(weights, assign=True)
+    llama = Engine(model, Tokenizer(tokenizer))
+    texts = [[(row + 7 * i) % 32000 for i in range(LENGTH)] for row in range(ROWS)]
+    for text in texts:
+        hidden_states(llama, text)
+    before = peak()
+    token_logprobs(llama, texts, bos=False)
+    print(before, peak())
+
+
+main(sys.argv[1], DTYPES[sys.argv[2]])
