@@ -171,6 +171,8 @@ class MetaLlama(TemplateLM):
         """What `_continue` takes, from a context and a task's generation_kwargs."""
         settings: dict[str, Any] = {**normalize_gen_kwargs(asked, self.max_gen_toks)}
         until, most = settings.pop("until"), settings.pop("max_gen_toks")
+        if settings.get("num_beams") == 1:  # which some tasks say, and is what happens anyway
+            del settings["num_beams"]
         if unknown := sorted(settings.keys() - set(GENERATION)):
             raise ValueError(
                 f"generation_kwargs holds {unknown[0]}, which meta_llama does not have; there are until, max_gen_toks, "

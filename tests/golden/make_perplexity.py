@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
-LENGTH = 2048
+LENGTH = 512
 
 
 def main(folder: str) -> None:
