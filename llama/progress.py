@@ -16,14 +16,17 @@ def progress(items: Sequence[T], label: str) -> Iterator[T]:
     a second draws none."""
     visible = is_main_rank() and sys.stderr.isatty()
     started = shown = time.perf_counter()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.perf_counter()
-        last = done == len(items)
-        if not visible or now - started < 1 or (now - shown < 0.1 and not last):
-            continue
-        shown = now
-        left = round((now - started) / done * (len(items) - done))
-        bar = f"{'#' * (WIDTH * done // len(items)):.<{WIDTH}}"
-        line = f"{label} {bar} {done}/{len(items)}, {left // 60}:{left % 60:02} left"
-        print(f"\r\033[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.perf_counter()
+            if not visible or now - started < 1 or (now - shown < 0.1 and done < len(items)):
+                continue
+            shown = now
+            left = round((now - started) / done * (len(items) - done))
+            bar = f"{'#' * (WIDTH * done // len(items)):.<{WIDTH}}"
+            line = f"{label} {bar} {done}/{len(items)}, {left // 60}:{left % 60:02} left"
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+    finally:
+        if shown > started:
+            print(file=sys.stderr, flush=True)

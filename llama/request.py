@@ -188,23 +188,21 @@ def _stops(value: Any, count: int) -> list[set[int]]:
         raise TypeError(f"stop_token_ids is {value!r}, expected a list of ids, or one for each prompt") from None
 
 
-def read_ids(name: str, value: Any, args: ModelArgs) -> list[int]:
-    """A list of one id or more that the model has a place for. Raises ValueError or TypeError."""
+def read_ids(name: str, value: Any, args: ModelArgs, *, any_length: bool = False) -> list[int]:
+    """A list of ids of the vocabulary, one at least and no more than fit the context, unless of any length.
+
+    Raises ValueError or TypeError."""
     try:
         ids = [operator.index(token) for token in value]
     except TypeError:
         raise TypeError(f"{name} is not a list of ids: {str(value)[:60]}") from None
-    if not ids:
+    if not ids and not any_length:
         raise ValueError(f"{name} is empty: the model needs an id to continue, BOS for instance")
-    if len(ids) > args.max_seq_len:
+    if len(ids) > args.max_seq_len and not any_length:
         raise ValueError(
             f"{name} has {len(ids)} ids, but max_seq_len is {args.max_seq_len}: shorten it or build with a larger one"
         )
-    check_known(name, ids, args)
-    return ids
-
-
-def check_known(name: str, ids: Sequence[int], args: ModelArgs) -> None:
     outside = [token for token in ids if not 0 <= token < args.vocab_size]
     if outside:
         raise ValueError(f"{name} holds id {outside[0]}, outside the vocabulary of {args.vocab_size}")
+    return ids

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -19,10 +18,10 @@ from llama.generation import Engine, read_back
 from llama.model import Measure, Transformer, log_norm, score
 from llama.params import ModelArgs
 from llama.progress import progress
-from llama.request import Alternatives, check_known, check_list, check_whole, read_ids
+from llama.request import Alternatives, check_list, check_whole, read_ids
 from llama.tokenizer import Tokenizer
 
-# One pass computes at most so many positions, padding included: enough to keep arithmetic busy, and a bound on memory.
+# One pass computes at most so many positions, padding included, or one text: enough to keep arithmetic busy.
 BATCH_TOKENS = 4096
 
 
@@ -42,7 +41,8 @@ def token_logprobs(
     (`rolling_loglikelihood` takes those) or empty.
     """
     texts, answers = [], []
-    for i, ids in enumerate(_checked("token_lists", token_lists)):
+    check_list("token_lists", "lists of ids", token_lists)
+    for i, ids in enumerate(token_lists):
         text = read_ids(f"list {i}", ids, llama.model.params)
         full = with_bos(llama.tokenizer, text, bos)
         texts.append(Text(tuple(full), 1))
@@ -70,10 +70,17 @@ def loglikelihood(
     Continuations of one context share its computation. Raises ValueError or TypeError for ids outside the vocabulary,
     and for continuations that are longer than max_seq_len.
     """
+    check_bos(bos)
+    check_list("requests", "pairs of lists of ids", requests)
     limit = llama.model.params.max_seq_len
     texts = []
-    for i, (context, continuation) in enumerate(_checked("requests", requests)):
-        before, after = list(context), list(continuation)
+    for i, request in enumerate(requests):
+        if len(request) != 2:
+            raise ValueError(f"request {i} has {len(request)} parts, expected (context ids, continuation ids)")
+        before, after = (
+            read_ids(f"{part} {i}", ids, llama.model.params, any_length=True)
+            for part, ids in zip(("context", "continuation"), request, strict=True)
+        )
         if before:
             before = with_bos(llama.tokenizer, before, bos)
         elif after and after[0] == prefix_id(llama.tokenizer):
@@ -118,8 +125,9 @@ def rolling_loglikelihood(
     check_stride(stride, limit)
     texts: list[Text] = []
     owners = []
-    for i, ids in enumerate(_checked("token_lists", token_lists)):
-        full = with_bos(llama.tokenizer, list(ids), bos)
+    check_list("token_lists", "lists of ids", token_lists)
+    for i, ids in enumerate(token_lists):
+        full = with_bos(llama.tokenizer, read_ids(f"list {i}", ids, llama.model.params, any_length=True), bos)
         for text in windows(full, limit, stride or limit):
             texts.append(text)
             owners.append(i)
@@ -223,29 +231,27 @@ class Group:
         return text.ids[len(self.prefix) : -1]
 
     @property
-    def longest_rest(self) -> int:
-        return max(len(self.rest(text)) for text in self.texts)
+    def rests(self) -> list[int]:
+        """The lengths of those that there are."""
+        return [n for n in map(len, map(self.rest, self.texts)) if n]
 
 
 def measure_texts(llama: Engine, texts: Sequence[Text], measure: Measure) -> list[list[list[float]]]:
     """measure's numbers for each measured id of each text, in the order of the texts: [len(ids) - start][m].
 
-    Equal texts are computed once. Raises ValueError for ids outside the vocabulary, FloatingPointError where a number
-    is not finite.
+    Equal texts are computed once. Raises FloatingPointError where a number is not finite.
     """
-    args = llama.model.params
-    for i, text in enumerate(texts):
-        check_known(f"text {i}", text.ids, args)
     found: dict[Text, list[list[float]]] = {text: [] for text in texts}
     groups = _groups([text for text in found if text.start < len(text.ids)])
-    for batch in progress(list(_batches(groups, args)), "scoring"):
+    for batch in progress(list(_batches(groups, llama.model.params)), "scoring"):
         for text, values in _measure_batch(llama, batch, measure):
             found[text] = values
             if not all(math.isfinite(number) for row in values for number in row):
                 for cache in llama.model.caches:
                     cache.clear()
+                begin = ", ".join(map(str, text.ids[:8]))
                 raise FloatingPointError(
-                    f"logits that are not finite, text {texts.index(text)}, rank {current_world().rank}: "
+                    f"logits that are not finite in a text that begins with ids {begin}, rank {current_world().rank}: "
                     "the weights are damaged, or their dtype overflows (try --dtype float32)"
                 )
     return [found[text] for text in texts]
@@ -260,30 +266,36 @@ def _groups(texts: list[Text]) -> list[Group]:
     for common, members in alike.items():
         work = sum(len(text.ids) - 1 for text in members)
         if (len(members) - 1) * len(common) * 8 >= work:
-            groups.append(Group(common, members))
+            measured = BATCH_TOKENS  # a bound on the states that are kept, so that thousands of short texts are cut up
+            for text in members:
+                if measured >= BATCH_TOKENS:
+                    groups.append(Group(common, []))
+                    measured = 0
+                groups[-1].texts.append(text)
+                measured += len(text.ids) - text.start
         else:
             groups += [Group(text.ids[:-1], [text]) for text in members]
     return groups
 
 
 def _batches(groups: list[Group], args: ModelArgs) -> Iterator[list[Group]]:
-    """The longest prefixes first, as many as the cache and BATCH_TOKENS allow in both passes of `_measure_batch`."""
+    """The longest prefixes first, as many as the cache and BATCH_TOKENS allow in both passes of `_measure_batch`. The
+    second one computes the rests of several groups at once, as it overwrites their prefixes."""
     batch: list[Group] = []
-    rows = rest = 0
+    rests: list[int] = []
     for group in sorted(groups, key=lambda group: -len(group.prefix)):
-        longest = max(rest, group.longest_rest)
-        together = rows + len(group.texts)
-        prefix = len((batch or [group])[0].prefix)
+        more = rests + group.rests
+        longest, prefix = max(more, default=0), len((batch or [group])[0].prefix)
         if batch and (
-            together > args.max_batch_size
+            max(len(batch) + 1, len(more)) > args.max_batch_size
             or prefix * (len(batch) + 1) > BATCH_TOKENS
-            or longest * together > BATCH_TOKENS
+            or longest * len(more) > BATCH_TOKENS
             or prefix + longest > args.max_seq_len
         ):
             yield batch
-            batch, longest, together = [], group.longest_rest, len(group.texts)
+            batch, more = [], group.rests
         batch.append(group)
-        rows, rest = together, longest
+        rests = more
     if batch:
         yield batch
 
@@ -310,7 +322,7 @@ def _measure_batch(llama: Engine, batch: list[Group], measure: Measure) -> list[
         slots, rests, owners = zip(*later[at : at + size], strict=True)
         starts = [lengths[slot] for slot in slots]
         tokens = _padded(rests, model)  # [rows, rest]
-        for cache in model.caches:
+        for cache in model.caches if at == 0 else ():  # later rows find the prefix where it is
             cache.spread(list(slots), max(starts))
         same = len(set(starts)) == 1
         start_pos = starts[0] if same else torch.tensor(starts, device=tokens.device)
@@ -335,8 +347,3 @@ def _logprob(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _logprob_and_best(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Also 1 where the id is the first of the most probable ones, which is what greedy decoding takes."""
     return torch.cat((_logprob(logits, targets), (logits.argmax(dim=-1) == targets)[:, None].float()), dim=-1)
-
-
-def _checked(name: str, value: Any) -> Any:
-    check_list(name, "lists of ids", value)
-    return value

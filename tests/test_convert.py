@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import random
 import shutil
 import subprocess
@@ -656,24 +655,3 @@ def test_a_full_disk_leaves_one_line(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and not os.listdir(tmp_path)
     assert done.stderr.startswith("error: ") and "cannot be written (File too large)" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_progress_is_shown_on_a_terminal_only(source: Path, tmp_path: Path) -> None:
-    call = f"from llama.convert import convert; convert({str(source)!r}, {str(tmp_path / 'out')!r})"
-    leader, follower = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", call], stderr=follower, stdout=subprocess.DEVNULL)
-    os.close(follower)
-    shown = b""
-    while True:
-        try:
-            block = os.read(leader, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not block:
-            break
-        shown += block
-    assert process.wait() == 0
-    assert b"converting" in shown and b"21/21" in shown and b"21/21wrote" not in shown
-    shutil.rmtree(tmp_path / "out")
-    piped = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
-    assert len(piped.stderr.splitlines()) == 1 and piped.stderr.startswith("wrote ")

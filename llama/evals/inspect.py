@@ -45,7 +45,8 @@ def inspect(
     most probable id after it ("next"), and the most probable ones in its place ("expected here"). Nothing predicts the
     first token, unless BOS stands before it.
 
-    text: what to look at, the one word that needs no flag; without it, what comes through a pipe.
+    text: what to look at, the one word that needs no flag; without it, what comes through a pipe, less one line break
+        at its end.
     ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
     generate: how many tokens to add, each the most probable one; fewer if the model ends there. They are marked: "+".
     top: how many of the most probable ids to show in each place; the table shows those that fit.
@@ -63,6 +64,8 @@ def inspect(
     check_whole("generate", generate, 0)
     check_whole("top", top, 1)
     check_bos(bos)
+    if html == "":
+        raise ValueError("--html names no file")
     if html is not None and is_main_rank():
         _check_writable(Path(html))
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, device=device, dtype=dtype)

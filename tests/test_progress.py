@@ -1,0 +1,46 @@
+"""The bar of long work."""
+
+import os
+import pty
+import subprocess
+import sys
+
+CALL = """
+import time
+from llama.progress import progress
+for n in progress(range(6), "thinking"):
+    time.sleep(0.25)
+print("done", file=__import__("sys").stderr)
+for n in progress(range(6), "hurrying"):
+    pass
+for n in progress(range(6), "failing"):
+    time.sleep(0.6)
+    if n == 3:
+        raise SystemExit("error: it failed")
+"""
+
+
+def test_a_terminal_sees_a_bar_that_counts_and_ends_its_line() -> None:
+    leader, follower = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", CALL], stderr=follower, stdout=subprocess.DEVNULL)
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            block = os.read(leader, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not block:
+            break
+        shown += block
+    assert process.wait() == 1
+    lines = [line.split("\r\033[K")[-1] for line in shown.decode().split("\r\n")]
+    assert lines[:2] == ["thinking #################### 6/6, 0:00 left", "done"]
+    assert "thinking ################.... 5/6, 0:00 left" in shown.decode()
+    assert lines[2].startswith("failing ##########.......... 3/6, 0:0") and lines[3] == "error: it failed"
+    assert "hurrying" not in shown.decode()  # what takes no time
+
+
+def test_elsewhere_nothing_is_shown() -> None:
+    done = subprocess.run([sys.executable, "-c", CALL], capture_output=True, text=True)
+    assert done.stderr == "done\nerror: it failed\n"
