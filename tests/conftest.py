@@ -10,6 +10,8 @@ import pytest
 # The seeded models are too small for threads: one each, here and in the ranks that tests start. Set before torch
 # is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing is fetched: the packages of Hugging Face would try, again and again, where there is no network.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
 
 from llama import Llama
 
