@@ -8,7 +8,7 @@ from llama.distributed import current_world, is_main_rank, told_by_rank_0
 
 
 def lm_eval(words: list[str]) -> None:
-    """Run the harness's own command line; `meta_llama` is among its models, and is meant where no --model is given.
+    """Run tasks of EleutherAI's lm-evaluation-harness: its command line, with `meta_llama` as the default --model.
 
     Under torchrun rank 0 runs the harness. The others read the command line as far as it names the model, then compute
     what rank 0 tells them. Raises ValueError without the harness's package, and what the harness raises.
