@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from llama.distributed import current_world, from_rank_0, is_main_rank, leave
 from llama.model import Transformer, score
-from llama.request import Alternatives, Each, Row, Settings, StopIds, check_whole, read_rows
+from llama.request import Alternatives, Each, Row, Settings, StopIds, check_alternatives, check_whole, read_rows
 from llama.sampling import Sampler, wide_dtype
 from llama.tokenizer import Tokenizer
 
@@ -135,9 +135,7 @@ class Engine:
         """How many alternatives `logprobs` asks for; None where it asks for nothing."""
         if isinstance(logprobs, bool):
             return 0 if logprobs else None
-        check_whole("logprobs", logprobs, 0)
-        if logprobs > self.model.params.vocab_size:
-            raise ValueError(f"logprobs is {logprobs}, but the vocabulary has {self.model.params.vocab_size} ids")
+        check_alternatives("logprobs", logprobs, 0, self.model.params)
         return int(logprobs)
 
     def _run(
@@ -200,11 +198,9 @@ class Engine:
             # h:       h0  h1  h2        predicts
             # tokens:  t0  t1  t2  t3    one place to the left
             width = tokens.shape[1]
-            at = torch.tensor(
-                [slot * width + i for slot, n in enumerate(lengths) for i in range(n - 1)], dtype=torch.int64
-            )
+            at = torch.tensor([s * width + i for s, n in enumerate(lengths) for i in range(n - 1)], dtype=torch.int64)
             scores = model.measured(h.flatten(0, 1)[at], tokens.flatten()[at + 1], partial(score, k=k))  # no padding
-            found = iter([_alternatives(values, k) for values in read_back(scores)])
+            found = iter([alternatives(values, k) for values in read_back(scores)])
             by_text = [list(islice(found, length - 1)) for length in lengths]
             for row, slot in zip(rows, slots, strict=True):
                 row.prompt_logprobs = [0.0, *(logprob for logprob, _ in by_text[slot])]
@@ -267,7 +263,7 @@ class Engine:
             logprob: float | None = None
             top: Alternatives = []
             if k is not None:
-                logprob, top = _alternatives([column[i] for column in scores], k)
+                logprob, top = alternatives([column[i] for column in scores], k)
                 row.logprobs.append(logprob)
                 row.top.append(top)
             tokens.append(Token(row.index, token, logprob, top, row.finish_reason))
@@ -276,13 +272,17 @@ class Engine:
     def _check_finite(self, rows: list[Row], finite: Sequence[float], where: str) -> None:
         for row, is_finite in zip(rows, finite, strict=True):
             if not is_finite:
-                self._held_at = -1
-                for cache in self.model.caches:
-                    cache.clear()
-                raise FloatingPointError(
-                    f"logits that are not finite {where}, row {row.index}, rank {current_world().rank}: "
-                    "the weights are damaged, or their dtype overflows (try --dtype float32)"
-                )
+                raise self.damaged(f"{where}, row {row.index}")
+
+    def damaged(self, where: str) -> FloatingPointError:
+        """The error for logits that are not finite; nothing of them stays in the cache."""
+        self._held_at = -1
+        for cache in self.model.caches:
+            cache.clear()
+        return FloatingPointError(
+            f"logits that are not finite {where}, rank {current_world().rank}: "
+            "the weights are damaged, or their dtype overflows (try --dtype float32)"
+        )
 
 
 def read_back(values: torch.Tensor) -> list[list[Any]]:
@@ -290,7 +290,7 @@ def read_back(values: torch.Tensor) -> list[list[Any]]:
     return values.tolist()
 
 
-def _alternatives(values: Sequence[float], k: int) -> tuple[float, Alternatives]:
+def alternatives(values: Sequence[float], k: int) -> tuple[float, Alternatives]:
     """Take the columns of `model.score` apart."""
     return values[0], [(int(token), logprob) for logprob, token in zip(values[1 : k + 1], values[k + 1 :], strict=True)]
 

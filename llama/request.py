@@ -148,6 +148,12 @@ def check_whole(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} is {value}, expected a whole number from {least}")
 
 
+def check_alternatives(name: str, k: Any, least: int, args: ModelArgs) -> None:
+    check_whole(name, k, least)
+    if k > args.vocab_size:
+        raise ValueError(f"{name} is {k}, but the vocabulary has {args.vocab_size} ids")
+
+
 def _optional_whole(least: int) -> Callable[[str, Any], int | None]:
     def check(name: str, value: Any) -> int | None:
         if value is None:

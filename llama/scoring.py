@@ -13,12 +13,11 @@ from itertools import islice
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llama.distributed import current_world
-from llama.generation import Engine, read_back
+from llama.generation import Engine, alternatives, read_back
 from llama.model import Measure, Transformer, log_norm, score
 from llama.params import ModelArgs
 from llama.progress import progress
-from llama.request import Alternatives, check_list, check_whole, read_ids
+from llama.request import Alternatives, check_alternatives, check_list, check_whole, read_ids
 from llama.tokenizer import Tokenizer
 
 # One pass computes at most so many positions, padding included, or one text: enough to keep arithmetic busy.
@@ -146,13 +145,11 @@ def top_logprobs(llama: Engine, ids: Sequence[int], k: int) -> list[Alternatives
     The ids count as they are, without BOS unless they have it. Raises ValueError or TypeError for ids that are none,
     too many or outside the vocabulary, and for a k that is not 1 to the size of the vocabulary.
     """
-    check_whole("k", k, 1)
-    if k > llama.model.params.vocab_size:
-        raise ValueError(f"k is {k}, but the vocabulary has {llama.model.params.vocab_size} ids")
+    check_alternatives("k", k, 1, llama.model.params)
     text = read_ids("the text", ids, llama.model.params)
     # What follows the last id is asked for too: any id can stand for it, as only the alternatives are read.
     (values,) = measure_texts(llama, [Text((*text, 0), 1)], partial(score, k=k))
-    return [[(int(i), p) for p, i in zip(row[1 : k + 1], row[k + 1 :], strict=True)] for row in values]
+    return [alternatives(row, k)[1] for row in values]
 
 
 @torch.inference_mode()
@@ -247,13 +244,8 @@ def measure_texts(llama: Engine, texts: Sequence[Text], measure: Measure) -> lis
         for text, values in _measure_batch(llama, batch, measure):
             found[text] = values
             if not all(math.isfinite(number) for row in values for number in row):
-                for cache in llama.model.caches:
-                    cache.clear()
                 begin = ", ".join(map(str, text.ids[:8]))
-                raise FloatingPointError(
-                    f"logits that are not finite in a text that begins with ids {begin}, rank {current_world().rank}: "
-                    "the weights are damaged, or their dtype overflows (try --dtype float32)"
-                )
+                raise llama.damaged(f"in a text that begins with ids {begin}")
     return [found[text] for text in texts]
 
 

@@ -14,9 +14,9 @@ import torch
 from llama.completion import Llama
 from llama.distributed import is_main_rank, raising_together, say, told_by_rank_0
 from llama.evals.page import Alternative, Look, Token, level, page, percent_text, shown, width
-from llama.generation import Engine
-from llama.model import log_norm
-from llama.request import Alternatives, check_whole, read_ids
+from llama.generation import Engine, alternatives
+from llama.model import log_norm, score
+from llama.request import Alternatives, check_alternatives, check_whole, read_ids
 from llama.scoring import Text, check_bos, measure_texts, with_bos
 from llama.stream import TextStream
 from llama.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def inspect(
         raise ValueError(
             f"the text has {len(ids)} tokens{adding}, but max_seq_len is {max_seq_len}: give --max_seq_len {needed}"
         )
-    _check_top(llama, top)
+    check_alternatives("top", top, 1, llama.model.params)
     ((added,), _) = llama.generate([ids], generate, temperature=0)
     look = look_at(llama, [*ids, *added], top, generated=len(added))
     with raising_together():
@@ -105,12 +105,6 @@ def _check_writable(path: Path) -> None:
         raise ValueError(f"--html {path}: there is no folder {path.parent}")
 
 
-def _check_top(llama: Engine, top: int) -> None:
-    check_whole("top", top, 1)
-    if top > llama.model.params.vocab_size:
-        raise ValueError(f"top is {top}, but the vocabulary has {llama.model.params.vocab_size} ids")
-
-
 # The numbers ------------------------------------------------------------------------------------------
 
 
@@ -127,17 +121,15 @@ def look_at(llama: Engine, ids: Sequence[int], top: int = 5, *, generated: int =
     Under torchrun every rank makes the same call. Raises ValueError or TypeError for ids that are none, more than
     max_seq_len or outside the vocabulary, and for a `top` out of range.
     """
-    _check_top(llama, top)
+    check_alternatives("top", top, 1, llama.model.params)
     text = read_ids("the text", ids, llama.model.params)
     # What follows the last id is asked for too: 0 stands for it, and its own numbers are left out.
     (values,) = measure_texts(llama, [Text((*text, 0), 1)], partial(_measure, top=top))
-    alternatives: list[list[Alternative]] = [[]]  # in the place of each id, and behind the last
-    for row in values:
-        best = zip(row[3 + top :], row[3 : 3 + top], strict=True)
-        alternatives.append(_described(llama.tokenizer, [(int(token), logprob) for token, logprob in best]))
+    # In the place of each id, and behind the last.
+    best = [[], *(_described(llama.tokenizer, alternatives(scores, top)[1]) for _, _, *scores in values)]
     tokens: list[Token] = []
     for i, (token, added) in enumerate(zip(text, _texts(llama.tokenizer, text), strict=True)):
-        logprob, rank, entropy = values[i - 1][:3] if i else (None, None, None)
+        rank, entropy, logprob = values[i - 1][:3] if i else (None, None, None)
         tokens.append(
             {
                 "position": i,
@@ -149,27 +141,26 @@ def look_at(llama: Engine, ids: Sequence[int], top: int = 5, *, generated: int =
                 "percent": None if logprob is None else 100 * math.exp(logprob),
                 "rank": None if rank is None else int(rank),
                 "entropy": entropy,
-                "top": alternatives[i],
-                "next": alternatives[i + 1][0],
+                "top": best[i],
+                "next": best[i + 1][0],
             }
         )
-    return {"tokens": tokens, "next": alternatives[-1]}
+    return {"tokens": tokens, "next": best[-1]}
 
 
 def _measure(logits: torch.Tensor, targets: torch.Tensor, top: int) -> torch.Tensor:
-    """Logits [n, vocab], ids [n] -> [n, 3 + 2 top]: log-probability, rank, entropy, the best log-probabilities and
-    their ids. fp32 holds ids and ranks below 2^24 exactly."""
-    logprobs = logits - log_norm(logits)
-    best, ids = logprobs.topk(top, dim=-1)
+    """Logits [n, vocab], ids [n] -> [n, 3 + 2 top]: rank, entropy, and what `score` gives. fp32 holds ranks below 2^24
+    exactly."""
     rank = 1 + (logits > logits.gather(-1, targets[:, None])).sum(dim=-1, keepdim=True)
+    logprobs = logits - log_norm(logits)
     entropy = -(logprobs.exp() * logprobs).sum(dim=-1, keepdim=True)
-    return torch.cat((logprobs.gather(-1, targets[:, None]), rank.float(), entropy, best, ids.float()), dim=-1)
+    return torch.cat((rank.float(), entropy, score(logits, targets, top)), dim=-1)
 
 
-def _described(tokenizer: Tokenizer, alternatives: Alternatives) -> list[Alternative]:
+def _described(tokenizer: Tokenizer, best: Alternatives) -> list[Alternative]:
     return [
         {"id": token, "piece": tokenizer.decode_token(token), "logprob": logprob, "percent": 100 * math.exp(logprob)}
-        for token, logprob in alternatives
+        for token, logprob in best
     ]
 
 
