@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import sys
@@ -13,7 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is fetched: the packages of Hugging Face would try, again and again, where there is no network.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
 
-from llama import Llama
+from commands import Ended
+
+from llama import Llama, cli
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "golden"))
@@ -78,6 +81,47 @@ def build(checkpoint: Callable[..., Path]) -> Iterator[Callable[..., Llama]]:
     yield make
     for llama in built:
         llama.close()
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Llama]]:
+    """The models that commands build in this process, closed at the end: one that ends with an error leaves that to
+    the exit."""
+    models: list[Llama] = []
+    build = Llama.build
+
+    def watched(*args: Any, **kwargs: Any) -> Llama:
+        models.append(build(*args, **kwargs))
+        return models[-1]
+
+    monkeypatch.setattr(Llama, "build", staticmethod(watched))
+    yield models
+    for llama in models:
+        llama.close()
+
+
+@pytest.fixture
+def command(
+    built: list[Llama],
+    checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., Ended]:
+    """command(name, *words, stdin=""): `python -m llama` in this process, on a seeded model."""
+
+    def run(name: str, *words: str, stdin: str | io.StringIO = "") -> Ended:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
+        monkeypatch.setattr(sys, "argv", ["llama", name, "--ckpt_dir", str(checkpoint("mha")), *words])
+        status, message = 0, ""
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else 1
+            message = "" if isinstance(ended.code, int) else f"{ended.code}\n"
+        out, err = capsys.readouterr()
+        return Ended(status, out, err + message)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """`python -m llama complete`: a text from the command line, and a file of prompts that survives anything."""
 
-import io
 import itertools
 import json
 import os
@@ -11,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from commands import Ended, Keyboard
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import CONTEXT
@@ -30,56 +31,10 @@ SETTINGS: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "max_gen_len": 16
 FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
 
-class Keyboard(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-class Ended(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Llama]]:
-    """The models that commands build in this process, closed at the end: one that ends with an error leaves that to
-    the exit."""
-    models: list[Llama] = []
-    build = Llama.build
-
-    def watched(*args: Any, **kwargs: Any) -> Llama:
-        models.append(build(*args, **kwargs))
-        return models[-1]
-
-    monkeypatch.setattr(Llama, "build", staticmethod(watched))
-    yield models
-    for llama in models:
-        llama.close()
-
-
-@pytest.fixture
-def complete(
-    built: list[Llama],
-    checkpoint: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Callable[..., Ended]:
+def complete(command: Callable[..., Ended]) -> Callable[..., Ended]:
     """complete(*words, stdin=""): the command in this process, on a seeded model."""
-
-    def run(*words: str, stdin: str | io.StringIO = "") -> Ended:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
-        monkeypatch.setattr(sys, "argv", ["llama", "complete", "--ckpt_dir", str(checkpoint("mha")), *words])
-        status, message = 0, ""
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else 1
-            message = "" if isinstance(ended.code, int) else f"{ended.code}\n"
-        out, err = capsys.readouterr()
-        return Ended(status, out, err + message)
-
-    return run
+    return partial(command, "complete")
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

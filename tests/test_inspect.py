@@ -9,19 +9,21 @@ import pty
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import plain
 import pytest
 import torch
+from commands import Ended, Keyboard
 from ranks import run_ranks
 from test_stream import byte_fallback_tokenizer
 
-from llama import Llama, cli
+from llama import Llama
 from llama.evals.inspect import _texts, look_at, summary, table
 from llama.evals.inspect import inspect as inspect_command
 from llama.evals.page import Look, level, page, percent_text, shown, width
@@ -34,46 +36,10 @@ HOSTILE = (
 )
 
 
-class Keyboard(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-class Ended(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def inspect(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., Ended]]:
+def inspect(command: Callable[..., Ended]) -> Callable[..., Ended]:
     """inspect(*words, stdin=""): the command in this process, on a seeded model."""
-    models: list[Llama] = []
-    build = Llama.build
-
-    def watched(*args: Any, **kwargs: Any) -> Llama:
-        models.append(build(*args, **kwargs))
-        return models[-1]
-
-    monkeypatch.setattr(Llama, "build", staticmethod(watched))
-
-    def run(*words: str, stdin: str | io.StringIO = "") -> Ended:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
-        monkeypatch.setattr(sys, "argv", ["llama", "inspect", "--ckpt_dir", str(checkpoint("mha")), *words])
-        status, message = 0, ""
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else 1
-            message = "" if isinstance(ended.code, int) else f"{ended.code}\n"
-        out, err = capsys.readouterr()
-        return Ended(status, out, err + message)
-
-    yield run
-    for llama in models:  # those of commands that ended with an error are still open
-        llama.close()
+    return partial(command, "inspect")
 
 
 # The numbers --------------------------------------------------------------------------------------

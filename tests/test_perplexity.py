@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import Ended
 from ranks import run_ranks
 
 from llama import Llama
@@ -130,21 +131,16 @@ def test_several_files_in_a_table(checkpoint: Callable[..., Path], tmp_path: Pat
     ],
 )
 def test_mistakes_end_in_one_line(
-    content: bytes | None,
-    words: list[str],
-    message: str,
-    checkpoint: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    content: bytes | None, words: list[str], message: str, command: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    from llama.cli import main
-
     file = tmp_path / "text.txt"
     if content is not None:
         file.write_bytes(content)
-    monkeypatch.setattr(sys, "argv", ["llama", "perplexity", str(file), "--ckpt_dir", str(checkpoint("mha")), *words])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert message in str(end.value) and "\n" not in str(end.value)
-    assert capsys.readouterr().out == ""
+    ended = command("perplexity", str(file), *words)
+    *before, last = ended.err.splitlines()
+    assert ended.status == 1 and ended.out == "" and last.startswith("error: ") and message in last
+    assert all(line.startswith("llama: ") for line in before)  # what was loaded
+
+
+def test_a_file_must_be_named(command: Callable[..., Ended]) -> None:
+    assert command("perplexity") == (2, "", "error: FILE... is missing; --help tells more\n")
