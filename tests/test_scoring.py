@@ -1,6 +1,5 @@
 """Log-probabilities of given ids: against a float64 forward that shares no code, at any batch and number of ranks."""
 
-import os
 import random
 import subprocess
 import sys
@@ -461,11 +460,8 @@ def test_rolling_sums_its_windows(
 def test_scoring_needs_little_memory(dtype: str, measured: Callable[[str, object], None]) -> None:
     """4 x 4096 ids of a vocabulary of 32000: their float32 logits would take 2.1 GB."""
     script = Path(__file__).with_name("scoring_memory.py")
-    # glibc before 2.38 seldom finds a freed block again for the aligned ones that torch asks for: freed blocks then add
-    # up, at random, to 500 MB. Those that are mapped are given back: so we see what scoring itself holds.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**22)}
     done = subprocess.run(
-        [sys.executable, str(script), str(TOKENIZER), dtype], capture_output=True, text=True, check=True, env=env
+        [sys.executable, str(script), str(TOKENIZER), dtype], capture_output=True, text=True, check=True
     )
     states, scored = map(int, done.stdout.split())
     measured(f"scoring 4 x 4096 of 32000 in {dtype}, MB over the hidden states", round((scored - states) / 1e6))
