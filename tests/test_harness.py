@@ -397,6 +397,7 @@ def results(folder: Path) -> tuple[dict[str, Any], list[Any]]:
     }, found
 
 
+@pytest.mark.usefixtures("built")  # the harness closes nothing
 def test_the_command_on_one_rank_and_two(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -458,7 +459,7 @@ def test_a_mistake_on_two_ranks_is_one_line(checkpoint: Callable[..., Path]) -> 
 )
 def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch, given: str, error: str) -> None:
     code = run_main(monkeypatch, "--model_args", given, "--tasks", FACTS, "--include_path", "tests/tasks")
-    assert isinstance(code, str) and code.startswith(error[:40]) and "\n" not in code
+    assert isinstance(code, str) and code.startswith(error) and "\n" not in code
 
 
 def test_help_and_other_subcommands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
