@@ -7,10 +7,11 @@ which shards divide it (`shard_axis`), and rank r of N takes its part of that ax
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from llama.distributed import model_parallel
 from llama.model import Transformer
@@ -19,6 +20,7 @@ from llama.progress import progress
 from llama.sniff import ZIP, what_instead, what_is
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
+Finish = Callable[[nn.Module], None] | None  # what is done to each layer once its weights are there
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 # Divided along the output features (0), along the input features (1), or repeated in every file (None).
 # tok_embeddings is missing here: Llama 2 files split it on dim 1, Llama 3 files on dim 0.
@@ -225,19 +227,25 @@ def _first(names: Iterable[str], limit: int = 4) -> str:
 # Loading ------------------------------------------------------------------------------------------
 
 
-def load_weights(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Copy this rank's part of every tensor into `model`, in `dtype`, on the device of the model's caches."""
+def load_weights(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype, finish: Finish = None) -> None:
+    """Copy this rank's part of every tensor into `model`, in `dtype`, on the device of the model's caches.
+
+    finish: called with each layer as soon as its weights are there, before those of the next are read.
+    """
     args, (rank, world_size) = model.params, model_parallel()
     shapes = tensor_shapes(args)
-    state: dict[str, torch.Tensor] = {}
-    for key, parameter in progress(list(model.named_parameters()), "loading"):
-        if key not in checkpoint.shapes and parameter.shape == state[EMBEDDING].shape:
-            state[key] = state[EMBEDDING]  # tied, and this rank's rows of both are the same: held once
-            continue
-        state[key] = torch.empty(parameter.shape, dtype=dtype, device=model.cos.device)
-        axis = shard_axis(key, checkpoint.embedding_axis)
-        start, stop = (0, 0) if axis is None else rank_slice(key, shapes[key][axis], args, rank, world_size)
-        checkpoint.copy(key, start, stop, state[key])
-    model.load_state_dict(state, assign=True)
-    if state[OUTPUT] is state[EMBEDDING]:
-        model.output.weight = model.tok_embeddings.weight  # one parameter, counted once
+    layers = [(f"layers.{i}", layer) for i, layer in enumerate(model.layers)]
+    parts = [("tok_embeddings", model.tok_embeddings), *layers, ("norm", model.norm), ("output", model.output)]
+    for name, part in progress(parts, "loading"):
+        for key, parameter in list(part.named_parameters(name)):
+            if key not in checkpoint.shapes and parameter.shape == model.tok_embeddings.weight.shape:
+                model.output.weight = model.tok_embeddings.weight  # tied, and the same rows here: held once
+                continue
+            weight = torch.empty(parameter.shape, dtype=dtype, device=model.cos.device)
+            axis = shard_axis(key, checkpoint.embedding_axis)
+            start, stop = (0, 0) if axis is None else rank_slice(key, shapes[key][axis], args, rank, world_size)
+            checkpoint.copy(key, start, stop, weight)
+            holder, _, attribute = key.rpartition(".")
+            setattr(model.get_submodule(holder), attribute, nn.Parameter(weight, requires_grad=False))
+        if finish is not None and part is not model.output:
+            finish(part)

@@ -3,7 +3,6 @@
 import math
 import random
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -13,29 +12,20 @@ from typing_extensions import Unpack
 
 from llama.distributed import current_world, from_rank_0, is_main_rank, leave
 from llama.model import Transformer, score
-from llama.request import Alternatives, Each, Row, Settings, StopIds, check_alternatives, check_whole, read_rows
+from llama.request import (
+    Alternatives,
+    Each,
+    Generation,
+    Row,
+    Settings,
+    StopIds,
+    Token,
+    check_alternatives,
+    check_whole,
+    read_rows,
+)
 from llama.sampling import Sampler, wide_dtype
 from llama.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Token:
-    """What a step brought to a row: an id, or its end at a stop id (which is not returned), or an id and its end.
-
-    row: place in the results. top: the alternatives asked for. finish_reason: "stop" or "length" at the row's end.
-    """
-
-    row: int
-    id: int | None = None
-    logprob: float | None = None
-    top: Sequence[tuple[int, float]] = ()
-    finish_reason: str | None = None
-
-
-class Generation(tuple[list[list[int]], list[list[float]] | None]):
-    """(ids, log-probabilities or None), a list a row. top: the alternatives at each position, where asked for."""
-
-    top: list[list[Alternatives]]
 
 
 class Engine:

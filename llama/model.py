@@ -16,6 +16,7 @@ from fairscale.nn.model_parallel.layers import (
     VocabParallelEmbedding,
 )
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 
 from llama.cache import KVCache
 from llama.distributed import model_parallel
@@ -23,8 +24,12 @@ from llama.params import ModelArgs
 
 # Positions are scored for so many fp32 logits at a time (64 MB): glibc seldom reuses aligned blocks of under 32 MB.
 SCORING_CHUNK = 2**24
+# Longer prompts are computed in parts of so many positions, whose activations alone stand in memory.
+PREFILL_CHUNK = 1024
 # What is wanted of a position: fp32 logits [n, vocab] and the ids that follow [n] -> fp32 [n, m].
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# The newest id of each row [bsz, 1] at start_pos -> hidden states [bsz, 1, dim], filling the cache as `hidden` does.
+Step = Callable[[torch.Tensor, int | torch.Tensor], torch.Tensor]
 
 
 # Layers -------------------------------------------------------------------------------------------
@@ -159,10 +164,12 @@ class Attention(nn.Module):
         self.cache = KVCache(shape, dtype, device)
 
     def forward(self, x: torch.Tensor, at: Positions) -> torch.Tensor:
-        bsz, seqlen, _ = x.shape
-        q = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)
-        k = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
-        v = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
+        return self.wo(self.attend(self.wq(x), self.wk(x), self.wv(x), at))  # [bsz, seqlen, dim]
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Positions) -> torch.Tensor:
+        """Turn, store and look back: [bsz, seqlen, local heads * head_dim] each -> as q."""
+        bsz, seqlen, _ = q.shape
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))  # [bsz, seqlen, heads, head_dim]
         q = apply_rope(q, at.cos, at.sin).transpose(1, 2)  # [bsz, n_local_heads, seqlen, head_dim]
         k = apply_rope(k, at.cos, at.sin).transpose(1, 2)  # [bsz, n_local_kv_heads, seqlen, head_dim]
         keys, values = self.cache.update(k, v.transpose(1, 2), at.start_pos, at.ctx_len)  # [.., ctx_len, head_dim]
@@ -181,7 +188,7 @@ class Attention(nn.Module):
                 enable_gqa=self.n_local_heads != self.n_local_kv_heads,
             )
         out = out.reshape(bsz, self.n_local_heads, seqlen, self.head_dim).transpose(1, 2)
-        return self.wo(out.reshape(bsz, seqlen, -1))  # [bsz, seqlen, dim]
+        return out.reshape(bsz, seqlen, -1)
 
 
 class FeedForward(nn.Module):
@@ -231,6 +238,7 @@ class Transformer(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.passes = 0  # calls of `hidden`: who remembers the count knows whether the cache is still as it was
+        self.step: Step | None = None  # a faster way to add one id to each row, given by llama.fast
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
@@ -260,14 +268,20 @@ class Transformer(nn.Module):
         start_pos: position of each row's first id, one int for all rows or an int64 tensor [bsz].
         ctx_len: positions from 0 that queries may look at; larger than every position of `tokens`.
         """
-        self.passes += 1
         _, seqlen = tokens.shape
+        if isinstance(start_pos, int) and seqlen > PREFILL_CHUNK:
+            starts = range(start_pos, start_pos + seqlen, PREFILL_CHUNK)
+            parts = zip(tokens.split(PREFILL_CHUNK, dim=1), starts, strict=True)
+            return torch.cat([self.hidden(ids, first, first + ids.shape[1]) for ids, first in parts], dim=1)
+        self.passes += 1
+        if seqlen == 1 and self.step is not None:
+            return self.step(tokens, start_pos)
         keys = torch.arange(ctx_len, device=tokens.device)
         mask: torch.Tensor | None = None
         if isinstance(start_pos, int):
             positions = torch.arange(start_pos, start_pos + seqlen, device=tokens.device)  # [seqlen]
             if start_pos > 0 and seqlen > 1:
-                mask = keys <= positions[:, None]  # [seqlen, ctx_len]
+                mask = causal_lower_right(seqlen, ctx_len)  # not numbers, which would rule out the flash kernel on CUDA
         else:
             positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # [bsz, seqlen]
             mask = (keys <= positions[..., None])[:, None]  # [bsz, 1, seqlen, ctx_len]

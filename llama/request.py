@@ -1,4 +1,4 @@
-"""What a call asks for: prompts and settings, checked, one `Row` for each sample of each prompt."""
+"""What a call asks for (prompts and settings, checked, one `Row` for each sample of each prompt), and what it gets."""
 
 import math
 import numbers
@@ -76,6 +76,26 @@ class Row:
         """Keep the first `n` generated ids and end here."""
         self.finish_reason = "stop"
         del self.tokens[n:], self.logprobs[n:], self.top[n:]
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a step brought to a row: an id, or its end at a stop id (which is not returned), or an id and its end.
+
+    row: place in the results. top: the alternatives asked for. finish_reason: "stop" or "length" at the row's end.
+    """
+
+    row: int
+    id: int | None = None
+    logprob: float | None = None
+    top: Sequence[tuple[int, float]] = ()
+    finish_reason: str | None = None
+
+
+class Generation(tuple[list[list[int]], list[list[float]] | None]):
+    """(ids, log-probabilities or None), a list a row. top: the alternatives at each position, where asked for."""
+
+    top: list[list[Alternatives]]
 
 
 def read_rows(

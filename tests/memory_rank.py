@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from llama import Llama, Transformer, completion
-from llama.checkpoint import Checkpoint
+from llama.checkpoint import Checkpoint, Finish
 from llama.distributed import current_world, join, leave
 
 
@@ -37,8 +37,8 @@ def main(ckpt_dir: str, tokenizer: str, dtype: str) -> None:
         if event == "open" and (name := Path(str(args[0])).name).startswith("consolidated."):
             opened.add(name)
 
-    def load_and_look(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        load_weights(model, checkpoint, dtype)
+    def load_and_look(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype, finish: Finish = None) -> None:
+        load_weights(model, checkpoint, dtype, finish)
         touched.update(touched_bytes())  # now: the files are unmapped when `build` returns
 
     sys.addaudithook(remember)  # sees every file that Python opens, whatever code opens it

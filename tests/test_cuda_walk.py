@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llama import Llama, Transformer, distributed, generation, sampling, scoring
+from llama import Llama, Transformer, distributed, generation, model, sampling, scoring
 from llama.device import pick_device
 from llama.distributed import World, current_world, join, leave
 
@@ -96,6 +96,8 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     patch.setattr(dist, "all_gather_object", lambda *objects: None)
     for module in (generation, scoring):
         patch.setattr(module, "read_back", lambda values: np.ones(values.shape).tolist())
+    here = torch.device("cuda", rank % hosts_gpus)  # torch's class cannot be made inside the mode
+    patch.setattr(model, "causal_lower_right", lambda n, m: torch.ones(n, m, device=here).tril(m - n) > 0)
     patch.setattr(FakeTensorMode, "avoid_device_init", True)  # else it looks for the pretended GPU
     chosen = pretend_gpus(patch, hosts_gpus, capability)
     join(current_world(), torch.device("cuda"))  # outside the mode, where fairscale can read its ranks
