@@ -35,6 +35,9 @@ def main(
     max_batch_size: int = 8,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
+    compile: bool = False,
+    plain: bool = False,
     chat_format: str | None = None,
     seed: int = 1,
 ) -> None:
@@ -50,6 +53,9 @@ def main(
         seed=seed,
         device=device,
         dtype=dtype,
+        quantize=quantize,
+        compile=compile,
+        plain=plain,
         chat_format=chat_format,
     )
     if note := base_model_note(ckpt_dir):

@@ -28,13 +28,27 @@ def main(
     max_batch_size: int = 4,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
+    compile: bool = False,
+    plain: bool = False,
     seed: int = 1,
 ) -> None:
     """Continue a few prompts and print them, on a terminal as they come.
 
     ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
     """
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, device=device, dtype=dtype)
+    llama = Llama.build(
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        compile=compile,
+        plain=plain,
+    )
     pieces = llama.stream_text(PROMPTS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
     show(pieces, [f"{prompt}\n> " for prompt in PROMPTS], f"\n{'-' * 40}\n")
     llama.close()

@@ -39,6 +39,9 @@ def chat(
     max_gen_len: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
+    compile: bool = False,
+    plain: bool = False,
     chat_format: str | None = None,
     seed: int = 1,
 ) -> None:
@@ -54,7 +57,17 @@ def chat(
         with contextlib.suppress(CheckpointError):  # build tells it better
             max_seq_len = min(max_seq_len, read_params(Path(ckpt_dir)).sliding_window or max_seq_len)
     llama = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, 1, seed=seed, device=device, dtype=dtype, chat_format=chat_format
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        1,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        compile=compile,
+        plain=plain,
+        chat_format=chat_format,
     )
     talk = Conversation(
         llama,

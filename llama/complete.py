@@ -38,6 +38,9 @@ def complete(
     max_batch_size: int = 16,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
+    compile: bool = False,
+    plain: bool = False,
     chat_format: str | None = None,
     seed: int = 1,
 ) -> None:
@@ -68,6 +71,9 @@ def complete(
         seed=seed,
         device=device,
         dtype=dtype,
+        quantize=quantize,
+        compile=compile,
+        plain=plain,
         chat_format=chat_format,
     )
     settings: dict[str, Any] = {

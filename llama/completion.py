@@ -13,9 +13,11 @@ from llama.chat_format import FORMATS, ChatFormat, Dialog, Message, for_tokenize
 from llama.checkpoint import OUTPUT, Checkpoint, check_world_size, load_weights
 from llama.device import pick_device, pick_dtype, share_cores
 from llama.distributed import current_world, join, leave, raising_together, say
+from llama.fast import SpeedUp, can_compile
 from llama.generation import Engine
 from llama.model import Transformer
 from llama.params import CheckpointError
+from llama.quantize import SCHEMES
 from llama.request import Each, Row, Settings, check_list, check_whole
 from llama.stream import Stop, TextPiece, TextStream, read_stops
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
@@ -59,6 +61,9 @@ class Llama(Engine):
         *,
         device: str = "auto",
         dtype: str = "auto",
+        quantize: str | None = None,
+        compile: bool = False,
+        plain: bool = False,
         chat_format: str | None = None,
     ) -> "Llama":
         """Load a folder of consolidated.NN.pth shards, however many, onto the ranks that torchrun started, or onto one.
@@ -69,6 +74,9 @@ class Llama(Engine):
         seed: where the random streams of calls without a seed come from.
         device: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:N" or "mps".
         dtype: "auto" (the checkpoint's, where the device computes in it), "float32", "bfloat16" or "float16".
+        quantize: hold the weights as "int8" or "int4" (`llama.quantize` has what that means).
+        compile: compile the decode step, once: on a CPU with the C compiler of the machine, on CUDA with torch.compile.
+        plain: the layers as they are written in `llama.model`, nothing merged, packed or compiled.
         chat_format: how dialogs are written, a name of `chat_format.FORMATS`; default is what the tokenizer says.
 
         Raises CheckpointError and TokenizerError (both ValueErrors) for files that do not fit, ValueError for
@@ -87,10 +95,16 @@ class Llama(Engine):
                 f"model_parallel_size is {model_parallel_size}, but {world.size} ranks are running: leave it out, "
                 "checkpoints load at any number of ranks"
             )
+        if quantize not in (None, *SCHEMES):
+            raise ValueError(f"quantize {quantize!r}: expected {' or '.join(SCHEMES)}")
+        if plain and (quantize or compile):
+            raise ValueError("plain excludes quantize and compile: leave one of them out")
         where = pick_device(device, world)
         share_cores(world)
         join(world, where)
         try:
+            if compile:
+                compile = can_compile(where)
             with raising_together():
                 checkpoint = Checkpoint(Path(ckpt_dir))
                 args = checkpoint.params
@@ -112,11 +126,13 @@ class Llama(Engine):
                 dialogs = for_tokenizer(tokenizer, chat_format)
                 kind = pick_dtype(dtype, checkpoint.dtype, where)
                 model = Transformer(args, kind, where, checkpoint.embedding_axis)
-                load_weights(model, checkpoint, kind)
+                fast = None if plain else SpeedUp(model, kind, quantize, compile)
+                load_weights(model, checkpoint, kind, fast.layer if fast else None)
+                note = fast.finish() if fast else ", plain layers"
         except BaseException:
             leave()
             raise
-        say(_summary(model, checkpoint, world.size, kind, time.perf_counter() - started))
+        say(_summary(model, checkpoint, world.size, kind, note, time.perf_counter() - started))
         return Llama(model, tokenizer, dialogs, seed)
 
     @property
@@ -295,12 +311,16 @@ class Llama(Engine):
             answer["top_logprobs"] = [[(decode(i), p) for i, p in top] for top in row.prompt_top + row.top]
 
 
-def _summary(model: Transformer, checkpoint: Checkpoint, ranks: int, dtype: torch.dtype, seconds: float) -> str:
+def _summary(
+    model: Transformer, checkpoint: Checkpoint, ranks: int, dtype: torch.dtype, note: str, seconds: float
+) -> str:
     """The line that `build` prints: what was loaded from what, in which dtype, where, and the memory it took."""
     args = model.params
     size = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-    weights = sum(w.numel() * w.element_size() for w in model.parameters())
-    cache = sum(buffer.numel() * buffer.element_size() for kv in model.caches for buffer in kv.buffers())
+    caches = [buffer for kv in model.caches for buffer in kv.buffers()]
+    others = {id(buffer) for buffer in (*caches, model.cos, model.sin)}
+    held = [w for w in (*model.parameters(), *model.buffers()) if id(w) not in others]  # packed, some are buffers
+    weights, cache = (sum(t.numel() * t.element_size() for t in tensors) for tensors in (held, caches))
     tied = "" if OUTPUT in checkpoint.shapes else " (the embedding serves as output)"
     stored = "" if dtype == checkpoint.dtype else f" (stored as {_name(checkpoint.dtype)})"
     over = f" over {torch.distributed.get_backend()}" if ranks > 1 else ""
@@ -308,7 +328,7 @@ def _summary(model: Transformer, checkpoint: Checkpoint, ranks: int, dtype: torc
     scaled = "" if factor is None else f", RoPE scaled by {factor:g}"
     return (
         f"llama: {size / 1e6:,.1f}M parameters{tied}, {_count(len(checkpoint.paths), 'shard')} -> "
-        f"{_count(ranks, 'rank')}{over}, {_name(dtype)}{stored} on {model.cos.device}{scaled}; "
+        f"{_count(ranks, 'rank')}{over}, {_name(dtype)}{stored}{note} on {model.cos.device}{scaled}; "
         f"{weights / 1e6:,.1f} MB weights and {cache / 1e6:,.1f} MB cache a rank; {seconds:.1f} s"
     )
 

@@ -16,11 +16,13 @@ CASES = ("single", "single_echo", "ragged", "ragged_echo", "eos")
 MODELS = ("mha", "gqa", "code", "llama31")
 
 
-def answers(folders: dict[str, Path], golden: dict[str, Any], cases: tuple[str, ...]) -> dict[str, Any]:
+def answers(
+    folders: dict[str, Path], golden: dict[str, Any], cases: tuple[str, ...], form: str | None = None
+) -> dict[str, Any]:
     """These golden cases of each model, run on this rank's share: (tokens, logprobs), and the golden logits."""
     found: dict[str, Any] = {}
     for name, folder in folders.items():
-        llama = Llama.build(folder, max_seq_len=256, max_batch_size=3)
+        llama = Llama.build(folder, max_seq_len=256, max_batch_size=3, plain=form == "plain", compile=form == "compile")
         for case in cases:
             asked = golden[name][case]
             found[f"{name}/{case}"] = llama.generate(
@@ -46,17 +48,32 @@ def test_golden_cases(shards: int, world_size: int, checkpoint: Callable[..., Pa
     # Four ranks wait for each other on two cores: there, every case of one file and of eight, two cases between.
     cases = ("single", "ragged_echo") if world_size == 4 and shards in (2, 4) else CASES
     for found in run_ranks(world_size, answers, folders, golden, cases):
-        for name in MODELS:
-            for case in cases:
-                tokens, logprobs = found[f"{name}/{case}"]
-                assert tokens == golden[name][case]["tokens"], f"{name}/{case}"
-                for ours, theirs in zip(logprobs, golden[name][case]["logprobs"], strict=True):
-                    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4, err_msg=f"{name}/{case}")
-            for i, expected in enumerate(golden[name]["logits"]):
-                last, mean, std = found[f"{name}/logits{i}"]
-                assert np.argsort(-last)[:8].tolist() == expected["last_top8_ids"]
-                np.testing.assert_allclose(np.sort(last)[::-1][:8], expected["last_top8_logits"], rtol=0, atol=1e-4)
-                np.testing.assert_allclose((mean, std), (expected["mean"], expected["std"]), rtol=0, atol=1e-4)
+        check(found, golden, cases)
+
+
+def check(found: dict[str, Any], golden: dict[str, Any], cases: tuple[str, ...]) -> None:
+    for name in MODELS:
+        for case in cases:
+            tokens, logprobs = found[f"{name}/{case}"]
+            assert tokens == golden[name][case]["tokens"], f"{name}/{case}"
+            for ours, theirs in zip(logprobs, golden[name][case]["logprobs"], strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4, err_msg=f"{name}/{case}")
+        for i, expected in enumerate(golden[name]["logits"]):
+            last, mean, std = found[f"{name}/logits{i}"]
+            assert np.argsort(-last)[:8].tolist() == expected["last_top8_ids"]
+            np.testing.assert_allclose(np.sort(last)[::-1][:8], expected["last_top8_logits"], rtol=0, atol=1e-4)
+            np.testing.assert_allclose((mean, std), (expected["mean"], expected["std"]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("form", ["plain", "compile"])
+def test_golden_cases_of_every_form(
+    form: str, world_size: int, checkpoint: Callable[..., Path], golden: dict[str, Any]
+) -> None:
+    """The cases above are those of the default form, with merged and packed weights."""
+    folders = {name: checkpoint(name, 2) for name in MODELS}
+    for found in run_ranks(world_size, answers, folders, golden, CASES, form):
+        check(found, golden, CASES)
 
 
 def far_logits(folder: Path, ids: list[int], positions: list[int]) -> Any:

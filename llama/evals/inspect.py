@@ -37,6 +37,9 @@ def inspect(
     bos: bool | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
+    compile: bool = False,
+    plain: bool = False,
 ) -> None:
     """Show a text token by token, with what the model expected in each place.
 
@@ -68,7 +71,17 @@ def inspect(
         raise ValueError("--html names no file")
     if html is not None and is_main_rank():
         _check_writable(Path(html))
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, device=device, dtype=dtype)
+    llama = Llama.build(
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        1,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        compile=compile,
+        plain=plain,
+    )
     if text is None:
         text = told_by_rank_0(sys.stdin.read() if is_main_rank() else None).removesuffix("\n")
     given = llama.tokenizer.encode(text, bos=False, eos=False)

@@ -27,7 +27,8 @@ Encoded = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation
 class MetaLlama(TemplateLM):
     """A checkpoint in Meta's layout. Under torchrun every rank builds one, and makes the same calls.
 
-    ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, chat_format: as in `Llama.build`.
+    ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, quantize, compile, plain, chat_format: as in
+        `Llama.build`.
     batch_size: rows of the KV cache, or "auto" (8). max_batch_size: the same, and counts where both are given.
 
     Raises ValueError for other arguments and for values that `Llama.build` refuses.
@@ -43,6 +44,9 @@ class MetaLlama(TemplateLM):
         seed: int | float | str = 1,
         device: str = "auto",
         dtype: str = "auto",
+        quantize: str | None = None,
+        compile: bool = False,
+        plain: bool = False,
         chat_format: str | None = None,
         **unknown: Any,
     ):
@@ -50,7 +54,7 @@ class MetaLlama(TemplateLM):
         if unknown:
             raise ValueError(
                 f"meta_llama has no argument {next(iter(unknown))}; there are ckpt_dir, tokenizer_path, max_seq_len, "
-                "batch_size, max_batch_size, seed, device, dtype, chat_format"
+                "batch_size, max_batch_size, seed, device, dtype, quantize, compile, plain, chat_format"
             )
         if ckpt_dir == "":
             raise ValueError("meta_llama needs a checkpoint folder: --model_args ckpt_dir=...")
@@ -63,6 +67,9 @@ class MetaLlama(TemplateLM):
             seed=_whole("seed", seed),
             device=str(device),
             dtype=str(dtype),
+            quantize=quantize,
+            compile=compile,
+            plain=plain,
             chat_format=chat_format,
         )
         self._device = self.llama.model.cos.device

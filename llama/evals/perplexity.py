@@ -41,6 +41,9 @@ def perplexity(
     max_batch_size: int = 1,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
+    compile: bool = False,
+    plain: bool = False,
 ) -> None:
     """Score text files: perplexity by token, word and byte, and bits a byte.
 
@@ -57,7 +60,17 @@ def perplexity(
     check_stride(stride, max_seq_len)
     # Before the model is loaded, and where the files are: on rank 0's host.
     texts = [read_text(Path(file)) for file in files] if is_main_rank() else []
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device=device, dtype=dtype)
+    llama = Llama.build(
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        compile=compile,
+        plain=plain,
+    )
     texts = told_by_rank_0(texts)
     encoded = [llama.tokenizer.encode(text, bos=False, eos=False) for text in texts]
     for file, ids in zip(files, encoded, strict=True):

@@ -1,0 +1,219 @@
+"""What is faster than the plain path and gives the same: merged and packed weights, compiled decode steps.
+
+A model's layers are replaced, each as soon as it is loaded, by layers that hold the same weights in other forms. The
+plain path does without all of this (`build(plain=True)`).
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group
+from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+from torch import nn
+
+from llama import native
+from llama.checkpoint import OUTPUT
+from llama.distributed import say
+from llama.model import Attention, FeedForward, Positions, Transformer, TransformerBlock
+from llama.quantize import quantized, scheme_of
+
+# oneDNN reads packed weights at 27 GB/s for four rows, but at 18 for one (float32; AMD EPYC, 2 threads).
+PACKED_ROWS = 4
+
+
+class Packed(nn.Module):
+    """A linear layer whose weight [n, k] stands in the order in which oneDNN computes: x [.., k] -> [.., n]."""
+
+    weight: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight, None), persistent=False)
+
+    def extra_repr(self) -> str:
+        return " x ".join(map(str, self.weight.shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        m = len(rows)
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows.expand(PACKED_ROWS, -1) if m == 1 else rows, self.weight, None, "none", [], ""
+        )
+        return y[:m].view(*x.shape[:-1], -1)
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch and this processor have oneDNN's packed products; its operators are private."""
+    try:
+        return Packed(torch.ones(16, 16, dtype=dtype))(torch.ones(2, 16, dtype=dtype)).eq(16).all().item() is True
+    except (AttributeError, RuntimeError):
+        return False
+
+
+# Layers with merged weights -----------------------------------------------------------------------
+
+
+def summed(x: torch.Tensor) -> torch.Tensor:
+    """Add up what the ranks have, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(x, group=get_model_parallel_group())
+    return x
+
+
+class FastAttention(Attention):
+    """Attention with one product for queries, keys and values."""
+
+    wo: Any
+
+    def __init__(self, plain: Attention, linear: Callable[..., nn.Module]):
+        nn.Module.__init__(self)
+        self.head_dim, self.cache = plain.head_dim, plain.cache
+        self.n_local_heads, self.n_local_kv_heads = plain.n_local_heads, plain.n_local_kv_heads
+        self.wqkv = linear("attention.wqkv.weight", plain.wq.weight, plain.wk.weight, plain.wv.weight)
+        self.wo = linear("attention.wo.weight", plain.wo.weight)
+
+    def forward(self, x: torch.Tensor, at: Positions) -> torch.Tensor:
+        kv_dim = self.n_local_kv_heads * self.head_dim
+        q, k, v = self.wqkv(x).split((self.n_local_heads * self.head_dim, kv_dim, kv_dim), dim=-1)
+        return summed(self.wo(self.attend(q, k, v, at)))
+
+
+class FastFeedForward(FeedForward):
+    """The feed-forward with one product for gates and values."""
+
+    w2: Any
+
+    def __init__(self, plain: FeedForward, linear: Callable[..., nn.Module]):
+        nn.Module.__init__(self)
+        self.w13 = linear("feed_forward.w13.weight", plain.w1.weight, plain.w3.weight)
+        self.w2 = linear("feed_forward.w2.weight", plain.w2.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gates, values = self.w13(x).chunk(2, dim=-1)
+        return summed(self.w2(F.silu(gates).mul_(values)))
+
+
+class FastOutput(nn.Module):
+    """The output layer: [.., dim] -> [.., vocab], gathered from the ranks."""
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = gather_from_model_parallel_region(self.linear(x))
+        return y
+
+
+class SpeedUp:
+    """Turns a model, layer by layer, into its faster form.
+
+    scheme: "int8", "int4" or None. compiled: decode by compiled code, which `can_compile` has found possible.
+    """
+
+    def __init__(self, model: Transformer, dtype: torch.dtype, scheme: str | None, compiled: bool):
+        self.model, self.dtype, self.scheme, self.compiled = model, dtype, scheme, compiled
+        self.on_cpu = model.cos.is_cpu
+        self.native = compiled and self.on_cpu and dtype in native.KINDS
+        if compiled and self.on_cpu and not self.native:
+            say("llama: float16 is not compiled on CPUs, bfloat16 and float32 are: the decode step runs uncompiled")
+        self.kept = 0  # weights that the scheme leaves as they are because of their width
+
+    def layer(self, block: nn.Module) -> None:
+        """Take over one layer; `checkpoint.load_weights` calls it with each part of the model."""
+        if isinstance(block, TransformerBlock):
+            block.attention = FastAttention(block.attention, self._linear)
+            block.feed_forward = FastFeedForward(block.feed_forward, self._linear)
+
+    def finish(self) -> str:
+        """Take over the output layer and the decode step -> what was done to the weights, for the line about it."""
+        weight, tied = self.model.output.weight, self.model.output.weight is self.model.tok_embeddings.weight
+        if tied and not self.native and scheme_of(OUTPUT, weight.shape[1], self.scheme) is None:
+            linear: nn.Module = native.Plain(weight)  # packed, it would be held twice
+        else:
+            linear = self._linear(OUTPUT, weight)
+        self.model.add_module("output", FastOutput(linear))
+        if self.native:
+            self.model.step = native.Step(self.model)
+        elif self.compiled and not self.on_cpu:
+            self.model.step = GraphStep(self.model)
+        if self.scheme is None:
+            return ""
+        kept = f" but for {self.kept} whose width does not allow it" if self.kept else ""
+        return f", weights in {self.scheme}{kept}"
+
+    def _linear(self, key: str, *weights: torch.Tensor) -> nn.Module:
+        kind = scheme_of(key, weights[0].shape[1], self.scheme)
+        self.kept += len(weights) * (kind is None and self.scheme is not None)
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        if kind is not None:
+            layer: nn.Module = quantized(weight, kind, self.native)
+        elif self.on_cpu and not self.native and can_pack(self.dtype):
+            return Packed(weight)
+        else:
+            layer = native.Plain(weight)
+        return native.Linear(layer) if self.native else layer
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether decode steps can be compiled here, on all ranks; says so where not. Compiles native.c for CPUs."""
+    if device.type == "mps":
+        say("llama: nothing is compiled on mps: the decode step runs uncompiled")
+    if device.type != "cpu":
+        return device.type == "cuda"
+    started, made, problem = time.perf_counter(), False, ""
+    try:
+        made = native.compile_library()
+    except native.NoCompilerError as error:
+        problem = str(error)
+    lacking = torch.tensor(float(bool(problem)))
+    if summed(lacking).item():  # ranks that compile and ranks that do not would add up different things
+        say(f"llama: {problem or 'another rank has no C compiler'}: the decode step runs uncompiled")
+        return False
+    how = f"compiled in {time.perf_counter() - started:.1f} s, kept in" if made else "compiled earlier, taken from"
+    say(f"llama: decode step {how} {native.cache_folder()}")
+    return True
+
+
+class GraphStep:
+    """`Transformer.step` on CUDA: torch.compile's kernels, replayed as one CUDA graph for a number of rows.
+
+    Static shapes: attention runs over the whole cache with a mask, so that nothing is compiled again as texts grow.
+    On a GPU, look first whether TORCH_LOGS=cudagraphs reports skipped graphs (the caches are written in place), and
+    whether ranks over NCCL replay in the same order.
+    """
+
+    def __init__(self, model: Transformer):
+        self.model = model
+        self.compiled: Any = torch.compile(partial(_static_step, model), mode="reduce-overhead", fullgraph=True)
+        self.seen: set[int] = set()
+
+    def __call__(self, tokens: torch.Tensor, start_pos: int | torch.Tensor) -> torch.Tensor:
+        started, bsz = time.perf_counter(), len(tokens)
+        positions = torch.as_tensor(start_pos, device=tokens.device).expand(bsz).contiguous()
+        h = self.model.tok_embeddings(tokens)  # fairscale's, which torch.compile cannot take in
+        torch.compiler.cudagraph_mark_step_begin()
+        h = self.compiled(h, positions).clone()  # the graph's own output is written over by its next replay
+        if bsz not in self.seen:
+            self.seen.add(bsz)
+            rows = "1 row" if bsz == 1 else f"{bsz} rows"
+            say(f"llama: decode step for {rows} compiled in {time.perf_counter() - started:.1f} s")
+        return h
+
+
+def _static_step(model: Transformer, h: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Embeddings of the new ids [bsz, 1, dim] at positions [bsz] -> hidden states, shapes depending on bsz alone."""
+    ctx_len = model.params.max_seq_len
+    mask = (torch.arange(ctx_len, device=h.device) <= positions[:, None])[:, None, None]  # [bsz, 1, 1, ctx_len]
+    cos, sin = model.cos[positions][:, None, None], model.sin[positions][:, None, None]
+    at = Positions(positions, ctx_len, cos, sin, mask)
+    for layer in model.layers:
+        h = layer(h, at)
+    out: torch.Tensor = model.norm(h)
+    return out

@@ -1,0 +1,415 @@
+/* One decode step on a CPU: a new position for each of a few rows, in fp32, from weights of any of four kinds.
+ *
+ * At one row every weight is read once and used once, so the memory's speed is the limit: weights are widened in
+ * registers, 16 at a time, and nothing else goes to memory. Vectors are those of GCC and clang, which split 16 lanes
+ * over whatever the machine has. llama/native.py compiles this file, has the same structs, and is its only caller.
+ * Loops marked `omp for` are shared by the threads of the parallel region that calls them. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+#define GROUP 32       /* int4: columns that share a scale and a zero */
+#define KEY_BLOCK 256  /* positions that one thread looks at in one go */
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+typedef uint8_t nibbles __attribute__((vector_size(LANES)));
+
+enum { F32, BF16, INT8, INT4 };
+
+/* [n, k], row by row. INT8: scale [n]. INT4: a byte holds columns j and j + 16 of a group of 32, low bits first;
+ * scale and zero [n, k / 32]; a weight is (q - 8) * scale + zero. Scales and zeros are bfloat16. */
+typedef struct {
+    int64_t kind, n, k;
+    const void *data;
+    const uint16_t *scale, *zero;
+} Matrix;
+
+typedef struct {
+    Matrix wqkv, wo, w13, w2;
+    const float *attention_norm, *ffn_norm;
+    void *keys, *values; /* [rows, kv_heads, max_seq_len, head_dim] of kind cache_kind */
+} Layer;
+
+typedef struct {
+    int64_t n_layers, dim, heads, kv_heads, head_dim, width, max_seq_len, cache_kind;
+    float norm_eps;
+    const Layer *layers;
+    const float *norm, *cos, *sin;                          /* cos, sin: [max_seq_len, head_dim / 2] */
+    float *h, *qkv, *scores, *attended, *gates, *products, *sums, *out; /* room for all rows */
+    int (*reduce)(void); /* adds `out` up over the ranks; NULL where there is one rank; not 0: it failed */
+} Model;
+
+INLINE floats widen(halves h) { return (floats)(__builtin_convertvector(h, ints) << 16); }
+
+INLINE float widen1(uint16_t h) {
+    const uint32_t bits = (uint32_t)h << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Elements j to j + count of F32, BF16 or INT8 data; those beyond count are zero. */
+INLINE floats load(const int kind, const void *data, int64_t j, int64_t count) {
+    if (kind == F32) {
+        floats v = {0};
+        memcpy(&v, (const float *)data + j, count * 4);
+        return v;
+    }
+    if (kind == BF16) {
+        halves v = {0};
+        memcpy(&v, (const uint16_t *)data + j, count * 2);
+        return widen(v);
+    }
+    bytes v = {0};
+    memcpy(&v, (const int8_t *)data + j, count);
+    return __builtin_convertvector(__builtin_convertvector(v, ints), floats);
+}
+
+INLINE void store(const int kind, void *data, int64_t j, float value) {
+    if (kind == F32) {
+        ((float *)data)[j] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    /* To the nearest, ties to even; a NaN stays one. */
+    ((uint16_t *)data)[j] = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+INLINE int64_t lanes(int64_t left) { return left < LANES ? left : LANES; }
+
+/* Replace the values below or above a limit; a NaN is neither. */
+INLINE floats clamp(floats v, float low, float high) {
+    const ints below = v < low, above = v > high;
+    const floats lows = low - (floats){0}, highs = high - (floats){0};
+    return (floats)(((ints)v & ~below & ~above) | ((ints)lows & below) | ((ints)highs & above));
+}
+
+/* e^x within 2 units of the last place: x = n log 2 + r, a polynomial for e^r (that of Cephes' expf), 2^n as bits. */
+INLINE floats exponential(floats x) {
+    const float to_whole = 12582912; /* 1.5 * 2^23: added, it leaves the nearest whole number in the low bits */
+    x = clamp(x, -87, 88);
+    const floats shifted = x * 1.44269504f + to_whole, n = shifted - to_whole;
+    const floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1;
+    return (floats)((ints)p + ((ints)shifted << 23));
+}
+
+INLINE float sum(floats v) {
+    float s[8];
+    for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+
+/* y[r, i..i+rows) = W[i..i+rows, :] x[r, :] for r in 0..m: rows x m sums at a time, all in registers. */
+INLINE void block(const int kind, const int rows, const int m, const Matrix *w, int64_t i, const float *x,
+                  int64_t x_stride, const float *sums, float *y, int64_t y_stride) {
+    const int64_t k = w->k, groups = k / GROUP;
+    floats acc[4][4] = {{{0}}};
+    if (kind == INT4) {
+        for (int64_t g = 0; g < groups; g++) {
+            floats lo[4], hi[4];
+            for (int r = 0; r < m; r++) {
+                memcpy(&lo[r], x + r * x_stride + g * GROUP, 4 * LANES);
+                memcpy(&hi[r], x + r * x_stride + g * GROUP + LANES, 4 * LANES);
+            }
+            for (int a = 0; a < rows; a++) {
+                nibbles packed;
+                memcpy(&packed, (const uint8_t *)w->data + (i + a) * k / 2 + g * LANES, LANES);
+                const ints q = __builtin_convertvector(packed, ints);
+                const float scale = widen1(w->scale[(i + a) * groups + g]);
+                const floats low = __builtin_convertvector(q & 15, floats) * scale;
+                const floats high = __builtin_convertvector(q >> 4, floats) * scale;
+                for (int r = 0; r < m; r++) acc[a][r] += low * lo[r] + high * hi[r];
+            }
+        }
+        /* The -8 and the zeros of a group meet the sum of its x. */
+        for (int64_t g = 0; g < groups; g += LANES) {
+            const int64_t count = lanes(groups - g);
+            for (int a = 0; a < rows; a++) {
+                const int64_t at = (i + a) * groups + g;
+                const floats zero = load(BF16, w->zero, at, count) - 8 * load(BF16, w->scale, at, count);
+                for (int r = 0; r < m; r++) acc[a][r] += zero * load(F32, sums, r * groups + g, count);
+            }
+        }
+    } else {
+        const int64_t whole = k / LANES * LANES;
+        for (int64_t j = 0; j < whole; j += LANES) {
+            floats xs[4];
+            for (int r = 0; r < m; r++) xs[r] = load(F32, x, r * x_stride + j, LANES);
+            for (int a = 0; a < rows; a++) {
+                const floats v = load(kind, w->data, (i + a) * k + j, LANES);
+                for (int r = 0; r < m; r++) acc[a][r] += v * xs[r];
+            }
+        }
+        if (whole < k)
+            for (int a = 0; a < rows; a++)
+                for (int r = 0; r < m; r++)
+                    acc[a][r] += load(kind, w->data, (i + a) * k + whole, k - whole) *
+                                 load(F32, x, r * x_stride + whole, k - whole);
+    }
+    for (int a = 0; a < rows; a++)
+        for (int r = 0; r < m; r++)
+            y[r * y_stride + i + a] = sum(acc[a][r]) * (kind == INT8 ? widen1(w->scale[i + a]) : 1);
+}
+
+/* Rows [from, to) of the matrix, for m rows of x. */
+INLINE void part(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride,
+                 const float *sums, float *y, int64_t y_stride, int64_t m) {
+    const int64_t groups = w->k / GROUP;
+    int64_t i = from;
+    for (; i + 4 <= to; i += 4) {
+        int64_t r = 0;
+        for (; r + 4 <= m; r += 4)
+            block(kind, 4, 4, w, i, x + r * x_stride, x_stride, sums + r * groups, y + r * y_stride, y_stride);
+        for (; r < m; r++)
+            block(kind, 4, 1, w, i, x + r * x_stride, x_stride, sums + r * groups, y + r * y_stride, y_stride);
+    }
+    for (; i < to; i++)
+        for (int64_t r = 0; r < m; r++)
+            block(kind, 1, 1, w, i, x + r * x_stride, x_stride, sums + r * groups, y + r * y_stride, y_stride);
+}
+
+static void rows_of(const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride, const float *sums,
+                    float *y, int64_t y_stride, int64_t m) {
+    switch (w->kind) {
+        case F32: part(F32, w, from, to, x, x_stride, sums, y, y_stride, m); break;
+        case BF16: part(BF16, w, from, to, x, x_stride, sums, y, y_stride, m); break;
+        case INT8: part(INT8, w, from, to, x, x_stride, sums, y, y_stride, m); break;
+        default: part(INT4, w, from, to, x, x_stride, sums, y, y_stride, m);
+    }
+}
+
+/* y [m, n] = x [m, k] W^T. sums: room for m * k / 32 floats. */
+static void matrix(const Matrix *w, const float *x, float *sums, float *y, int64_t m) {
+    if (w->kind == INT4) {
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < m * (w->k / GROUP); g++) {
+            float total = 0;
+            for (int j = 0; j < GROUP; j++) total += x[g * GROUP + j];
+            sums[g] = total;
+        }
+    }
+    const int64_t step = 16;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < (w->n + step - 1) / step; i++) {
+        const int64_t to = (i + 1) * step < w->n ? (i + 1) * step : w->n;
+        rows_of(w, i * step, to, x, w->k, sums, y, w->n, m);
+    }
+}
+
+static void normalise(const Model *model, const float *weight, const float *x, float *out, int64_t m) {
+    const int64_t dim = model->dim;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < m; r++) {
+        floats squares = {0};
+        for (int64_t j = 0; j < dim; j += LANES) {
+            const floats v = load(F32, x, r * dim + j, lanes(dim - j));
+            squares += v * v;
+        }
+        const float scale = 1 / sqrtf(sum(squares) / dim + model->norm_eps);
+        for (int64_t j = 0; j < dim; j++) out[r * dim + j] = x[r * dim + j] * scale * weight[j];
+    }
+}
+
+/* In place: e to the power of each, over their sum. What is subtracted first keeps the powers within range. */
+static void softmax(float *p, int64_t n) {
+    float highest = p[0];
+    floats total = {0};
+    for (int64_t t = 1; t < n; t++) highest = p[t] > highest ? p[t] : highest;
+    for (int64_t t = 0; t < n; t += LANES) {
+        const int64_t count = lanes(n - t);
+        const floats power = exponential(load(F32, p, t, count) - highest);
+        memcpy(p + t, &power, count * 4);
+        total += load(F32, p, t, count);
+    }
+    const float share = 1 / sum(total);
+    for (int64_t t = 0; t < n; t++) p[t] *= share;
+}
+
+/* attended[d..d+count) = sum over t of p[t] * values[t, d..d+count), for m heads that share the values. */
+INLINE void mix(const int kind, const int m, const void *values, int64_t head_dim, int64_t d, const float *p,
+                int64_t p_stride, int64_t ctx_len, float *out) {
+    floats acc[4][2] = {{{0}}};
+    const int64_t first = lanes(head_dim - d), second = lanes(head_dim - d - first);
+    for (int64_t t = 0; t < ctx_len; t++) {
+        const floats a = load(kind, values, t * head_dim + d, first == LANES ? LANES : first);
+        const floats b = load(kind, values, t * head_dim + d + first, second == LANES ? LANES : second);
+        for (int r = 0; r < m; r++) {
+            acc[r][0] += a * p[r * p_stride + t];
+            acc[r][1] += b * p[r * p_stride + t];
+        }
+    }
+    for (int r = 0; r < m; r++) {
+        memcpy(out + r * head_dim + d, &acc[r][0], first * 4);
+        memcpy(out + r * head_dim + d + first, &acc[r][1], second * 4);
+    }
+}
+
+/* Turn and store the new position of each row, look back from it: qkv -> attended [m, heads, head_dim]. */
+INLINE void attend(const int kind, const Model *model, const Layer *layer, const int64_t *positions, int64_t m) {
+    const int64_t heads = model->heads, kv_heads = model->kv_heads, head_dim = model->head_dim;
+    const int64_t group = heads / kv_heads, stride = (heads + 2 * kv_heads) * head_dim, max_len = model->max_seq_len;
+    const float scale = 1 / sqrtf(head_dim);
+    int64_t longest = 0;
+    for (int64_t r = 0; r < m; r++) longest = positions[r] + 1 > longest ? positions[r] + 1 : longest;
+    const int64_t blocks = (longest + KEY_BLOCK - 1) / KEY_BLOCK, item = kind == F32 ? 4 : 2;
+
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < m * (heads + 2 * kv_heads); i++) {
+        const int64_t r = i / (heads + 2 * kv_heads), head = i % (heads + 2 * kv_heads), at = positions[r];
+        float *x = model->qkv + r * stride + head * head_dim;
+        const int64_t kv_head = head < heads + kv_heads ? head - heads : head - heads - kv_heads;
+        const int64_t slot = ((r * kv_heads + kv_head) * max_len + at) * head_dim;
+        for (int64_t j = 0; j < head_dim; j += 2) {
+            const float even = x[j], odd = x[j + 1];
+            if (head < heads + kv_heads) {
+                const float c = model->cos[(at * head_dim + j) / 2], s = model->sin[(at * head_dim + j) / 2];
+                x[j] = even * c - odd * s;
+                x[j + 1] = even * s + odd * c;
+            }
+            if (head < heads) {
+                x[j] *= scale;
+                x[j + 1] *= scale;
+            } else {
+                void *to = head < heads + kv_heads ? layer->keys : layer->values;
+                store(kind, to, slot + j, x[j]);
+                store(kind, to, slot + j + 1, x[j + 1]);
+            }
+        }
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < m * kv_heads * blocks; i++) {
+        const int64_t r = i / (kv_heads * blocks), kv_head = i / blocks % kv_heads, from = i % blocks * KEY_BLOCK;
+        const int64_t ctx_len = positions[r] + 1, to = from + KEY_BLOCK < ctx_len ? from + KEY_BLOCK : ctx_len;
+        const char *keys = (const char *)layer->keys + (r * kv_heads + kv_head) * max_len * head_dim * item;
+        const Matrix w = {kind, ctx_len, head_dim, keys, 0, 0};
+        part(kind, &w, from, to, model->qkv + r * stride + kv_head * group * head_dim, head_dim, 0,
+             model->scores + (r * heads + kv_head * group) * max_len, max_len, group);
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < m * heads; i++) softmax(model->scores + i * max_len, positions[i / heads] + 1);
+    const int64_t parts = (head_dim + 2 * LANES - 1) / (2 * LANES);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < m * kv_heads * parts; i++) {
+        const int64_t r = i / (kv_heads * parts), kv_head = i / parts % kv_heads, d = i % parts * 2 * LANES;
+        const char *values = (const char *)layer->values + (r * kv_heads + kv_head) * max_len * head_dim * item;
+        const int64_t first = r * heads + kv_head * group, ctx_len = positions[r] + 1;
+        int64_t g = 0;
+        for (; g + 4 <= group; g += 4)
+            mix(kind, 4, values, head_dim, d, model->scores + (first + g) * max_len, max_len, ctx_len,
+                model->attended + (first + g) * head_dim);
+        for (; g < group; g++)
+            mix(kind, 1, values, head_dim, d, model->scores + (first + g) * max_len, max_len, ctx_len,
+                model->attended + (first + g) * head_dim);
+    }
+}
+
+static void attention(const Model *model, const Layer *layer, const float *x, const int64_t *positions, int64_t m) {
+    normalise(model, layer->attention_norm, x, model->h, m);
+    matrix(&layer->wqkv, model->h, model->sums, model->qkv, m);
+    if (model->cache_kind == F32)
+        attend(F32, model, layer, positions, m);
+    else
+        attend(BF16, model, layer, positions, m);
+    matrix(&layer->wo, model->attended, model->sums, model->out, m);
+}
+
+static void feed_forward(const Model *model, const Layer *layer, const float *x, int64_t m) {
+    const int64_t width = model->width;
+    normalise(model, layer->ffn_norm, x, model->h, m);
+    matrix(&layer->w13, model->h, model->sums, model->gates, m);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < m * width; i += LANES) {
+        /* 16 products may begin in one row and end in the next. */
+        floats gate = {0}, up = {0};
+        const int64_t count = lanes(m * width - i), left = width - i % width;
+        const float *row = model->gates + i / width * 2 * width + i % width;
+        memcpy(&gate, row, (count < left ? count : left) * 4);
+        memcpy(&up, row + width, (count < left ? count : left) * 4);
+        for (int64_t j = left; j < count; j++) {
+            gate[j] = row[width + j];
+            up[j] = row[2 * width + j];
+        }
+        const floats product = gate / (1 + exponential(-gate)) * up;
+        memcpy(model->products + i, &product, count * 4);
+    }
+    matrix(&layer->w2, model->products, model->sums, model->out, m);
+}
+
+static int add(const Model *model, float *x, int64_t m) {
+    if (model->reduce && model->reduce()) return 1;
+    for (int64_t j = 0; j < m * model->dim; j++) x[j] += model->out[j];
+    return 0;
+}
+
+/* x [m, dim]: embeddings of the new ids, replaced by the normed hidden states. Returns not 0 if a reduction failed. */
+int decode(const Model *model, float *x, const int64_t *positions, int64_t m, int threads) {
+    for (int64_t i = 0; i < model->n_layers; i++) {
+        const Layer *layer = model->layers + i;
+#pragma omp parallel num_threads(threads)
+        attention(model, layer, x, positions, m);
+        if (add(model, x, m)) return 1;
+#pragma omp parallel num_threads(threads)
+        feed_forward(model, layer, x, m);
+        if (add(model, x, m)) return 1;
+    }
+#pragma omp parallel num_threads(threads)
+    normalise(model, model->norm, x, model->h, m);
+    memcpy(x, model->h, m * model->dim * sizeof(float));
+    return 0;
+}
+
+/* y [m, n] = x [m, k] W^T on its own, for the output layer. */
+void multiply(const Matrix *w, const float *x, float *sums, float *y, int64_t m, int threads) {
+#pragma omp parallel num_threads(threads)
+    matrix(w, x, sums, y, m);
+}
+
+INLINE void store16(const int kind, void *data, int64_t j, floats v) {
+    if (kind == F32) {
+        memcpy((float *)data + j, &v, sizeof v);
+        return;
+    }
+    const ints bits = (ints)v;
+    const halves h = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves);
+    memcpy((uint16_t *)data + j, &h, sizeof h);
+}
+
+INLINE void expand(const int from, const int to, const Matrix *w, void *out, int64_t i) {
+    const int64_t k = w->k, groups = k / GROUP;
+    if (from == INT8)
+        for (int64_t j = 0; j < k; j += LANES)
+            store16(to, out, i * k + j, load(INT8, w->data, i * k + j, LANES) * widen1(w->scale[i]));
+    else
+        for (int64_t g = i * groups; g < (i + 1) * groups; g++) {
+            nibbles packed;
+            memcpy(&packed, (const uint8_t *)w->data + g * LANES, LANES);
+            const ints q = __builtin_convertvector(packed, ints);
+            const float scale = widen1(w->scale[g]), zero = widen1(w->zero[g]);
+            store16(to, out, g * GROUP, __builtin_convertvector((q & 15) - 8, floats) * scale + zero);
+            store16(to, out, g * GROUP + LANES, __builtin_convertvector((q >> 4) - 8, floats) * scale + zero);
+        }
+}
+
+/* An INT8 or INT4 matrix in full, [n, k] of kind F32 or BF16, for products with many rows. */
+void dequantize(const Matrix *w, void *out, int to, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < w->n; i++) {
+        if (w->kind == INT8 && to == F32) expand(INT8, F32, w, out, i);
+        if (w->kind == INT8 && to == BF16) expand(INT8, BF16, w, out, i);
+        if (w->kind == INT4 && to == F32) expand(INT4, F32, w, out, i);
+        if (w->kind == INT4 && to == BF16) expand(INT4, BF16, w, out, i);
+    }
+}

@@ -1,0 +1,249 @@
+"""native.c from Python: compiled by the machine's C compiler, its structs filled from a model's tensors.
+
+Compiling takes a few seconds and is done once: the library is kept in the user's cache, under a name made from the
+source, the compiler and the processor.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group
+from torch import nn
+
+from llama.model import RMSNorm, Transformer
+from llama.quantize import FEW_ROWS, GROUP, Int4, Quantized
+
+SOURCE = Path(__file__).with_name("native.c")
+KINDS = {torch.float32: 0, torch.bfloat16: 1}  # as in native.c; 2 and 3 are int8 and int4
+# Where there is no OpenMP (Apple's clang) one thread does all.
+FLAGS = (["-O3", "-march=native", "-fopenmp"], ["-O3", "-mcpu=native", "-fopenmp"], ["-O3", "-march=native"], ["-O3"])
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("kind", "n", "k")),
+        *((name, ctypes.c_void_p) for name in ("data", "scale", "zero")),
+    ]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, Matrix) for name in ("wqkv", "wo", "w13", "w2")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm", "keys", "values")),
+    ]
+
+
+REDUCE = ctypes.CFUNCTYPE(ctypes.c_int)
+SIZES = ("n_layers", "dim", "heads", "kv_heads", "head_dim", "width", "max_seq_len", "cache_kind")
+BUFFERS = ("h", "qkv", "scores", "attended", "gates", "products", "sums", "out")
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in SIZES),
+        ("norm_eps", ctypes.c_float),
+        ("layers", ctypes.POINTER(Layer)),
+        *((name, ctypes.c_void_p) for name in ("norm", "cos", "sin", *BUFFERS)),
+        ("reduce", REDUCE),
+    ]
+
+
+class NoCompilerError(RuntimeError):
+    """There is no C compiler, or it cannot compile native.c; the message says which."""
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-runner"
+
+
+def compile_library() -> bool:
+    """Compile native.c unless that was done before; True if it was not. Raises NoCompilerError."""
+    path, compiler = _place()
+    if path.exists():
+        return False
+    _compile(compiler, path)
+    return True
+
+
+def _place() -> tuple[Path, str]:
+    """Where the compiled code is kept, and the compiler."""
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise NoCompilerError(f"no C compiler here ({', '.join(names)})")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), compiler, version, _processor()]).encode()).hexdigest()[:16]
+    return cache_folder() / f"native-{key}.so", compiler
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """native.c as machine code, compiled before."""
+    loaded = ctypes.CDLL(str(_place()[0]))
+    loaded.decode.argtypes = [ctypes.POINTER(Model)] + [ctypes.c_void_p] * 2 + [ctypes.c_int64, ctypes.c_int]
+    loaded.multiply.argtypes = [ctypes.POINTER(Matrix)] + [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_int]
+    loaded.dequantize.argtypes = [ctypes.POINTER(Matrix), ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    return loaded
+
+
+def _processor() -> str:
+    """What -march=native stands for: a home folder may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def _compile(compiler: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Several ranks may be doing the same: each writes a file of its own, and the last one to finish stays.
+        handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    except OSError as error:
+        raise NoCompilerError(f"{path.parent} cannot be written ({error.strerror}): set XDG_CACHE_HOME") from error
+    os.close(handle)
+    made = Path(name)
+    try:
+        for flags in FLAGS:
+            command = [compiler, *flags, "-shared", "-fPIC", "-o", name, str(SOURCE), "-lm"]
+            ended = subprocess.run(command, capture_output=True, text=True)
+            if ended.returncode == 0:
+                made.replace(path)
+                return
+        reason = next((line for line in ended.stderr.splitlines() if "error" in line), "no reason given")
+        raise NoCompilerError(f"{compiler} cannot compile {SOURCE} ({reason.strip()})")
+    finally:
+        made.unlink(missing_ok=True)
+
+
+# From tensors to structs --------------------------------------------------------------------------
+
+
+def matrix(holder: nn.Module) -> Matrix:
+    """A struct that points at the weight of a linear layer, quantized or not; the layer keeps the memory alive."""
+    if isinstance(holder, Quantized):
+        kind, zero = (3, holder.zero.data_ptr()) if isinstance(holder, Int4) else (2, None)
+        return Matrix(kind, holder.n, holder.k, holder.data.data_ptr(), holder.scale.data_ptr(), zero)
+    weight = holder.get_parameter("weight")
+    return Matrix(KINDS[weight.dtype], *weight.shape, weight.data_ptr(), None, None)
+
+
+class Plain(nn.Module):
+    """A linear layer on this rank's part of a weight [n, k]: x [.., k] -> [.., n]."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+
+    def extra_repr(self) -> str:
+        return " x ".join(map(str, self.weight.shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+class Linear(nn.Module):
+    """A linear layer, quantized or not, computed by native.c for few rows: x [.., k] -> [.., n]."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+        self.at = matrix(layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.at.k)
+        m = len(rows)
+        if m > FEW_ROWS:
+            weight = self.layer.weight if isinstance(self.layer, Plain) else self.widened(x.dtype)
+            return F.linear(x, weight)
+        rows = rows.float().contiguous()
+        y = torch.empty(m, self.at.n)
+        sums = torch.empty(m * (self.at.k // GROUP))
+        library().multiply(self.at, rows.data_ptr(), sums.data_ptr(), y.data_ptr(), m, torch.get_num_threads())
+        return y.view(*x.shape[:-1], self.at.n).to(x.dtype)
+
+    def widened(self, dtype: torch.dtype) -> torch.Tensor:
+        """A quantized weight in full, [n, k]."""
+        out = torch.empty(self.at.n, self.at.k, dtype=dtype)
+        library().dequantize(self.at, out.data_ptr(), KINDS[dtype], torch.get_num_threads())
+        return out
+
+
+class Step:
+    """`Transformer.step` by native.c: ids [bsz, 1] -> fp32 hidden states [bsz, 1, dim]."""
+
+    def __init__(self, model: Transformer):
+        args, blocks = model.params, list[Any](model.layers)
+        attention, width = blocks[0].attention, blocks[0].feed_forward.w2.at.k
+        heads, kv_heads, head_dim = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
+        widths = {
+            "h": args.dim,
+            "qkv": (heads + 2 * kv_heads) * head_dim,
+            "scores": heads * args.max_seq_len,
+            "attended": heads * head_dim,
+            "gates": 2 * width,
+            "products": width,
+            "sums": max(args.dim, heads * head_dim, width) // GROUP,
+            "out": args.dim,
+        }
+        rows = args.max_batch_size
+        self.model = model
+        self.buffers = {name: torch.zeros(rows, size) for name, size in widths.items()}
+        self.failure: BaseException | None = None
+        self.rows = 0
+        self.norms: list[torch.Tensor] = []
+        self.layers = (Layer * args.n_layers)(*map(self._layer, blocks))
+        pointers = {name: buffer.data_ptr() for name, buffer in self.buffers.items()}
+        self.struct = Model(
+            *(args.n_layers, args.dim, heads, kv_heads, head_dim, width, args.max_seq_len),
+            KINDS[attention.cache.k.dtype],
+            args.norm_eps,
+            self.layers,
+            self._norm(model.norm),
+            model.cos.data_ptr(),
+            model.sin.data_ptr(),
+            **pointers,
+            reduce=REDUCE(self._reduce) if dist.get_world_size() > 1 else REDUCE(),
+        )
+
+    def __call__(self, tokens: torch.Tensor, start_pos: int | torch.Tensor) -> torch.Tensor:
+        self.rows = len(tokens)
+        x = self.model.tok_embeddings(tokens).float().contiguous()  # [bsz, 1, dim]
+        positions = torch.as_tensor(start_pos).expand(self.rows).contiguous()
+        threads = torch.get_num_threads()
+        if library().decode(self.struct, x.data_ptr(), positions.data_ptr(), self.rows, threads) and self.failure:
+            raise self.failure
+        return x
+
+    def _reduce(self) -> int:
+        # Called from C, through which no exception can pass.
+        try:
+            dist.all_reduce(self.buffers["out"][: self.rows], group=get_model_parallel_group())
+        except BaseException as error:
+            self.failure = error
+            return 1
+        return 0
+
+    def _layer(self, block: Any) -> Layer:
+        attention, feed_forward, cache_ = block.attention, block.feed_forward, block.attention.cache
+        return Layer(
+            *(w.at for w in (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2)),
+            *(self._norm(norm) for norm in (block.attention_norm, block.ffn_norm)),
+            *(cache_.k.data_ptr(), cache_.v.data_ptr()),
+        )
+
+    def _norm(self, norm: RMSNorm) -> int:
+        self.norms.append(norm.weight.float())
+        return self.norms[-1].data_ptr()

@@ -1,0 +1,192 @@
+"""Weights in 8 and 4 bits: how they are rounded, stored and multiplied. Activations stay as they are.
+
+int8: a scale for each output row. int4: a scale and a zero for each group of 32 columns, q in 0..15 standing for
+(q - 8) * scale + zero. Scales and zeros are bfloat16, and weights are rounded to the grid that those make. The output
+layer is int8 in both: it is an eighth of a small model, and 4 bits there would cost more perplexity than all others.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llama.checkpoint import EMBEDDING, OUTPUT
+
+SCHEMES = ("int8", "int4")
+GROUP = 32
+# More rows than these are multiplied by weights widened for the occasion: torch's kernels for few rows would take
+# several times as long (measured at 512).
+FEW_ROWS = 32
+ROUNDED_ROWS = 1024  # at a time, so that no whole matrix stands in float32
+
+
+def scheme_of(key: str, columns: int, scheme: str | None) -> str | None:
+    """What becomes of a weight: "int8", "int4", or None where it stays as it is.
+
+    key: its name, without the layer. columns: its input features on this rank. torch's kernels want whole groups of 32
+    for int4, and give garbage for int8 where 16 does not divide the columns.
+    """
+    if scheme is None or key == EMBEDDING or "norm" in key:
+        return None
+    kind = "int8" if key == OUTPUT else scheme
+    return kind if columns % (GROUP if kind == "int4" else 16) == 0 else None
+
+
+def stored_bytes(key: str, rows: int, columns: int, scheme: str | None, itemsize: int) -> int:
+    """Bytes of a weight [rows, columns] as it is stored; itemsize: of the dtype that is not quantized."""
+    kind = scheme_of(key, columns, scheme)
+    if kind == "int8":
+        return rows * columns + 2 * rows
+    if kind == "int4":
+        return rows * columns // 2 + 4 * rows * (columns // GROUP)
+    return rows * columns * itemsize
+
+
+def round_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, k] -> int8 [n, k] and scales [n]: the largest of a row becomes 127."""
+    w = weight.float()
+    scale = (w.abs().amax(dim=1) / 127).bfloat16()
+    q = (w / _divisor(scale)[:, None]).round_().clamp_(-127, 127)
+    return q.to(torch.int8), scale
+
+
+def round_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[n, k] -> q in uint8 [n, k], 0 to 15, scales and zeros [n, k / 32]: the least and the largest of a group
+    become 0 and 15."""
+    n, k = weight.shape
+    w = weight.float().view(n, k // GROUP, GROUP)
+    low, high = w.aminmax(dim=-1)
+    scale = ((high - low) / 15).bfloat16()
+    zero = (low + 8 * scale.float()).bfloat16()
+    q = (w - zero.float()[..., None]) / _divisor(scale)[..., None] + 8
+    return q.round_().clamp_(0, 15).to(torch.uint8).view(n, k), scale, zero
+
+
+def _divisor(scale: torch.Tensor) -> torch.Tensor:
+    return scale.float().masked_fill(scale == 0, 1)  # all of it equal: any q will do
+
+
+class Quantized(nn.Module):
+    """A linear layer's weight [n, k] in fewer bits: x [.., k] -> [.., n]."""
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    dtype: torch.dtype  # what it computes in
+    n: int
+    k: int
+
+    def extra_repr(self) -> str:
+        return f"{self.n} x {self.k}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.k)
+        if len(rows) > FEW_ROWS or (y := self.few(rows)) is None:
+            y = F.linear(rows, self.widened())
+        return y.view(*x.shape[:-1], self.n)
+
+    def few(self, x: torch.Tensor) -> torch.Tensor | None:
+        """x [m, k] -> [m, n] for few rows; None where torch has no kernel for it."""
+        raise NotImplementedError
+
+    def widened(self) -> torch.Tensor:
+        """The weight in full, [n, k]."""
+        raise NotImplementedError
+
+
+class Int8(Quantized):
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        (self.n, self.k), self.dtype = weight.shape, weight.dtype
+        data, scale = zip(*map(round_int8, weight.split(ROUNDED_ROWS)), strict=True)
+        self.register_buffer("data", torch.cat(data))
+        self.register_buffer("scale", torch.cat(scale))
+
+    def few(self, x: torch.Tensor) -> torch.Tensor | None:
+        # In float32 torch's kernel is four times slower than the products with the widened weight.
+        if self.dtype != torch.bfloat16 or not x.is_cpu or (op := _operator("_weight_int8pack_mm")) is None:
+            return None
+        y: torch.Tensor = op(x, self.data, self.scale)
+        return y
+
+    def widened(self) -> torch.Tensor:
+        return self.data.to(self.dtype).mul_(self.scale[:, None])
+
+
+class Int4(Quantized):
+    """A byte holds columns j and j + 16 of a group of 32, low bits first."""
+
+    zero: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        (self.n, self.k), self.dtype = weight.shape, weight.dtype
+        q, scale, zero = zip(*map(round_int4, weight.split(ROUNDED_ROWS)), strict=True)
+        halves = [part.view(len(part), -1, 2, GROUP // 2).unbind(2) for part in q]
+        self.register_buffer("data", torch.cat([(low | high << 4).flatten(1) for low, high in halves]))
+        self.register_buffer("scale", torch.cat(scale))
+        self.register_buffer("zero", torch.cat(zero))
+
+    def few(self, x: torch.Tensor) -> torch.Tensor | None:
+        return None
+
+    def widened(self) -> torch.Tensor:
+        data = self.data.view(self.n, -1, 1, GROUP // 2)
+        q = torch.cat((data & 15, data >> 4), dim=2).view(self.n, -1, GROUP).to(self.dtype)
+        return q.sub_(8).mul_(self.scale[..., None]).add_(self.zero[..., None]).view(self.n, self.k)
+
+
+class PackedInt4(Quantized):
+    """int4 in the order that torch's kernel for CPUs reads, which depends on the machine.
+
+    data: blocks of output rows; in each, for every column, a byte for the rows i and i + half of the block.
+    scale: scales and zeros, [k / 32, n, 2].
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        (self.n, self.k), self.dtype = weight.shape, weight.dtype
+        q, scale, zero = zip(*map(round_int4, weight.split(ROUNDED_ROWS)), strict=True)
+        packed = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in q]
+        self.register_buffer("data", torch.cat(packed))
+        self.register_buffer("scale", torch.stack((torch.cat(scale).T, torch.cat(zero).T), dim=-1).contiguous())
+
+    def few(self, x: torch.Tensor) -> torch.Tensor | None:
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.data, GROUP, self.scale)
+        return y
+
+    def widened(self) -> torch.Tensor:
+        half = packed_half()
+        data = self.data.view(-1, self.k, half)  # [blocks, k, half]
+        q = torch.cat((data & 15, data >> 4), dim=-1).view(len(data), -1, GROUP, 2 * half)
+        scale, zero = self.scale.view(-1, len(data), 1, 2 * half, 2).transpose(0, 1).unbind(-1)
+        weight = q.to(self.dtype).sub_(8).mul_(scale).add_(zero)  # [blocks, k / 32, 32, 2 half]
+        return weight.view(len(data), self.k, -1).transpose(1, 2).reshape(self.n, self.k)
+
+
+@cache
+def packed_half() -> int:
+    """Half the rows of a block of torch's packed int4 on this machine, tried out; 0 where the order is unknown."""
+    if _operator("_convert_weight_to_int4pack_for_cpu") is None or _operator("_weight_int4pack_mm_for_cpu") is None:
+        return 0
+    q = torch.randint(0, 16, (128, GROUP), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+    for half in (32, 16):
+        blocks = data.view(-1, GROUP, half)
+        if torch.equal(torch.cat((blocks & 15, blocks >> 4), dim=-1).transpose(1, 2).reshape(q.shape), q):
+            return half
+    return 0
+
+
+def quantized(weight: torch.Tensor, kind: str, native: bool) -> Quantized:
+    """A weight in a scheme. native: llama.native will read it."""
+    if kind == "int8":
+        return Int8(weight)
+    half = 0 if native or not weight.is_cpu or weight.dtype != torch.bfloat16 else packed_half()
+    return PackedInt4(weight) if half and weight.shape[0] % (2 * half) == 0 else Int4(weight)
+
+
+def _operator(name: str) -> Any:
+    """One of torch's private operators, or None where this torch lacks it."""
+    return getattr(torch.ops.aten, name, None)

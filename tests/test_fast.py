@@ -1,0 +1,245 @@
+"""The faster forms against the plain one: the same answers, by other kernels."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from make_checkpoint import TOKENIZER
+
+from llama import Llama, fast, model, native
+from llama.quantize import FEW_ROWS, Int4, Int8
+
+BFLOAT16 = 2**-8  # the rounding of one number
+
+
+def ids(bsz: int, seqlen: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 512, (bsz, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+# Decode steps -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "llama31"])
+@pytest.mark.parametrize("form", ["default", "compile"])
+def test_steps_at_any_positions(form: str, name: str, dtype: str, build: Callable[..., Llama]) -> None:
+    """Rows that decode at positions of their own, some far beyond one block of keys, against a plain prefill."""
+    bsz, lengths = 7, [1, 2, 17, 255, 256, 257, 600]
+    plain = build(name, max_seq_len=640, max_batch_size=bsz, dtype=dtype, plain=True)
+    texts = ids(bsz, 600)
+    expected = plain.model.hidden(texts, 0, 600)[range(bsz), [n - 1 for n in lengths]].float()
+
+    llama = build(name, max_seq_len=640, max_batch_size=bsz, dtype=dtype, **{form: True} if form == "compile" else {})
+    assert (llama.model.step is not None) == (form == "compile")
+    llama.model.hidden(texts[:, :-1], 0, 599)
+    last = torch.tensor(lengths) - 1
+    for rows in (1, 3, 4, bsz):  # kernels take four rows at a time
+        newest, at = texts[range(rows), last[:rows]], last[:rows]
+        found = llama.model.hidden(newest[:, None], at, int(at.max()) + 1)[:, 0].float()
+        error = (found - expected[:rows]).abs().max() / expected.abs().max()
+        assert error < (2e-6 if dtype == "float32" else 6 * BFLOAT16), f"{rows} rows: {error}"
+
+
+@pytest.mark.parametrize("form", [{}, {"compile": True}, {"quantize": "int8"}, {"quantize": "int4", "compile": True}])
+def test_a_batch_is_its_rows_alone(form: dict[str, Any], build: Callable[..., Llama]) -> None:
+    llama = build("gqa", max_seq_len=128, max_batch_size=6, **form)
+    prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 90, 17, 5, 64, 40)]
+    together, scores = llama.generate(prompts, 12, temperature=0, logprobs=True)
+    for prompt, tokens, logprobs in zip(prompts, together, scores or [], strict=True):
+        (alone,), found = llama.generate([prompt], 12, temperature=0, logprobs=True)
+        assert alone == tokens and found is not None
+        torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(logprobs), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [{"compile": True}, {"quantize": "int8"}, {"quantize": "int4", "compile": True}])
+def test_damaged_weights_are_told(form: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    weights = torch.load(checkpoint("gqa") / "consolidated.00.pth", weights_only=True)
+    weights["layers.1.feed_forward.w2.weight"][7, 40] = float("nan")
+    torch.save(weights, tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text((checkpoint("gqa") / "params.json").read_text())
+    llama = Llama.build(tmp_path, TOKENIZER, max_seq_len=32, max_batch_size=1, **form)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        llama.generate([[5, 6, 7]], 4, temperature=0)
+    llama.close()
+
+
+def test_a_rank_that_fails_in_the_middle_of_a_step(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception cannot pass through native.c: it is kept and raised behind it."""
+    llama = build("gqa", max_seq_len=32, max_batch_size=1, compile=True)
+    step = llama.model.step
+    assert isinstance(step, native.Step)
+    step.struct.reduce = native.REDUCE(step._reduce)
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("peer gone")
+
+    monkeypatch.setattr(native.dist, "all_reduce", broken)
+    with pytest.raises(ConnectionError, match="peer gone"):
+        llama.generate([[5, 6, 7]], 4, temperature=0)
+
+
+# Matrices of native.c -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [1, 3, 4, 9, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_products(kind: str, m: int) -> None:
+    native.compile_library()
+    for n, k in ((1, 32), (6, 96), (50, 544), (33, 64)) + (((7, 50),) if "int" not in kind else ()):
+        weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n))
+        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+        layer = {"int8": Int8, "int4": Int4}.get(kind, native.Plain)(weight.to(dtype))
+        full = layer.weight if isinstance(layer, native.Plain) else layer.widened()
+        x = torch.randn(1, m, k, generator=torch.Generator().manual_seed(m))
+        found = native.Linear(layer)(x.to(dtype))
+        assert found.shape == (1, m, n) and found.dtype == dtype
+        x, full = x.to(dtype).double(), full.double()
+        sums = (x.abs() @ full.abs().T).max().item()  # what the roundings of a sum are measured by
+        within = BFLOAT16 if kind == "bfloat16" else 0
+        torch.testing.assert_close(found.double(), x @ full.T, rtol=within, atol=4 * 2**-24 * sums)
+
+
+@pytest.mark.parametrize("kind", [Int8, Int4])
+@pytest.mark.parametrize("to", [torch.float32, torch.bfloat16])
+def test_widened(kind: type[Int8 | Int4], to: torch.dtype) -> None:
+    native.compile_library()
+    layer = kind(torch.randn(37, 96, generator=torch.Generator().manual_seed(1)))
+    found = native.Linear(layer).widened(to)
+    torch.testing.assert_close(
+        found.float(), layer.widened(), rtol=BFLOAT16 if to == torch.bfloat16 else 1e-6, atol=1e-6
+    )
+
+
+# Compiling ----------------------------------------------------------------------------------------
+
+
+def test_compiled_once_and_kept(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    for told in ("llama: decode step compiled in ", "llama: decode step compiled earlier, taken from "):
+        build("mha", max_seq_len=16, max_batch_size=1, compile=True)
+        assert capfd.readouterr().err.startswith(told)
+    (kept,) = (tmp_path / "llama-runner").iterdir()
+    assert kept.name.startswith("native-") and kept.suffix == ".so"
+    native.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "folder", "told"),
+    [
+        ("not-there", "", "no C compiler here (not-there)"),
+        ("false", "", "cannot compile"),
+        ("cc", "/proc/nothing", "set XDG_CACHE_HOME"),
+    ],
+)
+def test_without_a_compiler(
+    compiler: str,
+    folder: str,
+    told: str,
+    build: Callable[..., Llama],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    expected = build("mha", max_seq_len=16, max_batch_size=1).generate([[5, 6]], 8, temperature=0)
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", folder or str(tmp_path))
+    capfd.readouterr()
+    llama = build("mha", max_seq_len=16, max_batch_size=1, compile=True)
+    line = capfd.readouterr().err.splitlines()[0]
+    assert told in line and line.endswith("the decode step runs uncompiled")
+    assert llama.generate([[5, 6]], 8, temperature=0) == expected
+
+
+def test_float16_is_not_compiled(build: Callable[..., Llama], capfd: pytest.CaptureFixture[str]) -> None:
+    llama = build("mha", max_seq_len=16, max_batch_size=1, dtype="float16", compile=True)
+    assert "float16 is not compiled on CPUs" in capfd.readouterr().err and llama.model.step is None
+
+
+@pytest.fixture
+def graph(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Llama, Any]]:
+    """A model whose decode step is what CUDA gets, traced by torch.compile but run by eager kernels."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiler(f, backend=counter, fullgraph=fullgraph))
+    torch._dynamo.reset()
+    llama = build("gqa", max_seq_len=64, max_batch_size=4)
+    llama.model.step = fast.GraphStep(llama.model)
+    yield llama, counter
+    torch._dynamo.reset()
+
+
+def test_graphs_are_compiled_once_for_a_number_of_rows(
+    graph: tuple[Llama, Any], build: Callable[..., Llama], capfd: pytest.CaptureFixture[str]
+) -> None:
+    llama, counter = graph
+    plain = build("gqa", max_seq_len=64, max_batch_size=4, plain=True)
+    prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 20, 9)]
+    for rows, compiled in ((1, 1), (1, 1), (3, 2), (1, 2)):
+        found = llama.generate(prompts[:rows], 30, temperature=0)
+        assert found == plain.generate(prompts[:rows], 30, temperature=0)
+        assert counter.frame_count == compiled, f"{rows} rows"
+    assert capfd.readouterr().err.count("compiled in") == 2
+
+
+# Packed weights -----------------------------------------------------------------------------------
+
+
+def test_where_nothing_can_be_packed(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = build("gqa", max_seq_len=32, max_batch_size=2)
+    assert any(isinstance(module, fast.Packed) for module in expected.model.modules())
+    monkeypatch.setattr(fast, "can_pack", lambda dtype: False)
+    llama = build("gqa", max_seq_len=32, max_batch_size=2)
+    assert not any(isinstance(module, fast.Packed) for module in llama.model.modules())
+    prompts = [[5, 6, 7], [8, 9]]
+    assert llama.generate(prompts, 16, temperature=0) == expected.generate(prompts, 16, temperature=0)
+
+
+def test_the_switch(build: Callable[..., Llama]) -> None:
+    kinds = {
+        type(module).__name__ for module in build("gqa", max_seq_len=32, max_batch_size=2, plain=True).model.modules()
+    }
+    assert {"Attention", "FeedForward", "ColumnLinear", "RowLinear"} <= kinds and not any("Fast" in k for k in kinds)
+    for other in ({"quantize": "int8"}, {"compile": True}):
+        with pytest.raises(ValueError, match="plain excludes quantize and compile"):
+            build("gqa", plain=True, **other)
+    with pytest.raises(ValueError, match="quantize 'int3': expected int8 or int4"):
+        build("gqa", quantize="int3")
+
+
+# Prefill in parts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["plain", "default", "compile"])
+def test_a_prefill_in_parts(form: str, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = build("gqa", max_seq_len=128, max_batch_size=3, **{} if form == "default" else {form: True})
+    prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 100, 65)]
+    whole = llama.model.forward(ids(2, 100), 0)
+    expected, scores = llama.generate(prompts, 16, temperature=0, logprobs=True, echo=True)
+    for part in (1, 7, 64):
+        monkeypatch.setattr(model, "PREFILL_CHUNK", part)
+        torch.testing.assert_close(llama.model.forward(ids(2, 100), 0), whole, rtol=0, atol=3e-5)
+        found, logprobs = llama.generate(prompts, 16, temperature=0, logprobs=True, echo=True)
+        assert found == expected
+        for ours, theirs in zip(logprobs or [], scores or [], strict=True):
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-4)
+
+
+def test_import_is_light() -> None:
+    """What `import llama` adds to `import torch`: no compiler, no plots, no other frameworks."""
+    heavy = "matplotlib, transformers, lm_eval, torch._inductor.compile_fx, tokenizers, gguf"
+    code = f"import sys, llama; print([m for m in {heavy.split(', ')} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
