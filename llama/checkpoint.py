@@ -81,28 +81,6 @@ def rank_slice(key: str, rows: int, args: ModelArgs, rank: int, world_size: int)
     return rank * rows // world_size, (rank + 1) * rows // world_size
 
 
-def legal_world_sizes(args: ModelArgs) -> list[int]:
-    """The numbers of ranks that a model can be divided over."""
-    return [
-        n
-        for n in range(1, args.n_heads + 1)
-        if args.n_heads % n == 0
-        and args.dim % n == 0
-        and args.hidden_dim % n == 0
-        and args.vocab_size % n == 0
-        and (args.kv_heads % n == 0 or n % args.kv_heads == 0)
-    ]
-
-
-def check_world_size(args: ModelArgs, world_size: int) -> None:
-    legal = legal_world_sizes(args)
-    if world_size not in legal:
-        raise CheckpointError(
-            f"{world_size} ranks cannot share this model ({args.n_heads} heads, {args.kv_heads} KV heads, feed-forward "
-            f"width {args.hidden_dim}, vocabulary {args.vocab_size}): start {', '.join(map(str, legal))}"
-        )
-
-
 # Files --------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,6 @@ from fairscale.nn.model_parallel.layers import (
     VocabParallelEmbedding,
 )
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 
 from llama.cache import KVCache
 from llama.distributed import model_parallel
@@ -146,6 +145,16 @@ class Positions:
     cos: torch.Tensor
     sin: torch.Tensor
     mask: torch.Tensor | None
+
+
+def causal_mask(seqlen: int, ctx_len: int, device: torch.device) -> torch.Tensor:
+    """What the last `seqlen` of `ctx_len` positions look back on: bool [seqlen, ctx_len], on CUDA only torch's name for
+    it, as numbers would rule out the flash kernel."""
+    if device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right  # which imports all of torch's compiler
+
+        return causal_lower_right(seqlen, ctx_len)
+    return torch.ones(seqlen, ctx_len, dtype=torch.bool, device=device).tril(ctx_len - seqlen)
 
 
 class Attention(nn.Module):
@@ -281,7 +290,7 @@ class Transformer(nn.Module):
         if isinstance(start_pos, int):
             positions = torch.arange(start_pos, start_pos + seqlen, device=tokens.device)  # [seqlen]
             if start_pos > 0 and seqlen > 1:
-                mask = causal_lower_right(seqlen, ctx_len)  # not numbers, which would rule out the flash kernel on CUDA
+                mask = causal_mask(seqlen, ctx_len, tokens.device)
         else:
             positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # [bsz, seqlen]
             mask = (keys <= positions[..., None])[:, None]  # [bsz, 1, seqlen, ctx_len]

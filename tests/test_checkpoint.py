@@ -14,8 +14,8 @@ from make_checkpoint import tensor
 from ranks import run_ranks
 
 from llama import Llama, ModelArgs
-from llama.checkpoint import Checkpoint, legal_world_sizes, rank_slice, tensor_shapes
-from llama.params import CheckpointError, read_params
+from llama.checkpoint import Checkpoint, rank_slice, tensor_shapes
+from llama.params import CheckpointError, legal_world_sizes, read_params
 from llama.tokenizer import TokenizerError
 
 
@@ -160,7 +160,7 @@ def test_every_query_head_finds_its_kv_head_on_its_rank() -> None:
 
 
 def test_a_world_size_that_does_not_divide_names_those_that_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama.checkpoint import check_world_size
+    from llama.params import check_world_size
 
     with pytest.raises(CheckpointError, match=r"3 ranks cannot share this model .* start 1, 2, 4, 8"):
         check_world_size(Checkpoint(folder).params, 3)
@@ -319,7 +319,7 @@ def tied_answers(*folders: Path) -> list[Any]:
     found = []
     for folder in folders:
         llama = Llama.build(folder, max_seq_len=32, max_batch_size=1, device="cpu")
-        shared = llama.model.output.weight.data_ptr() == llama.model.tok_embeddings.weight.data_ptr()
+        shared = llama.model.get_submodule("output.linear").weight is llama.model.tok_embeddings.weight
         found.append((llama.model.forward(torch.tensor([[1, 70, 400]]), 0).numpy(), shared))
         llama.close()
     return found

@@ -97,7 +97,7 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     for module in (generation, scoring):
         patch.setattr(module, "read_back", lambda values: np.ones(values.shape).tolist())
     here = torch.device("cuda", rank % hosts_gpus)  # torch's class cannot be made inside the mode
-    patch.setattr(model, "causal_lower_right", lambda n, m: torch.ones(n, m, device=here).tril(m - n) > 0)
+    patch.setattr(model, "causal_mask", lambda n, m, on: torch.ones(n, m, device=here).tril(m - n) > 0)
     patch.setattr(FakeTensorMode, "avoid_device_init", True)  # else it looks for the pretended GPU
     chosen = pretend_gpus(patch, hosts_gpus, capability)
     join(current_world(), torch.device("cuda"))  # outside the mode, where fairscale can read its ranks

@@ -19,8 +19,8 @@ import torch
 from torch._utils import _rebuild_tensor_v2
 
 from llama.chat_format import base_model_note
-from llama.checkpoint import OUTPUT, Checkpoint, legal_world_sizes, shard_axis
-from llama.params import ModelArgs
+from llama.checkpoint import OUTPUT, Checkpoint, shard_axis
+from llama.params import ModelArgs, legal_world_sizes
 from llama.progress import progress
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 from llama.verify import Findings, check_bytes, check_kinship
