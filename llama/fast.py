@@ -130,6 +130,8 @@ class SpeedUp:
         if isinstance(block, TransformerBlock):
             block.attention = FastAttention(block.attention, self._linear)
             block.feed_forward = FastFeedForward(block.feed_forward, self._linear)
+            if self.scheme is not None:
+                native.give_back_memory()
 
     def finish(self) -> str:
         """Take over the output layer and the decode step -> what was done to the weights, for the line about it."""
@@ -151,13 +153,12 @@ class SpeedUp:
     def _linear(self, key: str, *weights: torch.Tensor) -> nn.Module:
         kind = scheme_of(key, weights[0].shape[1], self.scheme)
         self.kept += len(weights) * (kind is None and self.scheme is not None)
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         if kind is not None:
-            layer: nn.Module = quantized(weight, kind, self.native)
-        elif self.on_cpu and not self.native and can_pack(self.dtype):
-            return Packed(weight)
+            layer: nn.Module = quantized(kind, self.native, *weights)
         else:
-            layer = native.Plain(weight)
+            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            packs = self.on_cpu and not self.native and can_pack(self.dtype)
+            layer = Packed(weight) if packs else native.Plain(weight)
         return native.Linear(layer) if self.native else layer
 
 

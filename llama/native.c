@@ -8,6 +8,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
@@ -17,8 +20,8 @@
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
 typedef int8_t bytes __attribute__((vector_size(LANES)));
-typedef uint8_t nibbles __attribute__((vector_size(LANES)));
 
 enum { F32, BF16, INT8, INT4 };
 
@@ -45,7 +48,27 @@ typedef struct {
     int (*reduce)(void); /* adds `out` up over the ranks; NULL where there is one rank; not 0: it failed */
 } Model;
 
-INLINE floats widen(halves h) { return (floats)(__builtin_convertvector(h, ints) << 16); }
+/* What GCC 12 would do with several instructions where AVX-512 has one. */
+#ifdef __AVX512F__
+INLINE floats low_bits(ints q) { /* the low four of each, 0 to 15 */
+    const floats table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (floats)_mm512_permutexvar_ps((__m512i)q, (__m512)table);
+}
+INLINE ints wide_halves(halves v) { return (ints)_mm512_cvtepu16_epi32((__m256i)v); }
+INLINE ints wide_bytes(bytes v) { return (ints)_mm512_cvtepi8_epi32((__m128i)v); }
+INLINE float sum(floats v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
+INLINE floats low_bits(ints q) { return __builtin_convertvector(q & 15, floats); }
+INLINE ints wide_halves(halves v) { return __builtin_convertvector(v, ints); }
+INLINE ints wide_bytes(bytes v) { return __builtin_convertvector(__builtin_convertvector(v, shorts), ints); }
+INLINE float sum(floats v) {
+    float s[8];
+    for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+#endif
+
+INLINE floats widen(halves h) { return (floats)(wide_halves(h) << 16); }
 
 INLINE float widen1(uint16_t h) {
     const uint32_t bits = (uint32_t)h << 16;
@@ -68,7 +91,21 @@ INLINE floats load(const int kind, const void *data, int64_t j, int64_t count) {
     }
     bytes v = {0};
     memcpy(&v, (const int8_t *)data + j, count);
-    return __builtin_convertvector(__builtin_convertvector(v, ints), floats);
+    return __builtin_convertvector(wide_bytes(v), floats);
+}
+
+/* The 32 weights of an int4 group before scale and zero, 0 to 15: columns 0 to 15 and 16 to 31. */
+INLINE void split(const void *data, int64_t at, floats *low, floats *high) {
+    bytes packed;
+    memcpy(&packed, (const int8_t *)data + at, LANES);
+    const ints q = wide_bytes(packed);
+    *low = low_bits(q);
+    *high = low_bits(q >> 4);
+}
+
+INLINE float one(const int kind, const void *data, int64_t j) {
+    return kind == F32 ? ((const float *)data)[j]
+         : kind == BF16 ? widen1(((const uint16_t *)data)[j]) : ((const int8_t *)data)[j];
 }
 
 INLINE void store(const int kind, void *data, int64_t j, float value) {
@@ -106,78 +143,84 @@ INLINE floats exponential(floats x) {
     return (floats)((ints)p + ((ints)shifted << 23));
 }
 
-INLINE float sum(floats v) {
-    float s[8];
-    for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
-    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-}
-
-/* y[r, i..i+rows) = W[i..i+rows, :] x[r, :] for r in 0..m: rows x m sums at a time, all in registers. */
+/* y[r, i..i+rows) = W[i..i+rows, :] x[r, :] for r in 0..m, in registers. One row is read as one stream, which the
+ * processor fetches ahead, and summed in four chains; four rows and four x share what they load. */
 INLINE void block(const int kind, const int rows, const int m, const Matrix *w, int64_t i, const float *x,
                   int64_t x_stride, const float *sums, float *y, int64_t y_stride) {
-    const int64_t k = w->k, groups = k / GROUP;
-    floats acc[4][4] = {{{0}}};
+    const int chains = rows * m < 4 ? 4 : 1;
+    const int64_t k = w->k, groups = k / GROUP, parts = k / LANES;
+    floats acc[4][4][4];
+    float rest[4][4] = {{0}};
+    for (int c = 0; c < chains; c++)
+        for (int a = 0; a < rows; a++)
+            for (int r = 0; r < m; r++) acc[c][a][r] = (floats){0};
     if (kind == INT4) {
-        for (int64_t g = 0; g < groups; g++) {
-            floats lo[4], hi[4];
-            for (int r = 0; r < m; r++) {
-                memcpy(&lo[r], x + r * x_stride + g * GROUP, 4 * LANES);
-                memcpy(&hi[r], x + r * x_stride + g * GROUP + LANES, 4 * LANES);
-            }
-            for (int a = 0; a < rows; a++) {
-                nibbles packed;
-                memcpy(&packed, (const uint8_t *)w->data + (i + a) * k / 2 + g * LANES, LANES);
-                const ints q = __builtin_convertvector(packed, ints);
-                const float scale = widen1(w->scale[(i + a) * groups + g]);
-                const floats low = __builtin_convertvector(q & 15, floats) * scale;
-                const floats high = __builtin_convertvector(q >> 4, floats) * scale;
-                for (int r = 0; r < m; r++) acc[a][r] += low * lo[r] + high * hi[r];
-            }
-        }
-        /* The -8 and the zeros of a group meet the sum of its x. */
         for (int64_t g = 0; g < groups; g += LANES) {
             const int64_t count = lanes(groups - g);
             for (int a = 0; a < rows; a++) {
                 const int64_t at = (i + a) * groups + g;
-                const floats zero = load(BF16, w->zero, at, count) - 8 * load(BF16, w->scale, at, count);
-                for (int r = 0; r < m; r++) acc[a][r] += zero * load(F32, sums, r * groups + g, count);
+                float scales[LANES];
+                if (count == LANES) {
+                    /* The -8 and the zeros of a group meet the sum of its x. */
+                    const floats scale = load(BF16, w->scale, at, LANES), zero = load(BF16, w->zero, at, LANES);
+                    memcpy(scales, &scale, sizeof scale);
+                    for (int r = 0; r < m; r++)
+                        acc[0][a][r] += (zero - 8 * scale) * load(F32, sums, r * groups + g, LANES);
+                } else {
+                    for (int64_t l = 0; l < count; l++) {
+                        scales[l] = widen1(w->scale[at + l]);
+                        for (int r = 0; r < m; r++)
+                            rest[a][r] += (widen1(w->zero[at + l]) - 8 * scales[l]) * sums[r * groups + g + l];
+                    }
+                }
+                for (int64_t l = 0; l < count; l += chains)
+                    for (int c = 0; c < chains; c++) {
+                        if (l + c >= count) break;
+                        floats low, high;
+                        split(w->data, (at + l + c) * LANES, &low, &high);
+                        for (int r = 0; r < m; r++) {
+                            const int64_t j = r * x_stride + (g + l + c) * GROUP;
+                            const floats both = low * load(F32, x, j, LANES) + high * load(F32, x, j + LANES, LANES);
+                            acc[c][a][r] += both * scales[l + c];
+                        }
+                    }
             }
         }
     } else {
-        const int64_t whole = k / LANES * LANES;
-        for (int64_t j = 0; j < whole; j += LANES) {
-            floats xs[4];
-            for (int r = 0; r < m; r++) xs[r] = load(F32, x, r * x_stride + j, LANES);
-            for (int a = 0; a < rows; a++) {
-                const floats v = load(kind, w->data, (i + a) * k + j, LANES);
-                for (int r = 0; r < m; r++) acc[a][r] += v * xs[r];
+        for (int64_t p = 0; p < parts; p += chains)
+            for (int c = 0; c < chains; c++) {
+                if (p + c >= parts) break;
+                for (int a = 0; a < rows; a++) {
+                    const floats v = load(kind, w->data, (i + a) * k + (p + c) * LANES, LANES);
+                    for (int r = 0; r < m; r++)
+                        acc[c][a][r] += v * load(F32, x, r * x_stride + (p + c) * LANES, LANES);
+                }
             }
-        }
-        if (whole < k)
+        for (int64_t j = parts * LANES; j < k; j++)
             for (int a = 0; a < rows; a++)
-                for (int r = 0; r < m; r++)
-                    acc[a][r] += load(kind, w->data, (i + a) * k + whole, k - whole) *
-                                 load(F32, x, r * x_stride + whole, k - whole);
+                for (int r = 0; r < m; r++) rest[a][r] += one(kind, w->data, (i + a) * k + j) * x[r * x_stride + j];
     }
     for (int a = 0; a < rows; a++)
-        for (int r = 0; r < m; r++)
-            y[r * y_stride + i + a] = sum(acc[a][r]) * (kind == INT8 ? widen1(w->scale[i + a]) : 1);
+        for (int r = 0; r < m; r++) {
+            floats total = acc[0][a][r];
+            for (int c = 1; c < chains; c++) total += acc[c][a][r];
+            y[r * y_stride + i + a] = (sum(total) + rest[a][r]) * (kind == INT8 ? widen1(w->scale[i + a]) : 1);
+        }
 }
 
 /* Rows [from, to) of the matrix, for m rows of x. */
 INLINE void part(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride,
                  const float *sums, float *y, int64_t y_stride, int64_t m) {
-    const int64_t groups = w->k / GROUP;
+    const int64_t groups = w->k / GROUP, fours = m / 4 * 4;
     int64_t i = from;
-    for (; i + 4 <= to; i += 4) {
-        int64_t r = 0;
-        for (; r + 4 <= m; r += 4)
+    for (; fours && i + 4 <= to; i += 4)
+        for (int64_t r = 0; r < fours; r += 4)
             block(kind, 4, 4, w, i, x + r * x_stride, x_stride, sums + r * groups, y + r * y_stride, y_stride);
-        for (; r < m; r++)
-            block(kind, 4, 1, w, i, x + r * x_stride, x_stride, sums + r * groups, y + r * y_stride, y_stride);
-    }
-    for (; i < to; i++)
-        for (int64_t r = 0; r < m; r++)
+    for (; fours && i < to; i++)
+        for (int64_t r = 0; r < fours; r += 4)
+            block(kind, 1, 4, w, i, x + r * x_stride, x_stride, sums + r * groups, y + r * y_stride, y_stride);
+    for (i = from; fours < m && i < to; i++)
+        for (int64_t r = fours; r < m; r++)
             block(kind, 1, 1, w, i, x + r * x_stride, x_stride, sums + r * groups, y + r * y_stride, y_stride);
 }
 
@@ -241,7 +284,8 @@ static void softmax(float *p, int64_t n) {
 /* attended[d..d+count) = sum over t of p[t] * values[t, d..d+count), for m heads that share the values. */
 INLINE void mix(const int kind, const int m, const void *values, int64_t head_dim, int64_t d, const float *p,
                 int64_t p_stride, int64_t ctx_len, float *out) {
-    floats acc[4][2] = {{{0}}};
+    floats acc[4][2];
+    for (int r = 0; r < m; r++) acc[r][0] = acc[r][1] = (floats){0};
     const int64_t first = lanes(head_dim - d), second = lanes(head_dim - d - first);
     for (int64_t t = 0; t < ctx_len; t++) {
         const floats a = load(kind, values, t * head_dim + d, first == LANES ? LANES : first);
@@ -394,12 +438,11 @@ INLINE void expand(const int from, const int to, const Matrix *w, void *out, int
             store16(to, out, i * k + j, load(INT8, w->data, i * k + j, LANES) * widen1(w->scale[i]));
     else
         for (int64_t g = i * groups; g < (i + 1) * groups; g++) {
-            nibbles packed;
-            memcpy(&packed, (const uint8_t *)w->data + g * LANES, LANES);
-            const ints q = __builtin_convertvector(packed, ints);
+            floats low, high;
+            split(w->data, g * LANES, &low, &high);
             const float scale = widen1(w->scale[g]), zero = widen1(w->zero[g]);
-            store16(to, out, g * GROUP, __builtin_convertvector((q & 15) - 8, floats) * scale + zero);
-            store16(to, out, g * GROUP + LANES, __builtin_convertvector((q >> 4) - 8, floats) * scale + zero);
+            store16(to, out, g * GROUP, (low - 8) * scale + zero);
+            store16(to, out, g * GROUP + LANES, (high - 8) * scale + zero);
         }
 }
 

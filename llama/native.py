@@ -4,6 +4,7 @@ Compiling takes a few seconds and is done once: the library is kept in the user'
 source, the compiler and the processor.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -126,6 +127,12 @@ def _compile(compiler: str, path: Path) -> None:
         raise NoCompilerError(f"{compiler} cannot compile {SOURCE} ({reason.strip()})")
     finally:
         made.unlink(missing_ok=True)
+
+
+def give_back_memory() -> None:
+    """Let glibc return what was freed: blocks of under 32 MB stay with it, a model's worth of them while it loads."""
+    with contextlib.suppress(AttributeError, OSError):  # other C libraries have no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # From tensors to structs --------------------------------------------------------------------------

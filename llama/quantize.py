@@ -5,6 +5,7 @@ int8: a scale for each output row. int4: a scale and a zero for each group of 32
 layer is int8 in both: it is an eighth of a small model, and 4 bits there would cost more perplexity than all others.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ GROUP = 32
 # More rows than these are multiplied by weights widened for the occasion: torch's kernels for few rows would take
 # several times as long (measured at 512).
 FEW_ROWS = 32
-ROUNDED_ROWS = 1024  # at a time, so that no whole matrix stands in float32
+ROUNDED_ROWS = 256  # at a time, so that no whole matrix stands in float32
 
 
 def scheme_of(key: str, columns: int, scheme: str | None) -> str | None:
@@ -69,13 +70,19 @@ def _divisor(scale: torch.Tensor) -> torch.Tensor:
 
 
 class Quantized(nn.Module):
-    """A linear layer's weight [n, k] in fewer bits: x [.., k] -> [.., n]."""
+    """A linear layer in fewer bits, of one weight [n, k] or of several one below the other: x [.., k] -> [.., n]."""
 
     data: torch.Tensor
     scale: torch.Tensor
-    dtype: torch.dtype  # what it computes in
-    n: int
-    k: int
+    round: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+
+    def __init__(self, *weights: torch.Tensor):
+        super().__init__()
+        self.n, self.k = sum(map(len, weights)), weights[0].shape[1]
+        self.dtype = weights[0].dtype  # what it computes in
+        parts = [type(self).round(part) for weight in weights for part in weight.split(ROUNDED_ROWS)]
+        for name, tensors in zip(("data", "scale", "zero"), zip(*parts, strict=True), strict=False):
+            self.register_buffer(name, torch.cat(tensors))
 
     def extra_repr(self) -> str:
         return f"{self.n} x {self.k}"
@@ -96,12 +103,7 @@ class Quantized(nn.Module):
 
 
 class Int8(Quantized):
-    def __init__(self, weight: torch.Tensor):
-        super().__init__()
-        (self.n, self.k), self.dtype = weight.shape, weight.dtype
-        data, scale = zip(*map(round_int8, weight.split(ROUNDED_ROWS)), strict=True)
-        self.register_buffer("data", torch.cat(data))
-        self.register_buffer("scale", torch.cat(scale))
+    round = staticmethod(round_int8)
 
     def few(self, x: torch.Tensor) -> torch.Tensor | None:
         # In float32 torch's kernel is four times slower than the products with the widened weight.
@@ -119,14 +121,11 @@ class Int4(Quantized):
 
     zero: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor):
-        super().__init__()
-        (self.n, self.k), self.dtype = weight.shape, weight.dtype
-        q, scale, zero = zip(*map(round_int4, weight.split(ROUNDED_ROWS)), strict=True)
-        halves = [part.view(len(part), -1, 2, GROUP // 2).unbind(2) for part in q]
-        self.register_buffer("data", torch.cat([(low | high << 4).flatten(1) for low, high in halves]))
-        self.register_buffer("scale", torch.cat(scale))
-        self.register_buffer("zero", torch.cat(zero))
+    @staticmethod
+    def round(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, scale, zero = round_int4(weight)
+        low, high = q.view(len(q), -1, 2, GROUP // 2).unbind(2)
+        return (low | high << 4).flatten(1), scale, zero
 
     def few(self, x: torch.Tensor) -> torch.Tensor | None:
         return None
@@ -144,13 +143,15 @@ class PackedInt4(Quantized):
     scale: scales and zeros, [k / 32, n, 2].
     """
 
-    def __init__(self, weight: torch.Tensor):
-        super().__init__()
-        (self.n, self.k), self.dtype = weight.shape, weight.dtype
-        q, scale, zero = zip(*map(round_int4, weight.split(ROUNDED_ROWS)), strict=True)
-        packed = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in q]
-        self.register_buffer("data", torch.cat(packed))
-        self.register_buffer("scale", torch.stack((torch.cat(scale).T, torch.cat(zero).T), dim=-1).contiguous())
+    @staticmethod
+    def round(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, scale, zero = round_int4(weight)
+        data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+        return data, torch.stack((scale, zero), dim=-1)
+
+    def __init__(self, *weights: torch.Tensor):
+        super().__init__(*weights)
+        self.scale = self.scale.transpose(0, 1).contiguous()
 
     def few(self, x: torch.Tensor) -> torch.Tensor | None:
         y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.data, GROUP, self.scale)
@@ -179,12 +180,13 @@ def packed_half() -> int:
     return 0
 
 
-def quantized(weight: torch.Tensor, kind: str, native: bool) -> Quantized:
-    """A weight in a scheme. native: llama.native will read it."""
+def quantized(kind: str, native: bool, *weights: torch.Tensor) -> Quantized:
+    """Weights in a scheme, one below the other. native: llama.native will read them."""
     if kind == "int8":
-        return Int8(weight)
-    half = 0 if native or not weight.is_cpu or weight.dtype != torch.bfloat16 else packed_half()
-    return PackedInt4(weight) if half and weight.shape[0] % (2 * half) == 0 else Int4(weight)
+        return Int8(*weights)
+    first, half = weights[0], packed_half()
+    packs = not native and first.is_cpu and first.dtype == torch.bfloat16 and half > 0
+    return PackedInt4(*weights) if packs and all(len(w) % (2 * half) == 0 for w in weights) else Int4(*weights)
 
 
 def _operator(name: str) -> Any:

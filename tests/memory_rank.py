@@ -28,7 +28,7 @@ def touched_bytes() -> dict[str, int]:
     return touched
 
 
-def main(ckpt_dir: str, tokenizer: str, dtype: str) -> None:
+def main(ckpt_dir: str, tokenizer: str, dtype: str, quantize: str | None = None) -> None:
     opened: set[str] = set()
     touched: dict[str, int] = {}
     load_weights = completion.load_weights
@@ -43,7 +43,7 @@ def main(ckpt_dir: str, tokenizer: str, dtype: str) -> None:
 
     sys.addaudithook(remember)  # sees every file that Python opens, whatever code opens it
     completion.load_weights = load_and_look
-    llama = Llama.build(ckpt_dir, tokenizer, max_seq_len=16, max_batch_size=1, dtype=dtype)
+    llama = Llama.build(ckpt_dir, tokenizer, max_seq_len=16, max_batch_size=1, dtype=dtype, quantize=quantize)
     llama.generate([[1, *range(3, 16)]], max_gen_len=2, temperature=0)  # fills the cache
     llama.close()
     print(json.dumps({"opened": sorted(opened), "touched": touched}))

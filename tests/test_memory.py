@@ -15,6 +15,8 @@ import torch
 from make_checkpoint import TOKENIZER, layout
 
 import llama
+from llama.checkpoint import without_layer
+from llama.quantize import stored_bytes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID/status and smaps, which Linux has")
 
@@ -155,3 +157,21 @@ def test_a_rank_holds_its_own_weights_and_reads_its_own_slices(
         for name, (least, most) in pages.items():
             # The kernel may take back pages when memory is short; half of them left shows that they were counted.
             assert least / 2 <= seen["touched"].get(name, 0) <= most, f"{name}: {least} to {most}; {figures}"
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_rank_that_quantizes_never_holds_the_whole_model(
+    scheme: str, shards: int, folder: Path, imports: Callable[[int], int], measured: Callable[[str, object], None]
+) -> None:
+    if shards > 1:
+        pytest.skip("one file is enough")
+    stored = 0
+    for key, (shape, _) in LAYOUT.items():
+        rows, columns = shape if len(shape) == 2 else (1, *shape)
+        stored += stored_bytes(without_layer(key), rows, columns, scheme, STORED)
+    layer = sum(prod(shape) for key, (shape, _) in LAYOUT.items() if key.startswith("layers.0.")) * STORED
+    ((peak, _),) = watch(1, str(folder), str(TOKENIZER), "bfloat16", scheme)
+    beyond = peak - imports(1) - CACHE * STORED
+    figures = f"{beyond / MB:.1f} MB: {stored / MB:.1f} stored and {(beyond - stored) / layer:.2f} layers in full"
+    measured(f"memory of a rank that loads in {scheme}", figures)
+    assert stored < beyond <= stored + 2 * layer, figures

@@ -96,7 +96,7 @@ def test_schemes(key: str, columns: int, scheme: str | None, expected: str | Non
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_stored_bytes(kind: str, native: bool) -> None:
-    layer = quantized(random(128, 96, torch.bfloat16), kind, native)
+    layer = quantized(kind, native, random(128, 96, torch.bfloat16))
     held = sum(buffer.numel() * buffer.element_size() for buffer in layer.buffers())
     assert held == stored_bytes("attention.wq.weight", 128, 96, kind, 2)
     # By hand: 128 * 96 bytes and 128 scales of two; half of that and, of 3 groups a row, scales and zeros.
@@ -108,8 +108,8 @@ def test_torchs_order_holds_the_same_weights() -> None:
     weight = random(192, 544, torch.bfloat16)
     packed, rows = PackedInt4(weight), Int4(weight)
     assert torch.equal(packed.widened(), rows.widened())
-    assert isinstance(quantized(weight, "int4", False), PackedInt4)
-    assert isinstance(quantized(weight[:70], "int4", False), Int4)  # no whole number of blocks
+    assert isinstance(quantized("int4", False, weight), PackedInt4)
+    assert isinstance(quantized("int4", False, weight, weight[:70]), Int4)  # no whole number of blocks
 
 
 @pytest.mark.parametrize("m", [1, 5, FEW_ROWS, FEW_ROWS + 1])
