@@ -10,13 +10,14 @@ import torch
 from typing_extensions import Unpack
 
 from llama.chat_format import FORMATS, ChatFormat, Dialog, Message, for_tokenizer, split_system
-from llama.checkpoint import OUTPUT, Checkpoint, check_world_size, load_weights
+from llama.checkpoint import OUTPUT, Checkpoint, load_weights
 from llama.device import pick_device, pick_dtype, share_cores
 from llama.distributed import current_world, join, leave, raising_together, say
 from llama.fast import SpeedUp, can_compile
 from llama.generation import Engine
+from llama.memory import check_room
 from llama.model import Transformer
-from llama.params import CheckpointError
+from llama.params import CheckpointError, check_world_size
 from llama.quantize import SCHEMES
 from llama.request import Each, Row, Settings, check_list, check_whole
 from llama.stream import Stop, TextPiece, TextStream, read_stops
@@ -80,7 +81,8 @@ class Llama(Engine):
         chat_format: how dialogs are written, a name of `chat_format.FORMATS`; default is what the tokenizer says.
 
         Raises CheckpointError and TokenizerError (both ValueErrors) for files that do not fit, ValueError for
-        arguments, on every rank (PeerError where only another rank failed). Prints one line to stderr.
+        arguments and for a model that does not fit the memory that is free, on every rank (PeerError where only another
+        rank failed). Prints one line to stderr.
         """
         started = time.perf_counter()
         world = current_world()
@@ -125,6 +127,8 @@ class Llama(Engine):
                     )
                 dialogs = for_tokenizer(tokenizer, chat_format)
                 kind = pick_dtype(dtype, checkpoint.dtype, where)
+                tied = OUTPUT not in checkpoint.shapes
+                check_room(args, world.size, kind, where, tied, checkpoint.embedding_axis, quantize)
                 model = Transformer(args, kind, where, checkpoint.embedding_axis)
                 fast = None if plain else SpeedUp(model, kind, quantize, compile)
                 load_weights(model, checkpoint, kind, fast.layer if fast else None)

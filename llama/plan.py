@@ -2,8 +2,8 @@
 
 import re
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from json import dumps
 from math import prod
@@ -16,68 +16,125 @@ from llama.checkpoint import (
     EMBEDDING,
     OUTPUT,
     Checkpoint,
-    check_world_size,
-    legal_world_sizes,
     rank_slice,
     shard_axis,
     tensor_shapes,
     without_layer,
 )
 from llama.device import DTYPES
-from llama.params import CheckpointError, ModelArgs, read_params
+from llama.model import PREFILL_CHUNK
+from llama.params import CheckpointError, ModelArgs, check_world_size, legal_world_sizes, read_params
+from llama.quantize import FEW_ROWS, SCHEMES, scheme_of, stored_bytes
 from llama.request import check_whole
 from llama.sniff import what_instead
 
 LLAMA_2_VOCAB = 32000
-KEYS_AND_VALUES = ("attention.wk.weight", "attention.wv.weight")
+QUERIES, KEYS, GATES = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight", "layers.0.feed_forward.w1.weight"
 UNITS = (
     {"B": 1}
     | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
     | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
 )
 LEFT_OUT = (
-    "Not in it: the activations and logits of a forward, and what torch itself takes (leave room for them, "
-    "the more the longer the prompts)."
+    "Prefill is the peak of computing full prompts on a {device}. Not in it: the interpreter and torch themselves, "
+    "logits of other positions than the last (scoring), and freed memory that the allocator keeps."
 )
+# What a full draw of ids takes for each logit: 4 bytes for itself, and float64 numbers and ids sorted by probability.
+SAMPLED = 60
+# Buffers of torch's kernels and the like, measured on a CPU with two threads.
+KERNELS = 6_000_000
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes that each rank holds: its weights, its KV cache, the rotary tables."""
+    """Bytes that each rank holds: its weights, its KV cache, the rotary tables; and what computing full prompts takes
+    besides, at its peak."""
 
     weights: int
     cache: int
     rope: int
+    prefill: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.rope
+        return self.weights + self.cache + self.rope + self.prefill
 
 
 def sizes(
-    args: ModelArgs, world_size: int, dtype: torch.dtype, *, tied: bool = False, embedding_axis: int = 0
+    args: ModelArgs,
+    world_size: int,
+    dtype: torch.dtype,
+    *,
+    tied: bool = False,
+    embedding_axis: int = 0,
+    quantize: str | None = None,
+    device: str = "cpu",
 ) -> Sizes:
     """What each of `world_size` ranks holds for args.max_batch_size rows of args.max_seq_len positions.
 
     tied: the embedding serves as the output. embedding_axis: how the files divide it, which matters where it does: a
-    rank that has the same rows of both holds them once.
+    rank that has the same rows of both holds them once, unless the output is quantized. device: "cpu", "cuda" or "mps".
     """
-    local: dict[str, tuple[int, ...]] = {}
-    for key, shape in tensor_shapes(args).items():
+    local: dict[str, tuple[int, ...]] = {}  # of one layer: all are alike
+    for key, shape in tensor_shapes(replace(args, n_layers=1)).items():
         parts = list(shape)
         if (axis := shard_axis(key, embedding_axis)) is not None:
             start, stop = rank_slice(key, shape[axis], args, 0, world_size)
             parts[axis] = stop - start
         local[key] = tuple(parts)
-    if tied and local[OUTPUT] == local[EMBEDDING]:
-        del local[OUTPUT]
-    # A position of the cache holds what wk and wv make of it, in every layer.
-    position = sum(shape[0] for key, shape in local.items() if without_layer(key) in KEYS_AND_VALUES)
+    is_shared = tied and local[OUTPUT] == local[EMBEDDING] and scheme_of(OUTPUT, args.dim, quantize) is None
+    weights = 0
+    for key, shape in local.items():
+        times = args.n_layers if key.startswith("layers.") else 0 if is_shared and key == OUTPUT else 1
+        rows, columns = shape if len(shape) == 2 else (1, *shape)
+        weights += times * stored_bytes(without_layer(key), rows, columns, quantize, dtype.itemsize)
+    position = 2 * args.n_layers * local[KEYS][0] * dtype.itemsize  # a key and a value in every layer
     return Sizes(
-        weights=sum(prod(shape) for shape in local.values()) * dtype.itemsize,
-        cache=args.max_batch_size * args.max_seq_len * position * dtype.itemsize,
+        weights=weights,
+        cache=args.max_batch_size * args.max_seq_len * position,
         rope=args.max_seq_len * args.head_dim * torch.float32.itemsize,  # cos and sin for every second of head_dim
+        prefill=_prefill(args, local, dtype, quantize, device),
     )
+
+
+def _prefill(
+    args: ModelArgs, local: dict[str, tuple[int, ...]], dtype: torch.dtype, quantize: str | None, device: str
+) -> int:
+    """The most bytes that stand in memory while all rows are filled with prompts, beyond what stands there anyway.
+
+    What is freed is not counted. glibc keeps part of it for later, so that a process can grow by twice as much.
+    local: the shapes of this rank's weights. The names below are those of `model` and `fast`.
+    """
+    size, dim = dtype.itemsize, args.dim
+    q, kv, width = local[QUERIES][0], local[KEYS][0], local[GATES][0]
+    part = min(args.max_seq_len, PREFILL_CHUNK)
+    n = args.max_batch_size * part  # positions computed at a time
+    prompts = args.max_batch_size * args.max_seq_len * dim * size  # the hidden states of all
+
+    def widened(key: str, columns: int, rows: int) -> int:
+        """A quantized weight in full, and its numbers before they are scaled."""
+        kind = scheme_of(key, columns, quantize)
+        packed = device == "cpu" and dtype == torch.bfloat16  # in the order of torch's kernel: once more, reordered
+        return 0 if kind is None else rows * columns * (size if kind == "int8" else 1 + size + packed * size)
+
+    # Of a layer: its input, the sum behind attention or the norm's output, wqkv(x) and what comes of it.
+    heads = q + 2 * kv
+    rotary = n * (size * (2 * dim + heads) + q * (8 if dtype == torch.float32 else 12))
+    # The result, and queries and keys, turned. Where a part looks back on others, a CPU makes a mask of truths, and
+    # one of numbers from it.
+    masked = part * args.max_seq_len * (1 + size) if args.max_seq_len > part and device != "cuda" else 0
+    attention = n * size * (2 * dim + heads + 2 * q + kv) + masked
+    # The layer's input, the sum, the norm's output; gates and values, the gates once more, and the result.
+    gates = widened("feed_forward.w1.weight", dim, 2 * width)
+    result = n * size * (width + dim) + widened("feed_forward.w2.weight", width, dim)
+    feed_forward = n * size * (3 * dim + 2 * width) + max(gates - n * size * 2 * width, n * size * width, result)
+    angles = part * args.head_dim * torch.float32.itemsize
+    layer = max(rotary, attention, feed_forward) + angles + prompts * (args.max_seq_len - part) // args.max_seq_len
+    joined = 2 * prompts * (args.max_seq_len > part)  # the parts, and all of them in one
+    draw = args.max_batch_size * args.vocab_size * SAMPLED
+    if device != "cpu" or dtype != torch.bfloat16 or args.max_batch_size > FEW_ROWS:
+        draw += widened(OUTPUT, dim, local[OUTPUT][0])
+    return max(layer, joined, draw) + KERNELS
 
 
 def count_parameters(args: ModelArgs, tied: bool = False) -> dict[str, int]:
@@ -103,16 +160,20 @@ def plan(
     memory: str | None = None,
     vocab_size: int | None = None,
     json: bool = False,
+    quantize: str | None = None,
+    device: str = "cpu",
 ) -> None:
     """Print what the model in `path` takes in memory, at each number of ranks that it can be divided over.
 
     path: a checkpoint folder, or a params.json alone. No weights are read.
-    max_seq_len, max_batch_size: positions and rows that the KV cache has room for.
-    ranks: this number of ranks only. dtype: float32, bfloat16 or float16 only.
+    max_seq_len, max_batch_size: positions and rows that the KV cache has room for, and that prompts fill.
+    ranks: this number of ranks only. dtype: float32, bfloat16 or float16 only. quantize: int8 or int4 only, beside
+    `dtype` (bfloat16 unless it is given) in the cache and where weights are not quantized.
     memory: what each rank has, "12GB" or "12GiB": tells what fits, and the largest context (for one row) and batch
     (of max_seq_len positions) that do.
     vocab_size: where params.json does not say it (-1).
     json: one object with bytes in place of tables.
+    device: cpu or cuda, what prompts are computed on.
     """
     for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
         check_whole(name, value, 1)
@@ -121,6 +182,10 @@ def plan(
             check_whole(name, whole, 1)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected {', '.join(DTYPES)}")
+    if quantize not in (None, *SCHEMES):
+        raise ValueError(f"quantize {quantize!r}: expected {' or '.join(SCHEMES)}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r}: expected cpu or cuda")
     available = None if memory is None else read_bytes(memory)
     args, tied, axis, notes = _read(Path(str(path)), vocab_size)
     args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
@@ -128,18 +193,22 @@ def plan(
         notes.append(f"max_seq_len {max_seq_len} goes beyond the sliding window: {args.sliding_window} at most can run")
     if ranks is not None:
         check_world_size(args, ranks)
+    kinds = [(dtype or "bfloat16", quantize)]
+    if dtype is None and quantize is None:
+        kinds = [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4")]
     rows = [
-        _row(args, world_size, kind, available, sizes(args, world_size, DTYPES[kind], tied=tied, embedding_axis=axis))
-        for kind in ([dtype] if dtype else ["float32", "bfloat16"])
+        _row(args, world_size, kind, scheme, available, tied=tied, embedding_axis=axis, device=device)
+        for kind, scheme in kinds
         for world_size in ([ranks] if ranks else legal_world_sizes(args))
     ]
+    notes.append(LEFT_OUT.format(device={"cpu": "CPU", "cuda": "GPU"}[device]))
     if json:
         answer = {"path": str(path), "parameters": count_parameters(args, tied), "tied": tied}
         answer |= {name: getattr(args, name) for name in ("vocab_size", "max_seq_len", "max_batch_size")}
-        print(dumps(answer | {"memory": available, "per_rank": rows, "notes": [*notes, LEFT_OUT]}))
+        print(dumps(answer | {"memory": available, "per_rank": rows, "notes": notes}))
         return
     print("\n".join(_tables(args, count_parameters(args, tied), rows, memory, dtype)))
-    print("\n".join(["", *(f"note: {note}" for note in notes), LEFT_OUT]))
+    print("\n".join(["", *(f"note: {note}" for note in notes[:-1]), notes[-1]]))
 
 
 def read_bytes(text: str) -> int:
@@ -177,19 +246,35 @@ def _read(path: Path, vocab_size: int | None) -> tuple[ModelArgs, bool, int, lis
     return args, tied, axis, notes
 
 
-def _row(args: ModelArgs, world_size: int, dtype: str, memory: int | None, size: Sizes) -> dict[str, Any]:
-    row = {"ranks": world_size, "dtype": dtype, **asdict(size), "total": size.total}
+def _row(
+    args: ModelArgs, world_size: int, dtype: str, quantize: str | None, memory: int | None, **options: Any
+) -> dict[str, Any]:
+    def size_of(max_seq_len: int, max_batch_size: int) -> Sizes:
+        asked = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        return sizes(asked, world_size, DTYPES[dtype], quantize=quantize, **options)
+
+    size = size_of(args.max_seq_len, args.max_batch_size)
+    row = {"ranks": world_size, "dtype": dtype, "quantize": quantize, **asdict(size), "total": size.total}
     if memory is None:
         return row
-    rope, cache = size.rope // args.max_seq_len, size.cache // args.max_seq_len // args.max_batch_size  # a position's
-    context = min((memory - size.weights) // (rope + cache), args.sliding_window or sys.maxsize)
-    batch = (memory - size.weights - size.rope) // (cache * args.max_seq_len)
     slides = args.max_seq_len > (args.sliding_window or sys.maxsize)  # no memory makes that run
     return row | {
         "fits": size.total <= memory and not slides,
-        "max_context": max(0, context),
-        "max_batch": 0 if slides else max(0, batch),
+        "max_context": largest(lambda n: size_of(n, 1).total <= memory, args.sliding_window or sys.maxsize),
+        "max_batch": 0 if slides else largest(lambda n: size_of(args.max_seq_len, n).total <= memory),
     }
+
+
+def largest(fits: Callable[[int], bool], limit: int = sys.maxsize) -> int:
+    """The largest number up to `limit` that fits, 0 where 1 does not; of two numbers the smaller needs less."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 # Tables -------------------------------------------------------------------------------------------
@@ -206,15 +291,16 @@ def _tables(
     yield from _aligned([["component", "parameters"], *([name, f"{count:,}"] for name, count in counts.items())])
     yield ""
     rowed = f"{args.max_batch_size} row{'s' * (args.max_batch_size > 1)} of {args.max_seq_len:,} positions"
-    yield f"Each rank holds, in MiB, with a KV cache for {rowed}:"
+    yield f"Each rank takes, in MiB, with a KV cache for {rowed}, filled by prompts:"
     yield ""
-    head = ["dtype", "ranks", "weights", "cache", "RoPE", "total"]
+    columns = {"weights": "weights", "cache": "cache", "rope": "RoPE", "prefill": "prefill", "total": "total"}
+    head = ["dtype", "ranks", *columns.values()]
     if memory is not None:
         head += [f"fits {memory}", "context at batch 1", f"batch at {args.max_seq_len:,}"]
     cells = []
     for row in rows:
-        name = "bf16/fp16" if row["dtype"] == "bfloat16" and dtype is None else row["dtype"]
-        cell = [name, str(row["ranks"]), *(f"{row[key] / 2**20:,.1f}" for key in ("weights", "cache", "rope", "total"))]
+        name = row["quantize"] or ("bf16/fp16" if row["dtype"] == "bfloat16" and dtype is None else row["dtype"])
+        cell = [name, str(row["ranks"]), *(f"{row[key] / 2**20:,.1f}" for key in columns)]
         if memory is not None:
             cell += ["yes" if row["fits"] else "no", f"{row['max_context']:,}", f"{row['max_batch']:,}"]
         cells.append(cell)

@@ -1,8 +1,12 @@
 """`plan` says what a built model really holds, and the published models' figures."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,12 @@ import torch
 from ranks import run_ranks
 from test_checkpoint import edit_params, edit_shard
 
+import llama as package
 from llama import Llama, ModelArgs, cli
 from llama.cache import KVCache
-from llama.checkpoint import Checkpoint, legal_world_sizes
-from llama.params import CheckpointError
+from llama.checkpoint import Checkpoint, tensor_shapes
+from llama.device import DTYPES
+from llama.params import CheckpointError, legal_world_sizes
 from llama.plan import Sizes, count_parameters, plan, read_bytes, sizes
 
 SEVEN_B = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
@@ -35,18 +41,25 @@ MIB = 2**20
 
 
 def held(llama: Llama) -> Sizes:
-    """What this rank really holds: the bytes of storages, each once."""
-    storages = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in llama.model.parameters()}
-    caches = [buffer for m in llama.model.modules() if isinstance(m, KVCache) for buffer in m.buffers()]
-    others = sum(buffer.nbytes for buffer in llama.model.buffers()) - sum(buffer.nbytes for buffer in caches)
-    return Sizes(sum(storages.values()), sum(buffer.nbytes for buffer in caches), others)
+    """What this rank really holds between calls: the bytes of tensors, each once."""
+    model = llama.model
+    caches = [buffer for m in model.modules() if isinstance(m, KVCache) for buffer in m.buffers()]
+    others = [*model.parameters(), *model.buffers()]
+    # Weights in oneDNN's order have no address.
+    found = {id(w) if w.is_mkldnn else w.untyped_storage().data_ptr(): w.nbytes for w in others}
+    cache, rope = sum(buffer.nbytes for buffer in caches), model.cos.nbytes + model.sin.nbytes
+    return Sizes(sum(found.values()) - cache - rope, cache, rope, 0)
 
 
-def planned(folder: Path, ranks: int, dtype: torch.dtype, max_seq_len: int, max_batch_size: int) -> Sizes:
+def planned(
+    folder: Path, ranks: int, dtype: torch.dtype, max_seq_len: int, max_batch_size: int, quantize: str | None = None
+) -> Sizes:
+    """What it should hold: without the peak of a prefill."""
     checkpoint = Checkpoint(folder)
     checkpoint.params.max_seq_len, checkpoint.params.max_batch_size = max_seq_len, max_batch_size
     tied = "output.weight" not in checkpoint.shapes
-    return sizes(checkpoint.params, ranks, dtype, tied=tied, embedding_axis=checkpoint.embedding_axis)
+    axis = checkpoint.embedding_axis
+    return replace(sizes(checkpoint.params, ranks, dtype, tied=tied, embedding_axis=axis, quantize=quantize), prefill=0)
 
 
 def untie(folder: Path, checkpoint: Path) -> Path:
@@ -69,6 +82,18 @@ def test_one_rank_holds_what_is_planned(
 ) -> None:
     llama = build(name, max_seq_len=33, max_batch_size=3, dtype=dtype)
     assert held(llama) == planned(checkpoint(name), 1, kind, 33, 3)
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa"])
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_quantized_model_holds_what_is_planned(
+    name: str, quantize: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Tied, too: there the output becomes a copy in 8 bits."""
+    for folder in (checkpoint(name), untie(tmp_path / "tied", checkpoint(name))):
+        llama = Llama.build(folder, max_seq_len=33, max_batch_size=3, dtype="bfloat16", quantize=quantize)
+        assert held(llama) == planned(folder, 1, torch.bfloat16, 33, 3, quantize)
+        llama.close()
 
 
 def build_and_measure(folders: list[Path]) -> list[Sizes]:
@@ -129,7 +154,64 @@ def test_bytes_of_the_7b() -> None:
     assert round(size.weights / MIB, 1) == 12_852.5
     assert size.cache == 1024 * MIB
     assert size.rope == 2 * 2048 * 64 * 4
-    assert size.total == size.weights + size.cache + size.rope
+    assert size.total == size.weights + size.cache + size.rope + size.prefill
+
+
+def test_bytes_of_the_quantized_7b() -> None:
+    """Worked out by hand. A layer has 4 matrices of 4096 x 4096, w1 and w3 of 11008 x 4096 and w2 of 4096 x 11008."""
+    args = ModelArgs(**PUBLISHED["llama-2-7b"][0], max_seq_len=4096, max_batch_size=1)
+    numbers, rows = 4 * 4096**2 + 3 * 11008 * 4096, 4 * 4096 + 2 * 11008 + 4096
+    kept = 2 * (32000 * 4096 + 65 * 4096)  # embedding and norms, in 16 bits
+    output = 32000 * 4096 + 2 * 32000
+    int8, int4 = (sizes(args, 1, torch.float16, quantize=scheme) for scheme in ("int8", "int4"))
+    assert int8.weights == 32 * (numbers + 2 * rows) + kept + output == 6_872_537_600
+    assert int4.weights == 32 * (numbers // 2 + 4 * numbers // 32) + kept + output == 4_441_315_840
+    # A GPU of 12 GB has room for the 7B at its full context in 8 and 4 bits, not in 16.
+    whole = sizes(args, 1, torch.float16, device="cuda")
+    assert whole.cache == int8.cache == int4.cache == 2 * 2**30
+    assert whole.weights + whole.cache > 12 * 10**9
+    for scheme in ("int8", "int4"):
+        assert sizes(args, 1, torch.float16, quantize=scheme, device="cuda").total < 12 * 10**9
+
+
+# The peak of a prefill ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID/status, which Linux has")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_prefill_grows_the_process_as_planned(dtype: str, measured: Callable[[str, object], None]) -> None:
+    # Blocks of over 64 KB go back to the system when they are freed: what grows is what stands.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    env["PYTHONPATH"] = str(Path(package.__file__).parents[1])
+    command = [sys.executable, str(Path(__file__).with_name("prefill_memory.py")), dtype, "1024", "1024", "4096"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=200)
+    for length, grown in json.loads(done.stdout).items():
+        args = ModelArgs(dim=576, n_layers=2, n_heads=9, n_kv_heads=3, vocab_size=8192, max_batch_size=1)
+        args.max_seq_len = int(length)
+        expected = sizes(args, 1, DTYPES[dtype]).prefill
+        measured(f"prefill of {length} tokens, {dtype}", f"{grown / MIB:.1f} MiB, planned {expected / MIB:.1f}")
+        assert 0.9 * grown < expected < 1.35 * grown
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_prefill_grows_with_length_rows_and_nothing_else(device: str, quantize: str | None) -> None:
+    """Monotone, so that searches find the edge; far out by a fixed number of bytes a position."""
+
+    def peak(length: int, rows: int) -> int:
+        args = ModelArgs(**PUBLISHED["llama-3-8b"][0], max_seq_len=length, max_batch_size=rows)
+        return sizes(args, 2, torch.bfloat16, quantize=quantize, device=device).prefill
+
+    for of in ([peak(n, 1) for n in range(1, 9000, 37)], [peak(3000, n) for n in range(1, 40)]):
+        assert of == sorted(of)
+    first, second, third = (peak(n * 2**20, 1) for n in (1, 2, 3))
+    assert third - second == pytest.approx(second - first, rel=1e-3)
+
+
+def test_weights_of_a_layer_are_counted_once_for_each() -> None:
+    for params, _ in PUBLISHED.values():
+        args = ModelArgs(**params)
+        assert sizes(args, 1, torch.float32).weights == 4 * sum(prod(s) for s in tensor_shapes(args).values())
 
 
 def test_kv_heads_are_repeated_on_more_ranks_than_heads() -> None:
@@ -163,15 +245,13 @@ def test_json_of_a_params_file_alone(name: str, tmp_path: Path, capsys: pytest.C
     found = answer(capsys, str(write_params(tmp_path, params)), max_seq_len=4096, max_batch_size=2)
     args = ModelArgs(**params, max_seq_len=4096, max_batch_size=2)
     assert found["parameters"]["total"] == total and found["notes"] == found["notes"][-1:]
-    assert [row["ranks"] for row in found["per_rank"]] == 2 * legal_world_sizes(args)
+    assert [row["ranks"] for row in found["per_rank"]] == 4 * legal_world_sizes(args)
+    kinds = [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4")]
+    assert list(dict.fromkeys((row["dtype"], row["quantize"]) for row in found["per_rank"])) == kinds
     for row in found["per_rank"]:
-        size = sizes(args, row["ranks"], getattr(torch, row["dtype"]))
-        assert (row["weights"], row["cache"], row["rope"], row["total"]) == (
-            size.weights,
-            size.cache,
-            size.rope,
-            size.total,
-        )
+        size = sizes(args, row["ranks"], DTYPES[row["dtype"]], quantize=row["quantize"])
+        assert {key: row[key] for key in ("weights", "cache", "rope", "prefill")} == asdict(size)
+        assert row["total"] == size.weights + size.cache + size.rope + size.prefill
         assert "fits" not in row
 
 
@@ -214,7 +294,7 @@ def test_what_fits_is_the_most_that_fits(
 
         def total(max_seq_len: int, max_batch_size: int, row: dict[str, Any] = row) -> int:
             args = ModelArgs(**params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            return sizes(args, row["ranks"], getattr(torch, row["dtype"])).total
+            return sizes(args, row["ranks"], DTYPES[row["dtype"]], quantize=row["quantize"]).total
 
         context, batch = row["max_context"], row["max_batch"]
         assert row["fits"] == (row["total"] <= available) == (batch >= 1) == (context >= 2048)
@@ -261,6 +341,8 @@ def test_memory_that_is_no_size(text: str, tmp_path: Path) -> None:
         ({"max_batch_size": -2}, "max_batch_size is -2, expected"),
         ({"vocab_size": 0}, "vocab_size is 0, expected"),
         ({"dtype": "int8"}, "dtype 'int8': expected float32, bfloat16, float16"),
+        ({"quantize": "int2"}, "quantize 'int2': expected int8 or int4"),
+        ({"device": "tpu"}, "device 'tpu': expected cpu or cuda"),
     ],
 )
 def test_flags_that_do_not_fit(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -295,5 +377,11 @@ def test_the_table_on_the_command_line(
     head = next(i for i, line in enumerate(lines) if line.startswith("dtype"))
     table = lines[head : head + 7]
     assert len({len(line) for line in table}) == 1 and max(map(len, lines[: head + 7])) <= 120
-    assert table[1].split() == ["float16", "1", "12,852.5", "1,024.0", "1.0", "13,877.5", "yes", "4,807", "2"]
-    assert lines[-1].startswith("Not in it: the activations and logits") and lines[-2].startswith("note: params.json")
+    row = table[1].split()
+    assert row[:5] == ["float16", "1", "12,852.5", "1,024.0", "1.0"] and row[7] == "yes"
+    size = sizes(ModelArgs(**PUBLISHED["llama-2-7b"][0], max_seq_len=2048, max_batch_size=1), 1, torch.float16)
+    assert row[5:7] == [f"{size.prefill / MIB:,.1f}", f"{size.total / MIB:,.1f}"]
+    assert lines[-1].startswith("Prefill is the peak") and lines[-2].startswith("note: params.json")
+    monkeypatch.setattr(sys, "argv", ["llama", "plan", str(path), "--quantize", "int4", "--ranks", "2"])
+    cli.main()
+    assert "\nint4   " in capsys.readouterr().out

@@ -1,0 +1,50 @@
+"""python prefill_memory.py DTYPE LENGTH...: bytes of anonymous memory by which a prompt of each length grows a process,
+for two layers in the widths of the demo model, as JSON."""
+
+import gc
+import json
+import sys
+from typing import Any
+
+import torch
+
+from llama import ModelArgs, Transformer, bench
+from llama.device import DTYPES
+from llama.distributed import current_world, join
+from llama.fast import SpeedUp
+
+SHAPE: dict[str, Any] = {
+    "dim": 576,
+    "n_layers": 2,
+    "n_heads": 9,
+    "n_kv_heads": 3,
+    "multiple_of": 256,
+    "vocab_size": 8192,
+}
+
+
+def main(dtype: torch.dtype, lengths: list[int]) -> None:
+    here = torch.device("cpu")
+    join(current_world(), here)
+    model = Transformer(ModelArgs(**SHAPE, max_seq_len=max(lengths), max_batch_size=1), dtype, here)
+    weights = {name: torch.randn(w.shape).mul_(0.02).to(dtype) for name, w in model.named_parameters()}
+    model.load_state_dict(weights, assign=True)
+    del weights
+    fast = SpeedUp(model, dtype, None, False)
+    for layer in model.layers:
+        fast.layer(layer)
+    fast.finish()
+    for cache in model.caches:
+        cache.clear()  # its pages are there from now on
+    model.hidden(torch.ones(1, 8, dtype=torch.int64), 0, 8)
+    bench.SAMPLE_SECONDS = 0.001
+    grown = dict.fromkeys(lengths, 0)
+    for length in lengths:
+        gc.collect()
+        with bench.peak_memory(here) as seen:
+            model.logits(model.hidden(torch.ones(1, length, dtype=torch.int64), 0, length)[:, -1])
+        grown[length] = max(grown[length], max(seen) - seen[0])
+    print(json.dumps(grown))
+
+
+main(DTYPES[sys.argv[1]], [int(word) for word in sys.argv[2:]])

@@ -1,0 +1,229 @@
+"""`memory` says whether a model finds room and what would fit; tests/gpu.py reports what it finds."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gpu
+import pytest
+import torch
+
+from llama import ModelArgs, memory
+from llama.distributed import World
+from llama.memory import Choice, RoomError, check_room, free_bytes, ways_out
+from llama.params import CheckpointError
+
+GIB = 2**30
+SEVEN_B: dict[str, Any] = {"dim": 4096, "n_heads": 32, "n_layers": 32, "vocab_size": 32000}
+CARD = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+
+
+def seven_b(
+    length: int, rows: int, device: str = "cuda", quantize: str | None = None, dtype: torch.dtype = torch.float16
+) -> Choice:
+    args = ModelArgs(**SEVEN_B, max_seq_len=length, max_batch_size=rows)
+    return Choice(args, 1, dtype, quantize, device, False, 1)
+
+
+def applied(flags: str, choice: Choice) -> Choice:
+    """What a proposal says, read as a user would."""
+    for name, value in re.findall(r"--(\w+) (\S+)", flags):
+        if name == "quantize":
+            choice = replace(choice, quantize=value)
+        elif name == "dtype":
+            choice = replace(choice, dtype=getattr(torch, value))
+        else:
+            choice = choice.resized(**{name: int(value)})
+    ranks = re.search(r"(\d+) ranks", flags)
+    return replace(choice, world_size=int(ranks[1])) if ranks else choice
+
+
+def refusal(choice: Choice, free: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    device = torch.device(choice.device)
+    with pytest.raises(RoomError) as caught:
+        check_room(choice.args, choice.world_size, choice.dtype, device, False, 1, choice.quantize)
+    return str(caught.value)
+
+
+# What would fit -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choice", "free", "expected"),
+    [
+        (seven_b(4096, 1), 11.9, ["--quantize int8", "--quantize int4", "2 ranks"]),
+        (seven_b(4096, 1), 13.5, ["--quantize int8", "--quantize int4", "--max_seq_len", "2 ranks"]),
+        (seven_b(512, 4), 13.2, ["--quantize int8", "--quantize int4", "--max_seq_len", "--max_batch_size", "2 ranks"]),
+        (seven_b(4096, 1, "cpu"), 11.9, ["--quantize int8", "--quantize int4"]),
+        (
+            seven_b(4096, 1, "cpu", None, torch.float32),
+            16.5,
+            ["--dtype bfloat16", "--quantize int8", "--quantize int4"],
+        ),
+        (seven_b(4096, 1, "cuda", "int8"), 7.5, ["--quantize int4", "--max_seq_len", "2 ranks"]),
+        (seven_b(4096, 1, "cuda", "int4"), 5.5, ["--max_seq_len", "2 ranks"]),
+        (seven_b(4096, 1), 5.5, ["--quantize int4 --max_seq_len", "4 ranks"]),
+        (seven_b(4096, 8), 4.5, ["--quantize int4 --max_batch_size 1 --max_seq_len", "8 ranks"]),
+    ],
+)
+def test_each_proposal_fits_and_one_size_more_does_not(
+    choice: Choice, free: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = int(free * GIB)
+    message = refusal(choice, room, monkeypatch)
+    assert "\n" not in message and message.endswith(" would fit")
+    head, _, listed = message.partition(": ")
+    assert head.startswith(
+        f"the model needs {choice.sizes.total / GIB:.2f} GiB (weights {choice.sizes.weights / GIB:.2f}"
+    )
+    assert f"{free:.2f} GiB are free on {choice.device}" in head
+    proposals = re.split(r", (?=--|\d+ ranks)| or ", listed.removesuffix(" would fit"))
+    assert len(proposals) == len(expected)
+    assert all(proposal.startswith(flags) for proposal, flags in zip(proposals, expected, strict=True)), proposals
+    for proposal in proposals:
+        way = applied(proposal, choice)
+        assert way.sizes.total <= room, proposal
+        assert proposal.endswith(f"({way.sizes.total / GIB:.2f} GiB)")
+        if "--max_seq_len" in proposal:
+            assert way.args.max_seq_len % 64 == 0
+            assert way.resized(max_seq_len=way.args.max_seq_len + 64).sizes.total > room
+        elif "--max_batch_size" in proposal:
+            assert way.resized(max_batch_size=way.args.max_batch_size + 1).sizes.total > room
+
+
+def test_the_12_gb_card() -> None:
+    """The 7B at 4096 positions: not in float16, but in 8 and in 4 bits, with a tenth of the card to spare."""
+    room = int(11.6 * GIB)  # what a card of 12 GB has free
+    assert seven_b(4096, 1).sizes.total > room
+    assert [flags for flags, _ in ways_out(seven_b(4096, 1), room)][:2] == ["--quantize int8", "--quantize int4"]
+    assert seven_b(4096, 1, quantize="int8").sizes.total < 0.9 * room
+
+
+def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refusal(seven_b(4096, 8, "cpu"), 3 * GIB, monkeypatch)
+    assert "no flags make it fit, as --quantize int4 --max_seq_len 64 --max_batch_size 1 still needs 4." in message
+
+
+def test_what_fits_or_is_unknown_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ModelArgs(**SEVEN_B, max_seq_len=4096, max_batch_size=1)
+    for free in (20 * GIB, None):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        check_room(args, 1, torch.float16, CARD, False, 1, None)
+    assert not issubclass(RoomError, CheckpointError) and issubclass(RoomError, ValueError)
+
+
+# What is free -------------------------------------------------------------------------------------
+
+
+def test_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch keeps in reserve is free to us; a driver that does not answer stops nothing."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 12 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * GIB)
+    assert free_bytes(CARD) == 7 * GIB
+
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    assert free_bytes(CARD) is None and free_bytes(torch.device("mps")) is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "free"),
+    [
+        ("0::/", {}, 8 * GIB),  # no limit known
+        ("0::/a/b", {"a/memory.max": "max", "a/memory.current": "1"}, 8 * GIB),
+        ("0::/a/b", {"a/b/memory.max": str(4 * GIB), "a/b/memory.current": str(3 * GIB)}, GIB),
+        # A parent's limit holds for its children, and pages of files are given up.
+        (
+            "0::/a/b",
+            {
+                "a/memory.max": str(4 * GIB),
+                "a/memory.current": str(3 * GIB),
+                "a/memory.stat": f"anon 7\ninactive_file {GIB}\nactive_file {GIB // 2}\nfile {2 * GIB}",
+            },
+            5 * GIB // 2,
+        ),
+        # A container: the path is the host's, the limit stands at the root.
+        ("0::/host/only", {"memory.max": str(2 * GIB), "memory.current": "0"}, 2 * GIB),
+        (
+            "5:cpu,cpuacct:/x\n4:memory:/job",
+            {
+                "memory/job/memory.limit_in_bytes": str(3 * GIB),
+                "memory/job/memory.usage_in_bytes": str(2 * GIB),
+                "memory/job/memory.stat": f"inactive_file 5\ntotal_inactive_file {GIB}\ntotal_active_file 0",
+            },
+            2 * GIB,
+        ),
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_free_on_a_cpu(
+    groups: str, files: dict[str, str], free: int, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    for path, text in {
+        proc / "meminfo": f"MemTotal: 9 kB\nMemAvailable:   {8 * 2**20} kB\n",
+        proc / "self" / "cgroup": groups,
+        **{cgroups / name: text for name, text in files.items()},
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(memory, "PROC", proc)
+    monkeypatch.setattr(memory, "CGROUPS", cgroups)
+    monkeypatch.setattr(memory, "current_world", lambda: World(0, ranks, 0, ranks))
+    assert free_bytes(CPU) == free // ranks
+
+
+def test_free_is_unknown_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "PROC", tmp_path / "nowhere")
+    assert free_bytes(CPU) is None
+
+
+# tests/gpu.py, walked on a CPU --------------------------------------------------------------------
+
+
+def run_gpu(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, gpu.__file__, *words], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so_in_a_line() -> None:
+    done = run_gpu()
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: this torch sees no GPU: install a CUDA build of torch, make test-gpu BIN=ITS/bin\n"
+
+
+def test_a_wrong_golden_id_is_a_failure(golden: dict[str, Any], tmp_path: Path) -> None:
+    golden["mha"]["single"]["tokens"][0][3] += 1
+    (tmp_path / "expected.json").write_text(json.dumps(golden))
+    golden["mha"]["single"]["tokens"][0][3] -= 1
+    out = tmp_path / "report.json"
+    done = run_gpu(
+        "--device", "cpu", "--cases", "golden", "--golden", str(tmp_path / "expected.json"), "--out", str(out)
+    )
+    assert done.returncode == 1 and f"{out}" in done.stdout, done.stderr
+    report = json.loads(out.read_text())
+    assert {"torch", "cuda", "nccl", "gpus", "device", "python", "cases", "failures"} == set(report)
+    (case,) = report["cases"]
+    assert {"name", "ranks", "seconds", "figures", "failures"} == set(case)
+    assert case["figures"]["worst log-probability"] < 1e-3
+    assert (
+        report["failures"] == case["failures"] == ["mha/single: other ids than expected: row 0, place 3: 235, not 236"]
+    )
+
+
+@pytest.mark.parametrize("case", ["golden", "bfloat16", "memory", "compile"])
+def test_its_cases_pass_on_a_cpu(
+    case: str, golden: dict[str, Any], checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures, failures = gpu.CASES[case](gpu.Asked("cpu", {name: checkpoint(name) for name in gpu.MODELS}, golden, None))
+    assert not failures and figures
