@@ -25,6 +25,7 @@ def long_description() -> str:
 # requirements.txt pins what was tested.
 CONVERT = ["gguf", "tokenizers", "tiktoken", "safetensors", "jinja2>=3.1.6"]
 EVAL = ["lm-eval"]
+BENCH = ["matplotlib"]
 TEST = ["pytest", "hypothesis", "ruff", "mypy", "transformers", "accelerate", "llama-models", "mistral-common"]
 
 setup(
@@ -36,8 +37,8 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama": ["py.typed"]},
+    package_data={"llama": ["py.typed", "native.c"]},
     install_requires=["torch>=2.5", "fairscale>=0.4.13", "sentencepiece", "fire", "numpy"],
-    extras_require={"convert": CONVERT, "eval": EVAL, "test": CONVERT + EVAL + TEST},
+    extras_require={"convert": CONVERT, "eval": EVAL, "bench": BENCH, "test": CONVERT + EVAL + BENCH + TEST},
     entry_points={"console_scripts": ["llama = llama.cli:main"]},
 )

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import fire
 
+from llama.bench import bench
 from llama.chat import chat
 from llama.complete import complete
 from llama.convert import convert
@@ -131,6 +132,7 @@ def _refuse(problem: str) -> NoReturn:
 
 
 COMMANDS: dict[str, Command] = {
+    "bench": bench,
     "chat": chat,
     "complete": complete,
     "convert": convert,
