@@ -1,0 +1,245 @@
+"""Four implementations of Llama behind one interface, on the same weights: this runner, Meta's (`llama_models`),
+`transformers` and llama.cpp (llama-cpp-python). For benchmarks/compare.py.
+
+All run on the CPU and choose greedily. Packages of the peers are imported where they are used, so that what is not
+installed can be left out.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama import Llama
+from llama.checkpoint import OUTPUT, tensor_shapes, without_layer
+from llama.convert import convert
+from llama.convert.gguf import LAYER_NAMES, NAMES
+from llama.device import DTYPES
+from llama.params import ModelArgs
+
+CONTEXT = 1024  # positions that each side has room for
+THREADS = os.cpu_count() or 1
+# llama.cpp's type of file for each kind of weights, and its number in llama.h.
+FILE_TYPES = {"float32": ("F32", 0), "bfloat16": ("BF16", 32), "int8": ("Q8_0", 7), "int4": ("Q4_0", 2)}
+
+
+class Side:
+    """An implementation with a model in it. name: what the table calls it."""
+
+    name: str
+
+    def greedy(self, prompt: list[int]) -> Iterator[int]:
+        """The most probable ids after `prompt`, without end: the first `next` is the prefill, each other one a step."""
+        raise NotImplementedError
+
+    def ragged(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        """Continue prompts of different lengths in one batch by `new` ids each -> those, in its own way."""
+        raise NotImplementedError
+
+
+class Ours(Side):
+    """rows: the cache's. variant: other arguments of `build`."""
+
+    def __init__(self, name: str, folder: Path, dtype: str, rows: int, **variant: Any):
+        self.name = name
+        sizes: dict[str, Any] = {"max_seq_len": CONTEXT, "max_batch_size": rows}
+        self.llama = Llama.build(folder, **sizes, device="cpu", dtype=dtype, **variant)
+        self.llama.tokenizer.stop_tokens = set()  # all sides take the same number of steps
+
+    def greedy(self, prompt: list[int], rows: int = 1) -> Iterator[int]:
+        for step in self.llama.stream([prompt] * rows, max_gen_len=None, temperature=0, logprobs=False):
+            assert step[0].id is not None
+            yield step[0].id
+
+    def ragged(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        return self.llama.generate(prompts, new, temperature=0)[0]
+
+
+class Meta(Side):
+    """Its generation wants a GPU, its `Transformer` only fairscale's groups (`llama.distributed.join`)."""
+
+    def __init__(self, folder: Path, dtype: str):
+        from llama_models.llama3.args import ModelArgs as Args
+        from llama_models.llama3.model import Transformer
+
+        self.name = "Meta"
+        params, weights = meta_folder(folder)
+        torch.set_default_dtype(DTYPES[dtype])
+        try:
+            sizes = {"max_seq_len": CONTEXT, "max_batch_size": 4}
+            self.model = Transformer(Args(**{"rope_theta": 10000.0} | params | sizes)).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        self.model.load_state_dict({OUTPUT: weights["tok_embeddings.weight"]} | weights, strict=True)
+        if OUTPUT not in weights:
+            self.model.output.weight = self.model.tok_embeddings.weight
+
+    def greedy(self, prompt: list[int]) -> Iterator[int]:
+        ids, start = torch.tensor([prompt]), 0
+        while True:
+            logits = self.model(ids, start)
+            start += ids.shape[1]
+            ids = logits[:, -1:].argmax(-1)
+            yield int(ids)
+
+    def ragged(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        """As Meta's `generate` goes: from the shortest prompt's end on a position at a time, for all rows; where a
+        prompt is longer its own id stays, whatever was predicted."""
+        lengths = [len(prompt) for prompt in prompts]
+        ids = torch.full((len(prompts), max(lengths) + new), -1)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        start = 0
+        for end in range(min(lengths), ids.shape[1]):
+            best = self.model(ids[:, start:end], start)[:, -1].argmax(-1)
+            ids[:, end] = torch.where(ids[:, end] < 0, best, ids[:, end])
+            start = end
+        return [row[n : n + new] for row, n in zip(ids.tolist(), lengths, strict=True)]
+
+
+class Transformers(Side):
+    def __init__(self, folder: Path, dtype: str):
+        from transformers import LlamaForCausalLM
+
+        self.name = "transformers"
+        copy = folder.with_name(f"{folder.name}-hf")
+        convert(folder, copy, to="hf")
+        self.model = LlamaForCausalLM.from_pretrained(copy, dtype=DTYPES[dtype], attn_implementation="sdpa").eval()
+        self.model.generation_config.eos_token_id = None
+
+    def greedy(self, prompt: list[int]) -> Iterator[int]:
+        from transformers import DynamicCache
+
+        ids, cache = torch.tensor([prompt]), DynamicCache(config=self.model.config)
+        while True:
+            with torch.inference_mode():
+                logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            ids = logits.argmax(-1)
+            yield int(ids)
+
+    def ragged(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        """Padded on the left."""
+        ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, -len(prompt) :], mask[row, -len(prompt) :] = torch.tensor(prompt), 1
+        found = self.model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
+        return found[:, -new:].tolist()
+
+
+class LlamaCpp(Side):
+    """With flash attention, which is its faster way; the cache is float32 beside F32 weights, else its usual float16.
+
+    source: the weights as GGUF, by default written from `folder`; the file of the type that `kind` asks for is made of
+    it beside `folder`.
+    """
+
+    def __init__(self, folder: Path, kind: str, source: Path | None):
+        llama_cpp = import_module("llama_cpp")  # mypy need not know it
+        self.name = "llama.cpp"
+        if source is None:
+            source = folder.with_name("written.gguf")
+            write_gguf(folder, source)
+        label, number = FILE_TYPES[kind]
+        path = folder.with_name(f"{label}.gguf")
+        settings = llama_cpp.llama_model_quantize_default_params()
+        settings.ftype, settings.nthread, settings.allow_requantize = number, THREADS, True
+        llama_cpp._logger.set_verbose(False)
+        if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(path), ctypes.byref(settings)):
+            raise ValueError(f"llama.cpp makes no {label} of {source}")
+        sizes: dict[str, Any] = {"n_ctx": CONTEXT, "n_batch": 512, "n_threads": THREADS, "n_threads_batch": THREADS}
+        if kind == "float32":
+            sizes |= {"type_k": 0, "type_v": 0}
+        self.model = llama_cpp.Llama(str(path), **sizes, flash_attn=True, logits_all=False, verbose=False)
+
+    def greedy(self, prompt: list[int]) -> Iterator[int]:
+        self.model.reset()
+        ids, vocab = prompt, self.model.n_vocab()
+        while True:
+            self.model.eval(ids)
+            logits = ctypes.cast(self.model._ctx.get_logits(), ctypes.POINTER(ctypes.c_float * vocab)).contents
+            ids = [int(torch.frombuffer(logits, dtype=torch.float32).argmax())]
+            yield ids[0]
+
+
+def meta_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The params.json and the memory-mapped tensors of a folder of one shard."""
+    weights = torch.load(folder / "consolidated.00.pth", mmap=True, weights_only=True)
+    return json.loads((folder / "params.json").read_text()), weights
+
+
+def write_gguf(folder: Path, path: Path) -> None:
+    """A folder of one shard as GGUF, without a vocabulary: ids go in and come out. Matrices keep their dtype; the pairs
+    that rotary positions turn are neighbours in both formats."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    params, weights = meta_folder(folder)
+    args = ModelArgs(**params)
+    if args.use_scaled_rope or args.rope_linear_factor is not None:
+        raise ValueError("scaled rotary positions are not written here: give --gguf")
+    writer = GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("no_vocab")
+    sizes = {"block_count": args.n_layers, "context_length": CONTEXT, "embedding_length": args.dim}
+    sizes |= {"feed_forward_length": args.hidden_dim, "vocab_size": args.vocab_size, "head_count": args.n_heads}
+    sizes |= {"head_count_kv": args.kv_heads, "key_length": args.head_dim, "value_length": args.head_dim}
+    for name, size in (sizes | {"rope_dimension_count": args.head_dim}).items():
+        getattr(writer, f"add_{name}")(size)
+    writer.add_layer_norm_rms_eps(args.norm_eps)
+    writer.add_rope_freq_base(args.rope_theta)
+    theirs = {ours: name for name, ours in (NAMES | LAYER_NAMES).items()}
+    for name, weight in weights.items():
+        stem = without_layer(name)
+        place = f"blk.{name.split('.')[1]}." if stem != name else ""
+        weight = weight.float() if weight.dim() == 1 else weight.contiguous()  # vectors in float32, says llama.cpp
+        kind = GGMLQuantizationType[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[str(weight.dtype)[6:]]]
+        # numpy has no bfloat16
+        writer.add_tensor(place + theirs[stem], weight.view(torch.uint8).numpy(), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_random(folder: Path, tokenizer: Path, params: dict[str, Any], dtype: str = "bfloat16") -> None:
+    """A Meta folder of random weights (normal, deviation 0.02, seed 1; norms 1), untied."""
+    folder.mkdir()
+    shutil.copy(tokenizer, folder / "tokenizer.model")
+    (folder / "params.json").write_text(json.dumps(params))
+    stream, weights = torch.Generator().manual_seed(1), {}
+    for name, shape in tensor_shapes(ModelArgs(**params)).items():
+        drawn = torch.randn(shape, generator=stream) * 0.02 if len(shape) > 1 else torch.ones(shape)
+        weights[name] = drawn.to(DTYPES[dtype])
+    torch.save(weights, folder / "consolidated.00.pth")
+
+
+def sides_of(kind: str, folder: Path, gguf: Path | None, rows: int, skip: Callable[[str], None]) -> list[Side]:
+    """Every implementation that there is for float32, bfloat16, int8 or int4, ours first; `skip` is told the others.
+
+    rows: the most that our batches have.
+    """
+    dtype = "float32" if kind == "float32" else "bfloat16"
+    quantized: dict[str, Any] = {"quantize": kind} if kind.startswith("int") else {}
+    makers: dict[str, Callable[[], Side]] = {
+        "ours": lambda: Ours("ours", folder, dtype, rows, **quantized),
+        "ours, compile": lambda: Ours("ours, compile", folder, dtype, rows, compile=True, **quantized),
+    }
+    if not quantized:
+        makers["ours, plain"] = lambda: Ours("ours, plain", folder, dtype, rows, plain=True)
+        makers["Meta"] = lambda: Meta(folder, dtype)
+        makers["transformers"] = lambda: Transformers(folder, dtype)
+    makers["llama.cpp"] = lambda: LlamaCpp(folder, kind, gguf)
+    found = []
+    for name, make in makers.items():
+        try:
+            found.append(make())
+        except (ImportError, TypeError, ValueError, RuntimeError) as error:
+            if name == "ours" and not quantized:
+                raise
+            skip(f"{kind}: {name} is left out ({str(error).splitlines()[0]})")
+    return found
