@@ -5,13 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := checkpoints/smollm2-135m-instruct
 
-.PHONY: help demo test clean
+.PHONY: help demo test test-gpu clean
 # `make -j demo test` would run two pips in one environment.
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    chat with a small real model: installs into $(VENV), fetches the model (93 MB)"
 	@echo "make test    ruff, mypy and pytest: installs into $(VENV), no other download"
+	@echo "make test-gpu BIN=/path/to/env/bin"
+	@echo "             runs on your GPUs, with an environment whose torch has CUDA; writes gpu-report.json"
 	@echo "make clean   removes $(VENV), caches and build artefacts; keeps checkpoints/"
 	@echo "Another Python (3.10 or newer): make demo PYTHON=/path/to/python3"
 
@@ -27,6 +29,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Installs nothing: a CUDA build of torch is the user's to choose.
+test-gpu:
+	@$(BIN)/python tests/gpu.py
 
 # The stamp of an extra is written last, so a failed or interrupted install leaves none and is done again.
 $(VENV)/.installed-%: setup.py requirements.txt | $(VENV)/.created
