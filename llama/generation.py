@@ -51,6 +51,7 @@ class Engine:
         if self._model is None:
             return
         on_gpu = self._model.cos.is_cuda
+        self._model.step = None  # which may hold its model
         self._model = None
         if on_gpu:
             torch.cuda.empty_cache()

@@ -206,7 +206,7 @@ class Step:
             "out": args.dim,
         }
         rows = args.max_batch_size
-        self.model = model
+        self.embed = model.tok_embeddings  # not the model, which owns this step and the memory that `struct` points at
         self.buffers = {name: torch.zeros(rows, size) for name, size in widths.items()}
         self.failure: BaseException | None = None
         self.rows = 0
@@ -227,7 +227,7 @@ class Step:
 
     def __call__(self, tokens: torch.Tensor, start_pos: int | torch.Tensor) -> torch.Tensor:
         self.rows = len(tokens)
-        x = self.model.tok_embeddings(tokens).float().contiguous()  # [bsz, 1, dim]
+        x = self.embed(tokens).float().contiguous()  # [bsz, 1, dim]
         positions = torch.as_tensor(start_pos).expand(self.rows).contiguous()
         threads = torch.get_num_threads()
         if library().decode(self.struct, x.data_ptr(), positions.data_ptr(), self.rows, threads) and self.failure:

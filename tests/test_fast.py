@@ -1,7 +1,9 @@
 """The faster forms against the plain one: the same answers, by other kernels."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,17 @@ def test_without_a_compiler(
     line = capfd.readouterr().err.splitlines()[0]
     assert told in line and line.endswith("the decode step runs uncompiled")
     assert llama.generate([[5, 6]], 8, temperature=0) == expected
+
+
+@pytest.mark.parametrize("form", [{}, {"plain": True}, {"compile": True}, {"quantize": "int4", "compile": True}])
+def test_a_closed_model_is_gone(form: dict[str, Any], build: Callable[..., Llama]) -> None:
+    llama = build("gqa", max_seq_len=16, max_batch_size=1, **form)
+    llama.generate([[5, 6]], 4, temperature=0)
+    held = weakref.ref(llama.model)
+    gc.disable()
+    llama.close()
+    gc.enable()
+    assert held() is None
 
 
 def test_float16_is_not_compiled(build: Callable[..., Llama], capfd: pytest.CaptureFixture[str]) -> None:
