@@ -17,6 +17,7 @@ from llama.fast import SpeedUp, can_compile
 from llama.generation import Engine
 from llama.memory import check_room
 from llama.model import Transformer
+from llama.native import memory_given_back
 from llama.params import CheckpointError, check_world_size
 from llama.quantize import SCHEMES
 from llama.request import Each, Row, Settings, check_list, check_whole
@@ -131,8 +132,9 @@ class Llama(Engine):
                 check_room(args, world.size, kind, where, tied, checkpoint.embedding_axis, quantize)
                 model = Transformer(args, kind, where, checkpoint.embedding_axis)
                 fast = None if plain else SpeedUp(model, kind, quantize, compile)
-                load_weights(model, checkpoint, kind, fast.layer if fast else None)
-                note = fast.finish() if fast else ", plain layers"
+                with memory_given_back():
+                    load_weights(model, checkpoint, kind, fast.layer if fast else None)
+                    note = fast.finish() if fast else ", plain layers"
         except BaseException:
             leave()
             raise

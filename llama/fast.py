@@ -44,7 +44,7 @@ class Packed(nn.Module):
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             rows.expand(PACKED_ROWS, -1) if m == 1 else rows, self.weight, None, "none", [], ""
         )
-        return y[:m].view(*x.shape[:-1], -1)
+        return y[:m].view(*x.shape[:-1], y.shape[-1])
 
 
 @cache
@@ -75,8 +75,8 @@ class FastAttention(Attention):
         nn.Module.__init__(self)
         self.head_dim, self.cache = plain.head_dim, plain.cache
         self.n_local_heads, self.n_local_kv_heads = plain.n_local_heads, plain.n_local_kv_heads
-        self.wqkv = linear("attention.wqkv.weight", plain.wq.weight, plain.wk.weight, plain.wv.weight)
-        self.wo = linear("attention.wo.weight", plain.wo.weight)
+        self.wqkv = linear("attention.wqkv.weight", plain.wq, plain.wk, plain.wv)
+        self.wo = linear("attention.wo.weight", plain.wo)
 
     def forward(self, x: torch.Tensor, at: Positions) -> torch.Tensor:
         kv_dim = self.n_local_kv_heads * self.head_dim
@@ -91,8 +91,8 @@ class FastFeedForward(FeedForward):
 
     def __init__(self, plain: FeedForward, linear: Callable[..., nn.Module]):
         nn.Module.__init__(self)
-        self.w13 = linear("feed_forward.w13.weight", plain.w1.weight, plain.w3.weight)
-        self.w2 = linear("feed_forward.w2.weight", plain.w2.weight)
+        self.w13 = linear("feed_forward.w13.weight", plain.w1, plain.w3)
+        self.w2 = linear("feed_forward.w2.weight", plain.w2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gates, values = self.w13(x).chunk(2, dim=-1)
@@ -130,16 +130,14 @@ class SpeedUp:
         if isinstance(block, TransformerBlock):
             block.attention = FastAttention(block.attention, self._linear)
             block.feed_forward = FastFeedForward(block.feed_forward, self._linear)
-            if self.scheme is not None:
-                native.give_back_memory()
 
     def finish(self) -> str:
         """Take over the output layer and the decode step -> what was done to the weights, for the line about it."""
-        weight, tied = self.model.output.weight, self.model.output.weight is self.model.tok_embeddings.weight
-        if tied and not self.native and scheme_of(OUTPUT, weight.shape[1], self.scheme) is None:
-            linear: nn.Module = native.Plain(weight)  # packed, it would be held twice
+        tied = self.model.output.weight is self.model.tok_embeddings.weight
+        if tied and not self.native and scheme_of(OUTPUT, self.model.params.dim, self.scheme) is None:
+            linear: nn.Module = native.Plain(self.model.output.weight)  # packed, it would be held twice
         else:
-            linear = self._linear(OUTPUT, weight)
+            linear = self._linear(OUTPUT, self.model.output)
         self.model.add_module("output", FastOutput(linear))
         if self.native:
             self.model.step = native.Step(self.model)
@@ -150,13 +148,18 @@ class SpeedUp:
         kept = f" but for {self.kept} whose width does not allow it" if self.kept else ""
         return f", weights in {self.scheme}{kept}"
 
-    def _linear(self, key: str, *weights: torch.Tensor) -> nn.Module:
+    def _linear(self, key: str, *plain: nn.Module) -> nn.Module:
+        """One layer out of several that have the same input; their own weights are let go."""
+        weights: list[torch.Tensor] = [layer.get_parameter("weight") for layer in plain]
         kind = scheme_of(key, weights[0].shape[1], self.scheme)
         self.kept += len(weights) * (kind is None and self.scheme is not None)
         if kind is not None:
             layer: nn.Module = quantized(kind, self.native, *weights)
         else:
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            weights.clear()
+            for each in plain:
+                del each.weight  # before it is packed: then this matrix stands in memory twice, not three times
             packs = self.on_cpu and not self.native and can_pack(self.dtype)
             layer = Packed(weight) if packs else native.Plain(weight)
         return native.Linear(layer) if self.native else layer

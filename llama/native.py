@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,22 @@ def _compile(compiler: str, path: Path) -> None:
         made.unlink(missing_ok=True)
 
 
-def give_back_memory() -> None:
-    """Let glibc return what was freed: blocks of under 32 MB stay with it, a model's worth of them while it loads."""
-    with contextlib.suppress(AttributeError, OSError):  # other C libraries have no such call
-        ctypes.CDLL(None).malloc_trim(0)
+@contextlib.contextmanager
+def memory_given_back() -> Iterator[None]:
+    """Inside, what is freed in blocks of over 1 MB goes back to the system: glibc would keep blocks of up to 32 MB for
+    later, a model's worth of them while its layers take other forms. Other C libraries have no such setting."""
+    mmap_threshold, trim_threshold = -3, -1  # glibc's numbers for them
+    try:
+        mallopt: Any = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        yield
+        return
+    mallopt(mmap_threshold, 2**20)
+    try:
+        yield
+    finally:  # where glibc ends up by itself: small enough blocks are kept, and kernels need not ask for pages
+        mallopt(mmap_threshold, 2**25)
+        mallopt(trim_threshold, 2**26)
 
 
 # From tensors to structs --------------------------------------------------------------------------

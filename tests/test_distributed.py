@@ -126,7 +126,7 @@ def fairscale_calls(folder: Path) -> dict[str, int]:
             return forward(self, x)
 
         kind.forward = counting
-    llama = Llama.build(folder, max_seq_len=16)
+    llama = Llama.build(folder, max_seq_len=16, plain=True)
     llama.model.forward(torch.tensor([[1, 2, 3]]), 0)
     llama.close()
     return counts
@@ -136,7 +136,7 @@ def fairscale_calls(folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("name", "embedding", "n_layers"), [("mha", "ParallelEmbedding", 3), ("llama31", "VocabParallelEmbedding", 2)]
 )
-def test_every_projection_runs_through_fairscale(
+def test_every_plain_projection_runs_through_fairscale(
     name: str, embedding: str, n_layers: int, world_size: int, checkpoint: Callable[..., Path]
 ) -> None:
     for counts in run_ranks(world_size, fairscale_calls, checkpoint(name, 2)):

@@ -227,7 +227,7 @@ def test_numpy_numbers_are_numbers(build: Callable[..., Llama]) -> None:
 @pytest.mark.parametrize("logprobs", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_logits_that_are_not_finite_raise(value: float, logprobs: bool, build: Callable[..., Llama]) -> None:
-    llama = build("mha", max_seq_len=32)
+    llama = build("mha", max_seq_len=32, plain=True)  # packed weights cannot be written to
     llama.model.output.weight[7] = value
     for temperature in (0, 0.8):
         with pytest.raises(FloatingPointError, match="at step 0, row 0, rank 0"):
@@ -321,4 +321,4 @@ def test_bfloat16_batches_diverge_little(build: Callable[..., Llama], measured: 
         worst = max(worst, max(abs(a - b) for a, b in zip(scores, alone[0], strict=True)))
     measured("bfloat16, in a batch to alone, worst log-probability", worst)
     assert worst < 1.0
-    assert torch.bfloat16 == llama.model.output.weight.dtype
+    assert torch.bfloat16 == llama.model.norm.weight.dtype

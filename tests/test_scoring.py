@@ -184,7 +184,7 @@ def test_hidden_states_are_what_the_output_layer_reads(build: Callable[..., Llam
 
 
 def test_the_printed_model_shows_its_shapes(build: Callable[..., Llama]) -> None:
-    shown = str(build("gqa", max_seq_len=16, max_batch_size=2).model)
+    shown = str(build("gqa", max_seq_len=16, max_batch_size=2, plain=True).model)
     for line in (
         "(tok_embeddings): VocabEmbedding(512 x 128)",
         "(0-1): 2 x TransformerBlock(",
@@ -385,7 +385,7 @@ def test_mistakes_are_named(call: Callable[[Llama], object], message: str, build
 
 
 def test_damaged_weights_are_told_and_leave_nothing_behind(build: Callable[..., Llama]) -> None:
-    llama = build("mha", max_seq_len=64, max_batch_size=4)
+    llama = build("mha", max_seq_len=64, max_batch_size=4, plain=True)  # packed weights cannot be written to
     requests = [(context, some_ids(random.Random(n), 4)) for context in ([7] * 30, [8] * 5) for n in range(2)]
     expected = loglikelihood(llama, requests)
     weight = llama.model.get_parameter("layers.0.feed_forward.w1.weight")  # its NaN reaches the cache of later layers
