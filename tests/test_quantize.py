@@ -196,13 +196,13 @@ def perplexity(llama: Llama, ids: list[int]) -> float:
 
 
 def test_perplexity_of_the_demo(demo: Path, measured: Callable[[str, object], None]) -> None:
-    """1,500 tokens; the README has 20,000."""
+    """1,500 tokens in float32: of so few, bfloat16 moves the perplexity by half a percent itself."""
     text = (Path(__file__).parent / "golden" / "text.txt").read_text()
-    build: Callable[..., Llama] = lambda **form: Llama.build(demo, max_seq_len=512, max_batch_size=2, **form)  # noqa: E731
+    build: Callable[..., Llama] = lambda **form: Llama.build(demo, max_seq_len=512, dtype="float32", **form)  # noqa: E731
     llama = build()
     ids = llama.tokenizer.encode(text, bos=False, eos=False)[:1500]
     exact = perplexity(llama, ids)
     for scheme, bound in (("int8", 0.005), ("int4", 0.06)):
         ratio = perplexity(build(quantize=scheme), ids) / exact - 1
-        measured(f"perplexity of 1,500 tokens in {scheme}, relative to bfloat16", ratio)
+        measured(f"perplexity of 1,500 tokens in {scheme}, relative to float32", ratio)
         assert abs(ratio) < bound
