@@ -33,21 +33,22 @@ class KVCache(nn.Module):
             buffer[: len(slots), :, :ctx_len] = buffer[slots, :, :ctx_len]
 
     def update(
-        self, k: torch.Tensor, v: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int
+        self, k: torch.Tensor, v: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, first_row: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store `k` and `v` [bsz, n_local_kv_heads, seqlen, head_dim] and return the first `ctx_len` positions.
 
         start_pos: position of the first new key, one int for all rows or an int64 tensor [bsz].
-        Returns views of the buffers, [bsz, n_local_kv_heads, ctx_len, head_dim].
+        Returns views of the buffers' rows from first_row on, [bsz, n_local_kv_heads, ctx_len, head_dim].
         """
         bsz, _, seqlen, _ = k.shape
+        end = first_row + bsz
         if isinstance(start_pos, int):
-            self.k[:bsz, :, start_pos : start_pos + seqlen] = k
-            self.v[:bsz, :, start_pos : start_pos + seqlen] = v
+            self.k[first_row:end, :, start_pos : start_pos + seqlen] = k
+            self.v[first_row:end, :, start_pos : start_pos + seqlen] = v
         else:
-            rows = torch.arange(bsz, device=k.device)[:, None]  # [bsz, 1]
+            rows = torch.arange(first_row, end, device=k.device)[:, None]  # [bsz, 1]
             positions = start_pos[:, None] + torch.arange(seqlen, device=k.device)  # [bsz, seqlen]
             # Two index tensors around a slice move to the front: the target is [bsz, seqlen, n_kv, head_dim].
             self.k[rows, :, positions] = k.transpose(1, 2)
             self.v[rows, :, positions] = v.transpose(1, 2)
-        return self.k[:bsz, :, :ctx_len], self.v[:bsz, :, :ctx_len]
+        return self.k[first_row:end, :, :ctx_len], self.v[first_row:end, :, :ctx_len]

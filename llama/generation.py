@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Unpack
 
 from llama.distributed import current_world, from_rank_0, is_main_rank, leave
@@ -16,12 +17,16 @@ from llama.request import (
     Alternatives,
     Each,
     Generation,
+    Ids,
     Row,
     Settings,
     StopIds,
     Token,
+    alternatives,
     check_alternatives,
     check_whole,
+    in_common,
+    of_about_one_length,
     read_rows,
 )
 from llama.sampling import Sampler, wide_dtype
@@ -165,45 +170,45 @@ class Engine:
 
     @torch.inference_mode()
     def _prefill(self, rows: list[Row], reuse: bool = False, k: int | None = None) -> torch.Tensor:
-        """Fill the cache with the prompts in one padded pass -> hidden states [bsz, dim] of their last ids.
+        """Fill the cache with the prompts -> hidden states [bsz, dim] of their last ids.
 
         k: also score the prompts, with so many alternatives. Equal prompts are computed once.
         """
         model = self.model
         texts = [tuple(row.prompt) for row in rows]
-        distinct = {text: slot for slot, text in enumerate(dict.fromkeys(texts))}
-        slots, lengths = [distinct[text] for text in texts], [len(text) for text in distinct]
         start = 0
-        if reuse and len(distinct) == 1 and self._held_at == model.passes:
-            start = _shared(self._held[0], texts[0][:-1])  # the last id is computed in any case: we need its state
-
-        # Left-aligned and padded on the right: causality hides the padding from every position before it, and each
-        # padded cache slot is overwritten by the row's own id before a query of that row can see it.
+        if reuse and len(set(texts)) == 1 and self._held_at == model.passes:
+            start = in_common(self._held[0], texts[0][:-1])  # the last id is computed in any case: we need its state
         pad_id = max(self.tokenizer.pad_id, 0)  # -1 is no row of the embedding
-        tokens = torch.full((len(distinct), max(lengths) - start), pad_id, dtype=torch.int64)
-        for text, slot in distinct.items():
-            tokens[slot, : len(text) - start] = torch.tensor(text[start:])
-        tokens = tokens.to(model.cos.device)
-        h = model.hidden(tokens, start, max(lengths))  # [distinct, seqlen, dim]
+        slots, last = dict[Ids, int](), []  # each text's row of the cache, and the states of the last ids
+        scored: dict[Ids, list[tuple[float, Alternatives]]] = {}
+        for group in of_about_one_length(texts):
+            # Left-aligned and padded on the right: causality hides the padding from every position before it, and each
+            # padded cache slot is overwritten by the row's own id before a query of that row can see it.
+            tokens = pad_sequence([torch.tensor(text[start:]) for text in group], True, pad_id).to(model.cos.device)
+            h = model.hidden(tokens, start, len(group[0]), len(slots))  # [group, seqlen, dim]
+            if k is not None:
+                # h:       h0  h1  h2        predicts
+                # tokens:  t0  t1  t2  t3    one place to the left
+                places = [i * tokens.shape[1] + j for i, text in enumerate(group) for j in range(len(text) - 1)]
+                at = torch.tensor(places, dtype=torch.int64)  # no padding
+                values = read_back(model.measured(h.flatten(0, 1)[at], tokens.flatten()[at + 1], partial(score, k=k)))
+                found = map(partial(alternatives, k=k), values)
+                scored |= {text: list(islice(found, len(text) - 1)) for text in group}
+            last.append(h[range(len(group)), [len(text) - start - 1 for text in group]])
+            slots |= {text: len(slots) + i for i, text in enumerate(group)}
         if k is not None:
-            # h:       h0  h1  h2        predicts
-            # tokens:  t0  t1  t2  t3    one place to the left
-            width = tokens.shape[1]
-            at = torch.tensor([s * width + i for s, n in enumerate(lengths) for i in range(n - 1)], dtype=torch.int64)
-            scores = model.measured(h.flatten(0, 1)[at], tokens.flatten()[at + 1], partial(score, k=k))  # no padding
-            found = iter([alternatives(values, k) for values in read_back(scores)])
-            by_text = [list(islice(found, length - 1)) for length in lengths]
-            for row, slot in zip(rows, slots, strict=True):
-                row.prompt_logprobs = [0.0, *(logprob for logprob, _ in by_text[slot])]
-                row.prompt_top = [[], *(top for _, top in by_text[slot])]
+            for row, text in zip(rows, texts, strict=True):
+                row.prompt_logprobs = [0.0, *(logprob for logprob, _ in scored[text])]
+                row.prompt_top = [[], *(top for _, top in scored[text])]
             self._check_finite(rows, [all(map(math.isfinite, row.prompt_logprobs)) for row in rows], "in the prompt")
         for row in rows:
             row.reused = start
-        h = h[range(len(distinct)), [length - start - 1 for length in lengths]]  # the last position of each
-        if len(distinct) < len(rows):
-            h = h[slots]
+        order, h = [slots[text] for text in texts], torch.cat(last)
+        if order != list(range(len(rows))):
+            h = h[order]
             for cache in model.caches:
-                cache.spread(slots, max(lengths))
+                cache.spread(order, max(map(len, texts)))
         self._held, self._held_at = [list(text) for text in texts], model.passes
         return h
 
@@ -279,13 +284,3 @@ class Engine:
 def read_back(values: torch.Tensor) -> list[list[Any]]:
     """Bring numbers from the device to Python: the one place where the engine waits for the device."""
     return values.tolist()
-
-
-def alternatives(values: Sequence[float], k: int) -> tuple[float, Alternatives]:
-    """Take the columns of `model.score` apart."""
-    return values[0], [(int(token), logprob) for logprob, token in zip(values[1 : k + 1], values[k + 1 :], strict=True)]
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two lists begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -138,6 +138,7 @@ class Positions:
     start_pos: position of each row's first id, one int or [bsz]. ctx_len: positions from 0 that queries may look at.
     cos, sin: the rotary angles of the ids, [.., seqlen, 1, head_dim / 2].
     mask: True where a query may look, [.., seqlen, ctx_len]; None where causality alone says so.
+    first_row: of the cache, the others follow it.
     """
 
     start_pos: int | torch.Tensor
@@ -145,6 +146,7 @@ class Positions:
     cos: torch.Tensor
     sin: torch.Tensor
     mask: torch.Tensor | None
+    first_row: int = 0
 
 
 def causal_mask(seqlen: int, ctx_len: int, device: torch.device) -> torch.Tensor:
@@ -173,15 +175,14 @@ class Attention(nn.Module):
         self.cache = KVCache(shape, dtype, device)
 
     def forward(self, x: torch.Tensor, at: Positions) -> torch.Tensor:
-        return self.wo(self.attend(self.wq(x), self.wk(x), self.wv(x), at))  # [bsz, seqlen, dim]
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (self.wq(x), self.wk(x), self.wv(x)))
+        return self.wo(self.attend(apply_rope(q, at.cos, at.sin), apply_rope(k, at.cos, at.sin), v, at))
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Positions) -> torch.Tensor:
-        """Turn, store and look back: [bsz, seqlen, local heads * head_dim] each -> as q."""
-        bsz, seqlen, _ = q.shape
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))  # [bsz, seqlen, heads, head_dim]
-        q = apply_rope(q, at.cos, at.sin).transpose(1, 2)  # [bsz, n_local_heads, seqlen, head_dim]
-        k = apply_rope(k, at.cos, at.sin).transpose(1, 2)  # [bsz, n_local_kv_heads, seqlen, head_dim]
-        keys, values = self.cache.update(k, v.transpose(1, 2), at.start_pos, at.ctx_len)  # [.., ctx_len, head_dim]
+        """Store the keys and values, look back: [bsz, seqlen, heads, head_dim] each -> [bsz, seqlen, local width]."""
+        bsz, seqlen, _, _ = q.shape
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [bsz, heads, seqlen, head_dim]
+        keys, values = self.cache.update(k, v, at.start_pos, at.ctx_len, at.first_row)  # [.., ctx_len, head_dim]
         if seqlen == 1:
             # One query a head: the heads that share a KV head become its queries, and nothing is repeated.
             q = q.view(bsz, self.n_local_kv_heads, -1, self.head_dim)
@@ -271,19 +272,22 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(tokens, start_pos, start_pos + seqlen))
 
     @torch.inference_mode()
-    def hidden(self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int) -> torch.Tensor:
+    def hidden(
+        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, first_row: int = 0
+    ) -> torch.Tensor:
         """Hidden states before the output layer: ids [bsz, seqlen] -> [bsz, seqlen, dim], and fill the cache.
 
         start_pos: position of each row's first id, one int for all rows or an int64 tensor [bsz].
         ctx_len: positions from 0 that queries may look at; larger than every position of `tokens`.
+        first_row: of the cache, the others follow it.
         """
         _, seqlen = tokens.shape
         if isinstance(start_pos, int) and seqlen > PREFILL_CHUNK:
             starts = range(start_pos, start_pos + seqlen, PREFILL_CHUNK)
             parts = zip(tokens.split(PREFILL_CHUNK, dim=1), starts, strict=True)
-            return torch.cat([self.hidden(ids, first, first + ids.shape[1]) for ids, first in parts], dim=1)
+            return torch.cat([self.hidden(ids, first, first + ids.shape[1], first_row) for ids, first in parts], dim=1)
         self.passes += 1
-        if seqlen == 1 and self.step is not None:
+        if seqlen == 1 and first_row == 0 and self.step is not None:
             return self.step(tokens, start_pos)
         keys = torch.arange(ctx_len, device=tokens.device)
         mask: torch.Tensor | None = None
@@ -295,7 +299,7 @@ class Transformer(nn.Module):
             positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # [bsz, seqlen]
             mask = (keys <= positions[..., None])[:, None]  # [bsz, 1, seqlen, ctx_len]
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
-        at = Positions(start_pos, ctx_len, cos, sin, mask)
+        at = Positions(start_pos, ctx_len, cos, sin, mask, first_row)
         h = self.tok_embeddings(tokens)  # [bsz, seqlen, dim]
         for layer in self.layers:
             h = layer(h, at)

@@ -16,8 +16,11 @@
 #define LANES 16
 #define GROUP 32       /* int4: columns that share a scale and a zero */
 #define KEY_BLOCK 256  /* positions that one thread looks at in one go */
+#define AHEAD 32768    /* bytes: what is asked of memory now will be needed when this much has been computed */
+#define QUERIES 64     /* times heads, as many as fit: what one thread looks back from in one go */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef float quad __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
@@ -45,6 +48,7 @@ typedef struct {
     const Layer *layers;
     const float *norm, *cos, *sin;                          /* cos, sin: [max_seq_len, head_dim / 2] */
     float *h, *qkv, *scores, *attended, *gates, *products, *sums, *out; /* room for all rows */
+    uint16_t *halves;                                       /* NULL in float32 */
     int (*reduce)(void); /* adds `out` up over the ranks; NULL where there is one rank; not 0: it failed */
 } Model;
 
@@ -57,6 +61,14 @@ INLINE floats low_bits(ints q) { /* the low four of each, 0 to 15 */
 INLINE ints wide_halves(halves v) { return (ints)_mm512_cvtepu16_epi32((__m256i)v); }
 INLINE ints wide_bytes(bytes v) { return (ints)_mm512_cvtepi8_epi32((__m128i)v); }
 INLINE float sum(floats v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE quad sums_of(floats a, floats b, floats c, floats d) {
+    const __m512 v = (__m512)a, w = (__m512)b, x = (__m512)c, y = (__m512)d;
+    const __m512 first = _mm512_unpacklo_ps(v, w) + _mm512_unpackhi_ps(v, w); /* a b a b, four times */
+    const __m512 second = _mm512_unpacklo_ps(x, y) + _mm512_unpackhi_ps(x, y);
+    const __m512 all = _mm512_shuffle_ps(first, second, 0x44) + _mm512_shuffle_ps(first, second, 0xee); /* a b c d */
+    const __m256 half = _mm512_castps512_ps256(all) + _mm512_castps512_ps256(_mm512_shuffle_f32x4(all, all, 0x4e));
+    return (quad)(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+}
 #else
 INLINE floats low_bits(ints q) { return __builtin_convertvector(q & 15, floats); }
 INLINE ints wide_halves(halves v) { return __builtin_convertvector(v, ints); }
@@ -66,6 +78,7 @@ INLINE float sum(floats v) {
     for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
     return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
+INLINE quad sums_of(floats a, floats b, floats c, floats d) { return (quad){sum(a), sum(b), sum(c), sum(d)}; }
 #endif
 
 INLINE floats widen(halves h) { return (floats)(wide_halves(h) << 16); }
@@ -119,6 +132,36 @@ INLINE void store(const int kind, void *data, int64_t j, float value) {
     ((uint16_t *)data)[j] = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+INLINE void store16(const int kind, void *data, int64_t j, floats v) {
+    if (kind == F32) {
+        memcpy((float *)data + j, &v, sizeof v);
+        return;
+    }
+#ifdef __AVX512BF16__
+    const halves h = (halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+    const ints bits = (ints)v;
+    const halves h = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves);
+#endif
+    memcpy((uint16_t *)data + j, &h, sizeof h);
+}
+
+/* A lane of a and b holds two bfloat16 each: both products are added to it. */
+INLINE floats dot(floats total, ints a, ints b) {
+#ifdef __AVX512BF16__
+    return (floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
+#else
+    const int32_t high = 0xffff0000;
+    return total + (floats)(a << 16) * (floats)(b << 16) + (floats)(a & high) * (floats)(b & high);
+#endif
+}
+
+INLINE ints load_ints(const void *data) {
+    ints v;
+    memcpy(&v, data, sizeof v);
+    return v;
+}
+
 INLINE int64_t lanes(int64_t left) { return left < LANES ? left : LANES; }
 
 /* Replace the values below or above a limit; a NaN is neither. */
@@ -147,7 +190,7 @@ INLINE floats exponential(floats x) {
  * processor fetches ahead, and summed in four chains; four rows and four x share what they load. */
 INLINE void block(const int kind, const int rows, const int m, const Matrix *w, int64_t i, const float *x,
                   int64_t x_stride, const float *sums, float *y, int64_t y_stride) {
-    const int chains = rows * m < 4 ? 4 : 1;
+    const int chains = rows < 4 && m < 4 ? 4 : 1;
     const int64_t k = w->k, groups = k / GROUP, parts = k / LANES;
     floats acc[4][4][4];
     float rest[4][4] = {{0}};
@@ -200,12 +243,17 @@ INLINE void block(const int kind, const int rows, const int m, const Matrix *w, 
             for (int a = 0; a < rows; a++)
                 for (int r = 0; r < m; r++) rest[a][r] += one(kind, w->data, (i + a) * k + j) * x[r * x_stride + j];
     }
-    for (int a = 0; a < rows; a++)
-        for (int r = 0; r < m; r++) {
-            floats total = acc[0][a][r];
-            for (int c = 1; c < chains; c++) total += acc[c][a][r];
-            y[r * y_stride + i + a] = (sum(total) + rest[a][r]) * (kind == INT8 ? widen1(w->scale[i + a]) : 1);
+    for (int r = 0; r < m; r++) {
+        if (rows == 4) { /* and one chain */
+            const quad totals = sums_of(acc[0][0][r], acc[0][1][r], acc[0][2][r], acc[0][3][r]);
+            for (int a = 0; a < 4; a++) rest[a][r] += totals[a];
+        } else {
+            for (int a = 0; a < rows; a++)
+                for (int c = 0; c < chains; c++) rest[a][r] += sum(acc[c][a][r]);
         }
+        for (int a = 0; a < rows; a++)
+            y[r * y_stride + i + a] = rest[a][r] * (kind == INT8 ? widen1(w->scale[i + a]) : 1);
+    }
 }
 
 /* Rows [from, to) of the matrix, for m rows of x. */
@@ -224,6 +272,82 @@ INLINE void part(const int kind, const Matrix *w, int64_t from, int64_t to, cons
             block(kind, 1, 1, w, i, x + r * x_stride, x_stride, sums + r * groups, y + r * y_stride, y_stride);
 }
 
+/* `part` for a matrix that is near, the keys of a head: four rows at a time for any number of x. */
+INLINE void near_part(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride,
+                      float *y, int64_t y_stride, int64_t m) {
+    int64_t i = from;
+    for (; i + 4 <= to; i += 4)
+        for (int64_t r = 0; r < m; r += 4)
+            switch (m - r) {
+                case 1: block(kind, 4, 1, w, i, x + r * x_stride, x_stride, 0, y + r * y_stride, y_stride); break;
+                case 2: block(kind, 4, 2, w, i, x + r * x_stride, x_stride, 0, y + r * y_stride, y_stride); break;
+                case 3: block(kind, 4, 3, w, i, x + r * x_stride, x_stride, 0, y + r * y_stride, y_stride); break;
+                default: block(kind, 4, 4, w, i, x + r * x_stride, x_stride, 0, y + r * y_stride, y_stride);
+            }
+    part(kind, w, i, to, x, x_stride, 0, y, y_stride, m);
+}
+
+/* Row i in full, k numbers of kind F32 or BF16. */
+INLINE void expand(const int from, const int to, const Matrix *w, int64_t i, void *out) {
+    const int64_t k = w->k, groups = k / GROUP, size = to == F32 ? 4 : 2;
+    if (from == to) memcpy(out, (const char *)w->data + i * k * size, k * size);
+    if (from == INT8)
+        for (int64_t j = 0; j < k; j += LANES)
+            store16(to, out, j, load(INT8, w->data, i * k + j, LANES) * widen1(w->scale[i]));
+    if (from == INT4)
+        for (int64_t g = 0; g < groups; g++) {
+            floats low, high;
+            split(w->data, (i * groups + g) * LANES, &low, &high);
+            const float scale = widen1(w->scale[i * groups + g]), zero = widen1(w->zero[i * groups + g]);
+            store16(to, out, g * GROUP, (low - 8) * scale + zero);
+            store16(to, out, g * GROUP + LANES, (high - 8) * scale + zero);
+        }
+}
+
+/* y[r, 0..rows) = W[0..rows, :] x[r, :] for r in 0..m, all of them bfloat16, in registers. */
+INLINE void dots(const int rows, const int m, const uint16_t *w, const uint16_t *x, int64_t k, float *y,
+                 int64_t y_stride) {
+    const int64_t whole = k / (2 * LANES) * 2 * LANES;
+    floats acc[4][4];
+    for (int a = 0; a < rows; a++)
+        for (int r = 0; r < m; r++) acc[a][r] = (floats){0};
+    for (int64_t j = 0; j < whole; j += 2 * LANES) {
+        ints left[4];
+        for (int a = 0; a < rows; a++) left[a] = load_ints(w + a * k + j);
+        for (int r = 0; r < m; r++) {
+            const ints right = load_ints(x + r * k + j);
+            for (int a = 0; a < rows; a++) acc[a][r] = dot(acc[a][r], left[a], right);
+        }
+    }
+    for (int r = 0; r < m; r++) {
+        quad totals = sums_of(acc[0][r], acc[rows > 1][r], acc[rows > 2 ? 2 : 0][r], acc[rows > 3 ? 3 : 0][r]);
+        for (int a = 0; a < rows; a++) {
+            for (int64_t j = whole; j < k; j++) totals[a] += widen1(w[a * k + j]) * widen1(x[r * k + j]);
+            y[r * y_stride + a] = totals[a];
+        }
+    }
+}
+
+/* Rows [from, to) of a matrix that is not F32, for m rows of bfloat16, of which all are near. Four rows of the matrix at
+ * a time, widened if need be, while later ones are on their way from memory. */
+INLINE void half_part(const int kind, const Matrix *w, int64_t from, int64_t to, const uint16_t *x, float *y,
+                      int64_t m) {
+    const int64_t k = w->k, n = w->n, bytes = kind == BF16 ? 2 * k : kind == INT8 ? k : k / 2, total = n * bytes;
+    uint16_t room[kind == BF16 ? 1 : 4 * k];
+    for (int64_t i = from; i < to; i += 4) {
+        const int64_t rows = to - i < 4 ? to - i : 4;
+        const uint16_t *wide = kind == BF16 ? (const uint16_t *)w->data + i * k : room;
+        for (int64_t a = 0; kind != BF16 && a < rows; a++) expand(kind, BF16, w, i + a, room + a * k);
+        int64_t r = 0;
+        for (int64_t j = i * bytes + AHEAD; j < (i + 4) * bytes + AHEAD && j < total; j += 64)
+            __builtin_prefetch((const char *)w->data + j, 0, 2);
+        for (; rows == 4 && r + 4 <= m; r += 4) dots(4, 4, wide, x + r * k, k, y + r * n + i, n);
+        for (; rows == 4 && r < m; r++) dots(4, 1, wide, x + r * k, k, y + r * n + i, n);
+        for (; r < m; r++)
+            for (int64_t a = 0; a < rows; a++) dots(1, 1, wide + a * k, x + r * k, k, y + r * n + i + a, n);
+    }
+}
+
 static void rows_of(const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride, const float *sums,
                     float *y, int64_t y_stride, int64_t m) {
     switch (w->kind) {
@@ -234,21 +358,36 @@ static void rows_of(const Matrix *w, int64_t from, int64_t to, const float *x, i
     }
 }
 
-/* y [m, n] = x [m, k] W^T. sums: room for m * k / 32 floats. */
-static void matrix(const Matrix *w, const float *x, float *sums, float *y, int64_t m) {
-    if (w->kind == INT4) {
+/* y [m, n] = x [m, k] W^T. sums: room for m * k / 32 floats. halves: for as many bfloat16 as x, in models of that kind:
+ * several rows are then rounded to it, as torch's are, which lets an instruction do two products a lane. */
+static void matrix(const Matrix *w, const float *x, float *sums, uint16_t *halves, float *y, int64_t m) {
+    const int64_t k = w->k, step = 16;
+    if (halves && m > 1 && w->kind != F32) {
 #pragma omp for schedule(static)
-        for (int64_t g = 0; g < m * (w->k / GROUP); g++) {
+        for (int64_t r = 0; r < m; r++) {
+            int64_t j = 0;
+            for (; j + LANES <= k; j += LANES) store16(BF16, halves, r * k + j, load(F32, x, r * k + j, LANES));
+            for (; j < k; j++) store(BF16, halves, r * k + j, x[r * k + j]);
+        }
+    } else if (w->kind == INT4) {
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < m * (k / GROUP); g++) {
             float total = 0;
             for (int j = 0; j < GROUP; j++) total += x[g * GROUP + j];
             sums[g] = total;
         }
     }
-    const int64_t step = 16;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < (w->n + step - 1) / step; i++) {
         const int64_t to = (i + 1) * step < w->n ? (i + 1) * step : w->n;
-        rows_of(w, i * step, to, x, w->k, sums, y, w->n, m);
+        if (halves && m > 1 && w->kind == BF16)
+            half_part(BF16, w, i * step, to, halves, y, m);
+        else if (halves && m > 1 && w->kind == INT8)
+            half_part(INT8, w, i * step, to, halves, y, m);
+        else if (halves && m > 1 && w->kind == INT4)
+            half_part(INT4, w, i * step, to, halves, y, m);
+        else
+            rows_of(w, i * step, to, x, k, sums, y, w->n, m);
     }
 }
 
@@ -339,8 +478,8 @@ INLINE void attend(const int kind, const Model *model, const Layer *layer, const
         const int64_t ctx_len = positions[r] + 1, to = from + KEY_BLOCK < ctx_len ? from + KEY_BLOCK : ctx_len;
         const char *keys = (const char *)layer->keys + (r * kv_heads + kv_head) * max_len * head_dim * item;
         const Matrix w = {kind, ctx_len, head_dim, keys, 0, 0};
-        part(kind, &w, from, to, model->qkv + r * stride + kv_head * group * head_dim, head_dim, 0,
-             model->scores + (r * heads + kv_head * group) * max_len, max_len, group);
+        near_part(kind, &w, from, to, model->qkv + r * stride + kv_head * group * head_dim, head_dim,
+                  model->scores + (r * heads + kv_head * group) * max_len, max_len, group);
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * heads; i++) softmax(model->scores + i * max_len, positions[i / heads] + 1);
@@ -350,30 +489,33 @@ INLINE void attend(const int kind, const Model *model, const Layer *layer, const
         const int64_t r = i / (kv_heads * parts), kv_head = i / parts % kv_heads, d = i % parts * 2 * LANES;
         const char *values = (const char *)layer->values + (r * kv_heads + kv_head) * max_len * head_dim * item;
         const int64_t first = r * heads + kv_head * group, ctx_len = positions[r] + 1;
-        int64_t g = 0;
-        for (; g + 4 <= group; g += 4)
-            mix(kind, 4, values, head_dim, d, model->scores + (first + g) * max_len, max_len, ctx_len,
-                model->attended + (first + g) * head_dim);
-        for (; g < group; g++)
-            mix(kind, 1, values, head_dim, d, model->scores + (first + g) * max_len, max_len, ctx_len,
-                model->attended + (first + g) * head_dim);
+        for (int64_t g = 0; g < group; g += 4) {
+            const float *p = model->scores + (first + g) * max_len;
+            float *out = model->attended + (first + g) * head_dim;
+            switch (group - g) {
+                case 1: mix(kind, 1, values, head_dim, d, p, max_len, ctx_len, out); break;
+                case 2: mix(kind, 2, values, head_dim, d, p, max_len, ctx_len, out); break;
+                case 3: mix(kind, 3, values, head_dim, d, p, max_len, ctx_len, out); break;
+                default: mix(kind, 4, values, head_dim, d, p, max_len, ctx_len, out);
+            }
+        }
     }
 }
 
 static void attention(const Model *model, const Layer *layer, const float *x, const int64_t *positions, int64_t m) {
     normalise(model, layer->attention_norm, x, model->h, m);
-    matrix(&layer->wqkv, model->h, model->sums, model->qkv, m);
+    matrix(&layer->wqkv, model->h, model->sums, model->halves, model->qkv, m);
     if (model->cache_kind == F32)
         attend(F32, model, layer, positions, m);
     else
         attend(BF16, model, layer, positions, m);
-    matrix(&layer->wo, model->attended, model->sums, model->out, m);
+    matrix(&layer->wo, model->attended, model->sums, model->halves, model->out, m);
 }
 
 static void feed_forward(const Model *model, const Layer *layer, const float *x, int64_t m) {
     const int64_t width = model->width;
     normalise(model, layer->ffn_norm, x, model->h, m);
-    matrix(&layer->w13, model->h, model->sums, model->gates, m);
+    matrix(&layer->w13, model->h, model->sums, model->halves, model->gates, m);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * width; i += LANES) {
         /* 16 products may begin in one row and end in the next. */
@@ -389,7 +531,7 @@ static void feed_forward(const Model *model, const Layer *layer, const float *x,
         const floats product = gate / (1 + exponential(-gate)) * up;
         memcpy(model->products + i, &product, count * 4);
     }
-    matrix(&layer->w2, model->products, model->sums, model->out, m);
+    matrix(&layer->w2, model->products, model->sums, model->halves, model->out, m);
 }
 
 static int add(const Model *model, float *x, int64_t m) {
@@ -416,43 +558,143 @@ int decode(const Model *model, float *x, const int64_t *positions, int64_t m, in
 }
 
 /* y [m, n] = x [m, k] W^T on its own, for the output layer. */
-void multiply(const Matrix *w, const float *x, float *sums, float *y, int64_t m, int threads) {
+void multiply(const Matrix *w, const float *x, float *sums, uint16_t *halves, float *y, int64_t m, int threads) {
 #pragma omp parallel num_threads(threads)
-    matrix(w, x, sums, y, m);
-}
-
-INLINE void store16(const int kind, void *data, int64_t j, floats v) {
-    if (kind == F32) {
-        memcpy((float *)data + j, &v, sizeof v);
-        return;
-    }
-    const ints bits = (ints)v;
-    const halves h = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves);
-    memcpy((uint16_t *)data + j, &h, sizeof h);
-}
-
-INLINE void expand(const int from, const int to, const Matrix *w, void *out, int64_t i) {
-    const int64_t k = w->k, groups = k / GROUP;
-    if (from == INT8)
-        for (int64_t j = 0; j < k; j += LANES)
-            store16(to, out, i * k + j, load(INT8, w->data, i * k + j, LANES) * widen1(w->scale[i]));
-    else
-        for (int64_t g = i * groups; g < (i + 1) * groups; g++) {
-            floats low, high;
-            split(w->data, g * LANES, &low, &high);
-            const float scale = widen1(w->scale[g]), zero = widen1(w->zero[g]);
-            store16(to, out, g * GROUP, (low - 8) * scale + zero);
-            store16(to, out, g * GROUP + LANES, (high - 8) * scale + zero);
-        }
+    matrix(w, x, sums, halves, y, m);
 }
 
 /* An INT8 or INT4 matrix in full, [n, k] of kind F32 or BF16, for products with many rows. */
 void dequantize(const Matrix *w, void *out, int to, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < w->n; i++) {
-        if (w->kind == INT8 && to == F32) expand(INT8, F32, w, out, i);
-        if (w->kind == INT8 && to == BF16) expand(INT8, BF16, w, out, i);
-        if (w->kind == INT4 && to == F32) expand(INT4, F32, w, out, i);
-        if (w->kind == INT4 && to == BF16) expand(INT4, BF16, w, out, i);
+        char *row = (char *)out + i * w->k * (to == F32 ? 4 : 2);
+        if (w->kind == INT8 && to == F32) expand(INT8, F32, w, i, row);
+        if (w->kind == INT8 && to == BF16) expand(INT8, BF16, w, i, row);
+        if (w->kind == INT4 && to == F32) expand(INT4, F32, w, i, row);
+        if (w->kind == INT4 && to == BF16) expand(INT4, BF16, w, i, row);
+    }
+}
+
+/* Many positions at once, in bfloat16 -------------------------------------------------------------- */
+
+INLINE floats larger(floats a, floats b) {
+    const ints above = a > b;
+    return (floats)(((ints)a & above) | ((ints)b & ~above));
+}
+
+/* c [4, ..] += a [4, k] b [k, ..], columns [from, from + vectors * 16), where a and b have pairs: a two neighbours of a
+ * row, b two neighbours of a column. */
+INLINE void product(const int vectors, const int32_t *a, int64_t a_stride, const int32_t *b, float *c, int64_t stride,
+                    int64_t k, int64_t from) {
+    floats acc[4][4];
+    for (int r = 0; r < 4; r++)
+        for (int v = 0; v < vectors; v++) acc[r][v] = load(F32, c, r * stride + from + v * LANES, LANES);
+    for (int64_t j = 0; j < k; j++)
+        for (int v = 0; v < vectors; v++) {
+            const ints pairs = load_ints(b + j * stride + from + v * LANES);
+            for (int r = 0; r < 4; r++) acc[r][v] = dot(acc[r][v], a[r * a_stride + j] - (ints){0}, pairs);
+        }
+    for (int r = 0; r < 4; r++)
+        for (int v = 0; v < vectors; v++) store16(F32, c, r * stride + from + v * LANES, acc[r][v]);
+}
+
+/* c [rows, columns] += a [rows, k] b [k, columns]: fours of rows, 16s of columns. stride: of both b and c. */
+static void products(const int32_t *a, int64_t a_stride, const int32_t *b, float *c, int64_t stride, int64_t rows,
+                     int64_t k, int64_t columns) {
+    for (int64_t r = 0; r < rows; r += 4) {
+        int64_t j = 0;
+        for (; j + 4 * LANES <= columns; j += 4 * LANES)
+            product(4, a + r * a_stride, a_stride, b, c + r * stride, stride, k, j);
+        for (; j < columns; j += LANES) product(1, a + r * a_stride, a_stride, b, c + r * stride, stride, k, j);
+    }
+}
+
+/* Where the queries and the cache of a layer are. q, out: [bsz, seqlen, heads, head_dim]; keys, values: as in Layer;
+ * starts [bsz]: the positions of the first queries. */
+typedef struct {
+    int64_t bsz, seqlen, heads, kv_heads, head_dim, max_seq_len;
+    const uint16_t *q, *keys, *values;
+    uint16_t *out;
+    const int64_t *starts;
+} Block;
+
+/* The queries [first, first + count) of the heads of one KV head, over KEY_BLOCK positions at a time: the exponentials
+ * are of differences to the highest score so far, and what was summed before is scaled down when a higher one comes
+ * (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). */
+static void look_back(const Block *at, int64_t row, int64_t kv_head, int64_t first, int64_t count) {
+    const int64_t head_dim = at->head_dim, group = at->heads / at->kv_heads, start = at->starts[row];
+    const int64_t half = head_dim / 2, width = (head_dim + LANES - 1) / LANES * LANES;
+    const int64_t used = group * count, rows = (used + 3) / 4 * 4;
+    const int64_t offset = (row * at->kv_heads + kv_head) * at->max_seq_len * head_dim;
+    const float scale = 1 / sqrtf(head_dim);
+    int32_t q[rows * half], keys[half * KEY_BLOCK], values[KEY_BLOCK / 2 * width], shares[rows * KEY_BLOCK / 2];
+    float scores[rows * KEY_BLOCK], out[rows * width], highest[rows], total[rows];
+    memset(q, 0, sizeof q);
+    memset(keys, 0, sizeof keys);
+    memset(values, 0, sizeof values);
+    memset(shares, 0, sizeof shares);
+    memset(out, 0, sizeof out);
+    for (int64_t r = 0; r < used; r++) {
+        const int64_t place = (row * at->seqlen + first + r / group) * at->heads + kv_head * group + r % group;
+        memcpy(q + r * half, at->q + place * head_dim, head_dim * 2);
+        highest[r] = -INFINITY;
+        total[r] = 0;
+    }
+    const int64_t end = start + first + count; /* the last query sees the positions before this */
+    for (int64_t from = 0; from < end; from += KEY_BLOCK) {
+        const int64_t length = end - from < KEY_BLOCK ? end - from : KEY_BLOCK;
+        const int64_t columns = (length + 4 * LANES - 1) / (4 * LANES) * 4 * LANES;
+        const uint16_t *key = at->keys + offset + from * head_dim;
+        for (int64_t j = 0; j < half; j++)
+            for (int64_t t = 0; t < length; t++) memcpy(keys + j * KEY_BLOCK + t, key + t * head_dim + 2 * j, 4);
+        for (int64_t t = 0; t < length; t += 2) {
+            const uint16_t *even = at->values + offset + (from + t) * head_dim, *odd = even + head_dim;
+            if (t + 1 == length) odd = even; /* beyond the last one, with no share */
+            for (int64_t j = 0; j < head_dim; j++) values[t / 2 * width + j] = even[j] | (uint32_t)odd[j] << 16;
+        }
+        memset(scores, 0, sizeof scores);
+        products(q, half, keys, scores, KEY_BLOCK, rows, half, columns);
+        for (int64_t r = 0; r < used; r++) {
+            const int64_t own = start + first + r / group + 1 - from, seen = own < length ? own : length;
+            float *score = scores + r * KEY_BLOCK;
+            floats most = {0}, sums = {0};
+            most -= INFINITY;
+            for (int64_t t = 0; t < seen; t += LANES)
+                for (int j = 0; t + LANES > seen && j < LANES; j++)
+                    if (t + j >= seen) score[t + j] = -INFINITY;
+            for (int64_t t = 0; t < seen; t += LANES) most = larger(load(F32, score, t, LANES) * scale, most);
+            const float before = highest[r];
+            for (int j = 0; j < LANES; j++) highest[r] = most[j] > highest[r] ? most[j] : highest[r];
+            for (int64_t t = 0; t < columns; t += LANES) {
+                floats share = {0};
+                if (t < seen) share = exponential(load(F32, score, t, LANES) * scale - highest[r]);
+                for (int j = 0; t < seen && t + LANES > seen && j < LANES; j++)
+                    if (t + j >= seen) share[j] = 0; /* an exponential is above 0, be it of -infinity */
+                store16(BF16, shares + r * KEY_BLOCK / 2, t, share);
+                sums += share;
+            }
+            const float shrink = before == highest[r] ? 1 : expf(before - highest[r]);
+            total[r] = total[r] * shrink + sum(sums);
+            for (int64_t j = 0; j < width; j++) out[r * width + j] *= shrink;
+        }
+        products(shares, KEY_BLOCK / 2, values, out, width, rows, (length + 1) / 2, width);
+    }
+    for (int64_t r = 0; r < used; r++) {
+        const int64_t place = (row * at->seqlen + first + r / group) * at->heads + kv_head * group + r % group;
+        for (int64_t j = 0; j < head_dim; j++)
+            store(BF16, at->out, place * head_dim + j, out[r * width + j] / total[r]);
+    }
+}
+
+/* Attention of all queries, each to its own position and those before it. */
+void attend_all(const Block *at, int threads) {
+    const int64_t group = at->heads / at->kv_heads, size = group < QUERIES ? QUERIES / group : 1;
+    const int64_t blocks = (at->seqlen + size - 1) / size;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < at->bsz * at->kv_heads * blocks; i++) {
+        /* The longest first: the last ones then keep no thread waiting. */
+        const int64_t first = (blocks - 1 - i / (at->bsz * at->kv_heads)) * size;
+        const int64_t count = at->seqlen - first < size ? at->seqlen - first : size;
+        look_back(at, i / at->kv_heads % at->bsz, i % at->kv_heads, first, count);
     }
 }

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from torch import nn
 
-from llama.model import RMSNorm, Transformer
+from llama.cache import KVCache
+from llama.model import Positions, RMSNorm, Transformer
 from llama.quantize import FEW_ROWS, GROUP, Int4, Quantized
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -56,8 +57,15 @@ class Model(ctypes.Structure):
         *((name, ctypes.c_int64) for name in SIZES),
         ("norm_eps", ctypes.c_float),
         ("layers", ctypes.POINTER(Layer)),
-        *((name, ctypes.c_void_p) for name in ("norm", "cos", "sin", *BUFFERS)),
+        *((name, ctypes.c_void_p) for name in ("norm", "cos", "sin", *BUFFERS, "halves")),
         ("reduce", REDUCE),
+    ]
+
+
+class Block(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("bsz", "seqlen", "heads", "kv_heads", "head_dim", "max_seq_len")),
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "out", "starts")),
     ]
 
 
@@ -94,7 +102,8 @@ def library() -> ctypes.CDLL:
     """native.c as machine code, compiled before."""
     loaded = ctypes.CDLL(str(_place()[0]))
     loaded.decode.argtypes = [ctypes.POINTER(Model)] + [ctypes.c_void_p] * 2 + [ctypes.c_int64, ctypes.c_int]
-    loaded.multiply.argtypes = [ctypes.POINTER(Matrix)] + [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_int]
+    loaded.multiply.argtypes = [ctypes.POINTER(Matrix)] + [ctypes.c_void_p] * 4 + [ctypes.c_int64, ctypes.c_int]
+    loaded.attend_all.argtypes = [ctypes.POINTER(Block), ctypes.c_int]
     loaded.dequantize.argtypes = [ctypes.POINTER(Matrix), ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     return loaded
 
@@ -160,6 +169,23 @@ def matrix(holder: nn.Module) -> Matrix:
     return Matrix(KINDS[weight.dtype], *weight.shape, weight.data_ptr(), None, None)
 
 
+def _if_halves(buffer: torch.Tensor) -> int | None:
+    return buffer.data_ptr() if buffer.dtype == torch.bfloat16 else None
+
+
+def attend(q: torch.Tensor, cache_: KVCache, at: Positions) -> torch.Tensor:
+    """Causal attention over a cache that has the queries' own positions already, in bfloat16: [bsz, seqlen, heads,
+    head_dim] -> as q."""
+    bsz, seqlen, heads, head_dim = q.shape
+    q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    starts = torch.as_tensor(at.start_pos).expand(bsz).contiguous()
+    kv_heads, max_seq_len = cache_.k.shape[1:3]
+    sizes = bsz, seqlen, heads, kv_heads, head_dim, max_seq_len
+    pointers = (tensor.data_ptr() for tensor in (q, cache_.k[at.first_row :], cache_.v[at.first_row :], out, starts))
+    library().attend_all(Block(*sizes, *pointers), torch.get_num_threads())
+    return out
+
+
 class Plain(nn.Module):
     """A linear layer on this rank's part of a weight [n, k]: x [.., k] -> [.., n]."""
 
@@ -181,6 +207,7 @@ class Linear(nn.Module):
         super().__init__()
         self.layer = layer
         self.at = matrix(layer)
+        self.dtype = layer.dtype if isinstance(layer, Quantized) else layer.get_parameter("weight").dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.at.k)
@@ -191,7 +218,9 @@ class Linear(nn.Module):
         rows = rows.float().contiguous()
         y = torch.empty(m, self.at.n)
         sums = torch.empty(m * (self.at.k // GROUP))
-        library().multiply(self.at, rows.data_ptr(), sums.data_ptr(), y.data_ptr(), m, torch.get_num_threads())
+        halves = torch.empty_like(rows, dtype=self.dtype)
+        pointers = rows.data_ptr(), sums.data_ptr(), _if_halves(halves), y.data_ptr()
+        library().multiply(self.at, *pointers, m, torch.get_num_threads())
         return y.view(*x.shape[:-1], self.at.n).to(x.dtype)
 
     def widened(self, dtype: torch.dtype) -> torch.Tensor:
@@ -208,6 +237,7 @@ class Step:
         args, blocks = model.params, list[Any](model.layers)
         attention, width = blocks[0].attention, blocks[0].feed_forward.w2.at.k
         heads, kv_heads, head_dim = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
+        widest = max(args.dim, heads * head_dim, width)
         widths = {
             "h": args.dim,
             "qkv": (heads + 2 * kv_heads) * head_dim,
@@ -215,12 +245,13 @@ class Step:
             "attended": heads * head_dim,
             "gates": 2 * width,
             "products": width,
-            "sums": max(args.dim, heads * head_dim, width) // GROUP,
+            "sums": widest // GROUP,
             "out": args.dim,
         }
         rows = args.max_batch_size
         self.embed = model.tok_embeddings  # not the model, which owns this step and the memory that `struct` points at
         self.buffers = {name: torch.zeros(rows, size) for name, size in widths.items()}
+        self.halves = torch.zeros(rows, widest, dtype=attention.cache.k.dtype)
         self.failure: BaseException | None = None
         self.rows = 0
         self.norms: list[torch.Tensor] = []
@@ -235,6 +266,7 @@ class Step:
             model.cos.data_ptr(),
             model.sin.data_ptr(),
             **pointers,
+            halves=_if_halves(self.halves),
             reduce=REDUCE(self._reduce) if dist.get_world_size() > 1 else REDUCE(),
         )
 

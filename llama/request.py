@@ -11,8 +11,11 @@ from typing import Any, TypeAlias, TypedDict, TypeVar
 from llama.params import ModelArgs
 
 T = TypeVar("T")
+Ids: TypeAlias = tuple[int, ...]
 Each: TypeAlias = T | Sequence[T]  # one value for all prompts, or a list with one for each
 StopIds = Sequence[int] | Sequence[Sequence[int] | None] | None
+# A pass takes about as long as so many more ids in another one: it reads all weights.
+PASS_COST = 64
 
 
 class Settings(TypedDict, total=False):
@@ -232,3 +235,24 @@ def read_ids(name: str, value: Any, args: ModelArgs, *, any_length: bool = False
     if outside:
         raise ValueError(f"{name} holds id {outside[0]}, outside the vocabulary of {args.vocab_size}")
     return ids
+
+
+def alternatives(values: Sequence[float], k: int) -> tuple[float, Alternatives]:
+    """Take the columns of `model.score` apart."""
+    return values[0], [(int(token), logprob) for logprob, token in zip(values[1 : k + 1], values[k + 1 :], strict=True)]
+
+
+def of_about_one_length(texts: Sequence[Ids]) -> list[list[Ids]]:
+    """The distinct texts, longest first, in groups for a pass each: padding by up to PASS_COST ids costs a text less
+    than a pass of its own."""
+    groups: list[list[Ids]] = []
+    for text in sorted(dict.fromkeys(texts), key=len, reverse=True):
+        if not groups or len(groups[-1][0]) - len(text) > PASS_COST:
+            groups.append([])
+        groups[-1].append(text)
+    return groups
+
+
+def in_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two lists begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -13,11 +13,11 @@ from itertools import islice
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llama.generation import Engine, alternatives, read_back
+from llama.generation import Engine, read_back
 from llama.model import Measure, Transformer, log_norm, score
 from llama.params import ModelArgs
 from llama.progress import progress
-from llama.request import Alternatives, check_alternatives, check_list, check_whole, read_ids
+from llama.request import Alternatives, alternatives, check_alternatives, check_list, check_whole, read_ids
 from llama.tokenizer import Tokenizer
 
 # One pass computes at most so many positions, padding included, or one text: enough to keep arithmetic busy.

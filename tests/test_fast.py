@@ -13,8 +13,11 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from make_checkpoint import TOKENIZER
+from torch import nn
 
 from llama import Llama, fast, model, native
+from llama.cache import KVCache
+from llama.model import Positions
 from llama.quantize import FEW_ROWS, Int4, Int8
 
 BFLOAT16 = 2**-8  # the rounding of one number
@@ -112,6 +115,75 @@ def test_products(kind: str, m: int) -> None:
         sums = (x.abs() @ full.abs().T).max().item() * (4 if kind == "int4" else 1)
         within = BFLOAT16 if kind == "bfloat16" else 0
         torch.testing.assert_close(found.double(), x @ full.T, rtol=within, atol=4 * 2**-24 * sums)
+
+
+@pytest.mark.parametrize("m", [1, 2, 4, 7, FEW_ROWS])
+@pytest.mark.parametrize("kind", [Int8, Int4])
+def test_products_in_bfloat16(kind: type[Int8 | Int4], m: int) -> None:
+    """Several rows are multiplied by weights rounded to bfloat16, each by up to 2^-9 of itself."""
+    native.compile_library()
+    for n, k in ((1, 32), (6, 96), (50, 544), (33, 64)):
+        weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).bfloat16()
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
+        exact = kind(weight.float()).widened().double()
+        found = native.Linear(kind(weight))(x.float()).double()
+        assert ((found - x.double() @ exact.T).abs() <= x.double().abs() @ exact.abs().T * 2**-8.9).all()
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, starts, seqlen",
+    [
+        (9, 3, 64, [0], 300),  # the demo model's; two blocks of keys
+        (4, 4, 8, [0, 0, 0], 5),
+        (8, 1, 128, [0, 0], 65),
+        (6, 2, 48, [255, 255], 3),  # an odd number of keys, over the end of a block
+        (2, 1, 80, [700], 1),
+        (72, 1, 16, [0], 20),  # more heads than one go takes
+        (6, 3, 20, [3, 250, 600], 40),
+    ],
+)
+def test_attention_over_a_cache(heads: int, kv_heads: int, head_dim: int, starts: list[int], seqlen: int) -> None:
+    """Against torch's in float64. Old keys beyond a query's position, some of them NaN, have no part in it."""
+    native.compile_library()
+    stream, first_row, end = torch.Generator().manual_seed(heads), 1, max(starts) + seqlen
+    cache = KVCache((len(starts) + 1, kv_heads, end + 9, head_dim), torch.bfloat16, torch.device("cpu"))
+    for buffer in (cache.k, cache.v):
+        buffer.copy_(torch.randn(buffer.shape, generator=stream))
+        buffer[:, :, end:] = float("nan")
+    q = torch.randn(len(starts), seqlen, heads, head_dim, generator=stream).mul(3).bfloat16()
+    start_pos = starts[0] if len(starts) == 1 else torch.tensor(starts)
+    found = native.attend(q, cache, Positions(start_pos, end, q, q, None, first_row))
+    for row, start in enumerate(starts):
+        mask = torch.ones(seqlen, end, dtype=torch.bool).tril(start)
+        keys, values = (x[first_row + row, :, :end].double() for x in (cache.k, cache.v))
+        expected = F.scaled_dot_product_attention(
+            q[row].transpose(0, 1).double(), keys, values, attn_mask=mask, enable_gqa=True
+        ).transpose(0, 1)
+        # Shares are rounded to bfloat16 before they meet the values, the result after.
+        torch.testing.assert_close(found[row].double(), expected, rtol=BFLOAT16, atol=BFLOAT16)
+
+
+@pytest.mark.parametrize("seqlen", [1, 40])
+def test_the_parts_of_a_layer(seqlen: int, dtype: str) -> None:
+    """Norm, rotation and output layer against those of the plain path."""
+    kind = getattr(torch, dtype)
+    stream = torch.Generator().manual_seed(seqlen)
+    x = torch.randn(2, seqlen, 96, generator=stream).mul(50).to(kind)
+    plain = model.RMSNorm(96, 1e-5)
+    plain.weight = nn.Parameter(torch.randn(96, generator=stream).to(kind))
+    close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6} if dtype == "float32" else {"rtol": 2 * BFLOAT16, "atol": 0.01}
+    torch.testing.assert_close(fast.FastNorm(plain)(x), plain(x), **close)
+
+    angles = torch.rand(seqlen, 1, 16, generator=stream) * 7
+    at = Positions(0, seqlen, angles.cos(), angles.sin(), None)
+    heads = x.unflatten(-1, (-1, 32))
+    close["atol"] *= 100  # the size of x
+    torch.testing.assert_close(fast.rotated(heads, at), model.apply_rope(heads, at.cos, at.sin), **close)
+
+    for vocab in (96, 50):
+        weight = torch.randn(vocab, 96, generator=stream).to(kind)
+        for rows in (x[:1], x):
+            torch.testing.assert_close(fast.TiedOutput(weight)(rows), F.linear(rows, weight), **close)
 
 
 @pytest.mark.parametrize("kind", [Int8, Int4])

@@ -257,7 +257,9 @@ def test_a_failed_call_leaves_nothing_in_the_cache(build: Callable[..., Llama]) 
     assert llama.generate(PROMPTS[:2], 8, temperature=0, logprobs=True) == expected
 
 
-def test_a_batch_is_prefilled_in_one_pass(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_prefilled_in_passes_of_about_one_length(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
     llama = build("mha", max_seq_len=96, max_batch_size=5)
     hidden, shapes = llama.model.hidden, []
 
@@ -268,6 +270,15 @@ def test_a_batch_is_prefilled_in_one_pass(build: Callable[..., Llama], monkeypat
     monkeypatch.setattr(llama.model, "hidden", watched)
     llama.generate(PROMPTS, 4, temperature=0)
     assert shapes == [(5, 58), (5, 1), (5, 1), (5, 1)]  # and no pass for the last id, which nothing follows
+    expected = llama.generate(PROMPTS, 4, temperature=0, logprobs=True, echo=True)
+    for cost, passes in ((2, [(1, 58), (1, 8), (1, 5), (2, 2)]), (0, [(1, 58), (1, 8), (1, 5), (1, 2), (1, 1)])):
+        shapes.clear()
+        monkeypatch.setattr("llama.request.PASS_COST", cost)
+        found = llama.generate(PROMPTS, 4, temperature=0, logprobs=True, echo=True)
+        assert shapes == [*passes, (5, 1), (5, 1), (5, 1)]
+        assert found[0] == expected[0] and found[1] is not None and expected[1] is not None
+        for ours, theirs in zip(found[1], expected[1], strict=True):
+            close(ours, theirs)
 
 
 def test_prompts_are_scored_in_chunks(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,14 +301,23 @@ def test_prompts_are_scored_in_chunks(build: Callable[..., Llama], monkeypatch: 
     temperature=st.sampled_from([0.0, 1e-4, 0.7, 1.5]),
     top_p=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     seed=st.integers(0, 2**32),
+    pass_cost=st.sampled_from([0, 5, 64]),
 )
 def test_any_ragged_batch_equals_its_rows_alone(
-    lengths: list[int], max_gen_len: int, temperature: float, top_p: float, seed: int, build: Callable[..., Llama]
+    lengths: list[int],
+    max_gen_len: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    pass_cost: int,
+    build: Callable[..., Llama],
 ) -> None:
     llama = build("gqa", max_seq_len=44, max_batch_size=6)
     stream = random.Random(seed)
     prompts = [[stream.randrange(512) for _ in range(n)] for n in lengths]
-    batch, logprobs = llama.generate(prompts, max_gen_len, temperature, top_p, True, True, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama.request.PASS_COST", pass_cost)  # texts in one pass, or in several
+        batch, logprobs = llama.generate(prompts, max_gen_len, temperature, top_p, True, True, seed=seed)
     assert logprobs is not None
     for prompt, tokens, scores in zip(prompts, batch, logprobs, strict=True):
         alone, alone_scores = llama.generate([prompt], max_gen_len, temperature, top_p, True, True, seed=seed)

@@ -469,9 +469,9 @@ def test_samples_share_their_prefill_across_chunks(
     expected += large.text_completion(TEXTS[1:2], n=2, **arguments)
     hidden, shapes = llama.model.hidden, []
 
-    def watched(tokens: torch.Tensor, start_pos: Any, ctx_len: int) -> torch.Tensor:
+    def watched(tokens: torch.Tensor, start_pos: Any, *rest: Any) -> torch.Tensor:
         shapes.append((tokens.shape[0], tokens.shape[1], start_pos))
-        return hidden(tokens, start_pos, ctx_len)
+        return hidden(tokens, start_pos, *rest)
 
     monkeypatch.setattr(llama.model, "hidden", watched)
     found = llama.text_completion(TEXTS[:1], n=5, **arguments)

@@ -14,9 +14,9 @@ import torch
 from llama.completion import Llama
 from llama.distributed import is_main_rank, raising_together, say, told_by_rank_0
 from llama.evals.page import Alternative, Look, Token, level, page, percent_text, shown, width
-from llama.generation import Engine, alternatives
+from llama.generation import Engine
 from llama.model import log_norm, score
-from llama.request import Alternatives, check_alternatives, check_whole, read_ids
+from llama.request import Alternatives, alternatives, check_alternatives, check_whole, read_ids
 from llama.scoring import Text, check_bos, measure_texts, with_bos
 from llama.stream import TextStream
 from llama.tokenizer import Tokenizer
