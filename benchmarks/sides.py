@@ -137,10 +137,10 @@ class LlamaCpp(Side):
     """With flash attention, which is its faster way; the cache is float32 beside F32 weights, else its usual float16.
 
     source: the weights as GGUF, by default written from `folder`; the file of the type that `kind` asks for is made of
-    it beside `folder`.
+    it beside `folder`. all_logits: keep those of every position.
     """
 
-    def __init__(self, folder: Path, kind: str, source: Path | None):
+    def __init__(self, folder: Path, kind: str, source: Path | None, all_logits: bool = False):
         llama_cpp = import_module("llama_cpp")  # mypy need not know it
         self.name = "llama.cpp"
         if source is None:
@@ -156,7 +156,7 @@ class LlamaCpp(Side):
         sizes: dict[str, Any] = {"n_ctx": CONTEXT, "n_batch": 512, "n_threads": THREADS, "n_threads_batch": THREADS}
         if kind == "float32":
             sizes |= {"type_k": 0, "type_v": 0}
-        self.model = llama_cpp.Llama(str(path), **sizes, flash_attn=True, logits_all=False, verbose=False)
+        self.model = llama_cpp.Llama(str(path), **sizes, flash_attn=True, logits_all=all_logits, verbose=False)
 
     def greedy(self, prompt: list[int]) -> Iterator[int]:
         self.model.reset()
@@ -166,6 +166,12 @@ class LlamaCpp(Side):
             logits = ctypes.cast(self.model._ctx.get_logits(), ctypes.POINTER(ctypes.c_float * vocab)).contents
             ids = [int(torch.frombuffer(logits, dtype=torch.float32).argmax())]
             yield ids[0]
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """[n, vocab] for a text [n], of a side with `all_logits`."""
+        self.model.reset()
+        self.model.eval(ids)
+        return torch.from_numpy(self.model.scores[: len(ids)])
 
 
 def meta_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -209,7 +215,7 @@ def write_gguf(folder: Path, path: Path) -> None:
 def write_random(folder: Path, tokenizer: Path, params: dict[str, Any], dtype: str = "bfloat16") -> None:
     """A Meta folder of random weights (normal, deviation 0.02, seed 1; norms 1), untied."""
     folder.mkdir()
-    shutil.copy(tokenizer, folder / "tokenizer.model")
+    shutil.copy(tokenizer, folder / ("tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"))
     (folder / "params.json").write_text(json.dumps(params))
     stream, weights = torch.Generator().manual_seed(1), {}
     for name, shape in tensor_shapes(ModelArgs(**params)).items():
