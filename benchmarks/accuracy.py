@@ -7,7 +7,7 @@ Perplexity: of the whole text, in windows of 512 ids as `python -m llama perplex
 256 positions, for a model of the same shape whose weights are random (normal, deviation 0.02), beside those of float32,
 in units of the logits' own deviation. A published model's weights may have been on a grid of a few bits before (the
 demo model's matrices are: 4 bits), which flatters perplexity; random ones were not. Needs '.[test]'; without
-llama-cpp-python its columns stay empty. A quarter of an hour on two cores.
+llama-cpp-python its columns stay empty. Ten minutes on two cores.
 """
 
 import argparse

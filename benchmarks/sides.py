@@ -216,6 +216,8 @@ def write_random(folder: Path, tokenizer: Path, params: dict[str, Any], dtype: s
     """A Meta folder of random weights (normal, deviation 0.02, seed 1; norms 1), untied."""
     folder.mkdir()
     shutil.copy(tokenizer, folder / ("tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"))
+    if (config := tokenizer.with_name("tokenizer_config.json")).is_file():
+        shutil.copy(config, folder)
     (folder / "params.json").write_text(json.dumps(params))
     stream, weights = torch.Generator().manual_seed(1), {}
     for name, shape in tensor_shapes(ModelArgs(**params)).items():

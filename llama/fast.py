@@ -21,7 +21,7 @@ from llama import native
 from llama.checkpoint import OUTPUT
 from llama.distributed import say
 from llama.model import Attention, FeedForward, Positions, RMSNorm, Transformer, TransformerBlock, apply_rope
-from llama.quantize import quantized, scheme_of
+from llama.quantize import quantized, scheme_of, wanted
 
 # oneDNN reads packed weights at 27 GB/s for four rows, but at 18 for one (float32; AMD EPYC, 2 threads).
 PACKED_ROWS = 4
@@ -199,7 +199,7 @@ class SpeedUp:
         """One layer out of several that have the same input; their own weights are let go."""
         weights: list[torch.Tensor] = [layer.get_parameter("weight") for layer in plain]
         kind = scheme_of(key, weights[0].shape[1], self.scheme)
-        self.kept += len(weights) * (kind is None and self.scheme is not None)
+        self.kept += len(weights) * (kind is None and wanted(key, self.scheme) is not None)
         if kind is not None:
             layer: nn.Module = quantized(kind, self.native, *weights)
         else:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,9 @@ def test_peak_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with bench.peak_memory(CPU) as before:
         pass
     with bench.peak_memory(CPU) as seen:
-        torch.ones(20_000_000)
-    assert max(seen) - max(before) > 70e6
+        held = torch.ones(20_000_000)
+        time.sleep(10 * bench.SAMPLE_SECONDS)
+    assert len(held) and max(seen) - max(before) > 70e6
     monkeypatch.setattr(bench, "STATUS", Path("/nowhere/status"))
     with bench.peak_memory(CPU) as nothing:
         pass

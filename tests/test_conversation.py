@@ -225,10 +225,10 @@ def test_the_first_token_of_turn_10_comes_as_soon_as_of_turn_2(
     demo: Path, measured: Callable[[str, object], None]
 ) -> None:
     """Equal new text in each turn. Medians over several conversations; the positions computed say the same."""
-    llama = Llama.build(demo, max_seq_len=1024, max_batch_size=1, dtype="float32")
+    llama = Llama.build(demo, max_seq_len=1024, max_batch_size=1, dtype="bfloat16")
     waits: dict[int, list[float]] = {2: [], 10: []}
     for _ in range(3):
-        talk, before = Conversation(llama, temperature=0, max_gen_len=6), 0
+        talk, before = Conversation(llama, temperature=0, max_gen_len=4), 0
         for turn in range(1, 11):
             pieces = talk.say("Tell me one more thing about the sea, please, and keep it short.")
             started = time.perf_counter()

@@ -162,10 +162,10 @@ def test_bytes_of_the_quantized_7b() -> None:
     args = ModelArgs(**PUBLISHED["llama-2-7b"][0], max_seq_len=4096, max_batch_size=1)
     numbers, rows = 4 * 4096**2 + 3 * 11008 * 4096, 4 * 4096 + 2 * 11008 + 4096
     kept = 2 * (32000 * 4096 + 65 * 4096)  # embedding and norms, in 16 bits
-    output = 32000 * 4096 + 2 * 32000
+    output8, output16 = 32000 * 4096 + 2 * 32000, 2 * 32000 * 4096
     int8, int4 = (sizes(args, 1, torch.float16, quantize=scheme) for scheme in ("int8", "int4"))
-    assert int8.weights == 32 * (numbers + 2 * rows) + kept + output == 6_872_537_600
-    assert int4.weights == 32 * (numbers // 2 + 4 * numbers // 32) + kept + output == 4_441_315_840
+    assert int8.weights == 32 * (numbers + 2 * rows) + kept + output16 == 7_003_545_600
+    assert int4.weights == 32 * (numbers // 2 + 4 * numbers // 32) + kept + output8 == 4_441_315_840
     # A GPU of 12 GB has room for the 7B at its full context in 8 and 4 bits, not in 16.
     whole = sizes(args, 1, torch.float16, device="cuda")
     assert whole.cache == int8.cache == int4.cache == 2 * 2**30

@@ -85,6 +85,7 @@ def test_damage_is_not_rounded_away(kind: type[Int8 | Int4], damage: float) -> N
         ("feed_forward.w2.weight", 176, "int8", "int8"),  # 11 * 16
         ("feed_forward.w2.weight", 176, "int4", None),
         (OUTPUT, 4096, "int4", "int8"),
+        (OUTPUT, 4096, "int8", None),
         (EMBEDDING, 4096, "int4", None),
         ("attention_norm.weight", 4096, "int8", None),
     ],
@@ -159,6 +160,8 @@ def test_a_quantized_model_is_one_with_rounded_weights(
     weights = torch.load(checkpoint("gqa") / "consolidated.00.pth", weights_only=True)
     for key, weight in weights.items():
         if "norm" not in key and key != EMBEDDING:
+            if key == OUTPUT and scheme == "int8":
+                continue
             kind = "int8" if key == OUTPUT else scheme
             parts = weight.chunk(world_size, dim=1 if "wo" in key or "w2" in key else 0)
             weights[key] = torch.cat(
@@ -196,13 +199,14 @@ def perplexity(llama: Llama, ids: list[int]) -> float:
 
 
 def test_perplexity_of_the_demo(demo: Path, measured: Callable[[str, object], None]) -> None:
-    """1,500 tokens in float32: of so few, bfloat16 moves the perplexity by half a percent itself."""
+    """1,024 tokens in float32: of so few, bfloat16 moves the perplexity by half a percent itself. All 20,097 are in the
+    README, by benchmarks/accuracy.py."""
     text = (Path(__file__).parent / "golden" / "text.txt").read_text()
     build: Callable[..., Llama] = lambda **form: Llama.build(demo, max_seq_len=512, dtype="float32", **form)  # noqa: E731
     llama = build()
-    ids = llama.tokenizer.encode(text, bos=False, eos=False)[:1500]
+    ids = llama.tokenizer.encode(text, bos=False, eos=False)[:1024]
     exact = perplexity(llama, ids)
     for scheme, bound in (("int8", 0.005), ("int4", 0.06)):
         ratio = perplexity(build(quantize=scheme), ids) / exact - 1
-        measured(f"perplexity of 1,500 tokens in {scheme}, relative to float32", ratio)
+        measured(f"perplexity of 1,024 tokens in {scheme}, relative to float32", ratio)
         assert abs(ratio) < bound
