@@ -1,6 +1,7 @@
 """The faster forms against the plain one: the same answers, by other kernels."""
 
 import gc
+import json
 import subprocess
 import sys
 import weakref
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from make_checkpoint import TOKENIZER
 from torch import nn
 
-from llama import Llama, fast, model, native
+from llama import Llama, ModelArgs, fast, model, native
 from llama.cache import KVCache
+from llama.checkpoint import tensor_shapes
 from llama.model import Positions
 from llama.quantize import FEW_ROWS, Int4, Int8
 
@@ -53,6 +55,36 @@ def test_steps_at_any_positions(form: str, name: str, dtype: str, build: Callabl
         found = llama.model.hidden(newest[:, None], at, int(at.max()) + 1)[:, 0].float()
         error = (found - expected[:rows]).abs().max() / expected.abs().max()
         assert error < (2e-6 if dtype == "float32" else 6 * BFLOAT16), f"{rows} rows: {error}"
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (5, 1), (7, 1), (8, 1)])
+def test_steps_of_heads_that_share_keys(heads: int, kv_heads: int, tmp_path: Path) -> None:
+    """native.c takes up to four heads of a KV head at a time: groups of 3, 5, 7 and 8."""
+    params: dict[str, Any] = {"dim": 16 * heads, "n_layers": 2, "n_heads": heads, "n_kv_heads": kv_heads}
+    params |= {"vocab_size": 512, "hidden_dim": 96}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    stream = torch.Generator().manual_seed(heads)
+    shapes = tensor_shapes(ModelArgs(**params))
+    torch.save({k: torch.randn(s, generator=stream) * 0.1 for k, s in shapes.items()}, tmp_path / "consolidated.00.pth")
+    texts, found = ids(2, 40), []
+    for plain in (True, False):
+        sizes: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 2, "dtype": "float32"}
+        llama = Llama.build(tmp_path, TOKENIZER, **sizes, plain=plain, compile=not plain)
+        llama.model.hidden(texts[:, :-1], 0, 39)
+        found.append(llama.model.hidden(texts[:, -1:], 39, 40))
+        llama.close()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_takes_rows_at_their_place() -> None:
+    cache = KVCache((4, 2, 8, 4), torch.float32, torch.device("cpu"))
+    k, v = torch.randn(2, 2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    for start_pos in (2, torch.tensor([2, 2])):
+        cache.clear()
+        keys, values = cache.update(k, v, start_pos, 5, first_row=1)
+        for buffer, seen, new in ((cache.k, keys, k), (cache.v, values, v)):
+            assert torch.equal(buffer[1:3, :, 2:5], new) and torch.equal(seen[:, :, 2:], new)
+            assert buffer.count_nonzero() == new.numel()
 
 
 @pytest.mark.parametrize("form", [{}, {"compile": True}, {"quantize": "int8"}, {"quantize": "int4", "compile": True}])
