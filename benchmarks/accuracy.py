@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sides import THREADS, LlamaCpp, Ours, meta_folder, write_random
+from sides import FILE_TYPES, THREADS, LlamaCpp, Ours, meta_folder, write_random
 
 from llama.convert import convert
 from llama.scoring import windows
 from llama.tokenizer import find_tokenizer
 
 WINDOW, POSITIONS = 512, 256
-KINDS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # and what llama.cpp has beside them
 TEXT = Path(__file__).parent.parent / "tests/golden/text.txt"
 
 Logits = Callable[[list[int]], torch.Tensor]  # ids [n] -> [n, vocab]
@@ -70,7 +69,7 @@ def measure(folder: Path, use: Callable[[Logits], float]) -> dict[str, dict[str,
     """{"ours": {kind: figure}, "llama.cpp": {kind: figure}}; what is not installed is missing."""
     found: dict[str, dict[str, float]] = {}
     for name, run in {"ours": with_ours, "llama.cpp": with_llama_cpp}.items():
-        for kind in KINDS:
+        for kind in FILE_TYPES:
             try:
                 found.setdefault(name, {})[kind] = run(folder, kind, use)
             except ImportError as missing:
@@ -85,7 +84,7 @@ def report(perplexities: dict[str, dict[str, float]], errors: dict[str, dict[str
     lines = ["| weights | perplexity | beside bfloat16 | error of random weights' logits |", "|---|---|---|---|"]
     for name, values in perplexities.items():
         for kind, value in values.items():
-            label = f"{name}, {kind}" if name == "ours" else f"{name}, {KINDS[kind]}"
+            label = f"{name}, {kind}" if name == "ours" else f"{name}, {FILE_TYPES[kind][0]}"
             change = f"{value / values['bfloat16'] - 1:+.2%}"
             lines.append(f"| {label} | {value:.4f} | {change} | {errors[name][kind]:.2g} |")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-/* One decode step on a CPU: a new position for each of a few rows, in fp32, from weights of any of four kinds.
+/* One decode step on a CPU, a new position for each of a few rows, from weights of any of four kinds; and, at the end,
+ * the attention of a prompt in bfloat16.
  *
  * At one row every weight is read once and used once, so the memory's speed is the limit: weights are widened in
  * registers, 16 at a time, and nothing else goes to memory. Vectors are those of GCC and clang, which split 16 lanes
@@ -287,10 +288,9 @@ INLINE void near_part(const int kind, const Matrix *w, int64_t from, int64_t to,
     part(kind, w, i, to, x, x_stride, 0, y, y_stride, m);
 }
 
-/* Row i in full, k numbers of kind F32 or BF16. */
+/* Row i of an INT8 or INT4 matrix in full, k numbers of kind F32 or BF16. */
 INLINE void expand(const int from, const int to, const Matrix *w, int64_t i, void *out) {
-    const int64_t k = w->k, groups = k / GROUP, size = to == F32 ? 4 : 2;
-    if (from == to) memcpy(out, (const char *)w->data + i * k * size, k * size);
+    const int64_t k = w->k, groups = k / GROUP;
     if (from == INT8)
         for (int64_t j = 0; j < k; j += LANES)
             store16(to, out, j, load(INT8, w->data, i * k + j, LANES) * widen1(w->scale[i]));
@@ -668,8 +668,6 @@ static void look_back(const Block *at, int64_t row, int64_t kv_head, int64_t fir
             for (int64_t t = 0; t < columns; t += LANES) {
                 floats share = {0};
                 if (t < seen) share = exponential(load(F32, score, t, LANES) * scale - highest[r]);
-                for (int j = 0; t < seen && t + LANES > seen && j < LANES; j++)
-                    if (t + j >= seen) share[j] = 0; /* an exponential is above 0, be it of -infinity */
                 store16(BF16, shares + r * KEY_BLOCK / 2, t, share);
                 sums += share;
             }

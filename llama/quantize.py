@@ -166,7 +166,7 @@ class PackedInt4(Quantized):
         half = packed_half()
         data = self.data.view(-1, self.k, half)  # [blocks, k, half]
         q = torch.cat((data & 15, data >> 4), dim=-1).view(len(data), -1, GROUP, 2 * half).to(self.dtype)
-        # In a row of their own each, or torch reads every second number and takes five times as long.
+        # In a row of their own each, or torch reads every second number and takes three times as long.
         pairs = self.scale.view(-1, len(data), 2 * half, 2).permute(3, 1, 0, 2).contiguous()
         scale, zero = pairs.unsqueeze(3)  # [blocks, k / 32, 1, 2 half] each
         weight = q.sub_(8).mul_(scale).add_(zero)  # [blocks, k / 32, 32, 2 half]
