@@ -18,6 +18,12 @@
 #define GROUP 32       /* int4: columns that share a scale and a zero */
 #define KEY_BLOCK 256  /* positions that one thread looks at in one go */
 #define AHEAD 32768    /* bytes: what is asked of memory now will be needed when this much has been computed */
+/* GCC 12 would load an operand again for each of its uses. */
+#ifdef __AVX512F__
+#define KEEP(v) __asm__("" : "+v"(v))
+#else
+#define KEEP(v)
+#endif
 #define QUERIES 64     /* times heads, as many as fit: what one thread looks back from in one go */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
@@ -25,12 +31,16 @@ typedef float quad __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
-typedef int8_t bytes __attribute__((vector_size(LANES)));
+typedef uint16_t words __attribute__((vector_size(4 * LANES)));
+typedef int16_t signed_words __attribute__((vector_size(4 * LANES)));
+typedef int8_t bytes __attribute__((vector_size(2 * LANES)));
 
 enum { F32, BF16, INT8, INT4 };
 
-/* [n, k], row by row. INT8: scale [n]. INT4: a byte holds columns j and j + 16 of a group of 32, low bits first;
- * scale and zero [n, k / 32]; a weight is (q - 8) * scale + zero. Scales and zeros are bfloat16. */
+/* [n, k]. F32 and BF16: row by row. INT8 and INT4: panels of 16 rows (the last one filled up), in which a lane has one
+ * row's numbers: INT8 [k / 2, 16, 2], INT4 [k / 8, 16] of 32 bits, whose lower half has the columns 0 2 4 6, the upper
+ * one 1 3 5 7, low bits first. scale: INT8 [n], INT4 [n / 16, k / 32, 16], as zero; a weight of INT4 is
+ * (q - 8) * scale + zero. Scales and zeros are bfloat16. */
 typedef struct {
     int64_t kind, n, k;
     const void *data;
@@ -55,12 +65,7 @@ typedef struct {
 
 /* What GCC 12 would do with several instructions where AVX-512 has one. */
 #ifdef __AVX512F__
-INLINE floats low_bits(ints q) { /* the low four of each, 0 to 15 */
-    const floats table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return (floats)_mm512_permutexvar_ps((__m512i)q, (__m512)table);
-}
 INLINE ints wide_halves(halves v) { return (ints)_mm512_cvtepu16_epi32((__m256i)v); }
-INLINE ints wide_bytes(bytes v) { return (ints)_mm512_cvtepi8_epi32((__m128i)v); }
 INLINE float sum(floats v) { return _mm512_reduce_add_ps((__m512)v); }
 INLINE quad sums_of(floats a, floats b, floats c, floats d) {
     const __m512 v = (__m512)a, w = (__m512)b, x = (__m512)c, y = (__m512)d;
@@ -71,9 +76,7 @@ INLINE quad sums_of(floats a, floats b, floats c, floats d) {
     return (quad)(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 }
 #else
-INLINE floats low_bits(ints q) { return __builtin_convertvector(q & 15, floats); }
 INLINE ints wide_halves(halves v) { return __builtin_convertvector(v, ints); }
-INLINE ints wide_bytes(bytes v) { return __builtin_convertvector(__builtin_convertvector(v, shorts), ints); }
 INLINE float sum(floats v) {
     float s[8];
     for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
@@ -91,35 +94,20 @@ INLINE float widen1(uint16_t h) {
     return value;
 }
 
-/* Elements j to j + count of F32, BF16 or INT8 data; those beyond count are zero. */
+/* Elements j to j + count of F32 or BF16 data; those beyond count are zero. */
 INLINE floats load(const int kind, const void *data, int64_t j, int64_t count) {
     if (kind == F32) {
         floats v = {0};
         memcpy(&v, (const float *)data + j, count * 4);
         return v;
     }
-    if (kind == BF16) {
-        halves v = {0};
-        memcpy(&v, (const uint16_t *)data + j, count * 2);
-        return widen(v);
-    }
-    bytes v = {0};
-    memcpy(&v, (const int8_t *)data + j, count);
-    return __builtin_convertvector(wide_bytes(v), floats);
-}
-
-/* The 32 weights of an int4 group before scale and zero, 0 to 15: columns 0 to 15 and 16 to 31. */
-INLINE void split(const void *data, int64_t at, floats *low, floats *high) {
-    bytes packed;
-    memcpy(&packed, (const int8_t *)data + at, LANES);
-    const ints q = wide_bytes(packed);
-    *low = low_bits(q);
-    *high = low_bits(q >> 4);
+    halves v = {0};
+    memcpy(&v, (const uint16_t *)data + j, count * 2);
+    return widen(v);
 }
 
 INLINE float one(const int kind, const void *data, int64_t j) {
-    return kind == F32 ? ((const float *)data)[j]
-         : kind == BF16 ? widen1(((const uint16_t *)data)[j]) : ((const int8_t *)data)[j];
+    return kind == F32 ? ((const float *)data)[j] : widen1(((const uint16_t *)data)[j]);
 }
 
 INLINE void store(const int kind, void *data, int64_t j, float value) {
@@ -133,17 +121,21 @@ INLINE void store(const int kind, void *data, int64_t j, float value) {
     ((uint16_t *)data)[j] = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+INLINE halves narrow(floats v) { /* to the nearest, as `store` */
+#ifdef __AVX512BF16__
+    return (halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+    const ints bits = (ints)v;
+    return __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves);
+#endif
+}
+
 INLINE void store16(const int kind, void *data, int64_t j, floats v) {
     if (kind == F32) {
         memcpy((float *)data + j, &v, sizeof v);
         return;
     }
-#ifdef __AVX512BF16__
-    const halves h = (halves)_mm512_cvtneps_pbh((__m512)v);
-#else
-    const ints bits = (ints)v;
-    const halves h = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves);
-#endif
+    const halves h = narrow(v);
     memcpy((uint16_t *)data + j, &h, sizeof h);
 }
 
@@ -157,13 +149,22 @@ INLINE floats dot(floats total, ints a, ints b) {
 #endif
 }
 
-INLINE ints load_ints(const void *data) {
-    ints v;
-    memcpy(&v, data, sizeof v);
+/* 32 numbers of 16 bits, two a lane; those beyond count are zero. */
+INLINE ints load_ints(const void *data, int64_t count) {
+    ints v = {0};
+    if (count == 2 * LANES)
+        memcpy(&v, data, sizeof v);
+    else
+        memcpy(&v, data, 2 * count);
     return v;
 }
 
 INLINE int64_t lanes(int64_t left) { return left < LANES ? left : LANES; }
+
+INLINE floats larger(floats a, floats b) {
+    const ints above = a > b;
+    return (floats)(((ints)a & above) | ((ints)b & ~above));
+}
 
 /* Replace the values below or above a limit; a NaN is neither. */
 INLINE floats clamp(floats v, float low, float high) {
@@ -190,60 +191,35 @@ INLINE floats exponential(floats x) {
 /* y[r, i..i+rows) = W[i..i+rows, :] x[r, :] for r in 0..m, in registers. One row is read as one stream, which the
  * processor fetches ahead, and summed in four chains; four rows and four x share what they load. */
 INLINE void block(const int kind, const int rows, const int m, const Matrix *w, int64_t i, const float *x,
-                  int64_t x_stride, const float *sums, float *y, int64_t y_stride) {
+                  int64_t x_stride, float *y, int64_t y_stride) {
     const int chains = rows < 4 && m < 4 ? 4 : 1;
-    const int64_t k = w->k, groups = k / GROUP, parts = k / LANES;
+    const int64_t k = w->k, parts = k / LANES;
     floats acc[4][4][4];
     float rest[4][4] = {{0}};
     for (int c = 0; c < chains; c++)
         for (int a = 0; a < rows; a++)
             for (int r = 0; r < m; r++) acc[c][a][r] = (floats){0};
-    if (kind == INT4) {
-        for (int64_t g = 0; g < groups; g += LANES) {
-            const int64_t count = lanes(groups - g);
+    for (int64_t p = 0; p < parts; p += chains)
+        for (int c = 0; c < chains; c++) {
+            if (p + c >= parts) break;
+            floats left[4];
+#pragma GCC unroll 4
             for (int a = 0; a < rows; a++) {
-                const int64_t at = (i + a) * groups + g;
-                float scales[LANES];
-                if (count == LANES) {
-                    /* The -8 and the zeros of a group meet the sum of its x. */
-                    const floats scale = load(BF16, w->scale, at, LANES), zero = load(BF16, w->zero, at, LANES);
-                    memcpy(scales, &scale, sizeof scale);
-                    for (int r = 0; r < m; r++)
-                        acc[0][a][r] += (zero - 8 * scale) * load(F32, sums, r * groups + g, LANES);
-                } else {
-                    for (int64_t l = 0; l < count; l++) {
-                        scales[l] = widen1(w->scale[at + l]);
-                        for (int r = 0; r < m; r++)
-                            rest[a][r] += (widen1(w->zero[at + l]) - 8 * scales[l]) * sums[r * groups + g + l];
-                    }
-                }
-                for (int64_t l = 0; l < count; l += chains)
-                    for (int c = 0; c < chains; c++) {
-                        if (l + c >= count) break;
-                        floats low, high;
-                        split(w->data, (at + l + c) * LANES, &low, &high);
-                        for (int r = 0; r < m; r++) {
-                            const int64_t j = r * x_stride + (g + l + c) * GROUP;
-                            const floats both = low * load(F32, x, j, LANES) + high * load(F32, x, j + LANES, LANES);
-                            acc[c][a][r] += both * scales[l + c];
-                        }
-                    }
+                floats v = load(kind, w->data, (i + a) * k + (p + c) * LANES, LANES);
+                KEEP(v);
+                left[a] = v;
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < m; r++) {
+                floats right = load(F32, x, r * x_stride + (p + c) * LANES, LANES);
+                KEEP(right);
+#pragma GCC unroll 4
+                for (int a = 0; a < rows; a++) acc[c][a][r] += left[a] * right;
             }
         }
-    } else {
-        for (int64_t p = 0; p < parts; p += chains)
-            for (int c = 0; c < chains; c++) {
-                if (p + c >= parts) break;
-                for (int a = 0; a < rows; a++) {
-                    const floats v = load(kind, w->data, (i + a) * k + (p + c) * LANES, LANES);
-                    for (int r = 0; r < m; r++)
-                        acc[c][a][r] += v * load(F32, x, r * x_stride + (p + c) * LANES, LANES);
-                }
-            }
-        for (int64_t j = parts * LANES; j < k; j++)
-            for (int a = 0; a < rows; a++)
-                for (int r = 0; r < m; r++) rest[a][r] += one(kind, w->data, (i + a) * k + j) * x[r * x_stride + j];
-    }
+    for (int64_t j = parts * LANES; j < k; j++)
+        for (int a = 0; a < rows; a++)
+            for (int r = 0; r < m; r++) rest[a][r] += one(kind, w->data, (i + a) * k + j) * x[r * x_stride + j];
     for (int r = 0; r < m; r++) {
         if (rows == 4) { /* and one chain */
             const quad totals = sums_of(acc[0][0][r], acc[0][1][r], acc[0][2][r], acc[0][3][r]);
@@ -252,25 +228,32 @@ INLINE void block(const int kind, const int rows, const int m, const Matrix *w, 
             for (int a = 0; a < rows; a++)
                 for (int c = 0; c < chains; c++) rest[a][r] += sum(acc[c][a][r]);
         }
-        for (int a = 0; a < rows; a++)
-            y[r * y_stride + i + a] = rest[a][r] * (kind == INT8 ? widen1(w->scale[i + a]) : 1);
+        for (int a = 0; a < rows; a++) y[r * y_stride + i + a] = rest[a][r];
     }
 }
 
-/* Rows [from, to) of the matrix, for m rows of x. */
-INLINE void part(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride,
-                 const float *sums, float *y, int64_t y_stride, int64_t m) {
-    const int64_t groups = w->k / GROUP, fours = m / 4 * 4;
+/* Ask memory for what stands AHEAD of four rows of k numbers. */
+INLINE void fetch(const Matrix *w, int64_t i, int64_t item) {
+    const char *data = (const char *)w->data + i * w->k * item + AHEAD, *end = (const char *)w->data + w->n * w->k * item;
+    for (int64_t j = 0; j < 4 * w->k * item && data + j < end; j += 64) __builtin_prefetch(data + j, 0, 2);
+}
+
+/* Rows [from, to) of an F32 or BF16 matrix, for m rows of x. */
+INLINE void part(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride, float *y,
+                 int64_t y_stride, int64_t m) {
+    const int64_t fours = m / 4 * 4;
     int64_t i = from;
-    for (; fours && i + 4 <= to; i += 4)
+    for (; fours && i + 4 <= to; i += 4) {
+        fetch(w, i, kind == F32 ? 4 : 2);
         for (int64_t r = 0; r < fours; r += 4)
-            block(kind, 4, 4, w, i, x + r * x_stride, x_stride, sums + r * groups, y + r * y_stride, y_stride);
+            block(kind, 4, 4, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
+    }
     for (; fours && i < to; i++)
         for (int64_t r = 0; r < fours; r += 4)
-            block(kind, 1, 4, w, i, x + r * x_stride, x_stride, sums + r * groups, y + r * y_stride, y_stride);
+            block(kind, 1, 4, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
     for (i = from; fours < m && i < to; i++)
         for (int64_t r = fours; r < m; r++)
-            block(kind, 1, 1, w, i, x + r * x_stride, x_stride, sums + r * groups, y + r * y_stride, y_stride);
+            block(kind, 1, 1, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
 }
 
 /* `part` for a matrix that is near, the keys of a head: four rows at a time for any number of x. */
@@ -280,28 +263,31 @@ INLINE void near_part(const int kind, const Matrix *w, int64_t from, int64_t to,
     for (; i + 4 <= to; i += 4)
         for (int64_t r = 0; r < m; r += 4)
             switch (m - r) {
-                case 1: block(kind, 4, 1, w, i, x + r * x_stride, x_stride, 0, y + r * y_stride, y_stride); break;
-                case 2: block(kind, 4, 2, w, i, x + r * x_stride, x_stride, 0, y + r * y_stride, y_stride); break;
-                case 3: block(kind, 4, 3, w, i, x + r * x_stride, x_stride, 0, y + r * y_stride, y_stride); break;
-                default: block(kind, 4, 4, w, i, x + r * x_stride, x_stride, 0, y + r * y_stride, y_stride);
+                case 1: block(kind, 4, 1, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride); break;
+                case 2: block(kind, 4, 2, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride); break;
+                case 3: block(kind, 4, 3, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride); break;
+                default: block(kind, 4, 4, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
             }
-    part(kind, w, i, to, x, x_stride, 0, y, y_stride, m);
+    part(kind, w, i, to, x, x_stride, y, y_stride, m);
 }
 
-/* Row i of an INT8 or INT4 matrix in full, k numbers of kind F32 or BF16. */
-INLINE void expand(const int from, const int to, const Matrix *w, int64_t i, void *out) {
-    const int64_t k = w->k, groups = k / GROUP;
-    if (from == INT8)
-        for (int64_t j = 0; j < k; j += LANES)
-            store16(to, out, j, load(INT8, w->data, i * k + j, LANES) * widen1(w->scale[i]));
-    if (from == INT4)
-        for (int64_t g = 0; g < groups; g++) {
-            floats low, high;
-            split(w->data, (i * groups + g) * LANES, &low, &high);
-            const float scale = widen1(w->scale[i * groups + g]), zero = widen1(w->zero[i * groups + g]);
-            store16(to, out, g * GROUP, (low - 8) * scale + zero);
-            store16(to, out, g * GROUP + LANES, (high - 8) * scale + zero);
-        }
+/* acc[a][r] += W[a, 0..count) x[r, 0..count). */
+INLINE void pairs(const int rows, const int m, const uint16_t *w, const uint16_t *x, int64_t k, int64_t count,
+                  floats acc[4][4]) {
+    ints left[4];
+#pragma GCC unroll 4
+    for (int a = 0; a < rows; a++) {
+        ints v = load_ints(w + a * k, count);
+        KEEP(v);
+        left[a] = v;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < m; r++) {
+        ints right = load_ints(x + r * k, count);
+        KEEP(right);
+#pragma GCC unroll 4
+        for (int a = 0; a < rows; a++) acc[a][r] = dot(acc[a][r], left[a], right);
+    }
 }
 
 /* y[r, 0..rows) = W[0..rows, :] x[r, :] for r in 0..m, all of them bfloat16, in registers. */
@@ -309,85 +295,224 @@ INLINE void dots(const int rows, const int m, const uint16_t *w, const uint16_t 
                  int64_t y_stride) {
     const int64_t whole = k / (2 * LANES) * 2 * LANES;
     floats acc[4][4];
+#pragma GCC unroll 4
     for (int a = 0; a < rows; a++)
+#pragma GCC unroll 4
         for (int r = 0; r < m; r++) acc[a][r] = (floats){0};
-    for (int64_t j = 0; j < whole; j += 2 * LANES) {
-        ints left[4];
-        for (int a = 0; a < rows; a++) left[a] = load_ints(w + a * k + j);
+    for (int64_t j = 0; j < whole; j += 2 * LANES) pairs(rows, m, w + j, x + j, k, 2 * LANES, acc);
+    if (whole < k) pairs(rows, m, w + whole, x + whole, k, k - whole, acc);
+#pragma GCC unroll 4
+    for (int r = 0; r < m; r++) {
+        const quad totals = sums_of(acc[0][r], acc[rows > 1][r], acc[rows > 2 ? 2 : 0][r], acc[rows > 3 ? 3 : 0][r]);
+        memcpy(y + r * y_stride, &totals, rows * sizeof(float));
+    }
+}
+
+/* Rows [from, to) of a BF16 matrix, for m rows of bfloat16, of which all are near. Four rows of the matrix at a time,
+ * while later ones are on their way from memory. */
+static void half_part(const Matrix *w, int64_t from, int64_t to, const uint16_t *x, float *y, int64_t m) {
+    const int64_t k = w->k, n = w->n;
+    const uint16_t *data = w->data;
+    for (int64_t i = from; i < to; i += 4) {
+        const int64_t rows = to - i < 4 ? to - i : 4;
+        int64_t r = 0;
+        fetch(w, i, 2);
+        for (; rows == 4 && r + 4 <= m; r += 4) dots(4, 4, data + i * k, x + r * k, k, y + r * n + i, n);
+        for (; rows == 4 && r < m; r++) dots(4, 1, data + i * k, x + r * k, k, y + r * n + i, n);
+        for (; r < m; r++)
+            for (int64_t a = 0; a < rows; a++) dots(1, 1, data + (i + a) * k, x + r * k, k, y + r * n + i + a, n);
+    }
+}
+
+/* INT8 and INT4 -------------------------------------------------------------------------------------- */
+
+/* A lane of a and b has two whole numbers of 16 bits: both products are added to it. */
+INLINE ints whole_dot(ints total, ints a, ints b) {
+#ifdef __AVX512VNNI__
+    return (ints)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+#else
+    return total + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+/* Columns 2 j and 2 j + 1 of a panel, two numbers a lane: INT8 -127 to 127, INT4 0 to 15. */
+INLINE ints columns(const int kind, const char *panel, int64_t j) {
+    if (kind == INT8) {
+        bytes v;
+        memcpy(&v, panel + j * sizeof v, sizeof v);
+#ifdef __AVX512BW__
+        return (ints)_mm512_cvtepi8_epi16((__m256i)v);
+#else
+        return (ints)__builtin_convertvector(v, signed_words);
+#endif
+    }
+    words v;
+    memcpy(&v, panel + j / 4 * sizeof v, sizeof v);
+    return (ints)(v >> (uint16_t)(j % 4 * 4) & 15);
+}
+
+INLINE floats low_of(ints v) { return __builtin_convertvector(v << 16 >> 16, floats); }
+INLINE floats high_of(ints v) { return __builtin_convertvector(v >> 16, floats); }
+
+/* The scales or zeros of 16 rows, in INT4 for a group of columns. */
+INLINE floats of_rows(const int kind, const Matrix *w, const uint16_t *values, int64_t i, int64_t g) {
+    return load(BF16, values, kind == INT8 ? i : i * (w->k / GROUP) + g * LANES, LANES);
+}
+
+/* y[r, i..i+16) = W[i..i+16, :] x[r, :] for r in 0..m, a row of the matrix in each lane. x: float32 if `exact`, or else
+ * whole numbers of 16 bits, whose products add up without rounding. sums [m, k / 32 + 1]: of x over each group, then
+ * what x is to be multiplied by. */
+INLINE void panel(const int kind, const int m, const int exact, const Matrix *w, int64_t i, const void *x,
+                  const float *sums, float *y) {
+    const int unit = kind == INT8 ? 8 : GROUP / 2, chains = m < 4 ? 4 : 1;
+    const int64_t k = w->k, groups = k / GROUP, units = k / 2 / unit, left = w->n - i;
+    const char *data = (const char *)w->data + i * (kind == INT8 ? k : k / 2);
+    floats total[8], partial[4][8];
+    ints whole[4][8];
+    for (int r = 0; r < m; r++) {
+        total[r] = (floats){0};
+        for (int c = 0; c < chains; c++) partial[c][r] = (floats){0}, whole[c][r] = (ints){0};
+    }
+    for (int64_t u = 0; u < units; u++, data += unit * (kind == INT8 ? 32 : 16)) {
+        for (int j = 0; j < unit; j++) {
+            ints v = columns(kind, data, j);
+            KEEP(v);
+            for (int r = 0; r < m; r++) {
+                const int64_t at = r * k + 2 * (u * unit + j);
+                if (exact) {
+                    const float *two = (const float *)x + at;
+                    partial[j % chains][r] += low_of(v) * two[0] + high_of(v) * two[1];
+                } else {
+                    int32_t two;
+                    memcpy(&two, (const int16_t *)x + at, sizeof two);
+                    whole[j % chains][r] = whole_dot(whole[j % chains][r], v, two - (ints){0});
+                }
+            }
+        }
+        if (kind == INT8 && u % 32 < 31 && u + 1 < units) continue; /* 32 bits hold the sum of 32 units */
+        const floats scale = of_rows(kind, w, w->scale, i, u);
         for (int r = 0; r < m; r++) {
-            const ints right = load_ints(x + r * k + j);
-            for (int a = 0; a < rows; a++) acc[a][r] = dot(acc[a][r], left[a], right);
+            floats sum = {0};
+            for (int c = 0; c < chains; c++) {
+                sum += exact ? partial[c][r] : __builtin_convertvector(whole[c][r], floats);
+                partial[c][r] = (floats){0}, whole[c][r] = (ints){0};
+            }
+            total[r] += sum * scale;
+            /* The -8 and the zero of a group meet the sum of its x. */
+            if (kind == INT4) total[r] += (of_rows(kind, w, w->zero, i, u) - 8 * scale) * sums[r * (groups + 1) + u];
         }
     }
     for (int r = 0; r < m; r++) {
-        quad totals = sums_of(acc[0][r], acc[rows > 1][r], acc[rows > 2 ? 2 : 0][r], acc[rows > 3 ? 3 : 0][r]);
-        for (int a = 0; a < rows; a++) {
-            for (int64_t j = whole; j < k; j++) totals[a] += widen1(w[a * k + j]) * widen1(x[r * k + j]);
-            y[r * y_stride + a] = totals[a];
+        total[r] *= sums[r * (groups + 1) + groups];
+        if (left >= LANES)
+            store16(F32, y, r * w->n + i, total[r]);
+        else
+            memcpy(y + r * w->n + i, &total[r], left * sizeof(float));
+    }
+}
+
+/* The 16 rows from i on, for m rows of x. */
+INLINE void panel_for(const int kind, const int exact, const Matrix *w, int64_t i, const void *x, const float *sums,
+                      float *y, int64_t m) {
+    const int64_t k = w->k, each = k / GROUP + 1, size = exact ? 4 : 2;
+    int64_t r = 0;
+    for (; r + 8 <= m; r += 8) panel(kind, 8, exact, w, i, (char *)x + r * k * size, sums + r * each, y + r * w->n);
+    for (; r + 4 <= m; r += 4) panel(kind, 4, exact, w, i, (char *)x + r * k * size, sums + r * each, y + r * w->n);
+    for (; r < m; r++) panel(kind, 1, exact, w, i, (char *)x + r * k * size, sums + r * each, y + r * w->n);
+}
+
+/* A row x [k] as whole numbers of 16 bits (none where they are NULL), and `sums` as `panel` wants them. The rounding
+ * errs by less than bfloat16's: at most 2^-16 of the largest, which is at most sqrt(k) of the root of the mean square. */
+static void whole_row(const float *x, int64_t k, int16_t *out, float *sums) {
+    const float to_whole = 12582912; /* as in `exponential` */
+    floats most = {0}, taint = {0};
+    for (int64_t j = 0; out && j < k; j += LANES) {
+        const floats v = load(F32, x, j, LANES), size = (floats)((ints)v & 0x7fffffff);
+        most = larger(size, most);
+        taint += v - v; /* not a number where x is not finite */
+    }
+    float largest = sum(taint);
+    for (int j = 0; j < LANES; j++) largest = most[j] > largest ? most[j] : largest;
+    const float scale = out ? largest / 32767 + sum(taint) : 1, inverse = scale > 0 ? 1 / scale : 0;
+    for (int64_t j = 0; j < k; j += GROUP) {
+        floats total = {0};
+        for (int64_t l = j; l < j + GROUP && l < k; l += LANES) {
+            floats v = load(F32, x, l, LANES);
+            if (out) {
+                v = v * inverse + to_whole;
+                const shorts rounded = __builtin_convertvector((ints)v, shorts);
+                memcpy(out + l, &rounded, sizeof rounded);
+                v -= to_whole;
+            }
+            total += v;
+        }
+        sums[j / GROUP] = sum(total);
+    }
+    sums[k / GROUP] = scale;
+}
+
+/* 16 rows of an INT8 or INT4 matrix in full, k numbers of kind F32 or BF16 each. */
+INLINE void expand(const int from, const int to, const Matrix *w, int64_t i, void *out) {
+    const int64_t k = w->k, rows = lanes(w->n - i);
+    const char *data = (const char *)w->data + i * (from == INT8 ? k : k / 2);
+    for (int64_t j = 0; j < k / 2; j++) {
+        const ints v = columns(from, data + j / 16 * (from == INT8 ? 512 : 256), j % 16);
+        const floats scale = of_rows(from, w, w->scale, i, j / 16);
+        floats low = low_of(v), high = high_of(v);
+        if (from == INT4) {
+            const floats zero = of_rows(from, w, w->zero, i, j / 16);
+            low = (low - 8) * scale + zero;
+            high = (high - 8) * scale + zero;
+        } else {
+            low *= scale;
+            high *= scale;
+        }
+        if (to == F32) {
+            for (int64_t l = 0; l < rows; l++) {
+                ((float *)out)[l * k + 2 * j] = low[l];
+                ((float *)out)[l * k + 2 * j + 1] = high[l];
+            }
+        } else {
+            const ints both = wide_halves(narrow(low)) | wide_halves(narrow(high)) << 16;
+            for (int64_t l = 0; l < rows; l++) memcpy((uint16_t *)out + l * k + 2 * j, (int32_t *)&both + l, 4);
         }
     }
 }
 
-/* Rows [from, to) of a matrix that is not F32, for m rows of bfloat16, of which all are near. Four rows of the matrix at
- * a time, widened if need be, while later ones are on their way from memory. */
-INLINE void half_part(const int kind, const Matrix *w, int64_t from, int64_t to, const uint16_t *x, float *y,
-                      int64_t m) {
-    const int64_t k = w->k, n = w->n, bytes = kind == BF16 ? 2 * k : kind == INT8 ? k : k / 2, total = n * bytes;
-    uint16_t room[kind == BF16 ? 1 : 4 * k];
-    for (int64_t i = from; i < to; i += 4) {
-        const int64_t rows = to - i < 4 ? to - i : 4;
-        const uint16_t *wide = kind == BF16 ? (const uint16_t *)w->data + i * k : room;
-        for (int64_t a = 0; kind != BF16 && a < rows; a++) expand(kind, BF16, w, i + a, room + a * k);
-        int64_t r = 0;
-        for (int64_t j = i * bytes + AHEAD; j < (i + 4) * bytes + AHEAD && j < total; j += 64)
-            __builtin_prefetch((const char *)w->data + j, 0, 2);
-        for (; rows == 4 && r + 4 <= m; r += 4) dots(4, 4, wide, x + r * k, k, y + r * n + i, n);
-        for (; rows == 4 && r < m; r++) dots(4, 1, wide, x + r * k, k, y + r * n + i, n);
-        for (; r < m; r++)
-            for (int64_t a = 0; a < rows; a++) dots(1, 1, wide + a * k, x + r * k, k, y + r * n + i + a, n);
-    }
-}
+/* Any kind ------------------------------------------------------------------------------------------ */
 
-static void rows_of(const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride, const float *sums,
-                    float *y, int64_t y_stride, int64_t m) {
-    switch (w->kind) {
-        case F32: part(F32, w, from, to, x, x_stride, sums, y, y_stride, m); break;
-        case BF16: part(BF16, w, from, to, x, x_stride, sums, y, y_stride, m); break;
-        case INT8: part(INT8, w, from, to, x, x_stride, sums, y, y_stride, m); break;
-        default: part(INT4, w, from, to, x, x_stride, sums, y, y_stride, m);
-    }
-}
-
-/* y [m, n] = x [m, k] W^T. sums: room for m * k / 32 floats. halves: for as many bfloat16 as x, in models of that kind:
- * several rows are then rounded to it, as torch's are, which lets an instruction do two products a lane. */
+/* y [m, n] = x [m, k] W^T. sums: room for m * (k / 32 + 1) floats. halves: for as many numbers of 16 bits as x, in
+ * models of bfloat16: several rows are then rounded to it, as torch's are, which lets an instruction do two products a
+ * lane; for INT8 and INT4 any are rounded to whole numbers. */
 static void matrix(const Matrix *w, const float *x, float *sums, uint16_t *halves, float *y, int64_t m) {
-    const int64_t k = w->k, step = 16;
-    if (halves && m > 1 && w->kind != F32) {
+    const int64_t k = w->k, step = LANES;
+    const int in_panels = w->kind == INT8 || w->kind == INT4, halved = halves && m > 1 && w->kind == BF16;
+    if (in_panels || halved) {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < m; r++) {
             int64_t j = 0;
-            for (; j + LANES <= k; j += LANES) store16(BF16, halves, r * k + j, load(F32, x, r * k + j, LANES));
-            for (; j < k; j++) store(BF16, halves, r * k + j, x[r * k + j]);
-        }
-    } else if (w->kind == INT4) {
-#pragma omp for schedule(static)
-        for (int64_t g = 0; g < m * (k / GROUP); g++) {
-            float total = 0;
-            for (int j = 0; j < GROUP; j++) total += x[g * GROUP + j];
-            sums[g] = total;
+            if (in_panels) whole_row(x + r * k, k, halves ? (int16_t *)halves + r * k : 0, sums + r * (k / GROUP + 1));
+            for (; halved && j + LANES <= k; j += LANES) store16(BF16, halves, r * k + j, load(F32, x, r * k + j, LANES));
+            for (; halved && j < k; j++) store(BF16, halves, r * k + j, x[r * k + j]);
         }
     }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < (w->n + step - 1) / step; i++) {
-        const int64_t to = (i + 1) * step < w->n ? (i + 1) * step : w->n;
-        if (halves && m > 1 && w->kind == BF16)
-            half_part(BF16, w, i * step, to, halves, y, m);
-        else if (halves && m > 1 && w->kind == INT8)
-            half_part(INT8, w, i * step, to, halves, y, m);
-        else if (halves && m > 1 && w->kind == INT4)
-            half_part(INT4, w, i * step, to, halves, y, m);
+#pragma omp for schedule(guided)
+    for (int64_t i = 0; i < w->n; i += step) {
+        const int64_t to = i + step < w->n ? i + step : w->n;
+        if (w->kind == INT8 && halves)
+            panel_for(INT8, 0, w, i, halves, sums, y, m);
+        else if (w->kind == INT8)
+            panel_for(INT8, 1, w, i, x, sums, y, m);
+        else if (w->kind == INT4 && halves)
+            panel_for(INT4, 0, w, i, halves, sums, y, m);
+        else if (w->kind == INT4)
+            panel_for(INT4, 1, w, i, x, sums, y, m);
+        else if (halved)
+            half_part(w, i, to, halves, y, m);
+        else if (w->kind == BF16)
+            part(BF16, w, i, to, x, k, y, w->n, m);
         else
-            rows_of(w, i * step, to, x, k, sums, y, w->n, m);
+            part(F32, w, i, to, x, k, y, w->n, m);
     }
 }
 
@@ -566,21 +691,16 @@ void multiply(const Matrix *w, const float *x, float *sums, uint16_t *halves, fl
 /* An INT8 or INT4 matrix in full, [n, k] of kind F32 or BF16, for products with many rows. */
 void dequantize(const Matrix *w, void *out, int to, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < w->n; i++) {
-        char *row = (char *)out + i * w->k * (to == F32 ? 4 : 2);
-        if (w->kind == INT8 && to == F32) expand(INT8, F32, w, i, row);
-        if (w->kind == INT8 && to == BF16) expand(INT8, BF16, w, i, row);
-        if (w->kind == INT4 && to == F32) expand(INT4, F32, w, i, row);
-        if (w->kind == INT4 && to == BF16) expand(INT4, BF16, w, i, row);
+    for (int64_t i = 0; i < w->n; i += LANES) {
+        char *rows = (char *)out + i * w->k * (to == F32 ? 4 : 2);
+        if (w->kind == INT8 && to == F32) expand(INT8, F32, w, i, rows);
+        if (w->kind == INT8 && to == BF16) expand(INT8, BF16, w, i, rows);
+        if (w->kind == INT4 && to == F32) expand(INT4, F32, w, i, rows);
+        if (w->kind == INT4 && to == BF16) expand(INT4, BF16, w, i, rows);
     }
 }
 
 /* Many positions at once, in bfloat16 -------------------------------------------------------------- */
-
-INLINE floats larger(floats a, floats b) {
-    const ints above = a > b;
-    return (floats)(((ints)a & above) | ((ints)b & ~above));
-}
 
 /* c [4, ..] += a [4, k] b [k, ..], columns [from, from + vectors * 16), where a and b have pairs: a two neighbours of a
  * row, b two neighbours of a column. */
@@ -591,7 +711,7 @@ INLINE void product(const int vectors, const int32_t *a, int64_t a_stride, const
         for (int v = 0; v < vectors; v++) acc[r][v] = load(F32, c, r * stride + from + v * LANES, LANES);
     for (int64_t j = 0; j < k; j++)
         for (int v = 0; v < vectors; v++) {
-            const ints pairs = load_ints(b + j * stride + from + v * LANES);
+            const ints pairs = load_ints(b + j * stride + from + v * LANES, 2 * LANES);
             for (int r = 0; r < 4; r++) acc[r][v] = dot(acc[r][v], a[r * a_stride + j] - (ints){0}, pairs);
         }
     for (int r = 0; r < 4; r++)

@@ -27,6 +27,7 @@ from llama.cache import KVCache
 from llama.model import Positions, RMSNorm, Transformer
 from llama.quantize import FEW_ROWS, GROUP, Int4, Quantized
 
+PANEL = 16  # rows of a quantized weight that native.c multiplies side by side
 SOURCE = Path(__file__).with_name("native.c")
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # as in native.c; 2 and 3 are int8 and int4
 # Where there is no OpenMP (Apple's clang) one thread does all.
@@ -160,15 +161,6 @@ def memory_given_back() -> Iterator[None]:
 # From tensors to structs --------------------------------------------------------------------------
 
 
-def matrix(holder: nn.Module) -> Matrix:
-    """A struct that points at the weight of a linear layer, quantized or not; the layer keeps the memory alive."""
-    if isinstance(holder, Quantized):
-        kind, zero = (3, holder.zero.data_ptr()) if isinstance(holder, Int4) else (2, None)
-        return Matrix(kind, holder.n, holder.k, holder.data.data_ptr(), holder.scale.data_ptr(), zero)
-    weight = holder.get_parameter("weight")
-    return Matrix(KINDS[weight.dtype], *weight.shape, weight.data_ptr(), None, None)
-
-
 def _if_halves(buffer: torch.Tensor) -> int | None:
     return buffer.data_ptr() if buffer.dtype == torch.bfloat16 else None
 
@@ -201,23 +193,40 @@ class Plain(nn.Module):
 
 
 class Linear(nn.Module):
-    """A linear layer, quantized or not, computed by native.c for few rows: x [.., k] -> [.., n]."""
+    """A linear layer, quantized or not, computed by native.c for few rows: x [.., k] -> [.., n].
 
-    def __init__(self, layer: nn.Module):
+    Takes over what the layer holds; numbers of 8 and 4 bits in the order of native.c.
+    """
+
+    def __init__(self, layer: Plain | Quantized):
         super().__init__()
-        self.layer = layer
-        self.at = matrix(layer)
-        self.dtype = layer.dtype if isinstance(layer, Quantized) else layer.get_parameter("weight").dtype
+        self.plain = layer if isinstance(layer, Plain) else None
+        if isinstance(layer, Plain):
+            self.dtype = layer.weight.dtype
+            self.at = Matrix(KINDS[self.dtype], *layer.weight.shape, layer.weight.data_ptr(), None, None)
+            return
+        self.dtype = layer.dtype
+        if isinstance(layer, Int4):
+            kind, data = 3, _panels(_columns_of_8(layer.data), 4)
+            scales = [_panels(layer.scale, 1), _panels(layer.zero, 1)]
+        else:
+            kind, data, scales = 2, _panels(layer.data, 2), [F.pad(layer.scale, (0, -layer.n % PANEL))]
+        for name, buffer in zip(("data", "scale", "zero"), (data, *scales), strict=False):
+            self.register_buffer(name, buffer)
+        pointers = [buffer.data_ptr() for buffer in (data, *scales)]
+        self.at = Matrix(kind, layer.n, layer.k, *pointers)
+
+    def extra_repr(self) -> str:
+        return "" if self.plain else f"{self.at.n} x {self.at.k}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.at.k)
         m = len(rows)
         if m > FEW_ROWS:
-            weight = self.layer.weight if isinstance(self.layer, Plain) else self.widened(x.dtype)
-            return F.linear(x, weight)
+            return F.linear(x, self.plain.weight if self.plain else self.widened(x.dtype))
         rows = rows.float().contiguous()
         y = torch.empty(m, self.at.n)
-        sums = torch.empty(m * (self.at.k // GROUP))
+        sums = torch.empty(m * (self.at.k // GROUP + 1))
         halves = torch.empty_like(rows, dtype=self.dtype)
         pointers = rows.data_ptr(), sums.data_ptr(), _if_halves(halves), y.data_ptr()
         library().multiply(self.at, *pointers, m, torch.get_num_threads())
@@ -228,6 +237,20 @@ class Linear(nn.Module):
         out = torch.empty(self.at.n, self.at.k, dtype=dtype)
         library().dequantize(self.at, out.data_ptr(), KINDS[dtype], torch.get_num_threads())
         return out
+
+
+def _panels(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """[n, k] -> [n / 16, k / width, 16, width], with rows of zeros where 16 does not divide n."""
+    n, k = rows.shape
+    filled = F.pad(rows, (0, 0, 0, -n % PANEL))
+    return filled.view(-1, PANEL, k // width, width).transpose(1, 2).contiguous()
+
+
+def _columns_of_8(data: torch.Tensor) -> torch.Tensor:
+    """`Int4.data` [n, k / 2] with eight neighbouring columns in four bytes: 0 2, 4 6, 1 3, 5 7, low bits first."""
+    groups = data.view(len(data), -1, 1, GROUP // 2)
+    q = torch.cat((groups & 15, groups >> 4), dim=2).view(len(data), -1, 2, 2, 2)  # [n, k / 8, .., ..,  even or odd]
+    return (q[..., 0, :] | q[..., 1, :] << 4).transpose(-1, -2).flatten(1)
 
 
 class Step:
@@ -245,7 +268,7 @@ class Step:
             "attended": heads * head_dim,
             "gates": 2 * width,
             "products": width,
-            "sums": widest // GROUP,
+            "sums": widest // GROUP + 1,
             "out": args.dim,
         }
         rows = args.max_batch_size
