@@ -94,15 +94,19 @@ INLINE float widen1(uint16_t h) {
     return value;
 }
 
+/* Copy `count` numbers, usually as many as a vector has: then it is one instruction, not a call. */
+#define COPY(to, from, count, usual, size) \
+    ((count) == (usual) ? memcpy(to, from, (usual) * (size)) : memcpy(to, from, (count) * (size)))
+
 /* Elements j to j + count of F32 or BF16 data; those beyond count are zero. */
 INLINE floats load(const int kind, const void *data, int64_t j, int64_t count) {
     if (kind == F32) {
         floats v = {0};
-        memcpy(&v, (const float *)data + j, count * 4);
+        COPY(&v, (const float *)data + j, count, LANES, 4);
         return v;
     }
     halves v = {0};
-    memcpy(&v, (const uint16_t *)data + j, count * 2);
+    COPY(&v, (const uint16_t *)data + j, count, LANES, 2);
     return widen(v);
 }
 
@@ -152,10 +156,7 @@ INLINE floats dot(floats total, ints a, ints b) {
 /* 32 numbers of 16 bits, two a lane; those beyond count are zero. */
 INLINE ints load_ints(const void *data, int64_t count) {
     ints v = {0};
-    if (count == 2 * LANES)
-        memcpy(&v, data, sizeof v);
-    else
-        memcpy(&v, data, 2 * count);
+    COPY(&v, data, count, 2 * LANES, 2);
     return v;
 }
 
@@ -404,10 +405,7 @@ INLINE void panel(const int kind, const int m, const int exact, const Matrix *w,
     }
     for (int r = 0; r < m; r++) {
         total[r] *= sums[r * (groups + 1) + groups];
-        if (left >= LANES)
-            store16(F32, y, r * w->n + i, total[r]);
-        else
-            memcpy(y + r * w->n + i, &total[r], left * sizeof(float));
+        COPY(y + r * w->n + i, &total[r], lanes(left), LANES, 4);
     }
 }
 
@@ -532,13 +530,16 @@ static void normalise(const Model *model, const float *weight, const float *x, f
 
 /* In place: e to the power of each, over their sum. What is subtracted first keeps the powers within range. */
 static void softmax(float *p, int64_t n) {
+    const int64_t whole = n / LANES * LANES;
+    floats most = p[0] - (floats){0}, total = {0};
+    for (int64_t t = 0; t < whole; t += LANES) most = larger(load(F32, p, t, LANES), most);
     float highest = p[0];
-    floats total = {0};
-    for (int64_t t = 1; t < n; t++) highest = p[t] > highest ? p[t] : highest;
+    for (int j = 0; j < LANES; j++) highest = most[j] > highest ? most[j] : highest;
+    for (int64_t t = whole; t < n; t++) highest = p[t] > highest ? p[t] : highest;
     for (int64_t t = 0; t < n; t += LANES) {
         const int64_t count = lanes(n - t);
         const floats power = exponential(load(F32, p, t, count) - highest);
-        memcpy(p + t, &power, count * 4);
+        COPY(p + t, &power, count, LANES, 4);
         total += load(F32, p, t, count);
     }
     const float share = 1 / sum(total);
@@ -549,19 +550,22 @@ static void softmax(float *p, int64_t n) {
 INLINE void mix(const int kind, const int m, const void *values, int64_t head_dim, int64_t d, const float *p,
                 int64_t p_stride, int64_t ctx_len, float *out) {
     floats acc[4][2];
+#pragma GCC unroll 4
     for (int r = 0; r < m; r++) acc[r][0] = acc[r][1] = (floats){0};
     const int64_t first = lanes(head_dim - d), second = lanes(head_dim - d - first);
     for (int64_t t = 0; t < ctx_len; t++) {
-        const floats a = load(kind, values, t * head_dim + d, first == LANES ? LANES : first);
-        const floats b = load(kind, values, t * head_dim + d + first, second == LANES ? LANES : second);
+        const floats a = load(kind, values, t * head_dim + d, first);
+        const floats b = load(kind, values, t * head_dim + d + first, second);
+#pragma GCC unroll 4
         for (int r = 0; r < m; r++) {
             acc[r][0] += a * p[r * p_stride + t];
             acc[r][1] += b * p[r * p_stride + t];
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
-        memcpy(out + r * head_dim + d, &acc[r][0], first * 4);
-        memcpy(out + r * head_dim + d + first, &acc[r][1], second * 4);
+        COPY(out + r * head_dim + d, &acc[r][0], first, LANES, 4);
+        COPY(out + r * head_dim + d + first, &acc[r][1], second, LANES, 4);
     }
 }
 
@@ -590,12 +594,12 @@ INLINE void attend(const int kind, const Model *model, const Layer *layer, const
             if (head < heads) {
                 x[j] *= scale;
                 x[j + 1] *= scale;
-            } else {
-                void *to = head < heads + kv_heads ? layer->keys : layer->values;
-                store(kind, to, slot + j, x[j]);
-                store(kind, to, slot + j + 1, x[j + 1]);
             }
         }
+        void *to = head < heads + kv_heads ? layer->keys : layer->values;
+        int64_t j = 0;
+        for (; head >= heads && j + LANES <= head_dim; j += LANES) store16(kind, to, slot + j, load(F32, x, j, LANES));
+        for (; head >= heads && j < head_dim; j++) store(kind, to, slot + j, x[j]);
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * kv_heads * blocks; i++) {
@@ -647,14 +651,14 @@ static void feed_forward(const Model *model, const Layer *layer, const float *x,
         floats gate = {0}, up = {0};
         const int64_t count = lanes(m * width - i), left = width - i % width;
         const float *row = model->gates + i / width * 2 * width + i % width;
-        memcpy(&gate, row, (count < left ? count : left) * 4);
-        memcpy(&up, row + width, (count < left ? count : left) * 4);
+        COPY(&gate, row, count < left ? count : left, LANES, 4);
+        COPY(&up, row + width, count < left ? count : left, LANES, 4);
         for (int64_t j = left; j < count; j++) {
             gate[j] = row[width + j];
             up[j] = row[2 * width + j];
         }
         const floats product = gate / (1 + exponential(-gate)) * up;
-        memcpy(model->products + i, &product, count * 4);
+        COPY(model->products + i, &product, count, LANES, 4);
     }
     matrix(&layer->w2, model->products, model->sums, model->halves, model->out, m);
 }
