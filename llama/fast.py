@@ -201,15 +201,15 @@ class SpeedUp:
         kind = scheme_of(key, weights[0].shape[1], self.scheme)
         self.kept += len(weights) * (kind is None and wanted(key, self.scheme) is not None)
         if kind is not None:
-            layer: nn.Module = quantized(kind, self.native, *weights)
-        else:
-            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            weights.clear()
-            for each in plain:
-                del each.weight  # before it is packed: then this matrix stands in memory twice, not three times
-            packs = self.on_cpu and not self.native and can_pack(self.dtype)
-            layer = Packed(weight) if packs else native.Plain(weight)
-        return native.Linear(layer) if self.native else layer
+            layer = quantized(kind, self.native, *weights)
+            return native.Linear(layer) if self.native else layer
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        weights.clear()
+        for each in plain:
+            del each.weight  # before it is packed: then this matrix stands in memory twice, not three times
+        if self.native:
+            return native.Linear(native.Plain(weight))
+        return Packed(weight) if self.on_cpu and can_pack(self.dtype) else native.Plain(weight)
 
 
 def can_compile(device: torch.device) -> bool:

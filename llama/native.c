@@ -9,30 +9,38 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define LANES 16
 #define GROUP 32       /* int4: columns that share a scale and a zero */
 #define KEY_BLOCK 256  /* positions that one thread looks at in one go */
 #define AHEAD 32768    /* bytes: what is asked of memory now will be needed when this much has been computed */
-/* GCC 12 would load an operand again for each of its uses. */
-#ifdef __AVX512F__
+#define QUERIES 64     /* times heads, as many as fit: what one thread looks back from in one go */
+
+/* LANES: what a vector of the machine has; ROWS: of x, that fit its registers together with four of a matrix.
+ * KEEP: GCC 12 would load an operand again for each of its uses. */
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define LANES 16
+#define ROWS 4
 #define KEEP(v) __asm__("" : "+v"(v))
+#elif defined(__AVX2__)
+#define LANES 8
+#define ROWS 2
+#define KEEP(v) __asm__("" : "+x"(v))
 #else
+#define LANES 4
+#define ROWS 4
 #define KEEP(v)
 #endif
-#define QUERIES 64     /* times heads, as many as fit: what one thread looks back from in one go */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef float quad __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
 typedef uint16_t words __attribute__((vector_size(4 * LANES)));
-typedef int16_t signed_words __attribute__((vector_size(4 * LANES)));
+typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
 typedef int8_t bytes __attribute__((vector_size(2 * LANES)));
 
 enum { F32, BF16, INT8, INT4 };
@@ -63,9 +71,10 @@ typedef struct {
     int (*reduce)(void); /* adds `out` up over the ranks; NULL where there is one rank; not 0: it failed */
 } Model;
 
-/* What GCC 12 would do with several instructions where AVX-512 has one. */
-#ifdef __AVX512F__
+/* What GCC 12 would do with several instructions where there is one. */
+#if LANES == 16
 INLINE ints wide_halves(halves v) { return (ints)_mm512_cvtepu16_epi32((__m256i)v); }
+INLINE ints wide_bytes(bytes v) { return (ints)_mm512_cvtepi8_epi16((__m256i)v); }
 INLINE float sum(floats v) { return _mm512_reduce_add_ps((__m512)v); }
 INLINE quad sums_of(floats a, floats b, floats c, floats d) {
     const __m512 v = (__m512)a, w = (__m512)b, x = (__m512)c, y = (__m512)d;
@@ -76,12 +85,23 @@ INLINE quad sums_of(floats a, floats b, floats c, floats d) {
     return (quad)(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 }
 #else
-INLINE ints wide_halves(halves v) { return __builtin_convertvector(v, ints); }
 INLINE float sum(floats v) {
-    float s[8];
-    for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
-    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+    for (int n = LANES / 2; n; n /= 2)
+        for (int j = 0; j < n; j++) v[j] += v[j + n];
+    return v[0];
 }
+#endif
+#if LANES == 8
+INLINE ints wide_halves(halves v) { return (ints)_mm256_cvtepu16_epi32((__m128i)v); }
+INLINE ints wide_bytes(bytes v) { return (ints)_mm256_cvtepi8_epi16((__m128i)v); }
+INLINE quad sums_of(floats a, floats b, floats c, floats d) {
+    const __m256 first = _mm256_hadd_ps((__m256)a, (__m256)b), second = _mm256_hadd_ps((__m256)c, (__m256)d);
+    const __m256 all = _mm256_hadd_ps(first, second); /* a b c d, twice */
+    return (quad)(_mm256_castps256_ps128(all) + _mm256_extractf128_ps(all, 1));
+}
+#elif LANES == 4
+INLINE ints wide_halves(halves v) { return __builtin_convertvector(v, ints); }
+INLINE ints wide_bytes(bytes v) { return (ints)__builtin_convertvector(v, shorts); }
 INLINE quad sums_of(floats a, floats b, floats c, floats d) { return (quad){sum(a), sum(b), sum(c), sum(d)}; }
 #endif
 
@@ -126,7 +146,7 @@ INLINE void store(const int kind, void *data, int64_t j, float value) {
 }
 
 INLINE halves narrow(floats v) { /* to the nearest, as `store` */
-#ifdef __AVX512BF16__
+#if LANES == 16 && defined(__AVX512BF16__)
     return (halves)_mm512_cvtneps_pbh((__m512)v);
 #else
     const ints bits = (ints)v;
@@ -134,7 +154,7 @@ INLINE halves narrow(floats v) { /* to the nearest, as `store` */
 #endif
 }
 
-INLINE void store16(const int kind, void *data, int64_t j, floats v) {
+INLINE void store_all(const int kind, void *data, int64_t j, floats v) {
     if (kind == F32) {
         memcpy((float *)data + j, &v, sizeof v);
         return;
@@ -145,7 +165,7 @@ INLINE void store16(const int kind, void *data, int64_t j, floats v) {
 
 /* A lane of a and b holds two bfloat16 each: both products are added to it. */
 INLINE floats dot(floats total, ints a, ints b) {
-#ifdef __AVX512BF16__
+#if LANES == 16 && defined(__AVX512BF16__)
     return (floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
 #else
     const int32_t high = 0xffff0000;
@@ -242,18 +262,18 @@ INLINE void fetch(const Matrix *w, int64_t i, int64_t item) {
 /* Rows [from, to) of an F32 or BF16 matrix, for m rows of x. */
 INLINE void part(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride, float *y,
                  int64_t y_stride, int64_t m) {
-    const int64_t fours = m / 4 * 4;
+    const int64_t shared = m / ROWS * ROWS;
     int64_t i = from;
-    for (; fours && i + 4 <= to; i += 4) {
+    for (; shared && i + 4 <= to; i += 4) {
         fetch(w, i, kind == F32 ? 4 : 2);
-        for (int64_t r = 0; r < fours; r += 4)
-            block(kind, 4, 4, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
+        for (int64_t r = 0; r < shared; r += ROWS)
+            block(kind, 4, ROWS, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
     }
-    for (; fours && i < to; i++)
-        for (int64_t r = 0; r < fours; r += 4)
-            block(kind, 1, 4, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
-    for (i = from; fours < m && i < to; i++)
-        for (int64_t r = fours; r < m; r++)
+    for (; shared && i < to; i++)
+        for (int64_t r = 0; r < shared; r += ROWS)
+            block(kind, 1, ROWS, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
+    for (i = from; shared < m && i < to; i++)
+        for (int64_t r = shared; r < m; r++)
             block(kind, 1, 1, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
 }
 
@@ -318,7 +338,7 @@ static void half_part(const Matrix *w, int64_t from, int64_t to, const uint16_t 
         const int64_t rows = to - i < 4 ? to - i : 4;
         int64_t r = 0;
         fetch(w, i, 2);
-        for (; rows == 4 && r + 4 <= m; r += 4) dots(4, 4, data + i * k, x + r * k, k, y + r * n + i, n);
+        for (; rows == 4 && r + ROWS <= m; r += ROWS) dots(4, ROWS, data + i * k, x + r * k, k, y + r * n + i, n);
         for (; rows == 4 && r < m; r++) dots(4, 1, data + i * k, x + r * k, k, y + r * n + i, n);
         for (; r < m; r++)
             for (int64_t a = 0; a < rows; a++) dots(1, 1, data + (i + a) * k, x + r * k, k, y + r * n + i + a, n);
@@ -329,8 +349,10 @@ static void half_part(const Matrix *w, int64_t from, int64_t to, const uint16_t 
 
 /* A lane of a and b has two whole numbers of 16 bits: both products are added to it. */
 INLINE ints whole_dot(ints total, ints a, ints b) {
-#ifdef __AVX512VNNI__
+#if LANES == 16 && defined(__AVX512VNNI__)
     return (ints)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+#elif LANES == 8
+    return total + (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
     return total + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
@@ -341,11 +363,7 @@ INLINE ints columns(const int kind, const char *panel, int64_t j) {
     if (kind == INT8) {
         bytes v;
         memcpy(&v, panel + j * sizeof v, sizeof v);
-#ifdef __AVX512BW__
-        return (ints)_mm512_cvtepi8_epi16((__m256i)v);
-#else
-        return (ints)__builtin_convertvector(v, signed_words);
-#endif
+        return wide_bytes(v);
     }
     words v;
     memcpy(&v, panel + j / 4 * sizeof v, sizeof v);
@@ -368,13 +386,13 @@ INLINE void panel(const int kind, const int m, const int exact, const Matrix *w,
     const int unit = kind == INT8 ? 8 : GROUP / 2, chains = m < 4 ? 4 : 1;
     const int64_t k = w->k, groups = k / GROUP, units = k / 2 / unit, left = w->n - i;
     const char *data = (const char *)w->data + i * (kind == INT8 ? k : k / 2);
-    floats total[8], partial[4][8];
-    ints whole[4][8];
+    floats total[2 * ROWS], partial[4][2 * ROWS];
+    ints whole[4][2 * ROWS];
     for (int r = 0; r < m; r++) {
         total[r] = (floats){0};
         for (int c = 0; c < chains; c++) partial[c][r] = (floats){0}, whole[c][r] = (ints){0};
     }
-    for (int64_t u = 0; u < units; u++, data += unit * (kind == INT8 ? 32 : 16)) {
+    for (int64_t u = 0; u < units; u++, data += unit * (kind == INT8 ? 2 * LANES : LANES)) {
         for (int j = 0; j < unit; j++) {
             ints v = columns(kind, data, j);
             KEEP(v);
@@ -414,9 +432,11 @@ INLINE void panel_for(const int kind, const int exact, const Matrix *w, int64_t 
                       float *y, int64_t m) {
     const int64_t k = w->k, each = k / GROUP + 1, size = exact ? 4 : 2;
     int64_t r = 0;
-    for (; r + 8 <= m; r += 8) panel(kind, 8, exact, w, i, (char *)x + r * k * size, sums + r * each, y + r * w->n);
-    for (; r + 4 <= m; r += 4) panel(kind, 4, exact, w, i, (char *)x + r * k * size, sums + r * each, y + r * w->n);
-    for (; r < m; r++) panel(kind, 1, exact, w, i, (char *)x + r * k * size, sums + r * each, y + r * w->n);
+    const char *row = x;
+    for (; r + 2 * ROWS <= m; r += 2 * ROWS)
+        panel(kind, 2 * ROWS, exact, w, i, row + r * k * size, sums + r * each, y + r * w->n);
+    for (; r + ROWS <= m; r += ROWS) panel(kind, ROWS, exact, w, i, row + r * k * size, sums + r * each, y + r * w->n);
+    for (; r < m; r++) panel(kind, 1, exact, w, i, row + r * k * size, sums + r * each, y + r * w->n);
 }
 
 /* A row x [k] as whole numbers of 16 bits (none where they are NULL), and `sums` as `panel` wants them. The rounding
@@ -438,7 +458,7 @@ static void whole_row(const float *x, int64_t k, int16_t *out, float *sums) {
             floats v = load(F32, x, l, LANES);
             if (out) {
                 v = v * inverse + to_whole;
-                const shorts rounded = __builtin_convertvector((ints)v, shorts);
+                const halves rounded = __builtin_convertvector((ints)v, halves);
                 memcpy(out + l, &rounded, sizeof rounded);
                 v -= to_whole;
             }
@@ -454,7 +474,7 @@ INLINE void expand(const int from, const int to, const Matrix *w, int64_t i, voi
     const int64_t k = w->k, rows = lanes(w->n - i);
     const char *data = (const char *)w->data + i * (from == INT8 ? k : k / 2);
     for (int64_t j = 0; j < k / 2; j++) {
-        const ints v = columns(from, data + j / 16 * (from == INT8 ? 512 : 256), j % 16);
+        const ints v = columns(from, data + j / 16 * LANES * (from == INT8 ? 32 : 16), j % 16);
         const floats scale = of_rows(from, w, w->scale, i, j / 16);
         floats low = low_of(v), high = high_of(v);
         if (from == INT4) {
@@ -483,17 +503,18 @@ INLINE void expand(const int from, const int to, const Matrix *w, int64_t i, voi
  * models of bfloat16: several rows are then rounded to it, as torch's are, which lets an instruction do two products a
  * lane; for INT8 and INT4 any are rounded to whole numbers. */
 static void matrix(const Matrix *w, const float *x, float *sums, uint16_t *halves, float *y, int64_t m) {
-    const int64_t k = w->k, step = LANES;
+    const int64_t k = w->k;
     const int in_panels = w->kind == INT8 || w->kind == INT4, halved = halves && m > 1 && w->kind == BF16;
     if (in_panels || halved) {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < m; r++) {
             int64_t j = 0;
             if (in_panels) whole_row(x + r * k, k, halves ? (int16_t *)halves + r * k : 0, sums + r * (k / GROUP + 1));
-            for (; halved && j + LANES <= k; j += LANES) store16(BF16, halves, r * k + j, load(F32, x, r * k + j, LANES));
+            for (; halved && j + LANES <= k; j += LANES) store_all(BF16, halves, r * k + j, load(F32, x, r * k + j, LANES));
             for (; halved && j < k; j++) store(BF16, halves, r * k + j, x[r * k + j]);
         }
     }
+    const int64_t step = in_panels ? LANES : 16;
 #pragma omp for schedule(guided)
     for (int64_t i = 0; i < w->n; i += step) {
         const int64_t to = i + step < w->n ? i + step : w->n;
@@ -598,7 +619,7 @@ INLINE void attend(const int kind, const Model *model, const Layer *layer, const
         }
         void *to = head < heads + kv_heads ? layer->keys : layer->values;
         int64_t j = 0;
-        for (; head >= heads && j + LANES <= head_dim; j += LANES) store16(kind, to, slot + j, load(F32, x, j, LANES));
+        for (; head >= heads && j + LANES <= head_dim; j += LANES) store_all(kind, to, slot + j, load(F32, x, j, LANES));
         for (; head >= heads && j < head_dim; j++) store(kind, to, slot + j, x[j]);
     }
 #pragma omp for schedule(static)
@@ -692,6 +713,9 @@ void multiply(const Matrix *w, const float *x, float *sums, uint16_t *halves, fl
     matrix(w, x, sums, halves, y, m);
 }
 
+/* How many rows a panel of an INT8 or INT4 matrix has. */
+int panel_rows(void) { return LANES; }
+
 /* An INT8 or INT4 matrix in full, [n, k] of kind F32 or BF16, for products with many rows. */
 void dequantize(const Matrix *w, void *out, int to, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -719,7 +743,7 @@ INLINE void product(const int vectors, const int32_t *a, int64_t a_stride, const
             for (int r = 0; r < 4; r++) acc[r][v] = dot(acc[r][v], a[r * a_stride + j] - (ints){0}, pairs);
         }
     for (int r = 0; r < 4; r++)
-        for (int v = 0; v < vectors; v++) store16(F32, c, r * stride + from + v * LANES, acc[r][v]);
+        for (int v = 0; v < vectors; v++) store_all(F32, c, r * stride + from + v * LANES, acc[r][v]);
 }
 
 /* c [rows, columns] += a [rows, k] b [k, columns]: fours of rows, 16s of columns. stride: of both b and c. */
@@ -792,7 +816,7 @@ static void look_back(const Block *at, int64_t row, int64_t kv_head, int64_t fir
             for (int64_t t = 0; t < columns; t += LANES) {
                 floats share = {0};
                 if (t < seen) share = exponential(load(F32, score, t, LANES) * scale - highest[r]);
-                store16(BF16, shares + r * KEY_BLOCK / 2, t, share);
+                store_all(BF16, shares + r * KEY_BLOCK / 2, t, share);
                 sums += share;
             }
             const float shrink = before == highest[r] ? 1 : expf(before - highest[r]);

@@ -27,7 +27,6 @@ from llama.cache import KVCache
 from llama.model import Positions, RMSNorm, Transformer
 from llama.quantize import FEW_ROWS, GROUP, Int4, Quantized
 
-PANEL = 16  # rows of a quantized weight that native.c multiplies side by side
 SOURCE = Path(__file__).with_name("native.c")
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # as in native.c; 2 and 3 are int8 and int4
 # Where there is no OpenMP (Apple's clang) one thread does all.
@@ -210,7 +209,7 @@ class Linear(nn.Module):
             kind, data = 3, _panels(_columns_of_8(layer.data), 4)
             scales = [_panels(layer.scale, 1), _panels(layer.zero, 1)]
         else:
-            kind, data, scales = 2, _panels(layer.data, 2), [F.pad(layer.scale, (0, -layer.n % PANEL))]
+            kind, data, scales = 2, _panels(layer.data, 2), [_panels(layer.scale[:, None], 1)]
         for name, buffer in zip(("data", "scale", "zero"), (data, *scales), strict=False):
             self.register_buffer(name, buffer)
         pointers = [buffer.data_ptr() for buffer in (data, *scales)]
@@ -240,10 +239,11 @@ class Linear(nn.Module):
 
 
 def _panels(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """[n, k] -> [n / 16, k / width, 16, width], with rows of zeros where 16 does not divide n."""
+    """[n, k] -> [n / panel, k / width, panel, width], with rows of zeros where the rows of a panel do not divide n."""
     n, k = rows.shape
-    filled = F.pad(rows, (0, 0, 0, -n % PANEL))
-    return filled.view(-1, PANEL, k // width, width).transpose(1, 2).contiguous()
+    panel = library().panel_rows()
+    filled = F.pad(rows, (0, 0, 0, -n % panel))
+    return filled.view(-1, panel, k // width, width).transpose(1, 2).contiguous()
 
 
 def _columns_of_8(data: torch.Tensor) -> torch.Tensor:
