@@ -170,7 +170,7 @@ class PackedInt4(Quantized):
         pairs = self.scale.view(-1, len(data), 2 * half, 2).permute(3, 1, 0, 2).contiguous()
         scale, zero = pairs.unsqueeze(3)  # [blocks, k / 32, 1, 2 half] each
         weight = q.sub_(8).mul_(scale).add_(zero)  # [blocks, k / 32, 32, 2 half]
-        return weight.view(len(data), self.k, -1).transpose(1, 2).reshape(self.n, self.k)
+        return weight.view(len(data), self.k, -1).transpose(0, 1).reshape(self.k, self.n).T  # copied in long runs
 
 
 @cache
