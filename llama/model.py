@@ -106,8 +106,8 @@ def rope_table(args: ModelArgs, device: torch.device) -> tuple[torch.Tensor, tor
     """cos and sin of position * frequency, fp32 [max_seq_len, head_dim / 2] each.
 
     Pair i of a head turns by theta^(-2i / head_dim) radians a position (Su et al. 2021, arXiv:2104.09864), or by that
-    over the linear factor (arXiv:2306.15595). Scaling (Llama 3.1, arXiv:2407.21783): wavelengths over 8192 positions are
-    stretched by the factor, those under a fourth of that are kept, and between them the two frequencies are blended.
+    over the linear factor (arXiv:2306.15595). Scaling (Llama 3.1, arXiv:2407.21783): wavelengths above 8192 positions
+    are stretched by the factor, those under a fourth of that are kept, between them the two frequencies are blended.
     """
     # On the CPU whatever the device, so that all devices turn by the same angles.
     pair = torch.arange(0, args.head_dim, 2, dtype=torch.float32)

@@ -2,8 +2,8 @@
  * the attention of a prompt in bfloat16.
  *
  * At one row every weight is read once and used once, so the memory's speed is the limit: weights are widened in
- * registers, 16 at a time, and nothing else goes to memory. Vectors are those of GCC and clang, which split 16 lanes
- * over whatever the machine has. llama/native.py compiles this file, has the same structs, and is its only caller.
+ * registers, a vector at a time, and nothing else goes to memory. llama/native.py compiles this file, has the same
+ * structs, and is its only caller.
  * Loops marked `omp for` are shared by the threads of the parallel region that calls them. */
 
 #include <math.h>
@@ -16,7 +16,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define GROUP 32       /* int4: columns that share a scale and a zero */
 #define KEY_BLOCK 256  /* positions that one thread looks at in one go */
-#define AHEAD 32768    /* bytes: what is asked of memory now will be needed when this much has been computed */
+#define AHEAD 8192     /* bytes: what is asked of memory now will be needed when this much has been computed */
 #define QUERIES 64     /* times heads, as many as fit: what one thread looks back from in one go */
 
 /* LANES: what a vector of the machine has; ROWS: of x, that fit its registers together with four of a matrix.
@@ -209,6 +209,9 @@ INLINE floats exponential(floats x) {
     return (floats)((ints)p + ((ints)shifted << 23));
 }
 
+/* Ask memory for what will be needed soon: where it lies beyond the matrix, that does no harm. */
+INLINE void ahead(const char *data) { __builtin_prefetch(data + AHEAD, 0, 2); }
+
 /* y[r, i..i+rows) = W[i..i+rows, :] x[r, :] for r in 0..m, in registers. One row is read as one stream, which the
  * processor fetches ahead, and summed in four chains; four rows and four x share what they load. */
 INLINE void block(const int kind, const int rows, const int m, const Matrix *w, int64_t i, const float *x,
@@ -226,7 +229,9 @@ INLINE void block(const int kind, const int rows, const int m, const Matrix *w, 
             floats left[4];
 #pragma GCC unroll 4
             for (int a = 0; a < rows; a++) {
-                floats v = load(kind, w->data, (i + a) * k + (p + c) * LANES, LANES);
+                const int64_t j = (i + a) * k + (p + c) * LANES;
+                if (rows == 1 && m == 1) ahead((const char *)w->data + j * (kind == F32 ? 4 : 2));
+                floats v = load(kind, w->data, j, LANES);
                 KEEP(v);
                 left[a] = v;
             }
@@ -253,19 +258,13 @@ INLINE void block(const int kind, const int rows, const int m, const Matrix *w, 
     }
 }
 
-/* Ask memory for what stands AHEAD of four rows of k numbers. */
-INLINE void fetch(const Matrix *w, int64_t i, int64_t item) {
-    const char *data = (const char *)w->data + i * w->k * item + AHEAD, *end = (const char *)w->data + w->n * w->k * item;
-    for (int64_t j = 0; j < 4 * w->k * item && data + j < end; j += 64) __builtin_prefetch(data + j, 0, 2);
-}
-
 /* Rows [from, to) of an F32 or BF16 matrix, for m rows of x. */
 INLINE void part(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride, float *y,
                  int64_t y_stride, int64_t m) {
-    const int64_t shared = m / ROWS * ROWS;
+    const int64_t shared = m / ROWS * ROWS, k = w->k, item = kind == F32 ? 4 : 2;
     int64_t i = from;
     for (; shared && i + 4 <= to; i += 4) {
-        fetch(w, i, kind == F32 ? 4 : 2);
+        for (int64_t j = 0; j < 4 * k * item; j += 64) ahead((const char *)w->data + i * k * item + j);
         for (int64_t r = 0; r < shared; r += ROWS)
             block(kind, 4, ROWS, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
     }
@@ -337,7 +336,7 @@ static void half_part(const Matrix *w, int64_t from, int64_t to, const uint16_t 
     for (int64_t i = from; i < to; i += 4) {
         const int64_t rows = to - i < 4 ? to - i : 4;
         int64_t r = 0;
-        fetch(w, i, 2);
+        for (int64_t j = 0; j < 4 * k; j += 32) ahead((const char *)(data + i * k + j));
         for (; rows == 4 && r + ROWS <= m; r += ROWS) dots(4, ROWS, data + i * k, x + r * k, k, y + r * n + i, n);
         for (; rows == 4 && r < m; r++) dots(4, 1, data + i * k, x + r * k, k, y + r * n + i, n);
         for (; r < m; r++)
@@ -394,6 +393,7 @@ INLINE void panel(const int kind, const int m, const int exact, const Matrix *w,
     }
     for (int64_t u = 0; u < units; u++, data += unit * (kind == INT8 ? 2 * LANES : LANES)) {
         for (int j = 0; j < unit; j++) {
+            if (kind == INT4 && j % 4 == 0) ahead(data + j * LANES); /* INT8 is as fast without */
             ints v = columns(kind, data, j);
             KEEP(v);
             for (int r = 0; r < m; r++) {

@@ -1,4 +1,6 @@
-"""Weights in 8 and 4 bits: how they are rounded, stored and multiplied. Activations stay as they are.
+"""Weights in 8 and 4 bits: how they are rounded, stored and multiplied.
+
+Activations stay as they are (but see `whole_row` in native.c).
 
 int8: a scale for each output row. int4: a scale and a zero for each group of 32 columns, q in 0..15 standing for
 (q - 8) * scale + zero. Scales and zeros are bfloat16, and weights are rounded to the grid that those make. The output

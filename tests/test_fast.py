@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import platform
 import subprocess
 import sys
 import weakref
@@ -149,17 +151,35 @@ def test_products(kind: str, m: int) -> None:
         torch.testing.assert_close(found.double(), x @ full.T, rtol=within, atol=4 * 2**-24 * sums)
 
 
-@pytest.mark.parametrize("m", [1, 2, 4, 7, FEW_ROWS])
+@pytest.mark.parametrize("m", [1, 2, 4, 7, 13, FEW_ROWS])
 @pytest.mark.parametrize("kind", [Int8, Int4])
-def test_products_in_bfloat16(kind: type[Int8 | Int4], m: int) -> None:
-    """Several rows are multiplied by weights rounded to bfloat16, each by up to 2^-9 of itself."""
+def test_products_of_whole_numbers(kind: type[Int8 | Int4], m: int) -> None:
+    """In bfloat16, x is rounded to 65,535 steps between its largest number and that below zero; all else is exact."""
     native.compile_library()
-    for n, k in ((1, 32), (6, 96), (50, 544), (33, 64)):
+    for n, k in ((1, 32), (6, 96), (50, 544), (33, 1600)):
         weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).bfloat16()
-        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+        x[:, 5] *= 100  # one number that makes the steps of all others large
         exact = kind(weight.float()).widened().double()
-        found = native.Linear(kind(weight))(x.float()).double()
-        assert ((found - x.double() @ exact.T).abs() <= x.double().abs() @ exact.abs().T * 2**-8.9).all()
+        found = native.Linear(kind(weight))(x).double()
+        step = x.abs().amax(dim=1, keepdim=True).double() / 32767
+        sums = x.double().abs() @ exact.abs().T
+        assert ((found - x.double() @ exact.T).abs() <= step / 2 * exact.abs().sum(dim=1) + 2**-20 * sums).all()
+
+
+@pytest.mark.parametrize("kind", [Int8, Int4])
+def test_the_largest_whole_numbers(kind: type[Int8 | Int4]) -> None:
+    """Sums of equal terms, as large as they come, must not run over; what is not finite must be seen in its row."""
+    native.compile_library()
+    weight = torch.ones(20, 4096)
+    weight[::2] = -1
+    layer = native.Linear(kind(weight.bfloat16()))
+    x = torch.full((5, 4096), -3.0)
+    x[1], x[2, 7], x[3, 8], x[4, 9] = 0, float("nan"), float("inf"), -float("inf")
+    for rows in (x, x[:1]):
+        found = layer(rows)
+        torch.testing.assert_close(found[0], -3 * 4096 * weight[:, 0], rtol=0.004, atol=0)  # the scale is a bfloat16
+        assert (found[1:2] == 0).all() and not found[2:].isfinite().any()
 
 
 @pytest.mark.parametrize(
@@ -227,6 +247,25 @@ def test_widened(kind: type[Int8 | Int4], to: torch.dtype) -> None:
     torch.testing.assert_close(
         found.float(), layer.widened(), rtol=BFLOAT16 if to == torch.bfloat16 else 1e-6, atol=1e-6
     )
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are vectors of x86")
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx2"])
+def test_narrower_vectors(flags: str, tmp_path: Path) -> None:
+    """What machines without AVX-512 and without AVX2 compile, by the tests of this file."""
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC") or "cc"} "$@" {flags}\n')
+    compiler.chmod(0o755)
+    which = "products or whole_numbers or over_a_cache or widened or (any_positions and compile)"
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", which, __file__],
+        env=os.environ | {"CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout
+    assert " passed" in ended.stdout and "skipped" not in ended.stdout
+    assert len(list((tmp_path / "llama-runner").iterdir())) == 1  # it was this compiler's
 
 
 # Compiling ----------------------------------------------------------------------------------------
