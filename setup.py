@@ -26,7 +26,7 @@ def long_description() -> str:
 CONVERT = ["gguf", "tokenizers", "tiktoken", "safetensors", "jinja2>=3.1.6"]
 EVAL = ["lm-eval"]
 BENCH = ["matplotlib"]
-TEST = ["pytest", "hypothesis", "ruff", "mypy", "transformers", "accelerate", "llama-models", "mistral-common"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "accelerate", "llama-models", "mistral-common"]
 
 setup(
     name="llama-runner",
