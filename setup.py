@@ -26,7 +26,8 @@ def long_description() -> str:
 CONVERT = ["gguf", "tokenizers", "tiktoken", "safetensors", "jinja2>=3.1.6"]
 EVAL = ["lm-eval"]
 BENCH = ["matplotlib"]
-TEST = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "transformers", "accelerate", "llama-models", "mistral-common"]
+CHECKS = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]
+PEERS = ["transformers", "accelerate", "llama-models", "mistral-common"]
 
 setup(
     name="llama-runner",
@@ -39,6 +40,6 @@ setup(
     packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama": ["py.typed", "native.c"]},
     install_requires=["torch>=2.5", "fairscale>=0.4.13", "sentencepiece", "fire", "numpy"],
-    extras_require={"convert": CONVERT, "eval": EVAL, "bench": BENCH, "test": CONVERT + EVAL + BENCH + TEST},
+    extras_require={"convert": CONVERT, "eval": EVAL, "bench": BENCH, "test": CONVERT + EVAL + BENCH + CHECKS + PEERS},
     entry_points={"console_scripts": ["llama = llama.cli:main"]},
 )
