@@ -276,11 +276,13 @@ INLINE void part(const int kind, const Matrix *w, int64_t from, int64_t to, cons
             block(kind, 1, 1, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
 }
 
-/* `part` for a matrix that is near, the keys of a head: four rows at a time for any number of x. */
-INLINE void near_part(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride,
+/* `part` for the keys of a head: four of them at a time for any number of x, the queries. */
+INLINE void keys_part(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride,
                       float *y, int64_t y_stride, int64_t m) {
     int64_t i = from;
-    for (; i + 4 <= to; i += 4)
+    for (; i + 4 <= to; i += 4) {
+        const int64_t item = kind == F32 ? 4 : 2;
+        for (int64_t j = 0; j < 4 * w->k * item; j += 64) ahead((const char *)w->data + i * w->k * item + j);
         for (int64_t r = 0; r < m; r += 4)
             switch (m - r) {
                 case 1: block(kind, 4, 1, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride); break;
@@ -288,6 +290,7 @@ INLINE void near_part(const int kind, const Matrix *w, int64_t from, int64_t to,
                 case 3: block(kind, 4, 3, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride); break;
                 default: block(kind, 4, 4, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
             }
+    }
     part(kind, w, i, to, x, x_stride, y, y_stride, m);
 }
 
@@ -575,6 +578,7 @@ INLINE void mix(const int kind, const int m, const void *values, int64_t head_di
     for (int r = 0; r < m; r++) acc[r][0] = acc[r][1] = (floats){0};
     const int64_t first = lanes(head_dim - d), second = lanes(head_dim - d - first);
     for (int64_t t = 0; t < ctx_len; t++) {
+        ahead((const char *)values + (t * head_dim + d) * (kind == F32 ? 4 : 2));
         const floats a = load(kind, values, t * head_dim + d, first);
         const floats b = load(kind, values, t * head_dim + d + first, second);
 #pragma GCC unroll 4
@@ -628,7 +632,7 @@ INLINE void attend(const int kind, const Model *model, const Layer *layer, const
         const int64_t ctx_len = positions[r] + 1, to = from + KEY_BLOCK < ctx_len ? from + KEY_BLOCK : ctx_len;
         const char *keys = (const char *)layer->keys + (r * kv_heads + kv_head) * max_len * head_dim * item;
         const Matrix w = {kind, ctx_len, head_dim, keys, 0, 0};
-        near_part(kind, &w, from, to, model->qkv + r * stride + kv_head * group * head_dim, head_dim,
+        keys_part(kind, &w, from, to, model->qkv + r * stride + kv_head * group * head_dim, head_dim,
                   model->scores + (r * heads + kv_head * group) * max_len, max_len, group);
     }
 #pragma omp for schedule(static)
