@@ -454,7 +454,8 @@ static void whole_row(const float *x, int64_t k, int16_t *out, float *sums) {
     }
     float largest = sum(taint);
     for (int j = 0; j < LANES; j++) largest = most[j] > largest ? most[j] : largest;
-    const float scale = out ? largest / 32767 + sum(taint) : 1, inverse = scale > 0 ? 1 / scale : 0;
+    const float scale = out ? largest / 32767 + sum(taint) : 1;
+    const float inverse = scale > 1.2e-38f ? 1 / scale : 0; /* of less than that, 1 / scale is infinite: as good as 0 */
     for (int64_t j = 0; j < k; j += GROUP) {
         floats total = {0};
         for (int64_t l = j; l < j + GROUP && l < k; l += LANES) {
