@@ -45,9 +45,9 @@ typedef int8_t bytes __attribute__((vector_size(2 * LANES)));
 
 enum { F32, BF16, INT8, INT4 };
 
-/* [n, k]. F32 and BF16: row by row. INT8 and INT4: panels of 16 rows (the last one filled up), in which a lane has one
- * row's numbers: INT8 [k / 2, 16, 2], INT4 [k / 8, 16] of 32 bits, whose lower half has the columns 0 2 4 6, the upper
- * one 1 3 5 7, low bits first. scale: INT8 [n], INT4 [n / 16, k / 32, 16], as zero; a weight of INT4 is
+/* [n, k]. F32 and BF16: row by row. INT8 and INT4: panels of LANES rows (the last one filled up), of which each has
+ * a lane: INT8 [k / 2, LANES, 2], INT4 [k / 8, LANES] of 32 bits, whose lower half has the columns 0 2 4 6, the upper
+ * one 1 3 5 7, low bits first. scale: INT8 [n], INT4 [n / LANES, k / 32, LANES], as zero; a weight of INT4 is
  * (q - 8) * scale + zero. Scales and zeros are bfloat16. */
 typedef struct {
     int64_t kind, n, k;
@@ -209,8 +209,10 @@ INLINE floats exponential(floats x) {
     return (floats)((ints)p + ((ints)shifted << 23));
 }
 
-/* Ask memory for what will be needed soon: where it lies beyond the matrix, that does no harm. */
-INLINE void ahead(const char *data) { __builtin_prefetch(data + AHEAD, 0, 2); }
+/* Ask memory for what lies AHEAD of so many bytes: where that is beyond the matrix, it does no harm. */
+INLINE void ahead(const void *data, int64_t count) {
+    for (int64_t j = 0; j < count; j += 64) __builtin_prefetch((const char *)data + AHEAD + j, 0, 2);
+}
 
 /* y[r, i..i+rows) = W[i..i+rows, :] x[r, :] for r in 0..m, in registers. One row is read as one stream, which the
  * processor fetches ahead, and summed in four chains; four rows and four x share what they load. */
@@ -230,7 +232,7 @@ INLINE void block(const int kind, const int rows, const int m, const Matrix *w, 
 #pragma GCC unroll 4
             for (int a = 0; a < rows; a++) {
                 const int64_t j = (i + a) * k + (p + c) * LANES;
-                if (rows == 1 && m == 1) ahead((const char *)w->data + j * (kind == F32 ? 4 : 2));
+                if (rows == 1 && m == 1) ahead((const char *)w->data + j * (kind == F32 ? 4 : 2), 1);
                 floats v = load(kind, w->data, j, LANES);
                 KEEP(v);
                 left[a] = v;
@@ -264,7 +266,7 @@ INLINE void part(const int kind, const Matrix *w, int64_t from, int64_t to, cons
     const int64_t shared = m / ROWS * ROWS, k = w->k, item = kind == F32 ? 4 : 2;
     int64_t i = from;
     for (; shared && i + 4 <= to; i += 4) {
-        for (int64_t j = 0; j < 4 * k * item; j += 64) ahead((const char *)w->data + i * k * item + j);
+        ahead((const char *)w->data + i * k * item, 4 * k * item);
         for (int64_t r = 0; r < shared; r += ROWS)
             block(kind, 4, ROWS, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
     }
@@ -282,7 +284,7 @@ INLINE void keys_part(const int kind, const Matrix *w, int64_t from, int64_t to,
     int64_t i = from;
     for (; i + 4 <= to; i += 4) {
         const int64_t item = kind == F32 ? 4 : 2;
-        for (int64_t j = 0; j < 4 * w->k * item; j += 64) ahead((const char *)w->data + i * w->k * item + j);
+        ahead((const char *)w->data + i * w->k * item, 4 * w->k * item);
         for (int64_t r = 0; r < m; r += 4)
             switch (m - r) {
                 case 1: block(kind, 4, 1, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride); break;
@@ -339,7 +341,7 @@ static void half_part(const Matrix *w, int64_t from, int64_t to, const uint16_t 
     for (int64_t i = from; i < to; i += 4) {
         const int64_t rows = to - i < 4 ? to - i : 4;
         int64_t r = 0;
-        for (int64_t j = 0; j < 4 * k; j += 32) ahead((const char *)(data + i * k + j));
+        ahead(data + i * k, 8 * k);
         for (; rows == 4 && r + ROWS <= m; r += ROWS) dots(4, ROWS, data + i * k, x + r * k, k, y + r * n + i, n);
         for (; rows == 4 && r < m; r++) dots(4, 1, data + i * k, x + r * k, k, y + r * n + i, n);
         for (; r < m; r++)
@@ -375,14 +377,14 @@ INLINE ints columns(const int kind, const char *panel, int64_t j) {
 INLINE floats low_of(ints v) { return __builtin_convertvector(v << 16 >> 16, floats); }
 INLINE floats high_of(ints v) { return __builtin_convertvector(v >> 16, floats); }
 
-/* The scales or zeros of 16 rows, in INT4 for a group of columns. */
+/* The scales or zeros of a panel's rows, in INT4 for a group of columns. */
 INLINE floats of_rows(const int kind, const Matrix *w, const uint16_t *values, int64_t i, int64_t g) {
     return load(BF16, values, kind == INT8 ? i : i * (w->k / GROUP) + g * LANES, LANES);
 }
 
-/* y[r, i..i+16) = W[i..i+16, :] x[r, :] for r in 0..m, a row of the matrix in each lane. x: float32 if `exact`, or else
- * whole numbers of 16 bits, whose products add up without rounding. sums [m, k / 32 + 1]: of x over each group, then
- * what x is to be multiplied by. */
+/* y[r, i..i+LANES) = W[i..i+LANES, :] x[r, :] for r in 0..m, a row of the matrix in each lane. x: float32 if `exact`,
+ * or else whole numbers of 16 bits, whose products add up without rounding. sums [m, k / 32 + 1]: of x over each group,
+ * then what x is to be multiplied by. */
 INLINE void panel(const int kind, const int m, const int exact, const Matrix *w, int64_t i, const void *x,
                   const float *sums, float *y) {
     const int unit = kind == INT8 ? 8 : GROUP / 2, chains = m < 4 ? 4 : 1;
@@ -396,7 +398,7 @@ INLINE void panel(const int kind, const int m, const int exact, const Matrix *w,
     }
     for (int64_t u = 0; u < units; u++, data += unit * (kind == INT8 ? 2 * LANES : LANES)) {
         for (int j = 0; j < unit; j++) {
-            if (kind == INT4 && j % 4 == 0) ahead(data + j * LANES); /* INT8 is as fast without */
+            if (kind == INT4 && j % 4 == 0) ahead(data + j * LANES, 1); /* INT8 is as fast without */
             ints v = columns(kind, data, j);
             KEEP(v);
             for (int r = 0; r < m; r++) {
@@ -430,7 +432,7 @@ INLINE void panel(const int kind, const int m, const int exact, const Matrix *w,
     }
 }
 
-/* The 16 rows from i on, for m rows of x. */
+/* The panel of row i, for m rows of x. */
 INLINE void panel_for(const int kind, const int exact, const Matrix *w, int64_t i, const void *x, const float *sums,
                       float *y, int64_t m) {
     const int64_t k = w->k, each = k / GROUP + 1, size = exact ? 4 : 2;
@@ -473,7 +475,7 @@ static void whole_row(const float *x, int64_t k, int16_t *out, float *sums) {
     sums[k / GROUP] = scale;
 }
 
-/* 16 rows of an INT8 or INT4 matrix in full, k numbers of kind F32 or BF16 each. */
+/* The panel of row i of an INT8 or INT4 matrix in full, k numbers of kind F32 or BF16 each. */
 INLINE void expand(const int from, const int to, const Matrix *w, int64_t i, void *out) {
     const int64_t k = w->k, rows = lanes(w->n - i);
     const char *data = (const char *)w->data + i * (from == INT8 ? k : k / 2);
@@ -514,7 +516,8 @@ static void matrix(const Matrix *w, const float *x, float *sums, uint16_t *halve
         for (int64_t r = 0; r < m; r++) {
             int64_t j = 0;
             if (in_panels) whole_row(x + r * k, k, halves ? (int16_t *)halves + r * k : 0, sums + r * (k / GROUP + 1));
-            for (; halved && j + LANES <= k; j += LANES) store_all(BF16, halves, r * k + j, load(F32, x, r * k + j, LANES));
+            for (; halved && j + LANES <= k; j += LANES)
+                store_all(BF16, halves, r * k + j, load(F32, x, r * k + j, LANES));
             for (; halved && j < k; j++) store(BF16, halves, r * k + j, x[r * k + j]);
         }
     }
@@ -579,7 +582,7 @@ INLINE void mix(const int kind, const int m, const void *values, int64_t head_di
     for (int r = 0; r < m; r++) acc[r][0] = acc[r][1] = (floats){0};
     const int64_t first = lanes(head_dim - d), second = lanes(head_dim - d - first);
     for (int64_t t = 0; t < ctx_len; t++) {
-        ahead((const char *)values + (t * head_dim + d) * (kind == F32 ? 4 : 2));
+        ahead((const char *)values + (t * head_dim + d) * (kind == F32 ? 4 : 2), 1);
         const floats a = load(kind, values, t * head_dim + d, first);
         const floats b = load(kind, values, t * head_dim + d + first, second);
 #pragma GCC unroll 4
@@ -624,7 +627,8 @@ INLINE void attend(const int kind, const Model *model, const Layer *layer, const
         }
         void *to = head < heads + kv_heads ? layer->keys : layer->values;
         int64_t j = 0;
-        for (; head >= heads && j + LANES <= head_dim; j += LANES) store_all(kind, to, slot + j, load(F32, x, j, LANES));
+        for (; head >= heads && j + LANES <= head_dim; j += LANES)
+            store_all(kind, to, slot + j, load(F32, x, j, LANES));
         for (; head >= heads && j < head_dim; j++) store(kind, to, slot + j, x[j]);
     }
 #pragma omp for schedule(static)
@@ -673,7 +677,7 @@ static void feed_forward(const Model *model, const Layer *layer, const float *x,
     matrix(&layer->w13, model->h, model->sums, model->halves, model->gates, m);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * width; i += LANES) {
-        /* 16 products may begin in one row and end in the next. */
+        /* A vector may begin in one row and end in the next. */
         floats gate = {0}, up = {0};
         const int64_t count = lanes(m * width - i), left = width - i % width;
         const float *row = model->gates + i / width * 2 * width + i % width;
@@ -751,7 +755,7 @@ INLINE void product(const int vectors, const int32_t *a, int64_t a_stride, const
         for (int v = 0; v < vectors; v++) store_all(F32, c, r * stride + from + v * LANES, acc[r][v]);
 }
 
-/* c [rows, columns] += a [rows, k] b [k, columns]: fours of rows, 16s of columns. stride: of both b and c. */
+/* c [rows, columns] += a [rows, k] b [k, columns]: fours of rows, LANES of columns. stride: of both b and c. */
 static void products(const int32_t *a, int64_t a_stride, const int32_t *b, float *c, int64_t stride, int64_t rows,
                      int64_t k, int64_t columns) {
     for (int64_t r = 0; r < rows; r += 4) {
