@@ -11,7 +11,7 @@ DEMO := checkpoints/smollm2-135m-instruct
 
 help:
 	@echo "make demo    chat with a small real model: installs into $(VENV), fetches the model (93 MB)"
-	@echo "make test    ruff, mypy and pytest: installs into $(VENV), no other download"
+	@echo "make test    ruff, mypy, shellcheck and pytest: installs into $(VENV), no other download"
 	@echo "make test-gpu BIN=/path/to/env/bin"
 	@echo "             runs on your GPUs, with an environment whose torch has CUDA; writes gpu-report.json"
 	@echo "make clean   removes $(VENV), caches and build artefacts; keeps checkpoints/"
@@ -28,6 +28,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck download.sh .ci/run
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Installs nothing: a CUDA build of torch is the user's to choose.

