@@ -22,11 +22,12 @@ import torch.distributed as dist
 
 from llama.checkpoint import Checkpoint
 from llama.completion import Llama
-from llama.distributed import current_world, is_main_rank, say
+from llama.distributed import current_world, is_main_rank
 from llama.generation import read_back
 from llama.model import Transformer
 from llama.progress import progress
 from llama.request import check_whole
+from llama.terminal import tell
 
 ROUNDS = 3  # runs that are timed, after one that warms up
 PREFIX_STEPS = 8  # without the cache, at most
@@ -118,7 +119,7 @@ def bench(
             print(f"{', '.join(facts)}, reads {rate / 1e9:.1f} GB/s", *table(found), sep="\n")
         if plot is not None:
             draw(points, Path(str(plot)), f"{Path(ckpt_dir).resolve().name}, {machine['dtype']}, one row")
-            say(f"{plot}: steps at contexts of {points[0]['context']:,} to {points[-1]['context']:,}")
+            tell(f"{plot}: steps at contexts of {points[0]['context']:,} to {points[-1]['context']:,}")
     llama.close()
 
 

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 from llama.chat_format import Message, base_model_note, split_system
 from llama.completion import Llama
 from llama.conversation import Conversation
-from llama.distributed import PeerError, from_rank_0, is_main_rank, say, told_by_rank_0
+from llama.distributed import exchange, is_main_rank, say, told_by_rank_0
 from llama.params import CheckpointError, read_params
-from llama.terminal import dim, interrupts, read_line, session, visible, write
+from llama.pulse import PeerError
+from llama.terminal import dim, in_one_line, interrupts, read_line, session, visible, write
 from llama.textfile import read_on_rank_0
 
 HELP = """\
@@ -94,7 +93,7 @@ def chat(
             except KeyboardInterrupt:  # pressed twice
                 note("\n[stopped]")
             except (ValueError, TypeError, PeerError) as error:
-                note(f"error: {error}")
+                note(f"error: {in_one_line(error)}")
     llama.close()
 
 
@@ -119,7 +118,7 @@ def _answer(talk: Conversation, text: str, pressed: Callable[[], bool]) -> None:
                 first = time.perf_counter()
             if is_main_rank():
                 write(visible(piece))
-            if _agreed(pressed(), talk.llama.model.cos.device):
+            if exchange(pressed())[0]:  # rank 0's, which may wait for a terminal
                 break
     seconds = time.perf_counter() - first
     if is_main_rank():
@@ -137,11 +136,6 @@ def _answer(talk: Conversation, text: str, pressed: Callable[[], bool]) -> None:
     note(f"[{', '.join([*parts, f'context {turn.context} of {limit}'])}]")
 
 
-def _agreed(pressed: bool, device: torch.device) -> bool:
-    """Whether rank 0 wants to stop, on every rank."""
-    return bool(from_rank_0(torch.tensor([pressed]).to(device)).item())
-
-
 # Commands -----------------------------------------------------------------------------------------
 
 
@@ -153,7 +147,7 @@ def _files_may_fail() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        note(f"error: {error}")
+        note(f"error: {in_one_line(error)}")
 
 
 def _command(talk: Conversation, name: str = "", argument: str = "") -> None:

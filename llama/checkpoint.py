@@ -180,7 +180,10 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
 def open_shard(path: Path) -> dict[str, torch.Tensor]:
     """Map one file into memory; nothing but tensors in a dict is accepted."""
     if not zipfile.is_zipfile(path):
-        kind = what_is(path)
+        try:
+            kind = what_is(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}): mend that or fetch it again") from error
         kind = "cut off or damaged" if kind in (None, ZIP) else f"{kind}, not what torch.save (1.6 or later) writes"
         raise CheckpointError(f"{path} is {kind}: fetch it again")
     try:

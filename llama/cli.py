@@ -15,18 +15,22 @@ import fire
 from llama.bench import bench
 from llama.chat import chat
 from llama.complete import complete
+from llama.conformance import compare, export
 from llama.convert import convert
-from llama.distributed import PeerError, is_main_rank, should_tell
+from llama.distributed import current_world, is_main_rank
 from llama.evals.harness import lm_eval
 from llama.evals.inspect import inspect
 from llama.evals.perplexity import perplexity
 from llama.plan import plan
+from llama.pulse import PeerError, last_words, tell_torchrun
+from llama.terminal import in_one_line
 from llama.verify import verify
 
 Command = Callable[..., Any]
+Commands = dict[str, "Command | Commands"]
 
 
-def run(command: Command | dict[str, Command]) -> None:
+def run(command: Command | Commands) -> None:
     """Read the command line into `command`'s arguments and call it."""
     with ending_in_one_line():
         words = _read_words(command, sys.argv[1:])
@@ -46,12 +50,24 @@ def ending_in_one_line() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, TypeError, OSError, FloatingPointError, PeerError) as error:
-        sys.exit(f"error: {error}" if should_tell(error) else 1)
+        tell_torchrun(in_one_line(error))
+        sys.exit(f"error: {in_one_line(error)}" if _should_tell(error) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if line := last_words(error):
+            tell_torchrun(line)
+            sys.exit(f"error: {line}")
+        raise
 
 
-def _read_words(command: Command | dict[str, Command], words: list[str]) -> list[str]:
+def _should_tell(error: BaseException) -> bool:
+    """Whether this rank is the one to print an error: each its own, but one of those that all raise together."""
+    rank = current_world().rank
+    return error.__dict__.get("told_by", rank) == rank
+
+
+def _read_words(command: Command | Commands, words: list[str]) -> list[str]:
     """The command line as fire cannot misread it: --name=value for everything, texts in Python's quotes.
 
     By itself fire runs a command before it complains about a flag or shows its help, and takes texts for Python: "1e3"
@@ -127,14 +143,15 @@ def _text_or_list(word: str) -> list[str]:
 
 def _refuse(problem: str) -> NoReturn:
     if is_main_rank():
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {in_one_line(problem)}", file=sys.stderr)
     sys.exit(2)
 
 
-COMMANDS: dict[str, Command] = {
+COMMANDS: Commands = {
     "bench": bench,
     "chat": chat,
     "complete": complete,
+    "conformance": {"compare": compare, "export": export},
     "convert": convert,
     "inspect": inspect,
     "lm_eval": lm_eval,

@@ -2,9 +2,11 @@
 
 import math
 import time
+import zlib
 from collections.abc import Generator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from typing_extensions import Unpack
@@ -12,17 +14,19 @@ from typing_extensions import Unpack
 from llama.chat_format import FORMATS, ChatFormat, Dialog, Message, for_tokenizer, split_system
 from llama.checkpoint import OUTPUT, Checkpoint, load_weights
 from llama.device import pick_device, pick_dtype, share_cores
-from llama.distributed import current_world, join, leave, raising_together, say
+from llama.distributed import current_world, exchange, join, leave, meet, raising_together, say
 from llama.fast import SpeedUp, can_compile
 from llama.generation import Engine
-from llama.memory import check_room
+from llama.memory import Choice, check_room, explained
 from llama.model import Transformer
 from llama.native import memory_given_back
 from llama.params import CheckpointError, check_world_size
 from llama.quantize import SCHEMES
 from llama.request import Each, Row, Settings, check_list, check_whole
+from llama.shortage import EXPLAIN, is_shortage
 from llama.stream import Stop, TextPiece, TextStream, read_stops
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
+from llama.verify import check_before_loading
 
 
 class Details(TypedDict, total=False):
@@ -87,25 +91,41 @@ class Llama(Engine):
         """
         started = time.perf_counter()
         world = current_world()
-        for name, value in (("ckpt_dir", ckpt_dir), ("tokenizer_path", tokenizer_path or ckpt_dir)):
-            if not isinstance(value, str | Path):
-                raise TypeError(f"{name} is {value!r}, expected a path")
-        check_whole("max_seq_len", max_seq_len, 1)
-        check_whole("max_batch_size", max_batch_size, 1)
-        check_whole("seed", seed, 0)
-        if model_parallel_size not in (None, world.size):
-            raise ValueError(
-                f"model_parallel_size is {model_parallel_size}, but {world.size} ranks are running: leave it out, "
-                "checkpoints load at any number of ranks"
-            )
-        if quantize not in (None, *SCHEMES):
-            raise ValueError(f"quantize {quantize!r}: expected {' or '.join(SCHEMES)}")
-        if plain and (quantize or compile):
-            raise ValueError("plain excludes quantize and compile: leave one of them out")
-        where = pick_device(device, world)
-        share_cores(world)
-        join(world, where)
+        meet(world)
         try:
+            with raising_together():
+                for name, value in (("ckpt_dir", ckpt_dir), ("tokenizer_path", tokenizer_path or ckpt_dir)):
+                    if not isinstance(value, str | Path):
+                        raise TypeError(f"{name} is {value!r}, expected a path")
+                check_whole("max_seq_len", max_seq_len, 1)
+                check_whole("max_batch_size", max_batch_size, 1)
+                check_whole("seed", seed, 0)
+                if model_parallel_size not in (None, world.size):
+                    raise ValueError(
+                        f"model_parallel_size is {model_parallel_size}, but {world.size} ranks are running: leave it "
+                        "out, checkpoints load at any number of ranks"
+                    )
+                if quantize not in (None, *SCHEMES):
+                    raise ValueError(f"quantize {quantize!r}: expected {' or '.join(SCHEMES)}")
+                if plain and (quantize or compile):
+                    raise ValueError("plain excludes quantize and compile: leave one of them out")
+                where = pick_device(device, world)
+            check_same(
+                {
+                    "--max_seq_len": max_seq_len,
+                    "--max_batch_size": max_batch_size,
+                    "--seed": seed,
+                    "--device": where.type,
+                    "--dtype": dtype,
+                    "--quantize": quantize,
+                    "--compile": compile,
+                    "--plain": plain,
+                    "--chat_format": chat_format,
+                },
+                "start all ranks with the same arguments",
+            )
+            share_cores(world)
+            join(world, where)
             if compile:
                 compile = can_compile(where)
             with raising_together():
@@ -118,9 +138,8 @@ class Llama(Engine):
                         f"max_seq_len {max_seq_len} goes beyond this model's sliding window of {args.sliding_window} "
                         f"positions, which is not implemented: give --max_seq_len {args.sliding_window} or less"
                     )
-                tokenizer = Tokenizer(
-                    tokenizer_path or find_tokenizer(Path(ckpt_dir)), use_scaled_rope=args.use_scaled_rope
-                )
+                words = Path(tokenizer_path or find_tokenizer(Path(ckpt_dir)))
+                tokenizer = Tokenizer(words, use_scaled_rope=args.use_scaled_rope)
                 if tokenizer.n_words != args.vocab_size:
                     raise TokenizerError(
                         f"the tokenizer has {tokenizer.n_words} ids, the model {args.vocab_size}: "
@@ -129,12 +148,17 @@ class Llama(Engine):
                 dialogs = for_tokenizer(tokenizer, chat_format)
                 kind = pick_dtype(dtype, checkpoint.dtype, where)
                 tied = OUTPUT not in checkpoint.shapes
-                check_room(args, world.size, kind, where, tied, checkpoint.embedding_axis, quantize)
-                model = Transformer(args, kind, where, checkpoint.embedding_axis)
-                fast = None if plain else SpeedUp(model, kind, quantize, compile)
-                with memory_given_back():
-                    load_weights(model, checkpoint, kind, fast.layer if fast else None)
-                    note = fast.finish() if fast else ", plain layers"
+                room = check_room(args, world.size, kind, where, tied, checkpoint.embedding_axis, quantize)
+                faults, sums = check_before_loading(checkpoint, world.local_rank, world.local_size)
+                if faults:
+                    more = f"; and {len(faults) - 1} more: python -m llama verify {ckpt_dir}" if faults[1:] else ""
+                    raise CheckpointError(faults[0] + more)
+                files = [path for path in (words, words.with_name("tokenizer_config.json")) if path.is_file()]
+                sums |= {path.name: f"{zlib.crc32(path.read_bytes()):08x}" for path in files}
+            check_same(vars(args), "give all hosts the same params.json")
+            check_same(sums, "these are their sums, give all hosts the same files")
+            with raising_together():
+                model, note = _load(checkpoint, kind, where, room, None if plain else compile)
         except BaseException:
             leave()
             raise
@@ -315,6 +339,37 @@ class Llama(Engine):
         if k:
             decode = self.tokenizer.decode_token
             answer["top_logprobs"] = [[(decode(i), p) for i, p in top] for top in row.prompt_top + row.top]
+
+
+def _load(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, room: Choice, compile: bool | None
+) -> tuple[Transformer, str]:
+    """The model, and what `build` says of its form; `compile` is None for plain layers."""
+    model = None
+    try:
+        model = Transformer(checkpoint.params, dtype, device, checkpoint.embedding_axis)
+        held = room.sizes.total - room.sizes.prefill
+        EXPLAIN[model] = partial(explained, room, device, held, "send fewer or shorter prompts at once, or build anew")
+        fast = None if compile is None else SpeedUp(model, dtype, room.quantize, compile)
+        with memory_given_back():
+            load_weights(model, checkpoint, dtype, fast.layer if fast else None)
+            return model, fast.finish() if fast else ", plain layers"
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        tensors = () if model is None else (*model.parameters(), *model.buffers())
+        held = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
+        raise explained(room, device, held, "the model is not loaded", error) from None
+
+
+def check_same(values: dict[str, Any], way: str) -> None:
+    """Raise ValueError on all ranks where one was started with other values than rank 0."""
+    for rank, others in enumerate(told := exchange(values)):
+        for name in told[0] | others:
+            if (first := told[0].get(name)) != (other := others.get(name)):
+                error = ValueError(f"rank {rank} has {name} {other}, rank 0 has {first}: {way}")
+                error.__dict__["told_by"] = 0
+                raise error
 
 
 def _summary(

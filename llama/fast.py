@@ -19,9 +19,10 @@ from torch import nn
 
 from llama import native
 from llama.checkpoint import OUTPUT
-from llama.distributed import say
+from llama.distributed import exchange, say
 from llama.model import Attention, FeedForward, Positions, RMSNorm, Transformer, TransformerBlock, apply_rope
 from llama.quantize import quantized, scheme_of, wanted
+from llama.terminal import tell
 
 # oneDNN reads packed weights at 27 GB/s for four rows, but at 18 for one (float32; AMD EPYC, 2 threads).
 PACKED_ROWS = 4
@@ -223,12 +224,11 @@ def can_compile(device: torch.device) -> bool:
         made = native.compile_library()
     except native.NoCompilerError as error:
         problem = str(error)
-    lacking = torch.tensor(float(bool(problem)))
-    if summed(lacking).item():  # ranks that compile and ranks that do not would add up different things
-        say(f"llama: {problem or 'another rank has no C compiler'}: the decode step runs uncompiled")
+    if problems := list(filter(None, exchange(problem))):  # ranks that compile and others would add up different things
+        tell(f"llama: {problem or f'another rank: {problems[0]}'}: the decode step runs uncompiled")
         return False
     how = f"compiled in {time.perf_counter() - started:.1f} s, kept in" if made else "compiled earlier, taken from"
-    say(f"llama: decode step {how} {native.cache_folder()}")
+    tell(f"llama: decode step {how} {native.cache_folder()}")
     return True
 
 

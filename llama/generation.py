@@ -30,6 +30,7 @@ from llama.request import (
     read_rows,
 )
 from llama.sampling import Sampler, wide_dtype
+from llama.shortage import telling_shortage
 from llama.tokenizer import Tokenizer
 
 
@@ -168,6 +169,7 @@ class Engine:
             yield self._choose(rows, h, sampler, k, step)
             h, step = None, step + 1
 
+    @telling_shortage
     @torch.inference_mode()
     def _prefill(self, rows: list[Row], reuse: bool = False, k: int | None = None) -> torch.Tensor:
         """Fill the cache with the prompts -> hidden states [bsz, dim] of their last ids.
@@ -212,6 +214,7 @@ class Engine:
         self._held, self._held_at = [list(text) for text in texts], model.passes
         return h
 
+    @telling_shortage
     @torch.inference_mode()
     def _decode(self, rows: list[Row], n: int) -> torch.Tensor:
         """Add the n-th generated id of each row to the cache -> hidden states [bsz, dim].
@@ -228,6 +231,7 @@ class Engine:
         self._held_at = self.model.passes
         return h[:, 0]
 
+    @telling_shortage
     @torch.inference_mode()
     def _choose(
         self, rows: list[Row], h: torch.Tensor, sampler: Sampler | None, k: int | None, step: int

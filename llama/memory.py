@@ -58,7 +58,7 @@ def check_room(
     tied: bool,
     embedding_axis: int,
     quantize: str | None,
-) -> None:
+) -> Choice:
     """Raise RoomError where this rank needs more than is free on its device; other arguments as in `plan.sizes`.
 
     Where the system does not tell what is free nothing is checked.
@@ -66,22 +66,44 @@ def check_room(
     choice = Choice(args, world_size, dtype, quantize, device.type, tied, embedding_axis)
     free = free_bytes(device)
     if free is None or choice.sizes.total <= free:
-        return
-    need = choice.sizes
+        return choice
     share = "" if device.type == "cuda" or current_world().local_size == 1 else " for each rank"
+    raise RoomError(f"{_needs(choice)}, {_gib(free)} GiB are free on {device}{share}: {_answer(choice, free)}")
+
+
+def _needs(choice: Choice) -> str:
+    need = choice.sizes
+    return (
+        f"the model needs {_gib(need.total)} GiB (weights {_gib(need.weights)}, cache {_gib(need.cache + need.rope)}, "
+        f"prefill {_gib(need.prefill)})"
+    )
+
+
+def _answer(choice: Choice, free: int) -> str:
+    """What would fit into `free` bytes."""
     if found := ways_out(choice, free):
         listed = [f"{flags} ({_gib(way.sizes.total)} GiB)" for flags, way in found]
-        answer = f"{', '.join(listed[:-1])} or {listed[-1]} would fit" if found[1:] else f"{listed[0]} would fit"
-    else:
-        least = replace(choice, quantize=SCHEMES[-1]).resized(STEP, 1).sizes.total
-        answer = (
-            f"no flags make it fit, as --quantize {SCHEMES[-1]} --max_seq_len {STEP} --max_batch_size 1 still needs "
-            f"{_gib(least)} GiB: take a smaller model, or more memory"
-        )
-    raise RoomError(
-        f"the model needs {_gib(need.total)} GiB (weights {_gib(need.weights)}, cache {_gib(need.cache + need.rope)}, "
-        f"prefill {_gib(need.prefill)}), {_gib(free)} GiB are free on {device}{share}: {answer}"
+        return f"{', '.join(listed[:-1])} or {listed[-1]} would fit" if found[1:] else f"{listed[0]} would fit"
+    least = replace(choice, quantize=SCHEMES[-1]).resized(STEP, 1).sizes.total
+    return (
+        f"no flags make it fit, as --quantize {SCHEMES[-1]} --max_seq_len {STEP} --max_batch_size 1 still needs "
+        f"{_gib(least)} GiB: take a smaller model, or more memory"
     )
+
+
+def explained(choice: Choice, device: torch.device, held: int, doing: str, error: BaseException) -> RoomError:
+    """The error for memory that ran out in spite of `check_room`: others took it, or more is needed than planned.
+
+    held: bytes that the model has already. doing: what was done, and the way out without another build if there is one.
+    """
+    found = re.search(r"(?i)tried to allocate ([\d.]+) ?(GiB|MiB|KiB|bytes)", str(error))
+    asked = float(found[1]) * {"gib": 2**30, "mib": 2**20, "kib": 2**10, "bytes": 1}[found[2].lower()] if found else 0.0
+    free, more = free_bytes(device), f", {_gib(asked)} GiB more were asked for" if asked else ""
+    if free is None:
+        return RoomError(f"out of memory on {device}{more}, {doing}: {_needs(choice)}")
+    room = min(free + held, choice.sizes.total - max(0, int(asked) - free))  # what is asked for has to fit in, too
+    where = f"out of memory on {device}{more}, {_gib(free)} GiB are free, {doing}"
+    return RoomError(f"{where}: {_needs(choice)}, {_answer(choice, room)}")
 
 
 def ways_out(choice: Choice, free: int) -> list[tuple[str, Choice]]:
@@ -123,7 +145,7 @@ def _resized(choice: Choice, free: int) -> list[tuple[str, Choice]]:
     return shorter + ([(f"--max_batch_size {rows}", choice.resized(max_batch_size=rows))] if rows else [])
 
 
-def _gib(size: int) -> str:
+def _gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
 
@@ -144,7 +166,7 @@ def free_bytes(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own reserve
     if device.type != "cpu":
         return None
-    found = [*_host_free(), *_cgroups_free()]
+    found = [*_host_free(), *_cgroups_free(), *_limit_free()]
     return min(found) // current_world().local_size if found else None
 
 
@@ -152,6 +174,18 @@ def _host_free() -> Iterator[int]:
     for name, kilobytes in _numbers(PROC / "meminfo").items():
         if name == "MemAvailable":
             yield kilobytes * 1024
+
+
+def _limit_free() -> Iterator[int]:
+    """What `ulimit -v` leaves to this process, times the ranks that share the rest."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = _numbers(PROC / "self" / "status").get("VmSize")
+    if limit != resource.RLIM_INFINITY and used is not None:
+        yield max(0, limit - used * 1024) * current_world().local_size
 
 
 def _cgroups_free() -> Iterator[int]:

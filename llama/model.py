@@ -288,14 +288,12 @@ class Transformer(nn.Module):
         self.passes += 1
         if seqlen == 1 and first_row == 0 and self.step is not None:
             return self.step(tokens, start_pos)
-        keys = torch.arange(ctx_len, device=tokens.device)
-        mask: torch.Tensor | None = None
         if isinstance(start_pos, int):
             positions = torch.arange(start_pos, start_pos + seqlen, device=tokens.device)  # [seqlen]
-            if start_pos > 0 and seqlen > 1:
-                mask = causal_mask(seqlen, ctx_len, tokens.device)
+            mask = causal_mask(seqlen, ctx_len, tokens.device) if start_pos > 0 and seqlen > 1 else None
         else:
             positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # [bsz, seqlen]
+            keys = torch.arange(ctx_len, device=tokens.device)
             mask = (keys <= positions[..., None])[:, None]  # [bsz, 1, seqlen, ctx_len]
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
         at = Positions(start_pos, ctx_len, cos, sin, mask, first_row)

@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -70,7 +71,8 @@ class Block(ctypes.Structure):
 
 
 class NoCompilerError(RuntimeError):
-    """There is no C compiler, or it cannot compile native.c; the message says which."""
+    """There is no C compiler, or it cannot compile native.c, or what it makes cannot be kept safely; the message says
+    which."""
 
 
 def cache_folder() -> Path:
@@ -80,10 +82,27 @@ def cache_folder() -> Path:
 def compile_library() -> bool:
     """Compile native.c unless that was done before; True if it was not. Raises NoCompilerError."""
     path, compiler = _place()
-    if path.exists():
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        safe = _ours_alone(path.parent)
+    except OSError as error:
+        raise NoCompilerError(f"{path.parent} cannot be written ({error.strerror}): set XDG_CACHE_HOME") from error
+    if not safe:
+        raise NoCompilerError(
+            f"{path.parent} can be written by others, whose code would run: chmod 700, or set XDG_CACHE_HOME"
+        )
+    if path.exists() and _ours_alone(path):
         return False
     _compile(compiler, path)
     return True
+
+
+def _ours_alone(path: Path) -> bool:
+    """Whether nobody else but root can have written it. The folders above are taken on trust."""
+    if os.name != "posix":
+        return True
+    found = path.lstat()
+    return found.st_uid == os.geteuid() and not (stat.S_ISLNK(found.st_mode) or found.st_mode & 0o022)
 
 
 def _place() -> tuple[Path, str]:
@@ -119,7 +138,6 @@ def _processor() -> str:
 
 def _compile(compiler: str, path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Several ranks may be doing the same: each writes a file of its own, and the last one to finish stays.
         handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
     except OSError as error:
@@ -131,6 +149,7 @@ def _compile(compiler: str, path: Path) -> None:
             command = [compiler, *flags, "-shared", "-fPIC", "-o", name, str(SOURCE), "-lm"]
             ended = subprocess.run(command, capture_output=True, text=True)
             if ended.returncode == 0:
+                made.chmod(0o700)  # a linker makes a new file, with the rights that the umask gives
                 made.replace(path)
                 return
         reason = next((line for line in ended.stderr.splitlines() if "error" in line), "no reason given")

@@ -76,8 +76,11 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
         params = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: it comes with the consolidated.NN.pth files") from None
-    except (OSError, ValueError, RecursionError) as error:
-        if (kind := what_is(path)) in (LFS_POINTER, WEB_PAGE, EMPTY, FOLDER):
+    except OSError as error:
+        problem = f"is {FOLDER}" if path.is_dir() else f"cannot be read ({error.strerror})"
+        raise CheckpointError(f"{path} {problem}: mend that or fetch it again") from error
+    except (ValueError, RecursionError) as error:
+        if (kind := what_is(path)) in (LFS_POINTER, WEB_PAGE, EMPTY):
             raise CheckpointError(f"{path} is {kind}: fetch it again") from error
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch it again") from error
     if not isinstance(params, dict):

@@ -18,6 +18,7 @@ from llama.model import Measure, Transformer, log_norm, score
 from llama.params import ModelArgs
 from llama.progress import progress
 from llama.request import Alternatives, alternatives, check_alternatives, check_list, check_whole, read_ids
+from llama.shortage import telling_shortage
 from llama.tokenizer import Tokenizer
 
 # One pass computes at most so many positions, padding included, or one text: enough to keep arithmetic busy.
@@ -152,6 +153,7 @@ def top_logprobs(llama: Engine, ids: Sequence[int], k: int) -> list[Alternatives
     return [alternatives(row, k)[1] for row in values]
 
 
+@telling_shortage
 @torch.inference_mode()
 def hidden_states(llama: Engine, ids: Sequence[int]) -> torch.Tensor:
     """The states before the output layer, after the last norm: [1, n, dim] in the model's dtype, on its device.
@@ -292,6 +294,7 @@ def _batches(groups: list[Group], args: ModelArgs) -> Iterator[list[Group]]:
         yield batch
 
 
+@telling_shortage
 @torch.inference_mode()
 def _measure_batch(llama: Engine, batch: list[Group], measure: Measure) -> list[tuple[Text, list[list[float]]]]:
     """Two passes: the prefixes, then what the texts have beside them, each row behind a copy of its prefix's cache.

@@ -40,6 +40,13 @@ def what_is(path: Path) -> str | None:
 
 def what_instead(ckpt_dir: Path) -> str:
     """What there is where consolidated.NN.pth should be, and the way out, as the end of a sentence."""
+    try:
+        return _what_instead(ckpt_dir)
+    except OSError as error:
+        return f"cannot be read ({error.strerror}): mend its permissions"
+
+
+def _what_instead(ckpt_dir: Path) -> str:
     if not ckpt_dir.exists():
         return "does not exist: give the folder with the consolidated.NN.pth files"
     convert = "convert it with: python -m llama convert"

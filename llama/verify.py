@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,7 @@ from llama.checkpoint import (
     EMBEDDING,
     OUTPUT,
     SHARD_AXIS,
+    Checkpoint,
     Shapes,
     open_shard,
     shard_faults,
@@ -27,6 +29,7 @@ from llama.checkpoint import (
 from llama.params import CheckpointError, ModelArgs, read_params
 from llama.progress import progress
 from llama.sniff import JSON, LFS_POINTER, PICKLE, ZIP, what_instead, what_is
+from llama.terminal import in_one_line
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
 BLOCK = 2**20  # files are read in blocks of so many bytes
@@ -34,24 +37,24 @@ HASHES = {32: "md5", 64: "sha256"}  # by the digits of a sum
 # Norms stand in every file. One model's may differ by their last bit, 0.8 % in bfloat16; another model's by far more.
 SAME_NORMS = 0.01
 Tensors = dict[str, torch.Tensor]
+Listed = dict[Path, tuple[str, Path]]  # file -> (its sum, the checklist that says so)
 
 
 def verify(ckpt_dir: str) -> None:
     """Check a folder of consolidated.NN.pth shards against its checklists, itself and params.json, without loading it.
 
     Prints a line for each fault on stdout and ends with exit status 1 if there is any, else a line that says what was
-    checked. Lines that begin with "note:" are no faults. Every byte is read once, but weights are not looked at as
-    numbers: NaN is not found.
+    checked. Lines that begin with "note:" are no faults.
     """
     folder = Path(str(ckpt_dir))  # on a command line, 7 is a name too
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: give the one with the consolidated.NN.pth files")
     found = check(folder)
     for line in [*found.faults, *(f"note: {note}" for note in found.notes)]:
-        print(line)
+        print(in_one_line(line))
     if found.faults:
         sys.exit(1)
-    print(f"OK: {folder}: {', '.join(found.checked)}")
+    print(f"OK: {in_one_line(folder)}: {', '.join(found.checked)}")
 
 
 @dataclass
@@ -59,12 +62,14 @@ class Findings:
     """What a check found: faults, and notes that are no faults, a line each; what was compared, a phrase each.
 
     faulty: the files that faults are about, so that no file is told twice to be missing.
+    sums: shard -> a sum of the sums of its tensors.
     """
 
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
     faulty: set[Path] = field(default_factory=set)
+    sums: dict[str, str] = field(default_factory=dict)
 
     def add(self, path: Path, fault: object) -> None:
         self.faults.append(f"{path} {fault}")
@@ -85,12 +90,7 @@ class Record:
 def check(folder: Path) -> Findings:
     """All that can be said of a folder without loading its weights."""
     found = Findings()
-    shards: dict[int, Path] = {}
-    for path in sorted(folder.glob("consolidated.*.pth")):
-        if match := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name):
-            if (number := int(match[1])) in shards:
-                found.add(path, f"has the same number as {shards[number].name}: remove the one that is too many")
-            shards.setdefault(number, path)
+    shards = _number_shards(folder, found)
     if not shards:  # the rest would only say what else of a Meta folder is not there
         found.faults.append(f"{folder} {what_instead(folder)}")
         return found
@@ -101,7 +101,7 @@ def check(folder: Path) -> Findings:
         found.faults.append(str(error).replace("give --tokenizer_path", "put it there"))
         tokenizer = None
     files = [*shards.values(), params, *([tokenizer] if tokenizer else [])]
-    readable = check_bytes(files, folder, found)
+    readable = check_bytes(files, read_checklists(folder, found), folder, found)
 
     args, opened = None, {}
     if params in readable:
@@ -124,13 +124,37 @@ def check(folder: Path) -> Findings:
     return found
 
 
+def _number_shards(folder: Path, found: Findings) -> dict[int, Path]:
+    shards: dict[int, Path] = {}
+    for path in sorted(folder.glob("consolidated.*.pth")):
+        if match := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name):
+            if (number := int(match[1])) in shards:
+                found.add(path, f"has the same number as {shards[number].name}: remove the one that is too many")
+            shards.setdefault(number, path)
+    return shards
+
+
+def check_before_loading(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> tuple[list[str], dict[str, str]]:
+    """(faults of the shards, a line each; file -> a sum of the sums inside it).
+
+    Each of `parts` processes reads its part of the bytes, all of them look at everything else. No checklist is read.
+    """
+    found, folder = Findings(), checkpoint.paths[0].parent
+    shards = _number_shards(folder, found)
+    readable = check_bytes(list(shards.values()), {}, folder, found, part, parts)
+    opened = {number: checkpoint[number] for number, path in shards.items() if path in readable}
+    _check_tensors(shards, opened, checkpoint.params, found, part, parts)
+    return found.faults, found.sums
+
+
 # Bytes --------------------------------------------------------------------------------------------
 
 
-def check_bytes(files: list[Path], folder: Path, found: Findings) -> set[Path]:
-    """Read every file once, those that the checklists name too. Returns the files that are what they should be, even
-    where their sum says that they are another model's."""
-    listed = _read_checklists(folder, found)
+def check_bytes(
+    files: list[Path], listed: Listed, folder: Path, found: Findings, part: int = 0, parts: int = 1
+) -> set[Path]:
+    """Read every file once, those that checklists name too, or this part of the shards' data. Returns the files that
+    are what they should be, even where their sum says that they are another model's."""
     named = {digest: path for path, (digest, _) in listed.items()}
     readable = set()
     seen: dict[tuple[Any, ...], Path] = {}  # shards by their data
@@ -138,6 +162,7 @@ def check_bytes(files: list[Path], folder: Path, found: Findings) -> set[Path]:
     for path in dict.fromkeys([*files, *listed]):
         digest, checklist = listed.get(path, ("", path))
         is_shard = re.fullmatch(r"consolidated\.\d+\.pth", path.name) is not None
+        sum_ = torn = ""
         try:
             if path.is_dir():
                 found.add(path, "is a folder, expected a file: remove it and fetch the file")
@@ -145,9 +170,11 @@ def check_bytes(files: list[Path], folder: Path, found: Findings) -> set[Path]:
             if path in files and (fault := _wrong_kind(path, is_shard)):
                 found.add(path, fault)
                 continue
-            records = _read_zip(path) if is_shard else []
-            hashed = hashlib.new(HASHES[len(digest)], usedforsecurity=False) if digest else None
-            torn = _scan(path, records, hashed)
+            records = read_zip(path) if is_shard else []
+            if digest:
+                sum_ = _hash(path, HASHES[len(digest)])
+            if not digest or sum_ != digest:
+                torn = _some(torn_records(path, records[part::parts]))
         except FileNotFoundError:
             found.add(path, f"is missing{f', but {checklist.name} lists it' if digest else ''}: fetch it")
             continue
@@ -156,17 +183,19 @@ def check_bytes(files: list[Path], folder: Path, found: Findings) -> set[Path]:
             found.add(path, f"cannot be read ({reason}): fetch it again")
             continue
         if torn:
-            found.add(path, f"is damaged in {_some(torn)}: fetch it again")
+            found.add(path, f"is damaged in {torn}: fetch it again")
             continue
         readable.add(path)
-        if hashed and (sum_ := hashed.hexdigest()) != digest:
+        if sum_ != digest:
             what = (
                 f"holds what {checklist.name} calls {named[sum_].name}" if sum_ in named else "is not the listed file"
             )
             way = "put each file in its place" if sum_ in named else "fetch it again"
-            found.add(path, f"{what}: its {hashed.name} is {sum_}, expected {digest}: {way}")
+            kind = HASHES[len(digest)]
+            found.add(path, f"{what}: its {kind} is {sum_}, expected {digest}: {way}")
         elif is_shard:
             data = tuple((r.name.partition("/")[2], r.stop - r.start, r.crc) for r in records if "/data/" in r.name)
+            found.sums[path.name] = f"{zlib.crc32(repr(data).encode()):08x}"
             inner = re.fullmatch(r"consolidated\.(\d+)", records[0].name.partition("/")[0])
             if not any(r.crc for r in records):
                 found.notes.append(f"{path} was written without CRCs: only a checklist could tell that it is undamaged")
@@ -186,11 +215,6 @@ def check_bytes(files: list[Path], folder: Path, found: Findings) -> set[Path]:
     return readable
 
 
-def torn_records(path: Path) -> list[str]:
-    """The records of a zip file whose bytes are not what their CRCs say. Raises CheckpointError for no whole one."""
-    return _scan(path, _read_zip(path), None)
-
-
 def _wrong_kind(path: Path, is_shard: bool) -> str | None:
     kind = what_is(path)
     if kind == ZIP if is_shard else kind in (None, ZIP, PICKLE) or (kind == JSON and path.suffix != ".pth"):
@@ -203,9 +227,9 @@ def _wrong_kind(path: Path, is_shard: bool) -> str | None:
     return f"is {kind or 'of no known kind'}, expected {expected}: {way.get(kind or '', 'fetch it again')}"
 
 
-def _read_checklists(folder: Path, found: Findings) -> dict[Path, tuple[str, Path]]:
-    """File -> (sum, checklist), from checklist.chk and tokenizer_checklist.chk in the folder or else beside it."""
-    listed: dict[Path, tuple[str, Path]] = {}
+def read_checklists(folder: Path, found: Findings) -> Listed:
+    """From checklist.chk and tokenizer_checklist.chk in the folder or else beside it."""
+    listed: Listed = {}
     for checklist in ("checklist.chk", "tokenizer_checklist.chk"):
         places = [place / checklist for place in (folder, folder.resolve().parent) if (place / checklist).exists()]
         if not places:
@@ -237,7 +261,7 @@ def _read_checklists(folder: Path, found: Findings) -> dict[Path, tuple[str, Pat
     return listed
 
 
-def _read_zip(path: Path) -> list[Record]:
+def read_zip(path: Path) -> list[Record]:
     """The records of a zip file by their place. Raises CheckpointError where its directory is damaged."""
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -296,43 +320,45 @@ def _read_record(file: BinaryIO, info: zipfile.ZipInfo, central: bytes) -> Recor
     return record
 
 
-def _scan(path: Path, records: list[Record], hashed: Any) -> list[str]:
-    """Read a file once, block by block, feed `hashed`, and name the records that are not what their CRCs say."""
-    size = path.stat().st_size
-    torn = [f"{record.name} ({record.fault})" for record in records if record.fault]
-    waiting = [record for record in records if not record.fault]
-    if not any(record.crc for record in waiting):
-        waiting = []  # written with torch.serialization.set_crc32_options(False)
-    if not (waiting or hashed):
-        return torn
-    waiting.reverse()
-    at = crc = 0
+def _hash(path: Path, kind: str) -> str:
+    hashed = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:
-        for _ in progress(range(-(-size // BLOCK)), f"{path.name}: MiB"):
-            block = file.read(BLOCK)
-            end = at + len(block)
-            if hashed:
-                hashed.update(block)
-            while waiting and waiting[-1].start < end:
-                record = waiting[-1]
-                crc = zlib.crc32(memoryview(block)[max(0, record.start - at) : max(0, record.stop - at)], crc)
-                if record.stop > end:
-                    break
-                if crc != record.crc:
-                    torn.append(record.name)
-                waiting.pop()
-                crc = 0
-            at = end
-    return torn
+        for _ in progress(range(-(-path.stat().st_size // BLOCK)), f"{path.name}: MiB"):
+            hashed.update(file.read(BLOCK))
+    return hashed.hexdigest()
+
+
+def torn_records(path: Path, records: list[Record]) -> list[str]:
+    """The records of a zip file that are not what their CRCs say, or wrong without them."""
+    whole = [record for record in records if not record.fault]
+    if not any(record.crc for record in whole):
+        whole = []  # written with torch.serialization.set_crc32_options(False)
+    torn = {record.name: record.fault for record in records if record.fault}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        found = pool.map(lambda record: _crc(path, record), whole)
+        for record, crc in zip(progress(whole, f"checking {path.name}"), found, strict=True):
+            if crc != record.crc:
+                torn[record.name] = ""
+    return [f"{name} ({fault})" if fault else name for name, fault in torn.items()]
+
+
+def _crc(path: Path, record: Record) -> int:
+    crc, left, block = 0, record.stop - record.start, memoryview(bytearray(BLOCK))
+    with path.open("rb", buffering=0) as file:
+        file.seek(record.start)
+        while left and (size := file.readinto(block[:left])):
+            crc, left = zlib.crc32(block[:size], crc), left - size
+    return crc
 
 
 # Tensors ------------------------------------------------------------------------------------------
 
 
 def _check_tensors(
-    shards: dict[int, Path], opened: dict[int, Tensors], args: ModelArgs, found: Findings
+    shards: dict[int, Path], opened: dict[int, Tensors], args: ModelArgs, found: Findings, part: int = 0, parts: int = 1
 ) -> ModelArgs | None:
-    """Account for every tensor of every file. Returns `args` with its vocabulary, None where that is unknown."""
+    """Account for every tensor of every file, and look at the numbers of this part of them. Returns `args` with its
+    vocabulary, None where that is unknown."""
     tables = {number: tensors[EMBEDDING] for number, tensors in opened.items() if EMBEDDING in tensors}
     columns = [table.shape[1] for table in tables.values() if table.dim() == 2]
     if not columns:
@@ -353,15 +379,20 @@ def _check_tensors(
     count = min(models, key=lambda n: all(models[n][2].values()))  # the first one that any file fits
     args, shapes, faults = models[count]
     _check_count(shards, count, found)
-    part = "the whole" if count == 1 else f"one of {count} parts"
+    what = "the whole" if count == 1 else f"one of {count} parts"
     for number in opened:
         if number < count:
             for fault in faults[number]:
                 found.add(
                     shards[number],
-                    f"is not {part} of the model in params.json, {fault}: fetch it again, or the params.json it "
+                    f"is not {what} of the model in params.json, {fault}: fetch it again, or the params.json it "
                     "belongs to",
                 )
+    for number, tensors in opened.items():
+        if shards[number] not in found.faulty:
+            names, label = list(tensors)[part::parts], f"looking for NaN in {shards[number].name}"
+            if bad := [name for name in progress(names, label) if not is_finite(tensors[name])]:
+                found.add(shards[number], f"holds NaN or infinity in {_some(bad)}: fetch it again")
     check_kinship(
         shards, {n: t for n, t in opened.items() if n < count and shards[n] not in found.faulty}, shapes, found
     )
@@ -369,6 +400,13 @@ def _check_tensors(
         found.notes.append(f"no file has {OUTPUT}: the embedding serves as the output too")
     found.checked.append(f"{count} shard{'s' * (count > 1)} of {len(shapes)} tensors against params.json")
     return args
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # NaN comes through, and no further tensor is needed
+    return bool(low.isfinite() and high.isfinite())
 
 
 def _commonest(values: Iterable[Any]) -> Any:

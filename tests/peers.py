@@ -1,7 +1,11 @@
-"""The same weights in an implementation that others wrote."""
+"""The same weights in implementations that others wrote."""
 
 import json
+from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -57,3 +61,48 @@ def transformers_model(folder: Path) -> LlamaForCausalLM:
     theirs = LlamaForCausalLM(config).eval()
     theirs.load_state_dict(state)
     return theirs
+
+
+def llama_models_vectors(folder: Path, ids: list[int], next_ids: list[int]) -> dict[str, torch.Tensor]:
+    """What llama-models computes on a seeded checkpoint in one shard, by the names of docs/conformance.md: the ids at
+    once, those that follow one by one. Needs fairscale's groups."""
+    from llama_models.llama3 import model as published
+    from llama_models.llama3.args import ModelArgs
+
+    params = json.loads((folder / "params.json").read_text()) | {"vocab_size": 512}
+    sizes = {"max_seq_len": 128, "max_batch_size": 1}
+    model = published.Transformer(ModelArgs(**({"rope_theta": 10000.0} | params | sizes))).eval()
+    model.load_state_dict(torch.load(folder / "consolidated.00.pth", weights_only=True), strict=True)
+    found: dict[str, list[torch.Tensor]] = defaultdict(list)
+    rotate = published.apply_rotary_emb
+
+    def rotating(*args: Any, **kwargs: Any) -> Any:
+        q, k = rotate(*args, **kwargs)
+        layer = next(layers)
+        found[f"layers.{layer}.q"].append(q[0])
+        found[f"layers.{layer}.k"].append(k[0])
+        return q, k
+
+    layers = cycle(range(params["n_layers"]))  # it is called once in each
+
+    def output(name: str) -> Any:
+        return lambda module, args, value: found[name].append(value[0])
+
+    def argument(name: str) -> Any:
+        return lambda module, args: found[name].append(args[0][0])
+
+    for name, module in {"embedding": model.tok_embeddings, "norm": model.norm, "logits": model.output}.items():
+        module.register_forward_hook(output(name))
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(argument(f"layers.{i}.input"))
+        layer.attention.register_forward_hook(output(f"layers.{i}.attention"))
+        layer.feed_forward.register_forward_hook(output(f"layers.{i}.feed_forward"))
+    with patch.object(published, "apply_rotary_emb", rotating):
+        model(torch.tensor([ids]), 0)
+        for i, following in enumerate(next_ids):
+            model(torch.tensor([[following]]), len(ids) + i)
+    vectors = {name: torch.cat(parts) for name, parts in found.items()}
+    for i, layer in enumerate(model.layers):
+        for name in ("cache_k", "cache_v"):
+            vectors[f"layers.{i}.{name}"] = getattr(layer.attention, name)[0, : len(ids) + len(next_ids)].clone()
+    return {name: tensor.contiguous() for name, tensor in vectors.items()}

@@ -46,28 +46,41 @@ def rotate(x: Array, freqs: list[float]) -> Array:
     return np.stack((turned.real, turned.imag), axis=-1).reshape(x.shape)
 
 
-def logits(params: dict, w: dict[str, Array], ids: list[int]) -> Array:
-    """float64 logits [n, vocab] of all positions of one sequence."""
+def forward(params: dict, w: dict[str, Array], ids: list[int]) -> dict[str, Array]:
+    """What is computed on the way from the ids of one sequence to its logits [n, vocab], by the names of
+    docs/conformance.md; the values, which there is no cache for, are cache_v."""
     n, heads = len(ids), params["n_heads"]
     kv_heads, head_dim = params.get("n_kv_heads", heads), params["dim"] // heads
     freqs = frequencies(params, head_dim)
     future = np.triu(np.full((n, n), -np.inf), 1)
     x = w["tok_embeddings.weight"][ids]
+    found = {"embedding": x}
     for layer in range(params["n_layers"]):
         p = f"layers.{layer}."
+        found[p + "input"] = x
         h = norm(x, w[p + "attention_norm.weight"], params["norm_eps"])
         q = rotate((h @ w[p + "attention.wq.weight"].T).reshape(n, heads, head_dim), freqs)
         k = rotate((h @ w[p + "attention.wk.weight"].T).reshape(n, kv_heads, head_dim), freqs)
         v = (h @ w[p + "attention.wv.weight"].T).reshape(n, kv_heads, head_dim)
+        found |= {p + "q": q, p + "k": k, p + "cache_v": v}
         out = np.empty_like(q)
         for head in range(heads):
             shared = head * kv_heads // heads
             scores = q[:, head] @ k[:, shared].T / math.sqrt(head_dim) + future
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, shared]
-        x = x + out.reshape(n, -1) @ w[p + "attention.wo.weight"].T
+        found[p + "attention"] = out.reshape(n, -1) @ w[p + "attention.wo.weight"].T
+        x = x + found[p + "attention"]
         h = norm(x, w[p + "ffn_norm.weight"], params["norm_eps"])
         gate = h @ w[p + "feed_forward.w1.weight"].T
         up = h @ w[p + "feed_forward.w3.weight"].T
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ w[p + "feed_forward.w2.weight"].T
-    return norm(x, w["norm.weight"], params["norm_eps"]) @ w["output.weight"].T
+        found[p + "feed_forward"] = (gate / (1 + np.exp(-gate)) * up) @ w[p + "feed_forward.w2.weight"].T
+        x = x + found[p + "feed_forward"]
+    found["norm"] = norm(x, w["norm.weight"], params["norm_eps"])
+    found["logits"] = found["norm"] @ w.get("output.weight", w["tok_embeddings.weight"]).T
+    return found
+
+
+def logits(params: dict, w: dict[str, Array], ids: list[int]) -> Array:
+    """float64 logits [n, vocab] of all positions of one sequence."""
+    return forward(params, w, ids)["logits"]

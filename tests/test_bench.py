@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from commands import Ended
+from faults import edit_params, edit_shard
 from ranks import run_ranks
-from test_checkpoint import edit_params, edit_shard
 from torch import nn
 
 from llama import Llama, bench

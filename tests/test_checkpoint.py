@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults import Bomb, edit_params, edit_shard
 from make_checkpoint import tensor
 from ranks import run_ranks
 
@@ -36,17 +37,6 @@ def message(folder: Path, **arguments: Any) -> str:
     text = str(caught.value)
     assert "\n" not in text
     return text
-
-
-def edit_params(folder: Path, **changes: Any) -> None:
-    params = json.loads((folder / "params.json").read_text()) | changes
-    (folder / "params.json").write_text(json.dumps({k: v for k, v in params.items() if v != "drop"}))
-
-
-def edit_shard(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    tensors = torch.load(path, weights_only=True)
-    change(tensors)
-    torch.save(tensors, path)
 
 
 # params.json --------------------------------------------------------------------------------------
@@ -224,7 +214,7 @@ def test_a_vocabulary_of_minus_1_is_the_embeddings_rows(
 
 
 def test_repeated_tensors_come_from_the_first_file(folder: Path) -> None:
-    edit_shard(folder / "consolidated.01.pth", lambda t: t.update({"norm.weight": t["norm.weight"] + 1}))
+    edit_shard(folder / "consolidated.01.pth", lambda t: t.update({"norm.weight": t["norm.weight"] * 1.001}))
     llama = Llama.build(folder, max_seq_len=8)
     first = torch.load(folder / "consolidated.00.pth", weights_only=True)["norm.weight"]
     assert torch.equal(llama.model.norm.weight, first)
@@ -238,16 +228,6 @@ def test_llama_1_frequencies_are_skipped(folder: Path) -> None:
     for path in folder.glob("*.pth"):
         edit_shard(path, lambda t: t.update(rope))
     Llama.build(folder, max_seq_len=8).close()
-
-
-class Bomb:
-    """Unpickling this writes a file."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return (Path.write_text, (self.marker, "boom"))
 
 
 def test_a_file_cannot_run_code(folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from make_checkpoint import TOKENIZER
 from torch import nn
 
-from llama import Llama, ModelArgs, fast, model, native
+from llama import Llama, ModelArgs, completion, fast, model, native
 from llama.cache import KVCache
 from llama.checkpoint import tensor_shapes
 from llama.model import Positions
@@ -101,11 +101,14 @@ def test_a_batch_is_its_rows_alone(form: dict[str, Any], build: Callable[..., Ll
 
 
 @pytest.mark.parametrize("form", [{"compile": True}, {"quantize": "int8"}, {"quantize": "int4", "compile": True}])
-def test_damaged_weights_are_told(form: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_weights_damaged_behind_the_check_are_told(
+    form: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = torch.load(checkpoint("gqa") / "consolidated.00.pth", weights_only=True)
     weights["layers.1.feed_forward.w2.weight"][7, 40] = float("nan")
     torch.save(weights, tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text((checkpoint("gqa") / "params.json").read_text())
+    monkeypatch.setattr(completion, "check_before_loading", lambda *_: ([], {}))
     llama = Llama.build(tmp_path, TOKENIZER, max_seq_len=32, max_batch_size=1, **form)
     with pytest.raises(FloatingPointError, match="not finite"):
         llama.generate([[5, 6, 7]], 4, temperature=0)
@@ -281,12 +284,55 @@ def test_compiled_once_and_kept(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.library.cache_clear()
-    for told in ("llama: decode step compiled in ", "llama: decode step compiled earlier, taken from "):
-        build("mha", max_seq_len=16, max_batch_size=1, compile=True)
-        assert capfd.readouterr().err.startswith(told)
+    before = os.umask(0o002)  # with which a linker lets the group write
+    try:
+        for told in ("llama: decode step compiled in ", "llama: decode step compiled earlier, taken from "):
+            build("mha", max_seq_len=16, max_batch_size=1, compile=True)
+            assert capfd.readouterr().err.startswith(told)
+    finally:
+        os.umask(before)
     (kept,) = (tmp_path / "llama-runner").iterdir()
+    assert os.name != "posix" or kept.stat().st_mode & 0o777 == 0o700
     assert kept.name.startswith("native-") and kept.suffix == ".so"
     native.library.cache_clear()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="owners and rights as POSIX has them")
+def test_code_is_taken_from_a_folder_that_is_ours_alone(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled: list[Path] = []
+
+    def compile(_: str, path: Path) -> None:
+        compiled.append(path)
+        path.unlink(missing_ok=True)
+        path.touch(0o700)
+
+    monkeypatch.setattr(native, "_compile", compile)
+    assert native.compile_library() and not native.compile_library()
+    library = compiled.pop()
+    folder = library.parent
+    assert folder == tmp_path / "llama-runner" and folder.stat().st_mode & 0o777 == 0o700
+    for rights in (0o720, 0o702):
+        library.chmod(rights)
+        assert native.compile_library() and compiled.pop() == library  # anew
+        library.chmod(0o700)
+        folder.chmod(rights)
+        with pytest.raises(native.NoCompilerError, match=r"llama-runner can be written by others"):
+            native.compile_library()
+        folder.chmod(0o700)
+    assert not native.compile_library()
+    moved = library.rename(tmp_path / "elsewhere.so")
+    library.symlink_to(moved)
+    assert native.compile_library() and compiled.pop() == library
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(native.NoCompilerError, match="can be written by others"):
+        native.compile_library()
+    assert not compiled
+    build("mha", max_seq_len=16, max_batch_size=1, compile=True)  # it runs without
+    line = capfd.readouterr().err.splitlines()[0]
+    assert "can be written by others" in line and line.endswith("the decode step runs uncompiled")
 
 
 @pytest.mark.parametrize(

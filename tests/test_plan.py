@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from faults import edit_params, edit_shard
 from ranks import run_ranks
-from test_checkpoint import edit_params, edit_shard
 
 import llama as package
 from llama import Llama, ModelArgs, cli

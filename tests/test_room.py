@@ -12,8 +12,9 @@ from typing import Any
 import gpu
 import pytest
 import torch
+from ranks import run_ranks
 
-from llama import ModelArgs, memory
+from llama import Llama, ModelArgs, memory
 from llama.distributed import World
 from llama.memory import Choice, RoomError, check_room, free_bytes, ways_out
 from llama.params import CheckpointError
@@ -227,3 +228,93 @@ def test_its_cases_pass_on_a_cpu(
 ) -> None:
     figures, failures = gpu.CASES[case](gpu.Asked("cpu", {name: checkpoint(name) for name in gpu.MODELS}, golden, None))
     assert not failures and figures
+
+
+# Memory that runs out all the same ----------------------------------------------------------------
+
+
+def limited(folder: Path) -> list[str]:
+    """What is said under a limit of the address space, set before a build and before a batch; then a smaller batch."""
+    import resource
+
+    said = []
+
+    def limit(more: int) -> None:
+        used = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
+        resource.setrlimit(resource.RLIMIT_AS, (int(used.split()[1]) * 1024 + more, resource.RLIM_INFINITY))
+
+    Llama.build(folder, max_seq_len=64).close()  # what is taken once
+    limit(200 * 2**20)
+    for free in (free_bytes, lambda device: 2**40):  # told before anything is taken; and where the estimate is wrong
+        memory.free_bytes = free
+        try:
+            Llama.build(folder, max_seq_len=8192, max_batch_size=32)
+        except RoomError as error:
+            said.append(str(error))
+    memory.free_bytes = free_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    llama = Llama.build(folder, max_seq_len=4096, max_batch_size=64, plain=True)
+    prompts = [[3 + i] * 4000 for i in range(64)]
+    before, _ = llama.generate(prompts[:1], 4, temperature=0)
+    limit(8 * 2**20)
+    try:
+        llama.generate(prompts, 4, temperature=0)
+    except RoomError as error:
+        said.append(str(error))
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    after, _ = llama.generate(prompts[:1], 4, temperature=0)
+    llama.close()
+    return [*said, str(before == after)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+def test_a_limit_of_the_address_space(checkpoint: Callable[..., Path]) -> None:
+    ((refused, failed, step, same),) = run_ranks(1, limited, checkpoint("mha"))
+    number = r"\d+\.\d\d"
+    needs = rf"the model needs {number} GiB \(weights {number}, cache {number}, prefill {number}\), "
+    length, rows = rf"--max_seq_len \d+ \({number} GiB\)", rf"--max_batch_size \d+ \({number} GiB\)"
+    more = rf"out of memory on cpu, {number} GiB more were asked for, {number} GiB are free, "
+    anew = "send fewer or shorter prompts at once, or build anew: "
+    assert re.fullmatch(rf"{needs}0\.\d\d GiB are free on cpu: {length} or .* would fit", refused)
+    assert re.fullmatch(rf"{more}the model is not loaded: {needs}.* would fit", failed)
+    assert re.fullmatch(rf"{more}{anew}{needs}.*{length} or {rows} would fit", step), step
+    assert same == "True"
+
+
+@pytest.mark.parametrize("step", ["hidden", "logits"])
+def test_a_card_that_others_have_filled(
+    step: str, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words of torch's CUDA allocator; the request after it is answered as before."""
+    llama = build("gqa", max_seq_len=256, max_batch_size=4)
+    prompts = [[5, 6, 7], [8, 9]]
+    before = llama.generate(prompts, 8, temperature=0)[0]
+    calls = iter(range(100))
+    plain = type(llama.model.layers[0]).forward if step == "hidden" else type(llama.model).logits
+    owner = type(llama.model.layers[0]) if step == "hidden" else type(llama.model)
+
+    def short(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 9:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 11.76 GiB of which "
+                "1.25 GiB is free."
+            )
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, "forward" if step == "hidden" else "logits", short)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: GIB * 5 // 4)
+    with pytest.raises(RoomError, match=r"out of memory on cpu, 2\.50 GiB more were asked for, 1\.25 GiB"):
+        llama.generate(prompts, 30, temperature=0)
+    monkeypatch.undo()
+    assert llama.generate(prompts, 8, temperature=0)[0] == before
+
+
+def test_other_errors_stay_what_they_are(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = build("gqa", max_seq_len=64)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(type(llama.model.layers[0]), "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        llama.generate([[5, 6]], 4)

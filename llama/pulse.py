@@ -1,0 +1,208 @@
+"""How a rank that is gone is noticed.
+
+While ranks add up their parts of the model they keep pace, and a collective that takes too long has lost a rank. But
+between these one rank may take its time: it loads from a slower disk, or its user thinks about the next question. There
+the others wait in `Pulse.exchange`, as long as it takes, if only the pulse of every rank is heard.
+"""
+
+import json
+import os
+import pickle
+import queue
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+Store = Any  # dist.Store, whose stubs lack half of it
+TIMEOUT = {"cpu": 60, "cuda": 600}  # seconds, as LLAMA_TIMEOUT sets them
+# Of these, the part that is waited for a rank. The rest is for the end: torchrun gives a rank that is stopped 30 s.
+PATIENCE = 0.35
+ARRIVAL = 5  # times LLAMA_TIMEOUT for all ranks to come: they may import from a slow disk
+LEFT = -(2**40)  # what makes any number of beats negative
+GRACE = 2  # seconds in which torchrun ends this rank if another one of its host was the first to go
+
+
+class PeerError(RuntimeError):
+    """Another rank failed; the message is that rank's."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank is gone, or does not answer."""
+
+
+def timeout(device_type: str = "cpu") -> float:
+    """Seconds in which all ranks have ended once one is lost. Raises ValueError where LLAMA_TIMEOUT is no number."""
+    given = os.environ.get("LLAMA_TIMEOUT", "")
+    if given and not re.fullmatch(r"[1-9]\d{0,6}", given):
+        raise ValueError(f"LLAMA_TIMEOUT is {given!r}, expected whole seconds, such as 120")
+    return float(given or TIMEOUT[device_type])
+
+
+def find_store(rank: int, size: int) -> Store:
+    """The store of the ranks that torchrun's variables name, once all of them have come."""
+    limit = timedelta(seconds=ARRIVAL * timeout())
+    try:
+        return next(dist.rendezvous("env://", rank, size, timeout=limit))[0]
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = str(error).split("\n")[0]
+        raise LostRankError(
+            f"rank {rank} found no {size} ranks at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} in "
+            f"{limit.total_seconds():.0f} s: start all of them, or give them more time with LLAMA_TIMEOUT ({reason})"
+        ) from error
+
+
+class Pulse:
+    """The pulse of this rank and of the others, who all have one on the same store.
+
+    Operations on a store block for as long as its host does not answer, whatever their timeouts. So none of them runs
+    in the thread that waits for the result.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int):
+        self.rank, self.size, self.patience = rank, size, PATIENCE * timeout()
+        self._round = self._answered = 0
+        self._store = store.clone()  # operations on one connection wait for each other
+        self._started = time.monotonic()
+        self._beats = dict.fromkeys(set(range(size)) - {rank}, 0)  # of the others; negative once they have left
+        self._heard: dict[int, float] = {}  # rank -> when its pulse was last heard
+        self._stopped = threading.Event()
+        self._threads = [_start(self._beat, store.clone())]
+
+    def exchange(self, value: Any) -> list[Any]:
+        """What every rank gives, in rank order; small values. Raises LostRankError once a rank is no longer heard."""
+        self._round += 1
+        keys = [f"{self._round}/{rank}" for rank in range(self.size)]
+        answers: queue.SimpleQueue[list[bytes] | RuntimeError] = queue.SimpleQueue()
+
+        def talk(store: Store) -> None:
+            try:
+                store.set(keys[self.rank], pickle.dumps(value))
+                pause = 0.0005
+                while not store.check(keys):  # its own wait could not be ended
+                    pause = min(1.2 * pause, 0.02)
+                    if self._stopped.wait(pause):
+                        return
+                answers.put(store.multi_get(keys))
+                store.add(f"{self._round}/read", 1)
+                store.delete_key(f"{self._round - 2}/{self.rank}")  # whoever is in this round has read it
+            except RuntimeError as error:
+                answers.put(error)
+
+        self._threads[1:] = [_start(talk, self._store)]
+        lost: str | None = None
+        while True:
+            try:
+                answer = answers.get(timeout=self.patience / 10)
+            except queue.Empty:
+                if lost:  # and for the second time: its last words may have been under way
+                    raise LostRankError(lost) from None
+                lost = self._silence(self.patience) or self._departure()
+                continue
+            if isinstance(answer, RuntimeError):
+                raise LostRankError(f"rank {self.rank} lost the host of rank 0: it was killed, or has ended") from None
+            self._answered = self._round
+            return [pickle.loads(content) for content in answer]
+
+    def stop(self) -> None:
+        """Leave: from here on nobody wonders about this rank's silence."""
+        until = time.monotonic() + GRACE
+        while self._answered == self._round and self.rank == 0 and time.monotonic() < until:
+            # Without torchrun the store ends with this process: the others read the last answers first.
+            if self._store.add(f"{self._round}/read", 0) >= self.size:
+                break
+            time.sleep(0.01)
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(timeout=1)
+
+    def _beat(self, store: Store) -> None:
+        try:
+            while not self._stopped.is_set():
+                store.add(f"pulse/{self.rank}", 1)
+                for rank, last in self._beats.items():
+                    if (beat := store.add(f"pulse/{rank}", 0)) != last:
+                        self._beats[rank], self._heard[rank] = beat, time.monotonic()
+                self._stopped.wait(min(self.patience / 5, 5) if len(self._heard) == len(self._beats) else 0.1)
+                # Whoever waits for a rank finds out first. Here are those who wait for something else, a user perhaps.
+                if line := self._silence(self.patience + 3 * GRACE):
+                    tell_torchrun(line)
+                    print(f"error: {line}", file=sys.stderr, flush=True)
+                    os.kill(os.getpid(), signal.SIGTERM)
+            store.add(f"pulse/{self.rank}", LEFT)
+        except RuntimeError:  # the store is gone with its host: from here on nobody is heard
+            pass
+
+    def _silence(self, limit: float) -> str | None:
+        """The rank that has not been heard for so many seconds."""
+        now = time.monotonic()
+        for rank, beat in self._beats.items():
+            silent = now - self._heard.get(rank, self._started)
+            if beat >= 0 and silent > (limit if rank in self._heard else ARRIVAL * timeout()):
+                return (
+                    f"rank {self.rank} has not heard of rank {rank} for {silent:.0f} s: it was killed or is stopped, "
+                    "or the network is down"
+                )
+        return None
+
+    def _departure(self) -> str | None:
+        left = [rank for rank, beat in self._beats.items() if beat < 0]
+        return f"rank {self.rank} waits for rank {left[0]}, which has ended" if left else None
+
+
+def _start(function: Callable[[Store], None], store: Store) -> threading.Thread:
+    thread = threading.Thread(target=function, args=(store,), daemon=True)  # one that is stuck holds no exit up
+    thread.start()
+    return thread
+
+
+def loss(error: BaseException) -> str | None:
+    """The line to print where an error means that another rank is gone; None for other errors."""
+    if isinstance(error, LostRankError):
+        return str(error)
+    rank, text = os.environ.get("RANK", "0"), str(error)
+    if not isinstance(error, RuntimeError) or not re.search("gloo/transport|pair closure|Connection closed", text):
+        return None
+    if found := re.search(r"Timed out waiting (\d+)ms", text):
+        return (
+            f"rank {rank} has waited {int(found[1]) / 1000:g} s for another rank: it hangs or is stopped, or the "
+            "network is down (LLAMA_TIMEOUT=SECONDS gives it more time)"
+        )
+    peer = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", text)
+    return f"rank {rank} lost a rank on {peer[1] if peer else 'another host'}: it was killed, or ended with an error"
+
+
+def last_words(error: BaseException) -> str | None:
+    """`loss`, a little later: torchrun, which ends all ranks of a host when one is gone, names the first by itself."""
+    if line := loss(error):
+        sys.stderr.flush()
+        time.sleep(GRACE)
+    return line
+
+
+def short_of_losses(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A `sys.excepthook` with one line instead of a traceback where another rank is gone."""
+
+    def short(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if line := last_words(error):
+            tell_torchrun(line)
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        else:
+            hook(kind, error, trace)
+
+    return short
+
+
+def tell_torchrun(problem: str) -> None:
+    """Leave it where torchrun looks for what it names last, as the cause."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": f"error: {problem}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": message}))

@@ -1,0 +1,38 @@
+"""Memory that runs out in the middle of a step, told as `llama.memory` would: with the numbers, and what would fit."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+# A model -> the error to raise for torch's.
+EXPLAIN: WeakKeyDictionary[nn.Module, Callable[[BaseException], Exception]] = WeakKeyDictionary()
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def is_shortage(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search("can't allocate memory|out of memory", str(error)))
+
+
+def telling_shortage(step: Callable[P, R]) -> Callable[P, R]:
+    """For functions and methods of an Engine, which they take first."""
+
+    @functools.wraps(step)
+    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return step(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            engine: Any = args[0]
+            explain = EXPLAIN.get(engine.model) if is_shortage(error) else None
+            if explain is None:
+                raise
+            raise explain(error) from None
+
+    return told

@@ -1,0 +1,65 @@
+"""soak.py CKPT_DIR [--tokens N] [--compile]: does a process that generates for ever stay as it was?
+
+Texts of random length in batches, with stop texts, log-probabilities and streams in turn. After each tenth a line with
+tokens, tokens a second and anonymous memory; the last line is JSON. Exit status 1 where the memory of the last tenth is
+more than 1 % above that of the second (the first fills caches).
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+from llama import Llama
+
+ROWS = 16
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+def soak(folder: str, tokens: int, compile: bool = False) -> dict:
+    llama = Llama.build(folder, max_seq_len=512, max_batch_size=ROWS, compile=compile)
+    rng, done, tenths = random.Random(1), 0, []
+    words = Path(__file__).read_text().split()
+
+    def prompts() -> list[str]:
+        return [" ".join(rng.choices(words, k=rng.randint(1, 30))) for _ in range(ROWS)]
+
+    for tenth in range(10):
+        started, before = time.perf_counter(), done
+        while done < (tenth + 1) * tokens // 10:
+            length, how = rng.randint(100, 400), rng.randrange(3)
+            if how == 0:
+                answers = llama.text_completion(prompts(), 1.0, max_gen_len=length, logprobs=True, stop=["zzz"])
+                done += sum(len(answer["tokens"]) for answer in answers)
+            elif how == 1:
+                ids = [[rng.randrange(3, 500) for _ in range(rng.randint(1, 60))] for _ in range(ROWS)]
+                done += sum(map(len, llama.generate(ids, length, 0.8, 0.95)[0]))
+            else:
+                ids = [[rng.randrange(3, 500) for _ in range(rng.randint(1, 60))] for _ in range(ROWS)]
+                done += sum(token.id is not None for step in llama.stream(ids, max_gen_len=length) for token in step)
+        seconds = time.perf_counter() - started
+        tenths.append({"tokens": done, "tokens_per_s": round((done - before) / seconds), "bytes": anonymous_bytes()})
+        print("{tokens:,} tokens, {tokens_per_s:,} a second, {bytes:,} bytes".format(**tenths[-1]), file=sys.stderr)
+    llama.close()
+    return {"tokens": done, "growth": tenths[-1]["bytes"] / tenths[1]["bytes"] - 1, "tenths": tenths}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ckpt_dir")
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--compile", action="store_true")
+    words = parser.parse_args()
+    found = soak(words.ckpt_dir, words.tokens, words.compile)
+    print(json.dumps(found))
+    sys.exit(found["growth"] > 0.01)
+
+
+if __name__ == "__main__":
+    main()

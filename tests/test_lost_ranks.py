@@ -1,0 +1,322 @@
+"""A rank that is lost ends the others, soon and with a word; two hosts; ranks that do not belong together."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import data_of, edit_params, edit_shard, flip
+from ranks import run_ranks
+
+from llama import Llama, completion
+from llama.distributed import current_world
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+SILENT = r"rank \d has not heard of rank \d for \d+ s: it was killed or is stopped, or the network is down"
+SLOW = r"rank \d has waited \d+(\.\d+)? s for another rank: it hangs or is stopped, or the network is down"
+CLOSED = r"rank \d lost a rank on 127\.0\.0\.1: it was killed, or ended with an error"
+STORE = r"rank 1 lost the host of rank 0: it was killed, or has ended"
+# What the surviving rank says, by the phase in which the other one goes, and how.
+LAST_WORDS = {
+    ("load", 0, "kill"): STORE,  # which rank 0 holds where no torchrun does
+    ("load", 1, "kill"): SILENT,
+    ("prefill", 0, "kill"): CLOSED,
+    ("prefill", 1, "kill"): CLOSED,
+    ("decode", 0, "kill"): CLOSED,
+    ("decode", 1, "kill"): CLOSED,
+    ("wait", 0, "kill"): STORE,
+    ("wait", 1, "kill"): SILENT,
+    ("load", 0, "stop"): SILENT,
+    ("load", 1, "stop"): SILENT,
+    ("decode", 0, "stop"): SLOW,
+    ("decode", 1, "stop"): SLOW,
+    ("wait", 0, "stop"): SILENT,
+    ("wait", 1, "stop"): SILENT,
+    ("decode", 1, "hang"): SLOW,
+    ("decode", 0, "raise"): CLOSED,
+}
+
+
+def lose(timeout: int, folder: Path, scenarios: list[str]) -> Iterator[dict]:
+    env = os.environ | {"LLAMA_TIMEOUT": str(timeout), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "lost_ranks.py"), str(folder), *scenarios]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["scenario"] for one in found] == scenarios
+    for one in found:
+        assert one["status"] not in (0, None) and 0 < one["seconds"] < timeout and one["free"], one
+        assert not any("Traceback" in line for line in one["lines"]), one
+        yield one
+
+
+def test_a_rank_that_is_lost_ends_the_other(checkpoint: Callable[..., Path]) -> None:
+    scenarios = [":".join(map(str, scenario)) for scenario in LAST_WORDS]
+    for one, words in zip(lose(30, checkpoint("mha", 2), scenarios), LAST_WORDS.values(), strict=True):
+        assert re.fullmatch(f"error: {words}.*", one["lines"][-1]), one
+
+
+def test_20_kills_at_random_moments(checkpoint: Callable[..., Path], measured: Callable[[str, object], None]) -> None:
+    rng = random.Random(7)
+    scenarios = [f"{rng.uniform(0, 4):.3f}:{rng.randrange(2)}:kill" for _ in range(20)]
+    found = list(lose(30, checkpoint("mha", 2), scenarios))
+    for one in found:
+        assert re.fullmatch(f"error: ({SILENT}|{CLOSED}|{STORE})", one["lines"][-1]), one
+    measured("kills at random moments, of which the other rank ended by itself", f"20 of {len(found)}")
+    measured("the slowest of them, in seconds", max(one["seconds"] for one in found))
+
+
+def test_torchrun_names_the_rank_that_was_killed(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a b c"}) * 1 + "\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [TORCHRUN, "--nproc_per_node", "2", "--master_port", str(port), "-m", "llama", "chat"]
+    ranks = subprocess.Popen(
+        [*command, "--ckpt_dir", str(checkpoint("mha")), "--chat_format", "llama2"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert ranks.stderr and ranks.stdin
+    lines = []
+    for line in ranks.stderr:
+        lines.append(line)
+        if "/help" in line:
+            break
+    children = subprocess.run(["pgrep", "-P", str(ranks.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)  # while its user thinks
+    started = time.monotonic()
+    _, rest = ranks.communicate(timeout=60)
+    assert time.monotonic() - started < 20 and ranks.returncode != 0
+    *_, cause, end = rest.splitlines()
+    assert cause.strip() == f"traceback : Signal 9 (SIGKILL) received by PID {children[1]}" and set(end) == {"="}
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+# Ranks that do not belong together ----------------------------------------------------------------
+
+
+def build_differently(pairs: list[list[dict]]) -> list[str]:
+    """What `build` answers to each pair of arguments, of which every rank takes its own."""
+    answers = []
+    for arguments in pairs:
+        try:
+            Llama.build(**{"max_seq_len": 64} | arguments[current_world().rank]).close()
+            answers.append("built")
+        except Exception as error:
+            assert "\n" not in str(error)
+            answers.append(f"{type(error).__name__}: {error}")
+    return answers
+
+
+def test_other_arguments_are_named(checkpoint: Callable[..., Path]) -> None:
+    values: dict[str, tuple] = {
+        "max_seq_len": (64, 128),
+        "max_batch_size": (8, 4),
+        "seed": (1, 2),
+        "dtype": ("auto", "bfloat16"),
+        "quantize": (None, "int8"),
+        "compile": (False, True),
+        "plain": (False, True),
+        "chat_format": (None, "chatml"),
+    }
+    pairs = [[{"ckpt_dir": checkpoint("mha"), name: value} for value in pair] for name, pair in values.items()]
+    expected = [
+        f"ValueError: rank 1 has --{name} {second}, rank 0 has {first}: start all ranks with the same arguments"
+        for name, (first, second) in values.items()
+    ]
+    same = [{"ckpt_dir": checkpoint("mha")}] * 2
+    for answers in run_ranks(2, build_differently, [*pairs, same]):
+        assert answers == [*expected, "built"]
+
+
+def test_other_checkpoints_are_named(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    mine = checkpoint("mha", 2)
+    others = {name: Path(shutil.copytree(mine, tmp_path / name)) for name in ("weights", "params", "tokenizer")}
+    edit_shard(others["weights"] / "consolidated.01.pth", lambda t: t["output.weight"].neg_())
+    edit_params(others["params"], norm_eps=1e-4)
+    with (others["tokenizer"] / "tokenizer.model").open("ab") as file:
+        file.write(b"\x7a\x00")  # an empty field that no reader knows
+    others["files"] = checkpoint("mha", 4)
+    sums = r"[0-9a-f]{8}, rank 0 has [0-9a-f]{8}: these are their sums, give all hosts the same files"
+    expected = [
+        rf"ValueError: rank 1 has consolidated\.01\.pth {sums}",
+        r"ValueError: rank 1 has norm_eps 0\.0001, rank 0 has 1e-05: give all hosts the same params\.json",
+        rf"ValueError: rank 1 has tokenizer\.model {sums}",
+        rf"ValueError: rank 1 has consolidated\.00\.pth {sums}",
+    ]
+    for answers in run_ranks(2, build_differently, [[{"ckpt_dir": mine}, {"ckpt_dir": o}] for o in others.values()]):
+        for answer, pattern in zip(answers, expected, strict=True):
+            assert re.fullmatch(pattern, answer), answer
+
+
+def test_a_file_that_is_damaged_on_one_host(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    mine, other = checkpoint("mha", 2), Path(shutil.copytree(checkpoint("mha", 2), tmp_path / "other"))
+    path = other / "consolidated.01.pth"
+    flip(path, random.Random(3), *data_of(path)[5])
+    pair = [{"ckpt_dir": mine}, {"ckpt_dir": other}]
+    (first,), (second,) = run_ranks(2, build_on_hosts_of_their_own, [pair])
+    assert first == f"PeerError: rank 1 failed: {second.partition(': ')[2]}"
+    assert second.startswith(f"CheckpointError: {path} is damaged in consolidated.01/data/")
+
+
+def build_on_hosts_of_their_own(pairs: list[list[dict]]) -> list[str]:
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return build_differently(pairs)
+
+
+def load_slowly(folder: Path) -> float:
+    """Seconds until both are built, where rank 1 reads from a slow disk and the others' patience is shorter."""
+    os.environ["LLAMA_TIMEOUT"] = "6"
+    if current_world().rank == 1:
+        load = completion.load_weights
+
+        def slowly(*args: Any) -> None:
+            time.sleep(8)
+            load(*args)
+
+        completion.load_weights = slowly  # type: ignore[assignment]
+    started = time.monotonic()
+    Llama.build(folder).close()
+    return time.monotonic() - started
+
+
+def test_a_slow_rank_is_waited_for(checkpoint: Callable[..., Path]) -> None:
+    assert min(run_ranks(2, load_slowly, checkpoint("mha"))) >= 8
+
+
+def meet_alone(folder: Path) -> str:
+    if current_world().rank == 1:
+        return "stayed away"
+    os.environ["LLAMA_TIMEOUT"] = "1"
+    try:
+        Llama.build(folder)
+    except RuntimeError as error:
+        return str(error).partition(" (")[0]
+    return "built"
+
+
+def test_ranks_that_never_come(checkpoint: Callable[..., Path]) -> None:
+    first, _ = run_ranks(2, meet_alone, checkpoint("mha"))
+    assert re.fullmatch(
+        r"rank 0 found no 2 ranks at 127\.0\.0\.1:\d+ in 5 s: start all of them, or give them more time with "
+        "LLAMA_TIMEOUT", first
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "0", "1e3", " 5"])
+def test_a_timeout_that_is_no_number(value: str, checkpoint: Callable[..., Path]) -> None:
+    for (answer,) in run_ranks(2, build_in_time, checkpoint("mha"), value):
+        assert answer == f"ValueError: LLAMA_TIMEOUT is {value!r}, expected whole seconds, such as 120"
+
+
+def build_in_time(folder: Path, value: str) -> list[str]:
+    os.environ["LLAMA_TIMEOUT"] = value
+    return build_differently([[{"ckpt_dir": folder}] * 2])
+
+
+# Two hosts ----------------------------------------------------------------------------------------
+
+
+class Hosts:
+    """Two network namespaces on one wire: 10.77.0.1 and .2."""
+
+    def __init__(self, name: str):
+        self.names, self.devices = [f"{name}a", f"{name}b"], [f"{name}x", f"{name}y"]
+
+    def ip(self, *words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    def __enter__(self) -> "Hosts":
+        for host in self.names:
+            self.ip("netns", "add", host)
+        self.ip("link", "add", self.devices[0], "type", "veth", "peer", "name", self.devices[1])
+        for number, (host, device) in enumerate(zip(self.names, self.devices, strict=True), 1):
+            self.ip("link", "set", device, "netns", host)
+            self.ip("-n", host, "addr", "add", f"10.77.0.{number}/24", "dev", device)
+            self.ip("-n", host, "link", "set", device, "up")
+            self.ip("-n", host, "link", "set", "lo", "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for host in self.names:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self.ip("netns", "del", host)
+
+    def cut(self) -> None:
+        self.ip("-n", self.names[0], "link", "set", self.devices[0], "down")
+
+    def start(self, number: int, ranks: int, *command: str, **env: str) -> subprocess.Popen[str]:
+        """torchrun on one of the hosts, with the flags that the README gives for real ones."""
+        rendezvous = ["--master_addr", "10.77.0.1", "--master_port", "29500"]
+        program = [TORCHRUN, "--nnodes", "2", "--node_rank", str(number), "--nproc_per_node", str(ranks), *rendezvous]
+        return subprocess.Popen(
+            ["ip", "netns", "exec", self.names[number], *program, *command],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env=os.environ | {"GLOO_SOCKET_IFNAME": self.devices[number]} | env,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("network namespaces need Linux, root and the command ip")
+    made = Hosts(f"ll{os.getpid() % 100_000}")
+    try:
+        made.__enter__()
+    except subprocess.CalledProcessError as error:
+        made.__exit__()
+        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+    yield made
+    made.__exit__()
+
+
+def test_two_hosts_answer_as_one_rank(hosts: Hosts, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Two ranks on each, with a copy of the checkpoint on each."""
+    folders = [str(shutil.copytree(checkpoint("mha", 2), tmp_path / host)) for host in "ab"]
+    words = ["inspect", "The licence", "--generate", "40", "--json", "--ckpt_dir"]
+    alone = subprocess.run(
+        [sys.executable, "-m", "llama", *words, folders[0]], capture_output=True, text=True, cwd=ROOT, timeout=100
+    )
+    assert alone.returncode == 0, alone.stderr
+    running = [hosts.start(number, 2, "-m", "llama", *words, folders[number]) for number in range(2)]
+    results = [host.communicate(timeout=100) for host in running]
+    assert [host.returncode for host in running] == [0, 0], results
+    ids, expected = ([token["id"] for token in json.loads(out)["tokens"]] for out in (results[0][0], alone.stdout))
+    assert ids == expected and len(ids) > 20 and results[1][0] == ""
+    assert "2 shards -> 4 ranks over gloo" in results[0][1]
+
+
+def test_a_network_that_is_cut_ends_both_hosts(
+    hosts: Hosts, checkpoint: Callable[..., Path], tmp_path: Path, measured: Callable[[str, object], None]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a b c"}\n' * 10_000)
+    words = ["-m", "llama", "complete", "--ckpt_dir", str(checkpoint("mha", 2)), "--file",
+             str(tmp_path / "prompts.jsonl"), "--max_gen_len", "400", "--out"]  # fmt: skip
+    running = [hosts.start(n, 1, *words, str(tmp_path / f"out{n}.jsonl"), LLAMA_TIMEOUT="24") for n in range(2)]
+    until = time.monotonic() + 60
+    while not (tmp_path / "out0.jsonl").exists() or not (tmp_path / "out0.jsonl").read_text():
+        assert time.monotonic() < until and running[0].poll() is None, running[0].communicate()
+        time.sleep(0.1)
+    hosts.cut()
+    started = time.monotonic()
+    for host in running:
+        _, stderr = host.communicate(timeout=60)
+        assert time.monotonic() - started < 24 and host.returncode != 0
+        assert re.search(f"traceback : error: {SLOW}", stderr.splitlines()[-2]), stderr
+    measured("seconds from the cut of the network to the end on both hosts", time.monotonic() - started)
