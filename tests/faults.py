@@ -1,0 +1,442 @@
+"""Everything that can be wrong with what is loaded or converted: what is done to it, and what is said about it.
+
+`python tests/faults.py` prints docs/faults.md.
+"""
+
+import hashlib
+import json
+import pickle
+import random
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+FIRST, SECOND, THIRD = (f"consolidated.{i:02d}.pth" for i in range(3))
+WQ = "layers.1.attention.wq.weight"
+Damage = Callable[[Path, random.Random], Any]
+
+
+def edit_params(folder: Path, **changes: Any) -> None:
+    params = json.loads((folder / "params.json").read_text()) | changes
+    (folder / "params.json").write_text(json.dumps({k: v for k, v in params.items() if v != "drop"}))
+
+
+def edit_shard(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    tensors = torch.load(path, weights_only=True)
+    change(tensors)
+    torch.save(tensors, path)
+
+
+class Bomb:
+    """Unpickling this writes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return (Path.write_text, (self.marker, "boom"))
+
+
+def write_list(folder: Path, kind: str = "md5", form: str = "{}  {}\n", name: str = "checklist.chk") -> None:
+    """A checklist of all files that lie there."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix != ".chk" and path.is_file()]
+    lines = [form.format(hashlib.new(kind, path.read_bytes()).hexdigest(), path.name) for path in files]
+    (folder / name).write_text("".join(lines))
+
+
+def flip(path: Path, rng: random.Random, start: int = 0, stop: int | None = None) -> None:
+    """Turn one bit of a file somewhere in [start, stop)."""
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(start, stop or len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def data_of(path: Path) -> list[tuple[int, int]]:
+    """[start, stop) of the tensors in a shard."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        found = []
+        for info in archive.infolist():
+            file.seek(info.header_offset + 26)
+            lengths = int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
+            start = info.header_offset + 30 + lengths
+            if "/data/" in info.filename:
+                found.append((start, start + info.file_size))
+    return found
+
+
+def swap(folder: Path, rng: random.Random) -> None:
+    (folder / FIRST).rename(folder / "x")
+    (folder / SECOND).rename(folder / FIRST)
+    (folder / "x").rename(folder / SECOND)
+
+
+def write(name: str, content: bytes) -> Damage:
+    return lambda folder, rng: (folder / name).write_bytes(content)
+
+
+def remove(name: str) -> Damage:
+    return lambda folder, rng: (folder / name).unlink()
+
+
+def truncate(folder: Path, rng: random.Random) -> None:
+    content = (folder / SECOND).read_bytes()
+    (folder / SECOND).write_bytes(content[: rng.randrange(1, len(content))])
+
+
+def grow(folder: Path, rng: random.Random) -> None:
+    """A gap of zeros, as a download that was resumed at the wrong place leaves."""
+    content, at = (folder / SECOND).read_bytes(), rng.randrange(1000, 100_000)
+    (folder / SECOND).write_bytes(content[:at] + bytes(rng.randrange(1, 5000)) + content[at:])
+
+
+def zero(folder: Path, rng: random.Random) -> None:
+    """A hole: pages that were never written."""
+    content, at = bytearray((folder / SECOND).read_bytes()), rng.randrange(1000, 100_000)
+    content[at : at + 4096] = bytes(4096)
+    (folder / SECOND).write_bytes(content)
+
+
+def flip_weight(folder: Path, rng: random.Random) -> None:
+    flip(folder / SECOND, rng, *rng.choice(data_of(folder / SECOND)))
+
+
+def foreign(folder: Path, rng: random.Random) -> None:
+    """A part of another model of the same shapes."""
+    generator = torch.Generator().manual_seed(rng.randrange(2**32))
+    edit_shard(folder / SECOND, lambda tensors: [t.normal_(generator=generator) for t in tensors.values()])
+
+
+def edit(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    return lambda folder, rng: edit_shard(folder / SECOND, change)
+
+
+def deflate(folder: Path, rng: random.Random) -> None:
+    with zipfile.ZipFile(folder / SECOND) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / SECOND, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+
+
+def add_line(line: str) -> Damage:
+    def add(folder: Path, rng: random.Random) -> None:
+        write_list(folder)
+        with (folder / "checklist.chk").open("a") as file:
+            file.write(line + "\n")
+
+    return add
+
+
+def bomb(name: str) -> Damage:
+    return lambda folder, rng: torch.save(torch.load(folder / name) | {"bomb": Bomb(folder / "marker")}, folder / name)
+
+
+def broken_link(folder: Path, rng: random.Random) -> None:
+    (folder / SECOND).unlink()
+    (folder / SECOND).symlink_to(folder / "nowhere")
+
+
+def change(**keys: Any) -> Damage:
+    return lambda folder, rng: edit_params(folder, **keys)
+
+
+def loop(name: str) -> Damage:
+    """A file that nobody can open, not even root."""
+
+    def link(folder: Path, rng: random.Random) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(folder / name)
+
+    return link
+
+
+def become_folder(name: str) -> Damage:
+    def become(folder: Path, rng: random.Random) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return become
+
+
+def flip_header(folder: Path, rng: random.Random) -> None:
+    """A bit of a record's name, behind which lie its data."""
+    content = bytearray((folder / SECOND).read_bytes())
+    content[content.index(b"data/7") + 5] ^= 1
+    (folder / SECOND).write_bytes(content)
+
+
+def leave_nothing(folder: Path, rng: random.Random) -> None:
+    for path in folder.glob("*.pth"):
+        path.unlink()
+
+
+def become_hugging_face(folder: Path, rng: random.Random) -> None:
+    leave_nothing(folder, rng)
+    (folder / "config.json").write_text("{}")
+
+
+def no_embedding(folder: Path, rng: random.Random) -> None:
+    for path in folder.glob("*.pth"):
+        edit_shard(path, lambda t: t.pop("tok_embeddings.weight"))
+
+
+class Fault(NamedTuple):
+    """What `verify` says, and what `build` says: one line with the path of `file` (or of the folder) and this in it.
+
+    build: None where it is the same, "" where build does not look at it and loads the model. It may blame another file.
+    """
+
+    damage: Damage
+    file: str
+    verify: str
+    build: str | None = None
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476939516\n"
+PAGE = b"\n<!DOCTYPE html><html><body>403 Forbidden</body></html>"
+DENIED = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>AccessDenied</Code></Error>'
+NAN, INFINITY = float("nan"), float("inf")
+PARAMS, WORDS, LIST = "params.json", "tokenizer.model", "checklist.chk"
+NOT_PART = "is not one of 2 parts of the model in params.json"
+NO_SHARDS = "holds no consolidated.NN.pth: give the folder of one model"
+FAULTS: dict[str, Fault] = {
+    # Shards
+    "a bit of a weight": Fault(flip_weight, SECOND, "is damaged in consolidated.01/data/"),
+    "a bit of a header": Fault(flip_header, SECOND, "is damaged in consolidated.01/data/7 (header)"),
+    "a hole": Fault(zero, SECOND, "damaged"),
+    "a gap": Fault(grow, SECOND, "damaged"),
+    "cut short": Fault(truncate, SECOND, "cut short at"),
+    "empty": Fault(write(SECOND, b""), SECOND, "is an empty file, expected a file of torch.save: fetch it again"),
+    "LFS pointer": Fault(write(SECOND, POINTER), SECOND, "is a Git LFS pointer, expected a file of torch.save"),
+    "first shard an LFS pointer": Fault(
+        write(FIRST, POINTER), FIRST, "is a Git LFS pointer, expected", "is a Git LFS pointer, not what torch.save"
+    ),
+    "web page": Fault(write(SECOND, PAGE), SECOND, "is an HTML or XML page"),
+    "XML page": Fault(write(SECOND, DENIED), SECOND, "is an HTML or XML page"),
+    "JSON answer": Fault(write(SECOND, b'{"error": "gated"}'), SECOND, "is a JSON text"),
+    "GGUF": Fault(write(SECOND, b"GGUF\3\0\0\0"), SECOND, "is a GGUF file, expected a file of torch.save"),
+    "safetensors": Fault(write(SECOND, b"\x20\0\0\0\0\0\0\0{}"), SECOND, "is a safetensors file"),
+    "pickle": Fault(write(SECOND, pickle.dumps({"a": 1})), SECOND, "is a bare pickle, expected a file of torch.save"),
+    "noise": Fault(write(SECOND, random.Random(5).randbytes(5000)), SECOND, "is of no known kind"),
+    "code": Fault(bomb(SECOND), SECOND, "holds more than tensors, which could run code"),
+    "code in the first shard": Fault(bomb(FIRST), FIRST, "holds more than tensors, which could run code"),
+    "compressed": Fault(deflate, SECOND, "compression, which torch.save does not use"),
+    "folder": Fault(become_folder(SECOND), SECOND, "is a folder, expected a file"),
+    "first shard a folder": Fault(become_folder(FIRST), FIRST, "is a folder, expected a file", "is a folder, not what"),
+    "broken link": Fault(broken_link, SECOND, "is missing: fetch it"),
+    "unreadable": Fault(loop(SECOND), SECOND, "cannot be read (Too many levels of symbolic links)"),
+    "first shard unreadable": Fault(loop(FIRST), FIRST, "cannot be read (Too many levels of symbolic links)"),
+    "no first shard": Fault(
+        remove(FIRST), FIRST, "is missing, one of 2 parts of the model: fetch it", "lacks consolidated.00.pth"
+    ),
+    "no last shard": Fault(
+        remove(SECOND),
+        SECOND,
+        "is missing, one of 2 parts of the model: fetch it",
+        "is not the whole of the model in params.json (files missing, or another model's?)",
+    ),
+    "no shard": Fault(leave_nothing, "", NO_SHARDS),
+    "a Hugging Face folder": Fault(become_hugging_face, "", "is a Hugging Face folder, not one in Meta's layout"),
+    "a shard too many": Fault(
+        lambda folder, rng: shutil.copy(folder / FIRST, folder / THIRD),
+        THIRD,
+        "holds the same tensors as consolidated.00.pth",
+        "is not one of 3 parts of the model in params.json (files missing, or another model's?)",
+    ),
+    "a number twice": Fault(
+        lambda folder, rng: shutil.copy(folder / FIRST, folder / "consolidated.000.pth"),
+        "consolidated.000.pth",
+        "has the same number as consolidated.00.pth",
+        "has the same number as",
+    ),
+    "repeated": Fault(
+        lambda folder, rng: shutil.copy(folder / FIRST, folder / SECOND), SECOND, "holds the same tensors"
+    ),
+    "swapped": Fault(swap, FIRST, "was saved as consolidated.01.pth, expected consolidated.00.pth"),
+    "another model's": Fault(foreign, SECOND, "has other norms than consolidated.00.pth"),
+    "another type": Fault(edit(lambda t: t.update({WQ: t[WQ].bfloat16()})), SECOND, "has other types than"),
+    "no float": Fault(edit(lambda t: t.update({WQ: t[WQ].to(torch.int8)})), SECOND, f"wrong type: {WQ} torch.int8"),
+    "float64": Fault(edit(lambda t: t.update({WQ: t[WQ].double()})), SECOND, f"wrong type: {WQ} torch.float64"),
+    "NaN": Fault(edit(lambda t: t[WQ][3].fill_(NAN)), SECOND, f"holds NaN or infinity in {WQ}"),
+    "infinity": Fault(edit(lambda t: t["norm.weight"][0].fill_(-INFINITY)), SECOND, "holds NaN or infinity in norm"),
+    "a shape": Fault(
+        edit(lambda t: t.update({WQ: torch.ones(1)})), SECOND, f"wrong shape: {WQ} (1,), expected (32, 64)"
+    ),
+    "a name too few": Fault(edit(lambda t: t.pop(WQ)), SECOND, f"missing: {WQ}"),
+    "a name too many": Fault(edit(lambda t: t.update({"extra": torch.ones(1)})), SECOND, "unexpected: extra"),
+    "no names": Fault(lambda folder, rng: torch.save([1], folder / SECOND), SECOND, "does not hold tensors by name"),
+    "no embedding": Fault(
+        no_embedding,
+        FIRST,
+        "has no tok_embeddings.weight, expected a Llama checkpoint in Meta's layout",
+        "has no tok_embeddings.weight: not a Llama checkpoint in Meta's layout",
+    ),
+    # params.json
+    "no params.json": Fault(
+        remove(PARAMS), PARAMS, "is missing: fetch it", "is missing: it comes with the consolidated.NN.pth files"
+    ),
+    "params.json a pointer": Fault(write(PARAMS, POINTER), PARAMS, "is a Git LFS pointer"),
+    "params.json a page": Fault(write(PARAMS, PAGE), PARAMS, "is an HTML or XML page"),
+    "params.json empty": Fault(write(PARAMS, b""), PARAMS, "is an empty file"),
+    "params.json a folder": Fault(become_folder(PARAMS), PARAMS, "is a folder"),
+    "params.json unreadable": Fault(loop(PARAMS), PARAMS, "cannot be read (Too many levels of symbolic links)"),
+    "params.json cut": Fault(write(PARAMS, b'{"dim": 64, '), PARAMS, "cannot be read as JSON"),
+    "params.json nested": Fault(write(PARAMS, b"[" * 100_000), PARAMS, "cannot be read as JSON"),
+    "params.json in Latin-1": Fault(write(PARAMS, b'{"dim": "\xe9"}'), PARAMS, "cannot be read as JSON"),
+    "params.json a list": Fault(write(PARAMS, b"[64]"), PARAMS, "holds a list, expected an object"),
+    "a strange key": Fault(change(alpha=1), PARAMS, "unknown key 'alpha'; this runner knows dim"),
+    "a missing key": Fault(change(n_heads="drop"), PARAMS, "n_heads is missing"),
+    "a text for a number": Fault(change(dim="64"), PARAMS, "dim is '64', expected a positive whole number"),
+    "a list for a number": Fault(change(dim=[64]), PARAMS, "dim is [64], expected a positive whole number"),
+    "a number for a flag": Fault(change(use_scaled_rope=1), PARAMS, "use_scaled_rope is 1, expected true or false"),
+    "a negative size": Fault(change(n_layers=-1), PARAMS, "n_layers is -1, expected a positive whole number"),
+    "an absurd number of layers": Fault(change(n_layers=10**9), PARAMS, "n_layers is 1000000000, expected"),
+    "an absurd width": Fault(change(dim=10**30), PARAMS, "dim is 1000000000000000000000000000000, expected"),
+    "a width that is large": Fault(change(dim=2**23), FIRST, NOT_PART),
+    "NaN for a number": Fault(change(norm_eps=NAN), PARAMS, "norm_eps is nan, expected a positive number"),
+    "heads that do not divide": Fault(change(n_heads=7), PARAMS, "do not go together"),
+    "another model's params.json": Fault(change(dim=128), FIRST, NOT_PART),
+    "a layer too many": Fault(change(n_layers=4), FIRST, "missing: layers.3.attention.wk.weight"),
+    "a layer too few": Fault(change(n_layers=2), FIRST, "unexpected: layers.2.attention.wk.weight"),
+    "another vocabulary": Fault(change(vocab_size=500), FIRST, "wrong shape: output.weight (256, 64)"),
+    # Tokenizer
+    "no tokenizer": Fault(remove(WORDS), "", "no tokenizer.model or tokenizer.json in"),
+    "an empty tokenizer": Fault(write(WORDS, b""), WORDS, "is an empty file"),
+    "a tokenizer's pointer": Fault(write(WORDS, POINTER), WORDS, "is a Git LFS pointer"),
+    "a tokenizer's page": Fault(write(WORDS, PAGE), WORDS, "is an HTML or XML page", "is not a SentencePiece model"),
+    "a tokenizer's folder": Fault(become_folder(WORDS), "", "no tokenizer.model or tokenizer.json in"),
+    "a broken tokenizer": Fault(write(WORDS, b"\n nothing"), WORDS, "is not a SentencePiece model"),
+    # Checklists, which build does not read
+    "a listed file is gone": Fault(
+        add_line(f"{'0' * 32}  LICENSE"), "LICENSE", "is missing, but checklist.chk lists it", ""
+    ),
+    "a line of nonsense": Fault(add_line("nonsense"), LIST, "line 5 is 'nonsense', expected an md5 or sha256", ""),
+    "a sum too short": Fault(add_line(f"{'0' * 31}  LICENSE"), LIST, "line 5 is '000", ""),
+    "a path": Fault(add_line(f"{'0' * 32}  ../model/{FIRST}"), LIST, "names '../model/consolidated.00.pth'", ""),
+    "an absolute path": Fault(add_line(f"{'0' * 64}  /etc/passwd"), LIST, "names '/etc/passwd' in line 5", ""),
+    "the folder above": Fault(add_line(f"{'0' * 64}  .."), LIST, "names '..' in line 5", ""),
+    "an empty list": Fault(write(LIST, b""), LIST, "is an empty file", ""),
+    "a list that is a page": Fault(write(LIST, PAGE), LIST, "is an HTML or XML page", ""),
+}
+
+
+# Other formats: what lies in the folder (a name -> its text), and what convert's one line must say ------------------
+
+
+def config(**changes: Any) -> str:
+    plain = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512}
+    return json.dumps(plain | {"num_hidden_layers": 2, "intermediate_size": 96, "rms_norm_eps": 1e-5} | changes)
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 13\n"
+FOREIGN: dict[str, tuple[dict[str, str], str]] = {
+    "nothing": ({}, "holds neither consolidated.NN.pth nor config.json"),
+    "gpt-2": ({"config.json": config(architectures=["GPT2LMHeadModel"])}, "'GPT2LMHeadModel' is not supported: Llama"),
+    "falcon": ({"config.json": config(architectures=["FalconForCausalLM"])}, "'FalconForCausalLM' is not supported"),
+    "gemma": ({"config.json": config(architectures=["GemmaForCausalLM"])}, "'GemmaForCausalLM' is not supported"),
+    "qwen": ({"config.json": config(architectures=["Qwen2ForCausalLM"])}, "'Qwen2ForCausalLM' is not supported"),
+    "mixtral": ({"config.json": config(architectures=["MixtralForCausalLM"])}, "'MixtralForCausalLM' is not"),
+    "llama 4": ({"config.json": config(architectures=["Llama4ForConditionalGeneration"])}, "'Llama4ForConditional"),
+    "vision": ({"config.json": config(architectures=["MllamaForConditionalGeneration"])}, "'MllamaForConditional"),
+    "by model_type": ({"config.json": json.dumps({"model_type": "bert"})}, "'bert' is not supported"),
+    "no architecture": ({"config.json": "{}"}, "names no architecture"),
+    "adapter": (
+        {"adapter_config.json": '{"base_model_name_or_path": "me/base"}'},
+        "an adapter for 'me/base', no",
+    ),
+    "adapter with config": ({"adapter_config.json": "{}", "config.json": config()}, "only an adapter is in here"),
+    "no weights": ({"config.json": config()}, "neither model.safetensors nor pytorch_model.bin"),
+    "config is a pointer": ({"config.json": LFS}, "config.json is a Git LFS pointer"),
+    "config is a page": ({"config.json": "<!doctype html><p>Log in"}, "config.json is an HTML or XML page"),
+    "config is cut": ({"config.json": config()[:40]}, "config.json is"),
+    "config is a list": ({"config.json": "[]"}, "holds a list, expected an object"),
+    "config is empty": ({"config.json": ""}, "config.json is an empty file"),
+    "attention bias": ({"config.json": config(attention_bias=True)}, "attention_bias is True"),
+    "mlp bias": ({"config.json": config(mlp_bias=True)}, "mlp_bias is True"),
+    "gelu": ({"config.json": config(hidden_act="gelu")}, "hidden_act is 'gelu'"),
+    "gptq": ({"config.json": config(quantization_config={"quant_method": "gptq"})}, "quantized (gptq)"),
+    "yarn": ({"config.json": config(rope_scaling={"type": "yarn", "factor": 2})}, "rope scaling 'yarn' is not"),
+    "dynamic": ({"config.json": config(rope_scaling={"type": "dynamic", "factor": 2})}, "rope scaling 'dynamic'"),
+    "longrope": ({"config.json": config(rope_scaling={"rope_type": "longrope"})}, "rope scaling 'longrope'"),
+    "llama3 with other numbers": (
+        {"config.json": config(rope_scaling={"rope_type": "llama3", "factor": 8, "low_freq_factor": 2})},
+        "low_freq_factor is 2",
+    ),
+    "linear without factor": ({"config.json": config(rope_scaling={"type": "linear"})}, "factor is missing"),
+    "a scaling for each kind of layer": (
+        {"config.json": config(rope_parameters={"full_attention": {"rope_type": "default"}})},
+        "one object for all layers is",
+    ),
+    "two thetas": (
+        {"config.json": config(rope_theta=5e5, rope_parameters={"rope_theta": 1e4})},
+        "rope_theta, rope_parameters and rope_scaling contradict each other",
+    ),
+    "two scalings": (
+        {"config.json": config(rope_parameters={"rope_type": "default"}, rope_scaling={"type": "linear", "factor": 4})},
+        "rope_theta, rope_parameters and rope_scaling contradict each other",
+    ),
+    "nested without end": ({"config.json": "[" * 100_000}, "config.json is no JSON"),
+    "half rotary": ({"config.json": config(partial_rotary_factor=0.5)}, "partial_rotary_factor is 0.5"),
+    "odd heads": ({"config.json": config(num_attention_heads=5)}, "hidden_size 64 is no multiple of 5"),
+    "kv heads": ({"config.json": config(num_key_value_heads=3)}, "3 KV heads do not go together"),
+    "odd head_dim": ({"config.json": config(head_dim=15)}, "do not go together"),
+    "absurd layers": ({"config.json": config(num_hidden_layers=10**12)}, "num_hidden_layers is 1000000000000"),
+    "no size": ({"config.json": config(hidden_size=None)}, "hidden_size is missing"),
+    "text for a size": ({"config.json": config(vocab_size="many")}, "vocab_size is 'many'"),
+    "weights are a pointer": (
+        {"config.json": config(), "model.safetensors": LFS},
+        "model.safetensors is a Git LFS pointer, not a safetensors file",
+    ),
+    "weights are a page": ({"config.json": config(), "pytorch_model.bin": "<html>"}, "is an HTML or XML page, not"),
+    "weights are nothing": ({"config.json": config(), "pytorch_model.bin": ""}, "is an empty file"),
+    "weights are text": ({"config.json": config(), "model.safetensors": "hello there"}, "is damaged or cut off"),
+    "index without files": (
+        {"config.json": config(), "model.safetensors.index.json": '{"weight_map": {"a": "model-1.safetensors"}}'},
+        "model-1.safetensors is missing, which model.safetensors.index.json names",
+    ),
+    "index out of the folder": (
+        {"config.json": config(), "model.safetensors.index.json": '{"weight_map": {"a": "../secret"}}'},
+        "'../secret', a file outside the folder",
+    ),
+    "index without map": ({"config.json": config(), "model.safetensors.index.json": "{}"}, "has no weight_map"),
+    "file: pointer": ({"model.gguf": LFS}, "is a Git LFS pointer: fetch the file that it stands for"),
+    "file: page": ({"model.bin": "<!DOCTYPE html>"}, "is an HTML or XML page: supported are"),
+    "file: nothing": ({"model.bin": ""}, "is an empty file: supported are"),
+    "file: text": ({"model.bin": "what is this"}, "is of no known format: supported are"),
+    "file: json": ({"model.json": "{}"}, "is a JSON text: supported are"),
+    "file: zip": ({"consolidated.00.pth": "PK\3\4"}, "a part of a model: name the folder it lies in"),
+    "file: gguf alone": ({"a.gguf": "GGUF"}, "a.gguf: damaged, cut off or of an unknown GGUF version"),
+    "only original": ({"original/consolidated.00.pth": ""}, "holds Meta's files in its folder original: name that"),
+    "folder of a gguf": ({"a.gguf": "GGUF", "readme": ""}, "is a folder: name the file in it"),
+}
+
+
+def table() -> str:
+    """docs/faults.md."""
+    lines = [
+        "# Faults",
+        "",
+        "What was done to a folder on purpose, and the one line that answers it (a part of it; each names the file and",
+        "a way out). Written by `python tests/faults.py`; `tests/test_faults.py` does every one of them.",
+        "",
+        f"## A folder of `consolidated.NN.pth`: {len(FAULTS)} faults",
+        "",
+        "`build` is what every command that loads a model says, on each rank, before any memory is taken.",
+        "",
+        "| fault | `verify` | `build` |",
+        "|---|---|---|",
+    ]
+    for name, fault in FAULTS.items():
+        build = "(not read)" if fault.build == "" else f"`{fault.build}`" if fault.build else "the same"
+        lines.append(f"| {name} | `{fault.verify}` | {build} |")
+    lines += ["", f"## Other formats: {len(FOREIGN)} faults", "", "| fault | `convert` |", "|---|---|"]
+    lines += [f"| {name} | `{answer}` |" for name, (_, answer) in FOREIGN.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")
