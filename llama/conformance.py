@@ -1,0 +1,590 @@
+"""Vectors that other implementations check themselves against: `python -m llama conformance export` and `compare`.
+
+docs/conformance.md says how a kit is laid out and how another implementation writes one.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import zip_longest
+from json import dumps
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+import llama
+from llama.chat_format import Dialog
+from llama.completion import Llama
+from llama.distributed import current_world, say
+from llama.model import Positions, Transformer, TransformerBlock, rope_table, score
+from llama.params import ModelArgs
+from llama.progress import progress
+from llama.textfile import read_text
+
+FORMAT, VERSION = "llama-conformance", 1
+STEPS = 4  # ids that follow each prompt, one at a time: they read the cache, where a prompt only fills it
+PROMPTS = (
+    "The capital of France is",
+    "def add(a, b):\n    return a + b\n",
+    "Über die Brücke gehen 12 Katzen, 三匹の猫 und 1 🐈.",
+)
+DIALOGS: tuple[Dialog, ...] = (
+    ({"role": "user", "content": "What is 2 + 2?"},),
+    ({"role": "system", "content": "Be brief."}, {"role": "user", "content": " Why is the sky blue?\n"}),
+    (
+        {"role": "user", "content": "Ich heiße Ana."},
+        {"role": "assistant", "content": "Hello, Ana!"},
+        {"role": "user", "content": "What is my name?"},
+    ),
+)
+ROPE_POSITIONS = (0, 1, 2, 100, 4095, 8191, 131071)
+SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
+ROPE_FILE = "rope.safetensors"
+
+
+# What is compared, in the order of computation: name -> (shape, definition). n is the number of ids of a prompt, those
+# that follow it included.
+ROPE = {
+    "rope.cos": ("[positions, head_dim / 2]", "cosine of position * frequency of each pair, float32"),
+    "rope.sin": ("[positions, head_dim / 2]", "sine of the same"),
+}
+BEFORE = {"embedding": ("[n, dim]", "the ids' rows of the embedding")}
+LAYER = {  # each with its layer's number: layers.0.input
+    "input": ("[n, dim]", "what enters the layer: the residual stream, before the norm of the attention"),
+    "q": ("[n, n_heads, head_dim]", "queries after RoPE; numbers 2i and 2i + 1 of a head are its pair i"),
+    "k": ("[n, n_kv_heads, head_dim]", "keys after RoPE, ordered as q"),
+    "cache_k": ("[n, n_kv_heads, head_dim]", "the cache's keys of positions 0 to n - 1, once all ids are computed"),
+    "cache_v": ("[n, n_kv_heads, head_dim]", "its values of the same positions"),
+    "attention": ("[n, dim]", "what attention adds to the residual stream: after wo"),
+    "feed_forward": ("[n, dim]", "what the feed-forward adds to the residual stream: after w2"),
+}
+AFTER = {
+    "norm": ("[n, dim]", "the residual stream after the last layer and the final norm"),
+    "logits": ("[n, vocab_size]", "raw logits, float32"),
+    "logprobs": ("[n - 1]", "natural log-probability, under logits[i], of the id at position i + 1, float32"),
+}
+
+# Bounds -------------------------------------------------------------------------------------------
+# docs/conformance.md has where these numbers come from.
+
+# The largest error that rounding makes of a number of size 1.
+ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+GROWING_LAYERS = 16  # each adds to the error as much as the first one makes; from the next on it no longer grows
+ANGLE = 2.0**-21  # by this many radians a position, as all compute angles in float32
+
+
+def bound_of(quantity: str, layer: int, dtype: str, hidden_dim: int) -> float:
+    """How far right implementations may lie apart, as a part of the quantity's largest number.
+
+    layer: as many come before it. A sum of n products is off by about sqrt(n) roundings where it is made in the dtype
+    of the products, as in float32; those of 16 bits are summed in float32, and rounded once.
+    """
+    if quantity == "embedding":
+        return 2 * ROUNDING[dtype]
+    roundings = 2 * math.sqrt(hidden_dim) if dtype == "float32" else 8
+    return roundings * min(1 + layer, GROWING_LAYERS) * ROUNDING[dtype]
+
+
+def prompt_file(number: int) -> str:
+    return f"prompt-{number:02d}.safetensors"
+
+
+# Export -------------------------------------------------------------------------------------------
+
+
+def export(
+    *,
+    ckpt_dir: str,
+    out: str,
+    prompts: str | None = None,
+    dtype: str = "float32",
+    tokenizer_path: str | None = None,
+    max_seq_len: int = 512,
+    device: str = "cpu",
+) -> None:
+    """Write what a model computes, step by step, for other implementations to compare themselves with.
+
+    For a few short prompts, the embeddings, the vectors between the layers' parts, the KV cache, logits and
+    log-probabilities; RoPE rows at far positions; ids of texts and dialogs. docs/conformance.md has the layout. The
+    layers are those of llama/model.py, as --plain runs them, on one rank.
+
+    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
+    out: the new folder; it appears when all is written.
+    prompts: a file with further prompts, one a line. A position takes 0.5 MB for a model of 135M parameters, 4 MB for
+        one of 7B, in memory as long as its prompt is computed.
+    dtype: what is computed in; float32 whatever the files hold.
+    max_seq_len: room for the longest prompt and the 4 ids that the model adds to it.
+    """
+    _need_safetensors()
+    if current_world().size > 1:
+        raise ValueError(f"{current_world().size} ranks are running: vectors are exported by one, start it without")
+    target = Path(out)
+    if os.path.lexists(target):
+        raise ValueError(f"{target} exists and is left as it is: name another folder")
+    texts = [*PROMPTS]
+    if prompts is not None:
+        texts += [line for line in read_text(Path(prompts)).replace("\r\n", "\n").split("\n") if line.strip()]
+    model = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, device=device, dtype=dtype, plain=True)
+    try:
+        _export(model, texts, target)
+    finally:
+        model.close()
+
+
+def _export(source: Llama, texts: list[str], target: Path) -> None:
+    from safetensors.torch import save
+
+    args, tokenizer = source.model.params, source.tokenizer
+    encoded = [tokenizer.encode(text, bos=tokenizer.adds_bos, eos=False) for text in texts]
+    for text, ids in zip(texts, encoded, strict=True):
+        if not 0 < len(ids) <= args.max_seq_len - STEPS:
+            raise ValueError(
+                f"the prompt {_short(text)} has {len(ids)} ids, and {STEPS} follow it, but max_seq_len is "
+                f"{args.max_seq_len}: give --max_seq_len {len(ids) + STEPS}, or a shorter prompt"
+            )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        positions = torch.tensor(ROPE_POSITIONS)
+        # The model's own table ends at max_seq_len; its rows do not depend on how many there are.
+        tables = rope_table(replace(args, max_seq_len=max(ROPE_POSITIONS) + 1), torch.device("cpu"))
+        rows = {name: table[positions] for name, table in zip(ROPE, tables, strict=True)}
+        (unfinished / ROPE_FILE).write_bytes(save(rows))
+        found = record(source.model)
+        described = []
+        for number, (text, ids) in enumerate(zip(progress(texts, "prompts"), encoded, strict=True)):
+            vectors, next_ids = vectors_of(source.model, found, ids)
+            for name, tensor in vectors.items():
+                if not tensor.isfinite().all():
+                    raise FloatingPointError(
+                        f"{name} of the prompt {_short(text)} is not finite: the weights are damaged, or their dtype "
+                        "overflows (try --dtype float32)"
+                    )
+            (unfinished / prompt_file(number)).write_bytes(save(vectors))
+            described.append({"text": text, "ids": ids, "next_ids": next_ids})
+        dialogs = [] if source.chat_format is None else [*DIALOGS]
+        about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "written_by": f"llama-runner {llama.__version__}, torch {torch.__version__}",
+            "dtype": str(source.model.norm.weight.dtype).removeprefix("torch."),
+            "params": _params(args),
+            "prompts": described,
+            "chat_format": source.chat_format and source.chat_format.name,
+            "dialogs": [{"messages": dialog, "ids": source.dialogs.encode(dialog)} for dialog in dialogs],
+            "rope_positions": ROPE_POSITIONS,
+            "quantities": {
+                name: {"shape": shape, "definition": definition}
+                for name, (shape, definition) in (ROPE | BEFORE | LAYER | AFTER).items()
+            },
+            "sha256": {path.name: _sha256(path) for path in sorted(unfinished.iterdir())},
+        }
+        (unfinished / "kit.json").write_text(dumps(about, indent=1) + "\n", encoding="utf-8")
+        size = sum(path.stat().st_size for path in unfinished.iterdir())
+        unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    count = sum(len(prompt["ids"]) + STEPS for prompt in described)
+    say(f"wrote {target}: {len(texts)} prompts, {count} positions, {len(dialogs)} dialogs, {size / 1e6:,.1f} MB")
+
+
+def record(model: Transformer) -> dict[str, list[torch.Tensor]]:
+    """Keep, from now on, what flows through a plain model: by name, a tensor a call. KV caches are not among it."""
+    found: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def output(name: str) -> Callable[..., None]:
+        return lambda module, args, value: found[name].append(value[0].cpu())
+
+    def argument(name: str) -> Callable[..., None]:
+        return lambda module, args: found[name].append(args[0][0].cpu())
+
+    def attending(prefix: str, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Positions) -> torch.Tensor:
+            found[f"{prefix}.q"].append(q[0].cpu())
+            found[f"{prefix}.k"].append(k[0].cpu())
+            return attend(q, k, v, at)
+
+        return watched
+
+    model.tok_embeddings.register_forward_hook(output("embedding"))
+    for i, layer in enumerate(cast(list[TransformerBlock], model.layers)):
+        layer.register_forward_pre_hook(argument(f"layers.{i}.input"))
+        layer.attention.attend = attending(  # type: ignore[method-assign]
+            f"layers.{i}", layer.attention.attend
+        )
+        layer.attention.register_forward_hook(output(f"layers.{i}.attention"))
+        layer.feed_forward.register_forward_hook(output(f"layers.{i}.feed_forward"))
+    model.norm.register_forward_hook(output("norm"))
+    return found
+
+
+def vectors_of(
+    model: Transformer, found: dict[str, list[torch.Tensor]], ids: list[int]
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """All quantities of a prompt, and the STEPS ids that the model adds; `found` is what `record` gave."""
+    found.clear()
+    device = model.cos.device
+    next_ids: list[int] = []
+    logits = model(torch.tensor([ids], device=device), 0)[0]
+    while len(next_ids) < STEPS:
+        next_ids.append(int(logits[-1].argmax()))
+        position = len(ids) + len(next_ids) - 1
+        logits = torch.cat((logits, model(torch.tensor([next_ids[-1:]], device=device), position)[0]))
+    vectors = {name: torch.cat(parts) for name, parts in found.items()}
+    for i, cache in enumerate(model.caches):
+        for name, buffer in (("cache_k", cache.k), ("cache_v", cache.v)):
+            vectors[f"layers.{i}.{name}"] = buffer[0, :, : len(logits)].transpose(0, 1).cpu()
+    vectors["logits"] = logits.cpu()
+    following = torch.tensor([*ids, *next_ids][1:])
+    vectors["logprobs"] = score(vectors["logits"][:-1], following, 0)[:, 0]
+    return {name: tensor.contiguous() for name, tensor in vectors.items()}, next_ids
+
+
+# Compare ------------------------------------------------------------------------------------------
+
+
+def compare(kit: str, other: str, *, json: bool = False) -> None:
+    """Compare another implementation's vectors with a kit's, and name the first that lie too far apart.
+
+    Ends with exit status 1 and the first layer and quantity, in the order of computation, whose error is beyond what
+    rounding explains in the dtype of the coarser side; else with one line that begins with OK and has the largest error
+    of each quantity, as a part of its largest number, and in percent of its bound. What `other` lacks is named.
+
+    kit: a folder that `conformance export` wrote.
+    other: a folder of the same layout; it may hold fewer quantities (docs/conformance.md).
+    json: instead, print one object: {"ok", "dtype", "first": null or what the line says of the first that is too far,
+        "errors": {quantity: {"error", "of_bound"}}, "not_compared": [quantities]}.
+    """
+    _need_safetensors()
+    ours, theirs = Kit(Path(kit)), Kit(Path(other))
+    _check_kinship(ours, theirs)
+    found = Comparison(ours, theirs)
+    if json:
+        print(dumps(found.as_json(), allow_nan=False))
+    else:
+        print("\n".join(found.lines()))
+    if found.first is not None:
+        sys.exit(1)
+
+
+class KitError(ValueError):
+    """A folder is no kit, a damaged one, or one of another model; the message names it and the way out."""
+
+
+class Kit:
+    """A folder in the layout of docs/conformance.md, its JSON checked. Tensors are read one at a time."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        path = folder / "kit.json"
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise KitError(f"{path} is missing: name a folder that `conformance export` or a writer has made") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise KitError(f"{path} cannot be read as JSON ({error}): write it again") from error
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise KitError(f'{path} does not say "format": "{FORMAT}": it is no kit')
+        if about.get("version") != VERSION:
+            raise KitError(
+                f"{path} has version {about.get('version')!r} of the layout, this is {VERSION}: write it anew"
+            )
+        self.dtype = self._checked(about, "dtype", str, "missing")
+        if self.dtype not in ROUNDING:
+            raise KitError(f"{path}: dtype is {self.dtype!r}, expected {', '.join(ROUNDING)}")
+        self.params = self._checked(about, "params", dict, {})
+        self.rope_positions = self._checked(about, "rope_positions", list, [])
+        self.prompts = self._checked(about, "prompts", list, [])
+        self.dialogs = self._checked(about, "dialogs", list, [])
+        self.sha256 = self._checked(about, "sha256", dict, {})
+        for kind, keys in (("prompts", ("text", "next_ids")), ("dialogs", ("messages",))):
+            for number, entry in enumerate(about.get(kind, [])):
+                for key in keys:
+                    if not isinstance(entry, dict) or key not in entry:
+                        raise KitError(f"{path}: {kind}[{number}] has no {key!r}")
+                for key in ("ids", "next_ids"):
+                    self._check_whole(entry.get(key, []), f"{key} of {kind}[{number}]")
+        self._check_whole(self.rope_positions, "rope_positions")
+        self.files = [ROPE_FILE, *(prompt_file(number) for number in range(len(self.prompts)))]
+        for name, digest in self.sha256.items():
+            if name not in self.files:
+                raise KitError(f"{path}: sha256 names {name!r}, expected {', '.join(self.files)}")
+            self._check_sum(folder / name, digest)
+
+    def _checked(self, about: dict[str, Any], key: str, kind: type, default: Any) -> Any:
+        value = about.get(key, default)
+        if not isinstance(value, kind):
+            raise KitError(f"{self.folder / 'kit.json'}: {key} is a {type(value).__name__}, expected a {kind.__name__}")
+        return value
+
+    def _check_whole(self, numbers: Any, name: str) -> None:
+        if not isinstance(numbers, list) or not all(type(i) is int for i in numbers):
+            raise KitError(f"{self.folder / 'kit.json'}: {name} is no list of whole numbers")
+
+    def _check_sum(self, path: Path, digest: Any) -> None:
+        try:
+            intact = _sha256(path) == digest
+        except OSError as error:
+            raise KitError(f"{path} cannot be read ({error.strerror}), and kit.json names it: export it anew") from None
+        if not intact:
+            raise KitError(f"{path} is damaged, its sha256 is another than kit.json says: export it anew")
+
+    def tensors(self, name: str, expected: Sequence[str]) -> dict[str, Callable[[], torch.Tensor]]:
+        """What reads each of the file's tensors, by name; nothing where there is no such file."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / name
+        if not path.exists():
+            return {}
+        try:
+            file = safe_open(path, framework="pt")
+            found: dict[str, Callable[[], torch.Tensor]] = {}
+            found |= {key: partial(file.get_tensor, key) for key in file.keys()}  # noqa: SIM118  (not a dictionary)
+        except (SafetensorError, OSError) as error:
+            raise KitError(f"{path} is damaged or cut off ({error}): write it again") from error
+        if unknown := sorted(found.keys() - set(expected)):
+            raise KitError(f"{path} holds {unknown[0]!r}, which is no name of the layout, as {expected[-1]!r} is one")
+        return found
+
+
+def _check_kinship(kit: Kit, other: Kit) -> None:
+    """Raises KitError where the two are not of one model and the same prompts."""
+    whole = kit.sha256.keys() == set(kit.files) and all(type(kit.params.get(name)) is int for name in SIZES)
+    if not whole or not kit.prompts or not all("ids" in entry for entry in kit.prompts + kit.dialogs):
+        raise KitError(
+            f"{kit.folder} is not what `conformance export` writes: the kit comes first, then the other side"
+        )
+    for name in SIZES:
+        if name in other.params and other.params[name] != kit.params[name]:
+            raise KitError(
+                f"{other.folder} is of another model: {name} is {other.params[name]!r}, the kit's {kit.params[name]!r}"
+            )
+    for kind, keys, mine, theirs in (
+        ("prompt", ("text", "next_ids"), kit.prompts, other.prompts),
+        ("dialog", ("messages",), kit.dialogs, other.dialogs or kit.dialogs),
+    ):
+        if len(theirs) != len(mine):
+            raise KitError(f"{other.folder} has {len(theirs)} {kind}s, the kit {len(mine)}: write those of the kit")
+        for number, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            for key in keys:
+                if a[key] != b[key]:
+                    raise KitError(
+                        f"{other.folder} was written for another kit: {key} of {kind} {number} is {_short(b[key])}, "
+                        f"in the kit {_short(a[key])}"
+                    )
+    if other.rope_positions not in ([], kit.rope_positions):
+        raise KitError(
+            f"{other.folder}: rope_positions are {other.rope_positions}, the kit's {kit.rope_positions}: write those"
+        )
+
+
+@dataclass
+class Divergence:
+    """Where two sides part first. where: the same in words. index: of the number, the position first.
+
+    error and bound are those of the number, None for ids; value and expected are None where the ids have ended.
+    """
+
+    quantity: str
+    where: str
+    index: list[int]
+    value: float | None
+    expected: float | None
+    error: float | None = None
+    bound: float | None = None
+
+    def __str__(self) -> str:
+        if self.bound is None:
+            value, expected = ("no more" if i is None else i for i in (self.value, self.expected))
+            return f"{self.where} is {value}, expected {expected}"
+        value = f"{self.value:.7g}" if math.isfinite(cast(float, self.value)) else "not finite"
+        return f"{self.where} is {value}, expected {self.expected:.7g}: error {self.error:.2g}, bound {self.bound:.2g}"
+
+
+class Comparison:
+    """What comes of comparing two kits, in the order of computation, up to the first divergence.
+
+    errors: by quantity, all layers together, the largest error as a part of the quantity's largest number, and the
+    largest as a part of its bound. lacking: by quantity, how many tensors or lists were there to be compared, and how
+    many of them the other side lacks.
+    """
+
+    def __init__(self, kit: Kit, other: Kit):
+        self.kit, self.other = kit, other
+        self.dtype = max(kit.dtype, other.dtype, key=lambda name: ROUNDING[name])
+        self.first: Divergence | None = None
+        self.errors: dict[str, tuple[float, float]] = {}
+        self.lacking: dict[str, tuple[int, int]] = {}
+        layers: int = kit.params["n_layers"]
+        names = [(name, name, 0) for name in BEFORE]
+        names += [(f"layers.{i}.{name}", name, i) for i in range(layers) for name in LAYER]
+        names += [(name, name, layers) for name in AFTER]
+        self._ids("prompt ids", kit.prompts, other.prompts)
+        self._ids("dialog ids", kit.dialogs, other.dialogs)
+        self._tensors([ROPE_FILE], [(name, name, 0) for name in ROPE])
+        self._tensors(kit.files[1:], names)
+        if all(there == missing for there, missing in self.lacking.values()):
+            raise KitError(
+                f"{other.folder} has nothing of what the kit has, neither {ROPE_FILE}, {prompt_file(0)}, ... nor ids"
+            )
+
+    def lines(self) -> Iterator[str]:
+        absent = [
+            name if missing == there else f"{name} ({missing} of {there})"
+            for name, (there, missing) in self.lacking.items()
+            if missing
+        ]
+        if absent:
+            yield f"note: not compared, as {self.other.folder} lacks them: {', '.join(absent)}"
+        if self.first is not None:
+            yield f"DIVERGES: {self.first}" + ("" if self.first.bound is None else f" ({self.dtype})")
+            return
+        equal = [
+            f"{name} equal" for name in ("prompt ids", "dialog ids") if name in self.lacking and name not in absent
+        ]
+        errors = [f"{name} {error:.1e} ({part:.0%})" for name, (error, part) in self.errors.items()]
+        yield f"OK: {self.other.folder} in {self.dtype}, largest errors (of the bound): {', '.join(equal + errors)}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "ok": self.first is None,
+            "dtype": self.dtype,
+            "first": self.first and {name: _or_none(value) for name, value in asdict(self.first).items()},
+            "errors": {
+                name: {"error": _or_none(error), "of_bound": _or_none(part)}
+                for name, (error, part) in self.errors.items()
+            },
+            "not_compared": [name for name, (_, missing) in self.lacking.items() if missing],
+        }
+
+    def _is_there(self, name: str, found: Any) -> bool:
+        there, missing = self.lacking.get(name, (0, 0))
+        self.lacking[name] = (there + 1, missing + (found is None))
+        return found is not None
+
+    def _ids(self, name: str, mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+        for number, entry in enumerate(mine):
+            found = theirs[number].get("ids") if theirs else None
+            if not self._is_there(name, found) or found is None or self.first is not None:
+                continue
+            for i, (value, expected) in enumerate(zip_longest(found, entry["ids"])):
+                if value != expected:
+                    what = f"{name.split()[0]} {number} {_short(entry.get('text', entry.get('messages')))}"
+                    self.first = Divergence(name, f"{what}, id {i}", [i], value, expected)
+                    break
+
+    def _tensors(self, files: list[str], names: list[tuple[str, str, int]]) -> None:
+        """files: those that hold the tensors, one for each prompt. names: (tensor, quantity, layer) in order."""
+        known = [name for name, _, _ in names]
+        sides = [(file, self.kit.tensors(file, known), self.other.tensors(file, known)) for file in files]
+        for name, quantity, layer in names:
+            for number, (file, mine, theirs) in enumerate(sides):
+                if name not in mine:
+                    raise KitError(f"{self.kit.folder / file} lacks {name}: export it anew")
+                if not self._is_there(quantity, theirs.get(name)) or self.first is not None:
+                    continue
+                expected, found = mine[name](), theirs[name]()
+                if found.shape != expected.shape or not found.is_floating_point():
+                    raise KitError(
+                        f"{self.other.folder / file}: {name} is {_kind(found)}, expected {_kind(expected)}: "
+                        "docs/conformance.md has the layout"
+                    )
+                if not expected.isfinite().all():
+                    raise KitError(
+                        f"{self.kit.folder / file}: {name} is not finite, so it is no reference: export it anew"
+                    )
+                largest = float(expected.double().abs().max())
+                if quantity == "logprobs":  # a difference of logits, and not exacter than they are
+                    largest += float(mine["logits"]().abs().max())
+                positions: Sequence[int] = range(len(expected))
+                where = name
+                if quantity in ROPE:
+                    positions = self.kit.rope_positions
+                    bounds = [2 * ROUNDING[self.dtype] + ANGLE * position for position in positions]
+                else:
+                    where = f"{name}, prompt {number} {_short(self.kit.prompts[number]['text'])}"
+                    bounds = [bound_of(quantity, layer, self.dtype, self.kit.params["hidden_dim"]) * largest] * len(
+                        expected
+                    )
+                self._numbers(quantity, where, positions, found.double(), expected.double(), bounds, largest)
+
+    def _numbers(
+        self,
+        quantity: str,
+        where: str,
+        positions: Sequence[int],
+        found: torch.Tensor,
+        expected: torch.Tensor,
+        bounds: list[float],
+        largest: float,
+    ) -> None:
+        """Compare two tensors [positions, ..]; bounds: one a position."""
+        error = (found - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf).reshape(len(expected), -1)
+        bound = torch.tensor(bounds, dtype=torch.float64)[:, None]
+        tiny = 1e-300  # of a quantity that is all zeros
+        worst, share = self.errors.get(quantity, (0.0, 0.0))
+        worst = max(worst, float(error.max()) / max(largest, tiny))
+        self.errors[quantity] = (worst, max(share, float((error / bound.clamp(min=tiny)).max())))
+        far = (error > bound).any(dim=1)
+        if not far.any():
+            return
+        row = int(far.nonzero()[0])
+        column = int(error[row].argmax())
+        index = [row, *(int(i) for i in torch.unravel_index(torch.tensor(column), expected.shape[1:]))]
+        value = float(found[tuple(index)])
+        at = "".join(f", {word} {i}" for word, i in zip(INDEX_WORDS[expected.dim()], index[1:], strict=True))
+        self.first = Divergence(
+            quantity,
+            f"{where}, position {positions[row]}{at}",
+            index,
+            value,
+            float(expected[tuple(index)]),
+            float(error[row, column]),
+            bounds[row],
+        )
+
+
+# What the numbers of an index are, after the position, by the dimensions of the tensor.
+INDEX_WORDS: dict[int, tuple[str, ...]] = {1: (), 2: ("number",), 3: ("head", "number")}
+
+
+def _or_none(value: Any) -> Any:
+    """JSON has no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} [{', '.join(map(str, tensor.shape))}]"
+
+
+def _params(args: ModelArgs) -> dict[str, Any]:
+    """What decides a model's numbers, every default filled in."""
+    rope: dict[str, Any] = {"rope_theta": args.rope_theta, "use_scaled_rope": args.use_scaled_rope}
+    rope |= {"rope_scaling_factor": args.rope_factor, "rope_linear_factor": args.rope_linear_factor}
+    sizes: dict[str, Any] = {name: getattr(args, name) for name in SIZES} | {"n_kv_heads": args.kv_heads}
+    return sizes | {"norm_eps": args.norm_eps} | rope
+
+
+def _need_safetensors() -> None:
+    if find_spec("safetensors") is None:
+        raise KitError("kits need the Python package safetensors: pip install 'llama-runner[convert]'")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _short(text: Any) -> str:
+    text = text if isinstance(text, str) else dumps(text, ensure_ascii=False)
+    return repr(text if len(text) <= 32 else f"{text[:31]}…")
