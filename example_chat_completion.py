@@ -3,8 +3,7 @@
 from llama import Dialog, Llama
 from llama.chat_format import base_model_note
 from llama.cli import run
-from llama.distributed import say
-from llama.terminal import show
+from llama.terminal import show, tell
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "What is the capital of France?"}],
@@ -59,7 +58,7 @@ def main(
         chat_format=chat_format,
     )
     if note := base_model_note(ckpt_dir):
-        say(note)
+        tell(note)
     pieces = llama.stream_chat(DIALOGS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
     heads = ["\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in dialog) for dialog in DIALOGS]
     show(pieces, [f"{head}\nAssistant: " for head in heads], f"\n{'-' * 40}\n")

@@ -224,8 +224,11 @@ class ChatFormat:
 
     def refusal(self, dialog: Dialog) -> str | None:
         """The fixed answer to a dialog that must not reach the model, or None."""
-        tags = self.dialect.tags
-        return _refusal(tags) if any(tag in message["content"] for message in dialog for tag in tags) else None
+        tags, read = self.dialect.tags, self.tokenizer.normalize
+        contents = [message["content"] for message in dialog] if tags else []
+        # As they are, and as the tokenizer reads them: to some, full-width brackets are brackets.
+        forged = any(tag in text for content in contents for text in (content, read(content)) for tag in tags)
+        return _refusal(tags) if forged else None
 
 
 def for_tokenizer(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat | None:

@@ -1,22 +1,31 @@
-"""`python -m llama complete`: continue one text, or a file of thousands."""
+"""`python -m llama complete`: continue one text, or a file of millions."""
 
 import contextlib
 import json
 import os
 import sys
 import time
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
 from llama.chat_format import Message
 from llama.completion import Llama
-from llama.distributed import is_main_rank, raising_together, say, told_by_rank_0
+from llama.distributed import is_main_rank, raising_together
 from llama.params import ModelArgs
 from llama.request import check_whole
-from llama.terminal import show, visible
-from llama.textfile import read_on_rank_0
+from llama.terminal import in_one_line, show, tell
+from llama.textfile import on_rank_0, read_pipe
+
+LINE_LIMIT = 2**22  # characters of a line; a prompt of a million tokens has about as many
+LINES_LIMIT = 2**24  # of a file; each costs 8 bytes of memory
+ANSWER_LIMIT = 8 * LINE_LIMIT  # bytes of a line of the answers
+# What is sorted and batched at a time.
+WINDOW_JOBS = 4096
+WINDOW_CHARACTERS = LINE_LIMIT
 
 
 def complete(
@@ -48,7 +57,8 @@ def complete(
 
     text: what to continue, the one word that needs no flag; without it, what comes through a pipe.
     ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
-    file: JSON lines, {"prompt": "..."} or {"messages": [...]} for a dialog; other keys are left alone.
+    file: JSON lines, {"prompt": "..."} or {"messages": [...]} for a dialog; other keys are left alone. Any size: it is
+        read twice, first to check every line, then a few thousand lines at a time, the longest prompts of these first.
     out: where the answers go, a line as soon as its batch ends, in the order of the work: {"line": 7, "prompt": ...,
         "generation": ..., "finish_reason": ...}. If it is there, the lines it lacks are done.
     keep_going: skip lines of the file that cannot be read or do not fit, instead of refusing the file.
@@ -86,7 +96,7 @@ def complete(
     }
     if file is None or out is None:
         if text is None:
-            text = told_by_rank_0(sys.stdin.read() if is_main_rank() else None).removesuffix("\n")
+            text = read_pipe()
         show(llama.stream_text([text], seed=seed, **settings), [""], "\n")
     else:
         _complete_file(llama, Path(file), Path(out), keep_going, batch_tokens, seed, settings)
@@ -94,6 +104,11 @@ def complete(
 
 
 # A file of prompts --------------------------------------------------------------------------------
+# It may be larger than memory. Of each line 8 bytes are kept, a digest of its prompt, until it is answered; the text is
+# read again for the answer, a window of lines at a time.
+
+# Of a prompt's tokens, computed together, so many take as long as an answer, whose tokens come one by one.
+WORK_OF_AN_ANSWER = 500
 
 
 @dataclass(frozen=True)
@@ -108,39 +123,41 @@ class Job:
     def key(self) -> str:
         return "prompt" if isinstance(self.given, str) else "messages"
 
+    @property
+    def work(self) -> int:
+        return self.length + WORK_OF_AN_ANSWER
+
 
 def _complete_file(
     llama: Llama, file: Path, out: Path, keep_going: bool, batch_tokens: int, seed: int, settings: dict[str, Any]
 ) -> None:
-    text = read_on_rank_0(file)
-    with raising_together():
-        if file.resolve() == out.resolve():
-            raise ValueError("--file and --out name the same file")
-        jobs = _read_jobs(llama, text, file.name, keep_going)
-        done: set[int] = set()
-        lock: IO[bytes] | None = None
-        if is_main_rank():
-            lock = _lock(out)
-            done = _read_done(out, {job.line: job for job in jobs})
-    done = set(told_by_rank_0(sorted(done)))
-    if done:
-        say(f"{out}: {len(done)} of {len(jobs)} answers are there already")
-    jobs = [job for job in jobs if job.line not in done]
-    progress = Progress(jobs)
-    try:
-        for batch in batches(jobs, batch_tokens, settings["max_gen_len"], llama.model.params):
-            make: Any = llama._text_rows if batch[0].key == "prompt" else llama._chat_rows
-            rows, texts = make([job.given for job in batch], seed=[seed + job.line for job in batch], **settings)
-            for _ in llama._pieces(rows, texts):
-                progress.show(sum(len(row.tokens) for row in rows))
-            with raising_together():
-                if is_main_rank():
-                    _append(out, batch, [(text.text, row.finish_reason) for row, text in zip(rows, texts, strict=True)])
-            progress.add(batch, sum(len(row.tokens) for row in rows))
-    finally:
-        progress.clear()
-        if lock is not None:
-            lock.close()
+    todo = array("Q")  # rank 0's: for each line the digest of its prompt, 0 where there is nothing to do
+    with contextlib.ExitStack() as held:
+
+        def begin() -> tuple[int, int, int]:
+            if file.resolve() == out.resolve():
+                raise ValueError("--file and --out name the same file")
+            jobs, work = _read_todo(llama, file, keep_going, todo)
+            held.enter_context(_lock(out))
+            return jobs, work, _strike_off(out, file, todo)
+
+        jobs, work, done = on_rank_0(begin)
+        if done:
+            tell(f"{out}: {done} of {jobs} answers are there already")
+        progress = Progress(jobs - done, work * (jobs - done) // max(1, jobs))  # of those left, about as much
+        held.callback(progress.clear)
+        windows = _windows(llama, file, todo)
+        while window := on_rank_0(lambda: next(windows, [])):
+            for batch in batches(window, batch_tokens, settings["max_gen_len"], llama.model.params):
+                make: Any = llama._text_rows if batch[0].key == "prompt" else llama._chat_rows
+                rows, texts = make([job.given for job in batch], seed=[seed + job.line for job in batch], **settings)
+                for _ in llama._pieces(rows, texts):
+                    progress.show(sum(len(row.tokens) for row in rows))
+                answers = [(text.text, row.finish_reason) for row, text in zip(rows, texts, strict=True)]
+                with raising_together():
+                    if is_main_rank():
+                        _append(out, batch, answers)
+                progress.add(batch, sum(len(row.tokens) for row in rows))
     progress.tell(out)
 
 
@@ -157,69 +174,126 @@ def _lock(out: Path) -> IO[bytes]:
     return file
 
 
-def _read_jobs(llama: Llama, text: str, name: str, keep_going: bool) -> list[Job]:
-    jobs, bad = [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a file; of those longer than LINE_LIMIT the beginning, one character more than that."""
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
+        while line := stream.readline(LINE_LIMIT + 1):
+            yield line.removesuffix("\n")
+            while line and not line.endswith("\n"):
+                line = stream.readline(LINE_LIMIT)
+
+
+def _read_todo(llama: Llama, file: Path, keep_going: bool, todo: "array[int]") -> tuple[int, int]:
+    """Check every line, and put the digests of those that can be answered into `todo` -> their number, and what they
+    are worth to Progress."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"--file {file} is no regular file: it is read twice")
+    todo.append(0)  # lines count from 1
+    first, jobs, work = "", 0, 0
+    bad = 0
+    for number, line in enumerate(_lines(file), 1):
+        if number > LINES_LIMIT:
+            raise ValueError(f"{file} has more than {LINES_LIMIT:,} lines: divide it")
+        todo.append(0)
+        if not line.strip() and len(line) <= LINE_LIMIT:
             continue
         try:
-            line.encode()
-            jobs.append(_read_job(llama, number, line))
-        except UnicodeEncodeError:
-            bad.append(f"{name}, line {number}: not UTF-8")
+            job = _read_job(llama, number, line)
         except (ValueError, TypeError, RecursionError) as error:
-            bad.append(visible(f"{name}, line {number}: {error}"))
+            problem = in_one_line(f"{file.name}, line {number}: {error}")
+            first, bad = first or problem, bad + 1
+            if keep_going:
+                tell(f"skipped {problem}")
+            continue
+        todo[number] = _digest(_head(job))
+        jobs, work = jobs + 1, work + job.work
     if bad and not keep_going:
-        more = f"; {len(bad) - 1} more lines are bad" if len(bad) > 1 else ""
-        raise ValueError(f"{bad[0]}{more}: mend the file, or --keep_going skips them")
-    for line in bad:
-        say(f"skipped {line}")
-    return jobs
+        more = f"; {bad - 1} more lines are bad" if bad > 1 else ""
+        raise ValueError(f"{first}{more}: mend the file, or --keep_going skips them")
+    return jobs, work
 
 
 def _read_job(llama: Llama, number: int, line: str) -> Job:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
-        raise ValueError('expected {"prompt": "..."} or {"messages": [...]}')
+    key, given = _read_given(line)
     limit = llama.model.params.max_seq_len
-    if "prompt" in value:
-        given = value["prompt"]
+    if key == "prompt":
         ids = llama.tokenizer.encode(given, bos=llama.tokenizer.adds_bos, eos=False)
         if not ids:
             raise ValueError("the prompt is empty, and the model needs something to continue")
     else:
-        given = value["messages"]
         ids = llama.dialogs.encode(given)
     if len(ids) > limit:
         raise ValueError(f"{len(ids)} tokens, but max_seq_len is {limit}")
     return Job(number, given, len(ids))
 
 
-def _read_done(out: Path, jobs: dict[int, Job]) -> set[int]:
-    """The lines that an earlier run has answered; what it was writing when it was killed is cut off."""
-    content = out.read_bytes()
-    *lines, rest = content.split(b"\n")
-    done = set()
-    for number, line in enumerate(lines, 1):
-        try:
-            answer = json.loads(line)
-            job = jobs[answer["line"]]
-            if answer[job.key] != job.given or job.line in done:
-                raise ValueError
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise ValueError(
-                f"{out}, line {number}, is no answer to a line of the file: name another --out, or remove it"
-            ) from None
-        done.add(job.line)
-    heads = (_encoded(_head(job))[:-1] for job in jobs.values())
-    if rest and not any(rest[: len(head)] == head[: len(rest)] for head in heads):
-        raise ValueError(f"{out} ends with what is no answer: name another --out, or remove it")
+def _read_given(line: str) -> tuple[str, Any]:
+    if len(line) > LINE_LIMIT:
+        raise ValueError(f"longer than {LINE_LIMIT:,} characters")
+    try:
+        line.encode()
+        value = json.loads(line)
+    except UnicodeEncodeError:
+        raise ValueError("not UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
+        raise ValueError('expected {"prompt": "..."} or {"messages": [...]}')
+    return ("prompt", value["prompt"]) if "prompt" in value else ("messages", value["messages"])
+
+
+def _strike_off(out: Path, file: Path, todo: "array[int]") -> int:
+    """Take the lines that an earlier run has answered off `todo` -> their number; what it was writing when it was
+    killed is cut off."""
+    done = whole = 0
+    rest = b""
+    with out.open("rb") as stream:
+        while line := stream.readline(ANSWER_LIMIT):
+            if not line.endswith(b"\n") and not stream.peek(1):
+                rest = line
+                break
+            try:
+                answer = json.loads(line)
+                number, key = answer["line"], "prompt" if "prompt" in answer else "messages"
+                if todo[number] != _digest({"line": number, key: answer[key]}):
+                    raise ValueError
+            except (ValueError, TypeError, LookupError, RecursionError):
+                raise ValueError(
+                    f"{out}, line {done + 1}, is no answer to a line of the file: name another --out, or remove it"
+                ) from None
+            todo[number] = 0
+            done, whole = done + 1, whole + len(line)
     if rest:
-        os.truncate(out, len(content) - len(rest))
+        left = ((n, line) for n, line in enumerate(_lines(file), 1) if n < len(todo) and todo[n])
+        heads = (_encoded(dict([("line", n), _read_given(line)]))[:-1] for n, line in left)
+        if not any(rest[: len(head)] == head[: len(rest)] for head in heads):
+            raise ValueError(f"{out} ends with what is no answer: name another --out, or remove it")
+        os.truncate(out, whole)
     return done
+
+
+def _windows(llama: Llama, file: Path, todo: "array[int]") -> Iterator[list[Job]]:
+    """What is to be done, in the order of the file, so much at a time as memory has room for."""
+    window: list[Job] = []
+    characters = 0
+    left = sum(map(bool, todo))
+    for number, line in enumerate(_lines(file), 1):
+        if number >= len(todo) or not todo[number]:
+            continue
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            job = _read_job(llama, number, line)
+            if _digest(_head(job)) == todo[number]:
+                window.append(job)
+                characters, left = characters + len(line), left - 1
+                if len(window) == WINDOW_JOBS or characters >= WINDOW_CHARACTERS:
+                    yield window
+                    window, characters = [], 0
+                continue
+        break
+    if left:
+        raise ValueError(f"{file} was changed while it was read: start again when it is whole")
+    if window:
+        yield window
 
 
 def batches(jobs: list[Job], batch_tokens: int, max_gen_len: int | None, args: ModelArgs) -> Iterator[list[Job]]:
@@ -243,6 +317,10 @@ def _head(job: Job) -> dict[str, Any]:
     return {"line": job.line, job.key: job.given}
 
 
+def _digest(head: dict[str, Any]) -> int:
+    return int.from_bytes(blake2b(_encoded(head), digest_size=8).digest(), "little") or 1
+
+
 def _encoded(answer: dict[str, Any]) -> bytes:
     # Half a surrogate pair, which may stand in keys that nobody reads, becomes JSON's own escape.
     return json.dumps(answer, ensure_ascii=False).encode(errors="backslashreplace")
@@ -259,16 +337,12 @@ def _append(out: Path, batch: list[Job], answers: list[tuple[str, str | None]]) 
         os.fsync(file.fileno())
 
 
-# Of a prompt's tokens, computed together, so many take as long as an answer, whose tokens come one by one.
-WORK_OF_AN_ANSWER = 500
-
-
 class Progress:
     """One line on the terminal: prompts done, tokens a second, time left."""
 
-    def __init__(self, jobs: list[Job]):
+    def __init__(self, jobs: int, work: int):
         self.started = self.shown = time.perf_counter()
-        self.jobs, self.work = len(jobs), sum(job.length + WORK_OF_AN_ANSWER for job in jobs)
+        self.jobs, self.work = jobs, work
         self.done = self.done_work = self.tokens = 0
         self.visible = is_main_rank() and sys.stderr.isatty()
 
@@ -285,7 +359,7 @@ class Progress:
 
     def add(self, batch: list[Job], tokens: int) -> None:
         self.done += len(batch)
-        self.done_work += sum(job.length + WORK_OF_AN_ANSWER for job in batch)
+        self.done_work += sum(job.work for job in batch)
         self.tokens += tokens
         self.show(0, 0)
 
@@ -296,4 +370,4 @@ class Progress:
     def tell(self, out: Path) -> None:
         seconds = time.perf_counter() - self.started
         rate = f", {self.tokens / seconds:.1f} tokens/s" if self.tokens else ""
-        say(f"{out}: {self.done} answers in {seconds:.0f} s{rate}")
+        tell(f"{out}: {self.done} answers in {seconds:.0f} s{rate}")

@@ -11,9 +11,10 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
-from llama.distributed import is_main_rank
+from llama.distributed import is_main_rank, say
 from llama.stream import TextPiece
 
+LONGEST = 4000  # characters of a message
 # Marks that turn the direction of text, and so can show other words than there are.
 BIDI_MARKS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A)), "\u200e", "\u200f", "\u061c"}
 
@@ -21,6 +22,20 @@ BIDI_MARKS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))
 def visible(text: str) -> str:
     """Show control characters, which a terminal would obey, as what they are; line breaks and tabs stay."""
     return "".join(char if char in "\n\t" or not _is_control(char) else _picture(char) for char in text)
+
+
+def in_one_line(text: object) -> str:
+    """The same, with line breaks and tabs shown, too, and cut where it is endless: for messages that quote what others
+    wrote."""
+    line = str(text)
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    return "".join(_picture(char) if char in "\n\t" else char for char in visible(line))
+
+
+def tell(text: str) -> None:
+    """`say` what may quote a file or name one."""
+    say(visible(text))
 
 
 def _is_control(char: str) -> bool:

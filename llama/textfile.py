@@ -1,8 +1,30 @@
-"""Text files, which one host has and every rank needs."""
+"""Texts from files and pipes, which one host has and every rank needs."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from llama.distributed import is_main_rank, raising_together, told_by_rank_0
+
+T = TypeVar("T")
+LIMIT = 16 * 2**20  # bytes of a text that is taken whole; to cut it into ids may take 200 times as many
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on every rank, however long it takes; what it raises there is raised on all."""
+    value: Any = None
+    failed: Exception | None = None
+    if is_main_rank():
+        try:
+            value = work()
+        except Exception as error:
+            failed = error
+    value = told_by_rank_0(value)
+    with raising_together():
+        if failed is not None:
+            raise failed
+    return value
 
 
 def read_on_rank_0(path: Path) -> str:
@@ -10,11 +32,19 @@ def read_on_rank_0(path: Path) -> str:
 
     Raises on all ranks if the file cannot be read.
     """
-    text = ""
-    with raising_together():
-        if is_main_rank():
-            text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    return told_by_rank_0(text)
+    return on_rank_0(lambda: _read(path).decode("utf-8-sig", errors="surrogateescape"))
+
+
+def read_pipe() -> str:
+    """What comes through rank 0's stdin, less one line break at its end, on every rank."""
+
+    def read() -> str:
+        text = sys.stdin.read(LIMIT + 1)
+        if len(text) > LIMIT:
+            raise ValueError(f"more than {LIMIT:,} characters came through the pipe: give less")
+        return text.removesuffix("\n")
+
+    return on_rank_0(read)
 
 
 def read_text(path: Path) -> str:
@@ -24,7 +54,7 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is a folder: name a text file")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: name a text file")
-    content = path.read_bytes()
+    content = _read(path)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -34,3 +64,11 @@ def read_text(path: Path) -> str:
     if not text:
         raise ValueError(f"{path} is empty: there is nothing to score")
     return text
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(LIMIT + 1)  # no more of a file whose size nobody knows, as /dev/zero
+    if len(content) > LIMIT:
+        raise ValueError(f"{path} has more than {LIMIT:,} bytes: divide it")
+    return content

@@ -2,9 +2,10 @@
 `Tokenizer`."""
 
 import base64
+import contextlib
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -42,7 +43,9 @@ LLAMA31_SPECIAL = LLAMA3_SPECIAL | {
     11: "<|image|>",
 }
 N_LLAMA3_SPECIAL = 256
-RANKS_LIMIT = 16 * 2**20  # bytes of a rank file; Llama 3's has 2 MB
+# Bytes of a file. The largest that are published: 5 MB of SentencePiece, 33 MB of tokenizer.json (262,144 tokens).
+SIZE_LIMIT = 64 * 2**20
+RANKS_LIMIT = 16 * 2**20  # of a rank file; Llama 3's has 2 MB
 SPACES_LIMIT = 999_998  # tiktoken's pattern matcher panics at longer runs of white space
 
 
@@ -91,6 +94,9 @@ class Tokenizer:
         self.unsettled_ids = backend.unsettled_ids
         self.stop_tokens = {self.eos_id} - {-1}
         self.stop_tokens |= {self.special_ids[name] for name in STOP_NAMES if name in self.special_ids}
+        # Ids that no text becomes. An unknown character may become the token for such, unless that has another use.
+        harmless = {backend.unk_id} - {self.bos_id, self.eos_id, self.pad_id} - self.stop_tokens
+        self._reserved = {i: name for name, i in self.special_ids.items() if i not in harmless}
         self.chat_format: str | None = config.get("chat_format", backend.chat_format)
         self.default_system: str | None = config.get("default_system")
         self.system_prefix: str = config.get("system_prefix", "")
@@ -109,19 +115,23 @@ class Tokenizer:
 
         allowed_special: names of special tokens, or "all", that become their ids where the text holds them. By default
         none does: text that users write cannot end a turn.
+
+        Raises TypeError for what is no text, ValueError for one that the tokenizer cannot take.
         """
-        if not isinstance(s, str):
-            raise TypeError(f"a text to encode must be a string, not {type(s).__name__}")
-        try:
-            s.encode()
-        except UnicodeEncodeError:
-            raise ValueError("the text holds half of a surrogate pair, which is no character") from None
+        _check_text(s)
         ids = [self.bos_id] * bos
         for i, part in enumerate(self._split(s, allowed_special)):
             if i % 2:
                 ids.append(self.special_ids[part])
             elif part := part.lstrip() if i and ids[-1] in self.rstrip_ids else part:
-                ids += self._backend.encode(part)
+                found = self._backend.encode(part)
+                if not self._reserved.keys().isdisjoint(found):
+                    # A vocabulary that holds the name as an ordinary piece, too.
+                    name = next(self._reserved[i] for i in found if i in self._reserved)
+                    raise ValueError(
+                        f"this tokenizer makes its special token {name!r} of a part of the text: change it"
+                    )
+                ids += found
         return ids + [self.eos_id] * eos
 
     def _split(self, s: str, names: Literal["all"] | Collection[str]) -> list[str]:
@@ -133,6 +143,12 @@ class Tokenizer:
             raise ValueError(f"allowed_special names {unknown[0]!r}, which is no special token of this tokenizer")
         return re.split(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})", s)
 
+    def normalize(self, s: str) -> str:
+        """A text as it is before it is cut: some tokenizers rewrite it, as NFKC makes "[" of a full-width bracket.
+        Spaces may have become U+2581. Raises as `encode` does."""
+        _check_text(s)
+        return self._backend.normalize(s)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids. Special ids give nothing, bytes that are not UTF-8 give U+FFFD."""
         return self._backend.decode([token for token in ids if token < self._n_own])
@@ -140,6 +156,15 @@ class Tokenizer:
     def decode_token(self, token: int) -> str:
         """One id as people read it: leading spaces kept, special ids by name."""
         return self._backend.piece(token) if token < self._n_own else ""
+
+
+def _check_text(s: object) -> None:
+    if not isinstance(s, str):
+        raise TypeError(f"a text to encode must be a string, not {type(s).__name__}")
+    try:
+        s.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds half of a surrogate pair, which is no character") from None
 
 
 def find_tokenizer(ckpt_dir: Path) -> Path:
@@ -150,6 +175,23 @@ def find_tokenizer(ckpt_dir: Path) -> Path:
             if (folder / name).is_file():
                 return folder / name
     raise TokenizerError(f"no {' or '.join(names)} in {ckpt_dir} or beside it: give --tokenizer_path")
+
+
+def check_size(path: Path) -> None:
+    """Before a file of a tokenizer is read. Raises TokenizerError, or OSError."""
+    if (size := path.stat().st_size) > SIZE_LIMIT:
+        raise TokenizerError(f"{path} has {size:,} bytes, expected {SIZE_LIMIT:,} at most: fetch it again")
+
+
+def read_tokenizer_json(path: Path) -> Any:
+    """A tokenizers.Tokenizer. Raises TokenizerError."""
+    try:
+        from tokenizers import Tokenizer as Reader
+    except ImportError:
+        raise TokenizerError(f"{path} needs the tokenizers package: pip install 'llama-runner[convert]'") from None
+    check_size(path)
+    with _rust_errors(f"{path} is not a tokenizer.json, fetch it again"):
+        return Reader.from_file(str(path))
 
 
 def read_ranks(path: Path) -> list[bytes]:
@@ -186,6 +228,7 @@ def _kind(path: Path) -> Kind:
             start = file.read(1024)
     except OSError as error:
         raise TokenizerError(f"tokenizer {path} cannot be read: {error.strerror}") from None
+    check_size(path)
     if start.lstrip().startswith(b"{"):
         return "tokenizer.json"
     if start.startswith(b"\n"):  # the first field of a SentencePiece model, in protobuf's encoding
@@ -203,9 +246,12 @@ def _read_config(path: Path, needed: bool) -> dict[str, Any]:
     if not needed and not path.exists():
         return {}
     try:
+        check_size(path)
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it holds no object")
+    except TokenizerError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         use = ", which names the special tokens," if needed else ""
         raise TokenizerError(f"{path}{use} cannot be read: {error}") from error
@@ -223,8 +269,20 @@ def _read_config(path: Path, needed: bool) -> dict[str, Any]:
     return config
 
 
+@contextlib.contextmanager
+def _rust_errors(what: str) -> Iterator[None]:
+    """The tokenizers package raises bare Exception, or where it panics PanicException, which is not even that."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{what}: {error}") from None
+
+
 class _Backend(Protocol):
     n_words: int
+    unk_id: int
     bos_id: int
     eos_id: int
     pad_id: int
@@ -234,6 +292,7 @@ class _Backend(Protocol):
     unsettled_ids: set[int]
     chat_format: str | None  # where tokenizer_config.json does not say
 
+    def normalize(self, s: str) -> str: ...
     def encode(self, s: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def piece(self, token: int) -> str: ...
@@ -247,17 +306,24 @@ class _SentencePiece:
 
         try:
             self.model = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+            self.n_words: int = self.model.vocab_size()
+            self.unk_id: int = self.model.unk_id()
+            names = self.model.id_to_piece(list(range(self.n_words)))
+            self.model.decode([self.unk_id])  # which has a text of its own
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{path} holds a piece that is not UTF-8, fetch it again") from error
+        except (OSError, RuntimeError, IndexError) as error:
             raise TokenizerError(f"{path} is not a SentencePiece model, fetch it again") from error
-        self.n_words: int = self.model.vocab_size()
         self.bos_id: int = self.model.bos_id()
         self.eos_id: int = self.model.eos_id()
         self.pad_id: int = self.model.pad_id()
         self.adds_bos = self.bos_id >= 0
         self.unsettled_ids: set[int] = set()
         self.rstrip_ids: set[int] = set()
-        control = [i for i in range(self.n_words) if self.model.is_control(i)]
-        self.special_ids: dict[str, int] = {self.model.id_to_piece(i): i for i in control}
+        self.special_ids: dict[str, int] = {name: i for i, name in enumerate(names) if self.model.is_control(i)}
+
+    def normalize(self, s: str) -> str:
+        return self.model.normalize(s)
 
     def encode(self, s: str) -> list[int]:
         return self.model.encode(s)
@@ -292,9 +358,12 @@ class _Tiktoken:
         self.n_words = len(ranks) + N_LLAMA3_SPECIAL
         self.bos_id = self.special_ids["<|begin_of_text|>"]
         self.eos_id = self.special_ids["<|end_of_text|>"]
-        self.pad_id = -1
+        self.pad_id = self.unk_id = -1
         self.unsettled_ids: set[int] = set()
         self.rstrip_ids: set[int] = set()
+
+    def normalize(self, s: str) -> str:
+        return s
 
     def encode(self, s: str) -> list[int]:
         if len(s) > SPACES_LIMIT and (longest := max(map(len, re.findall(r"\s+", s)), default=0)) > SPACES_LIMIT:
@@ -317,15 +386,11 @@ class _TokenizerJson:
     chat_format: str | None = None
 
     def __init__(self, path: Path, config: dict[str, Any]):
-        try:
-            from tokenizers import AddedToken
-            from tokenizers import Tokenizer as Reader
-        except ImportError:
-            raise TokenizerError(f"{path} needs the tokenizers package: pip install 'llama-runner[convert]'") from None
-        try:
-            self.model = Reader.from_file(str(path))
-        except Exception as error:  # the package raises bare Exception
-            raise TokenizerError(f"{path} is not a tokenizer.json: {error}") from error
+        self.model = read_tokenizer_json(path)
+        from tokenizers import AddedToken
+
+        self.model.no_padding()  # a text is encoded as it is, all of it, whatever the file asks for
+        self.model.no_truncation()
         self.bos_id, self.eos_id, self.pad_id = (
             self._id_of(config, key, path) for key in ("bos_token", "eos_token", "pad_token")
         )
@@ -338,7 +403,9 @@ class _TokenizerJson:
         self.special_ids = {token.content: i for i, token in added.items() if token.special}
         self.rstrip_ids = {i for i, token in added.items() if token.special and token.rstrip}
         self.n_words: int = max(self.model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        template_adds_bos = self.model.encode("").ids[:1] == [self.bos_id]
+        with _rust_errors(f"{path} cannot encode"):
+            template_adds_bos = self.model.encode("").ids[:1] == [self.bos_id]
+        self.unk_id = self._find_unk()
         # As transformers has it, where the file's post-processor counts whatever the configuration says.
         self.adds_bos = self.bos_id >= 0 and (template_adds_bos or bool(config.get("add_bos_token")))
         decoder = self.model.decoder.__getstate__() if self.model.decoder is not None else b""
@@ -347,6 +414,18 @@ class _TokenizerJson:
             found = (self.model.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
             self.unsettled_ids = {token for token in found if token is not None}
         self._strips = b"Strip" in decoder or b"Metaspace" in decoder
+
+    def _find_unk(self) -> int:
+        from tokenizers import models
+
+        model = self.model.model
+        if not isinstance(model, models.Unigram):
+            name = getattr(model, "unk_token", None)
+            return -1 if name is None or (found := self.model.token_to_id(name)) is None else found
+        try:  # which does not tell: ask for what is no character
+            return next((token.id for token in model.tokenize("\U0010ffff")), -1)
+        except Exception:  # the package's own: there is none
+            return -1
 
     def _id_of(self, config: dict[str, Any], key: str, path: Path) -> int:
         token = config.get(key)
@@ -358,14 +437,21 @@ class _TokenizerJson:
             raise TokenizerError(f"{path} has no token {name!r}, which tokenizer_config.json calls {key}")
         return found
 
+    def normalize(self, s: str) -> str:
+        with _rust_errors("the tokenizer's normalizer gives up on the text"):
+            return s if self.model.normalizer is None else self.model.normalizer.normalize_str(s)
+
     def encode(self, s: str) -> list[int]:
-        return self.model.encode(s, add_special_tokens=False).ids
+        with _rust_errors("the tokenizer gives up on the text"):
+            return self.model.encode(s, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
+        with _rust_errors("the tokenizer gives up on the ids"):
+            return self.model.decode(ids)
 
     def piece(self, token: int) -> str:
-        alone = self.model.decode([token], skip_special_tokens=False)
-        if self._strips:  # the space before the first id: look at the second of two
-            return self.model.decode([token, token], skip_special_tokens=False)[len(alone) :]
+        with _rust_errors("the tokenizer gives up on the ids"):
+            alone = self.model.decode([token], skip_special_tokens=False)
+            if self._strips:  # the space before the first id: look at the second of two
+                return self.model.decode([token, token], skip_special_tokens=False)[len(alone) :]
         return alone

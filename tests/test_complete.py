@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,17 @@ from hypothesis import strategies as st
 from ranks import CONTEXT
 
 from llama import Llama, ModelArgs, cli
-from llama.complete import WORK_OF_AN_ANSWER, Job, Progress, _lock, _read_done, _read_jobs, batches
+from llama.complete import (
+    WORK_OF_AN_ANSWER,
+    Job,
+    Progress,
+    _digest,
+    _head,
+    _lock,
+    _read_todo,
+    _strike_off,
+    batches,
+)
 from llama.stream import TextPiece
 from llama.terminal import visible
 
@@ -295,12 +306,13 @@ def test_keep_going_skips_the_bad_lines_and_no_others(
         assert answer == alone(llama, number, entries[number])
 
 
-def test_an_empty_prompt_is_bad_where_no_bos_goes_first(build: Callable[..., Llama]) -> None:
-    llama = build("mha", max_seq_len=64)
-    assert [job.length for job in _read_jobs(llama, '{"prompt": ""}', "prompts.jsonl", False)] == [1]
+def test_an_empty_prompt_is_bad_where_no_bos_goes_first(build: Callable[..., Llama], tmp_path: Path) -> None:
+    llama, file = build("mha", max_seq_len=64), tmp_path / "prompts.jsonl"
+    file.write_text('\n{"prompt": ""}')
+    assert _read_todo(llama, file, False, array("Q")) == (1, 1 + WORK_OF_AN_ANSWER)
     llama.tokenizer.adds_bos = False
     with pytest.raises(ValueError, match=r"prompts.jsonl, line 2: the prompt is empty, and the model needs something"):
-        _read_jobs(llama, '\n{"prompt": ""}', "prompts.jsonl", False)
+        _read_todo(llama, file, False, array("Q"))
 
 
 def test_a_file_that_cannot_be_read_is_named(complete: Callable[..., Ended], tmp_path: Path) -> None:
@@ -398,17 +410,28 @@ def answer_to(job: Job, generation: str = "é\u2028.") -> bytes:
     return (json.dumps(answer, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
+def struck_off(out: Path) -> set[int]:
+    """The lines of a file of ENTRIES that `out` has answers to."""
+    file = out.with_name("entries.jsonl")
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES))
+    todo = array("Q", [0, *(_digest(_head(job)) for job in jobs_of(ENTRIES).values())])
+    done = _strike_off(out, file, todo)
+    found = {number for number, digest in enumerate(todo) if number and not digest}
+    assert done == len(found)
+    return found
+
+
 def test_a_line_cut_anywhere_is_written_again(tmp_path: Path) -> None:
     out, jobs = tmp_path / "answers.jsonl", jobs_of(ENTRIES)
     out.touch()
-    assert _read_done(out, jobs) == set()
+    assert struck_off(out) == set()
     first, second = answer_to(jobs[5]), answer_to(jobs[2])
     for last in (jobs[8], jobs[12]):
         line = answer_to(last)
         for cut in range(len(line) + 1):
             out.write_bytes(first + second + line[:cut])
             whole = cut == len(line)
-            assert _read_done(out, jobs) == {5, 2} | ({last.line} if whole else set())
+            assert struck_off(out) == {5, 2} | ({last.line} if whole else set())
             assert out.read_bytes() == first + second + (line if whole else b"")
 
 
@@ -433,6 +456,9 @@ OURS = [answer_to(job) for job in jobs_of(ENTRIES).values()]
         OURS[0] + answer_to(OTHERS[1]),
         OURS[0] + answer_to(OTHERS[1])[:-1],
         OURS[0] + OURS[3] + OURS[0],  # twice
+        OURS[0] + OURS[0][:-1],
+        b'{"line": -1, "prompt": "1e3", "generation": "x", "finish_reason": "stop"}\n',  # counted from the end
+        b'{"line": true, "prompt": "The licence", "generation": "x", "finish_reason": "stop"}\n',
         OURS[0] + b"my notes",
         OURS[0] + b"\n",
     ],
@@ -444,7 +470,7 @@ def test_an_out_file_that_holds_something_else_is_left_as_it_is(
     out = tmp_path / "answers.jsonl"
     out.write_bytes(content)
     with pytest.raises(ValueError, match=r"name another --out, or remove it") as refused:
-        _read_done(out, jobs_of(ENTRIES))
+        struck_off(out)
     assert str(out) in str(refused.value)
     assert out.read_bytes() == content
 
@@ -552,7 +578,7 @@ def test_progress_counts_tokens_and_guesses_the_time_left(
     now = 50.0
     monkeypatch.setattr("llama.complete.time.perf_counter", lambda: now)
     jobs = [Job(i, "text", length) for i, length in enumerate([300, 300, 100, 100])]
-    progress = Progress(jobs)
+    progress = Progress(len(jobs), sum(job.work for job in jobs))
     progress.visible = True
 
     def shown() -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import FOREIGN, LFS
 from formats import meta_weights, write_gguf, write_llama2c
 from make_checkpoint import MODELS as SEEDED
 from make_checkpoint import TOKENIZER
@@ -303,95 +304,6 @@ def test_memory_is_a_few_tensors(tmp_path: Path, to: str, measured: Callable[[st
 
 
 # Sources that will not do --------------------------------------------------------------------------
-
-
-def config(**changes: Any) -> str:
-    plain = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512}
-    return json.dumps(plain | {"num_hidden_layers": 2, "intermediate_size": 96, "rms_norm_eps": 1e-5} | changes)
-
-
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 13\n"
-# What lies in the folder (a name -> its text), and what the one line must say. One file alone is the source itself.
-FOREIGN: dict[str, tuple[dict[str, str], str]] = {
-    "nothing": ({}, "holds neither consolidated.NN.pth nor config.json"),
-    "gpt-2": ({"config.json": config(architectures=["GPT2LMHeadModel"])}, "'GPT2LMHeadModel' is not supported: Llama"),
-    "falcon": ({"config.json": config(architectures=["FalconForCausalLM"])}, "'FalconForCausalLM' is not supported"),
-    "gemma": ({"config.json": config(architectures=["GemmaForCausalLM"])}, "'GemmaForCausalLM' is not supported"),
-    "qwen": ({"config.json": config(architectures=["Qwen2ForCausalLM"])}, "'Qwen2ForCausalLM' is not supported"),
-    "mixtral": ({"config.json": config(architectures=["MixtralForCausalLM"])}, "'MixtralForCausalLM' is not"),
-    "llama 4": ({"config.json": config(architectures=["Llama4ForConditionalGeneration"])}, "'Llama4ForConditional"),
-    "vision": ({"config.json": config(architectures=["MllamaForConditionalGeneration"])}, "'MllamaForConditional"),
-    "by model_type": ({"config.json": json.dumps({"model_type": "bert"})}, "'bert' is not supported"),
-    "no architecture": ({"config.json": "{}"}, "names no architecture"),
-    "adapter": (
-        {"adapter_config.json": '{"base_model_name_or_path": "me/base"}'},
-        "an adapter for 'me/base', no",
-    ),
-    "adapter with config": ({"adapter_config.json": "{}", "config.json": config()}, "only an adapter is in here"),
-    "no weights": ({"config.json": config()}, "neither model.safetensors nor pytorch_model.bin"),
-    "config is a pointer": ({"config.json": LFS}, "config.json is a Git LFS pointer"),
-    "config is a page": ({"config.json": "<!doctype html><p>Log in"}, "config.json is an HTML or XML page"),
-    "config is cut": ({"config.json": config()[:40]}, "config.json is"),
-    "config is a list": ({"config.json": "[]"}, "holds a list, expected an object"),
-    "config is empty": ({"config.json": ""}, "config.json is an empty file"),
-    "attention bias": ({"config.json": config(attention_bias=True)}, "attention_bias is True"),
-    "mlp bias": ({"config.json": config(mlp_bias=True)}, "mlp_bias is True"),
-    "gelu": ({"config.json": config(hidden_act="gelu")}, "hidden_act is 'gelu'"),
-    "gptq": ({"config.json": config(quantization_config={"quant_method": "gptq"})}, "quantized (gptq)"),
-    "yarn": ({"config.json": config(rope_scaling={"type": "yarn", "factor": 2})}, "rope scaling 'yarn' is not"),
-    "dynamic": ({"config.json": config(rope_scaling={"type": "dynamic", "factor": 2})}, "rope scaling 'dynamic'"),
-    "longrope": ({"config.json": config(rope_scaling={"rope_type": "longrope"})}, "rope scaling 'longrope'"),
-    "llama3 with other numbers": (
-        {"config.json": config(rope_scaling={"rope_type": "llama3", "factor": 8, "low_freq_factor": 2})},
-        "low_freq_factor is 2",
-    ),
-    "linear without factor": ({"config.json": config(rope_scaling={"type": "linear"})}, "factor is missing"),
-    "a scaling for each kind of layer": (
-        {"config.json": config(rope_parameters={"full_attention": {"rope_type": "default"}})},
-        "one object for all layers is",
-    ),
-    "two thetas": (
-        {"config.json": config(rope_theta=5e5, rope_parameters={"rope_theta": 1e4})},
-        "rope_theta, rope_parameters and rope_scaling contradict each other",
-    ),
-    "two scalings": (
-        {"config.json": config(rope_parameters={"rope_type": "default"}, rope_scaling={"type": "linear", "factor": 4})},
-        "rope_theta, rope_parameters and rope_scaling contradict each other",
-    ),
-    "nested without end": ({"config.json": "[" * 100_000}, "config.json is no JSON"),
-    "half rotary": ({"config.json": config(partial_rotary_factor=0.5)}, "partial_rotary_factor is 0.5"),
-    "odd heads": ({"config.json": config(num_attention_heads=5)}, "hidden_size 64 is no multiple of 5"),
-    "kv heads": ({"config.json": config(num_key_value_heads=3)}, "3 KV heads do not go together"),
-    "odd head_dim": ({"config.json": config(head_dim=15)}, "do not go together"),
-    "absurd layers": ({"config.json": config(num_hidden_layers=10**12)}, "num_hidden_layers is 1000000000000"),
-    "no size": ({"config.json": config(hidden_size=None)}, "hidden_size is missing"),
-    "text for a size": ({"config.json": config(vocab_size="many")}, "vocab_size is 'many'"),
-    "weights are a pointer": (
-        {"config.json": config(), "model.safetensors": LFS},
-        "model.safetensors is a Git LFS pointer, not a safetensors file",
-    ),
-    "weights are a page": ({"config.json": config(), "pytorch_model.bin": "<html>"}, "is an HTML or XML page, not"),
-    "weights are nothing": ({"config.json": config(), "pytorch_model.bin": ""}, "is an empty file"),
-    "weights are text": ({"config.json": config(), "model.safetensors": "hello there"}, "is damaged or cut off"),
-    "index without files": (
-        {"config.json": config(), "model.safetensors.index.json": '{"weight_map": {"a": "model-1.safetensors"}}'},
-        "model-1.safetensors is missing, which model.safetensors.index.json names",
-    ),
-    "index out of the folder": (
-        {"config.json": config(), "model.safetensors.index.json": '{"weight_map": {"a": "../secret"}}'},
-        "'../secret', a file outside the folder",
-    ),
-    "index without map": ({"config.json": config(), "model.safetensors.index.json": "{}"}, "has no weight_map"),
-    "file: pointer": ({"model.gguf": LFS}, "is a Git LFS pointer: fetch the file that it stands for"),
-    "file: page": ({"model.bin": "<!DOCTYPE html>"}, "is an HTML or XML page: supported are"),
-    "file: nothing": ({"model.bin": ""}, "is an empty file: supported are"),
-    "file: text": ({"model.bin": "what is this"}, "is of no known format: supported are"),
-    "file: json": ({"model.json": "{}"}, "is a JSON text: supported are"),
-    "file: zip": ({"consolidated.00.pth": "PK\3\4"}, "a part of a model: name the folder it lies in"),
-    "file: gguf alone": ({"a.gguf": "GGUF"}, "a.gguf: damaged, cut off or of an unknown GGUF version"),
-    "only original": ({"original/consolidated.00.pth": ""}, "holds Meta's files in its folder original: name that"),
-    "folder of a gguf": ({"a.gguf": "GGUF", "readme": ""}, "is a folder: name the file in it"),
-}
 
 
 def error_of(src: Path, dst: Path) -> str:

@@ -1,5 +1,6 @@
 """Chat templates: which dialect they write, and what becomes of those that mean harm."""
 
+import copy
 import json
 import os  # noqa: F401  (what a template would reach for)
 import re
@@ -314,6 +315,17 @@ HOSTILE = {
     "a giant range": "{% for i in range(10 ** 12) %}{% endfor %}",
     "deep brackets": "{% set x = " + "(" * 50000 + "1" + ")" * 50000 + " %}",
     "deep nots": "{% set x = " + "not " * 50000 + "1 %}",
+    "a long indent": "{% set x = messages | tojson(indent=10 ** 9) %}",
+    "a wide center": "{% set x = 'x' | center(10 ** 9) %}",
+    "a replacement that grows": "{% set x = ('a' * 10 ** 5).replace('', 'a' * 10 ** 5) %}",
+    "a loop in itself": "{% for a in [[[]]] recursive %}{{ loop([a]) }}{% endfor %}",
+    "a long refusal": "{{ raise_exception('x' * 10 ** 7) }}",
+    "a long error": "{{ ('x' * 10 ** 7)() }}",
+    "an output of a gigabyte": "{% for i in range(99999) %}{{ 'x' * 10000 }}{% endfor %}",
+    "no character": chatml("HALF").partition("{% for")[0].replace("HALF", "\\ud800"),
+    "a file included": "{% include '/etc/passwd' %}",
+    "a file imported": "{% from '/etc/passwd' import x %}",
+    "a file extended": "{% extends '/etc/passwd' %}",
     "a long system message": chatml("LONG").partition("{% for")[0].replace("LONG", "' ~ 'x' * 200000 ~ '"),
 }
 
@@ -325,6 +337,15 @@ def test_harm_is_bounded() -> None:
 
 
 ESCAPES = [
+    "('{0.__class__.__mro__}' | attr('format'))('')",
+    "(['{0.__class__.__mro__}'] | map('attr', 'format') | first)('')",
+    "('{0.__class__.__mro__}' | string).format('')",
+    "'{0.__globals__[os].sep}'.format(raise_exception)",
+    "raise_exception.__code__.co_consts",
+    "namespace.__dict__ ~ namespace(x=1).__class__.__mro__",
+    "(''.join)['__self__'].__class__.__mro__",
+    "messages[0].update({'role': 'x'}) ~ 'x'",
+    "(messages | list | attr('__iadd__'))([1])",
     "''.__class__.__mro__",
     "''['__class__']['__mro__'][1]['__subclasses__']()",
     "(''|attr('__class__')).__mro__",
@@ -358,7 +379,7 @@ def test_the_sandbox_holds(expression: str, tmp_path: Path) -> None:
     attempt = "{{ " + expression.replace("PATH", str(path)) + " }}"
     free = Environment()
     free.globals["raise_exception"] = touch
-    assert free.from_string(attempt).render(messages=list(DIALOGS[0])) or path.exists()
+    assert free.from_string(attempt).render(messages=copy.deepcopy(DIALOGS[0])) or path.exists()
     assert path.exists() == ("PATH" in expression)
     path.unlink(missing_ok=True)
     assert not _rendered(attempt, {})

@@ -14,8 +14,8 @@ from llama.checkpoint import tensor_shapes
 from llama.convert import gguf, hf, llama2c, meta
 from llama.convert.meta import ConvertError, Source
 from llama.device import DTYPES
-from llama.distributed import say
 from llama.sniff import GGUF, LFS_POINTER, PICKLE, SAFETENSORS, ZIP, what_is
+from llama.terminal import tell
 
 __all__ = ["ConvertError", "convert"]
 
@@ -85,10 +85,10 @@ def convert(
         if path.name.startswith(f"{dst.name}.partial-"):
             source.notes.append(f"{path} is of a conversion that was killed, or still runs: remove it if none does")
     for note in source.notes:
-        say(f"note: {note}")
+        tell(f"note: {note}")
     kinds = " and ".join(sorted({str(kind)[6:] for kind in dtypes.values()}))
     count = "1 file" if shards == 1 else f"{shards} files"
-    say(f"wrote {dst}: {len(source.tensors)} tensors as {kinds} in {count}, {', '.join(files)}")
+    tell(f"wrote {dst}: {len(source.tensors)} tensors as {kinds} in {count}, {', '.join(files)}")
 
 
 def _reader(src: Path) -> Callable[[Path], Source]:
@@ -165,7 +165,7 @@ def _move(partial: Path, dst: Path, force: bool) -> None:
     finally:
         shutil.rmtree(old, ignore_errors=True)
     if old.exists():
-        say(f"note: {old}, the folder that was replaced, could not be removed")
+        tell(f"note: {old}, the folder that was replaced, could not be removed")
 
 
 def _umask() -> int:

@@ -26,8 +26,8 @@ from llama.convert.vocab import hf_tokenizer
 from llama.params import ModelArgs
 from llama.progress import progress
 from llama.sniff import JSON, SAFETENSORS, ZIP, what_is
-from llama.tokenizer import Tokenizer, find_tokenizer
-from llama.verify import torn_records
+from llama.tokenizer import Tokenizer, check_size, find_tokenizer, read_tokenizer_json
+from llama.verify import read_zip, torn_records
 
 NAMES = {EMBEDDING: "model.embed_tokens.weight", "norm.weight": "model.norm.weight", OUTPUT: "lm_head.weight"}
 LAYER_NAMES = {
@@ -140,6 +140,7 @@ def _read(folder: Path) -> Source:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    check_size(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -278,7 +279,7 @@ def _open_torch(path: Path) -> dict[str, Stored]:
         return Stored(tuple(tensor.shape), tensor.dtype, lambda start, stop: tensor[start:stop])
 
     tensors = open_shard(path)
-    if torn := torn_records(path):
+    if torn := torn_records(path, read_zip(path)):
         raise ConvertError(f"{path.name} is damaged in {torn[0]}: fetch it again")
     return {name: stored(tensor) for name, tensor in tensors.items()}
 
@@ -322,18 +323,14 @@ def _tokenizer(folder: Path, model_config: dict[str, Any], args: ModelArgs) -> t
     config = _read_json(path) if (path := folder / "tokenizer_config.json").exists() else {}
     named = _read_json(path) if (path := folder / "special_tokens_map.json").exists() else {}
     if config.get("chat_template") is None and (path := folder / "chat_template.jinja").exists():
+        check_size(path)
         config["chat_template"] = path.read_text(encoding="utf-8", errors="replace")
     for path in (model, fast):
         if path.exists() and (kind := what_is(path)) not in (None, JSON):
             raise ConvertError(f"{path.name} is {kind}: fetch it again")
     own = Tokenizer(model, use_scaled_rope=args.use_scaled_rope) if model.exists() else None
     if fast.exists():
-        from tokenizers import Tokenizer as Reader
-
-        try:
-            reader = Reader.from_file(str(fast))
-        except Exception as error:  # the package raises bare Exception
-            raise ConvertError(f"{fast.name} is not a tokenizer.json ({error}): fetch it again") from error
+        reader = read_tokenizer_json(fast)
         for name in ("bos", "eos", "pad"):  # by name, or where no file names it, by the model's id
             ids = model_config.get(f"{name}_token_id")
             by_id = next((i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0), None)

@@ -23,6 +23,7 @@ from llama.convert.params import feed_forward_params, head_params
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import read_llama2c, sentencepiece_model
 from llama.params import ModelArgs
+from llama.tokenizer import check_size
 
 MAGIC = b"24ka"  # "ak42" as a little-endian number
 HEADER = 256  # bytes before the data in versions 1 and 2
@@ -182,6 +183,7 @@ def _tokenizer(path: Path, vocab_size: int) -> tuple[dict[str, bytes], list[str]
     """tokenizer.bin beside the model, or, as its own training names it, tok4096.bin."""
     for name in ("tokenizer.bin", f"tok{vocab_size}.bin"):
         if (found := path.with_name(name)).is_file():
+            check_size(found)
             pieces = read_llama2c(found.read_bytes(), vocab_size)
             return tokenizer_files({"tokenizer.model": sentencepiece_model(pieces)}, {}, vocab_size), []
     return {}, [f"no tokenizer.bin or tok{vocab_size}.bin is beside {path}: put a tokenizer.model beside the new files"]

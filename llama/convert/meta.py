@@ -23,7 +23,7 @@ from llama.checkpoint import OUTPUT, Checkpoint, shard_axis
 from llama.params import ModelArgs, legal_world_sizes
 from llama.progress import progress
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
-from llama.verify import Findings, check_bytes, check_kinship
+from llama.verify import Findings, check_bytes, check_kinship, is_finite, read_checklists
 
 LLAMA3_VOCAB = 128_000  # a vocabulary so large is Llama 3's
 STORAGE_TYPES = {
@@ -71,20 +71,15 @@ class Source:
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One tensor in `dtype`. Raises ConvertError where a number is none, or does not fit the type."""
         tensor = self.tensors[name]()
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise ConvertError(f"{name} holds NaN or infinite numbers: fetch the file again")
         if tensor.dtype != dtype:
             tensor = tensor.to(dtype)
-            if not _is_finite(tensor):
+            if not is_finite(tensor):
                 raise ConvertError(
                     f"{name} holds numbers beyond {str(dtype)[6:]}'s range: take --dtype bfloat16 or float32"
                 )
         return tensor
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    low, high = tensor.aminmax()  # NaN comes through, and no further tensor is needed
-    return bool(low.isfinite() and high.isfinite())
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -98,7 +93,8 @@ def read(folder: Path) -> Source:
     checkpoint = Checkpoint(folder)
     shards = range(len(checkpoint.paths))
     findings = Findings()
-    check_bytes([*checkpoint.paths, folder / "params.json"], folder, findings)
+    listed = read_checklists(folder, findings)
+    check_bytes([*checkpoint.paths, folder / "params.json"], listed, folder, findings)
     check_kinship(dict(enumerate(checkpoint.paths)), {i: checkpoint[i] for i in shards}, checkpoint.shapes, findings)
     notes = []
     for fault in findings.faults:

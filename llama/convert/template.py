@@ -187,6 +187,7 @@ def _child() -> None:
             continue
         if len(text) > LONGEST:
             sys.exit(1)
+        text.encode()  # half of a surrogate pair is no text
         texts.append(text)
     print(json.dumps(texts))
 

@@ -37,4 +37,5 @@ def tokenizer_files(vocabulary: dict[str, bytes], config: dict[str, Any], rows: 
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    # Half of a surrogate pair becomes JSON's own escape.
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 
 from llama.completion import Llama
-from llama.distributed import is_main_rank, raising_together, say, told_by_rank_0
+from llama.distributed import is_main_rank, raising_together
 from llama.evals.page import Alternative, Look, Token, level, page, percent_text, shown, width
 from llama.generation import Engine
 from llama.model import log_norm, score
 from llama.request import Alternatives, alternatives, check_alternatives, check_whole, read_ids
 from llama.scoring import Text, check_bos, measure_texts, with_bos
 from llama.stream import TextStream
+from llama.terminal import tell
+from llama.textfile import read_pipe
 from llama.tokenizer import Tokenizer
 
 NOTHING = 'nothing to look at: give a text ("..."), or pipe one in'
@@ -83,7 +85,7 @@ def inspect(
         plain=plain,
     )
     if text is None:
-        text = told_by_rank_0(sys.stdin.read() if is_main_rank() else None).removesuffix("\n")
+        text = read_pipe()
     given = llama.tokenizer.encode(text, bos=False, eos=False)
     if not given:
         raise ValueError(NOTHING)
@@ -107,7 +109,7 @@ def inspect(
             if html is not None:
                 content = page(look, Path(os.path.abspath(ckpt_dir)).name, summary(look))
                 Path(html).write_text(content, encoding="utf-8", newline="\n")
-                say(f"{html}: {len(content.encode()) / 1000:,.1f} kB")
+                tell(f"{html}: {len(content.encode()) / 1000:,.1f} kB")
     llama.close()
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from llama.completion import Llama
 from llama.distributed import is_main_rank, told_by_rank_0
 from llama.scoring import check_bos, check_stride, rolling_loglikelihood, with_bos
+from llama.terminal import in_one_line
 from llama.textfile import read_text
 
 
@@ -78,18 +79,19 @@ def perplexity(
             raise ValueError(
                 f"{file} is one token, and nothing comes before it to predict it from: --bos True puts BOS"
             )
-    width = max(map(len, files))
+    names = list(map(in_one_line, files))
+    width = max(map(len, names))
     if is_main_rank() and not json:
         print("  ".join([f"{'file':<{width}}", f"{'tokens':>9}", *(f"{head:>10}" for head in HEADS.values())]))
-    for file, text, ids in zip(files, texts, encoded, strict=True):
+    for file, name, text, ids in zip(files, names, texts, encoded, strict=True):
         result = score_text(llama, text, ids, file, stride, bos)
         if not is_main_rank():
             continue
         if json:
-            print(dumps(result, ensure_ascii=False), flush=True)
+            print(dumps(result), flush=True)
         else:
             cells = [_shown(number) for key, number in result.items() if key in HEADS]
-            print("  ".join([f"{file:<{width}}", f"{result['tokens']:>9,}", *cells]), flush=True)
+            print("  ".join([f"{name:<{width}}", f"{result['tokens']:>9,}", *cells]), flush=True)
     llama.close()
 
 
