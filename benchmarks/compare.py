@@ -38,7 +38,7 @@ from sides import CONTEXT, FILE_TYPES, THREADS, Ours, Side, meta_folder, sides_o
 
 from llama import Llama
 from llama.convert import convert
-from llama.distributed import current_world, join
+from llama.distributed import current_world, join, meet
 from llama.params import ModelArgs
 
 COLUMNS = ("ours", "ours, compile", "ours, plain", "Meta", "transformers", "llama.cpp")
@@ -260,6 +260,7 @@ def processor() -> str:
 
 def run(asked: argparse.Namespace) -> None:
     torch.set_num_threads(THREADS)
+    meet(current_world())
     join(current_world(), torch.device("cpu"))  # Meta's layers need fairscale's groups as long as they live
     rounds, steps = (2, 16) if asked.quick else (asked.rounds, 64)
     if rounds < 1:

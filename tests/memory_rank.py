@@ -1,7 +1,7 @@
 """One rank under watch, started by test_memory.py.
 
 python memory_rank.py                             imports the packages and joins the other ranks, no more
-python memory_rank.py CKPT_DIR TOKENIZER DTYPE    loads, generates, prints which files it opened and touched as JSON
+python memory_rank.py CKPT_DIR TOKENIZER DTYPE    loads, generates, prints which files it mapped and touched as JSON
 """
 
 import json
@@ -13,11 +13,11 @@ import torch
 
 from llama import Llama, Transformer, completion
 from llama.checkpoint import Checkpoint, Finish
-from llama.distributed import current_world, join, leave
+from llama.distributed import current_world, join, leave, meet
 
 
 def touched_bytes() -> dict[str, int]:
-    """File name -> bytes of its pages that are mapped into this process, for the checkpoint files it maps."""
+    """File name -> bytes of its pages that are mapped into this process, for the checkpoint files it maps, touched or not."""
     touched: dict[str, int] = {}
     name = ""
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -29,29 +29,24 @@ def touched_bytes() -> dict[str, int]:
 
 
 def main(ckpt_dir: str, tokenizer: str, dtype: str, quantize: str | None = None) -> None:
-    opened: set[str] = set()
     touched: dict[str, int] = {}
     load_weights = completion.load_weights
-
-    def remember(event: str, args: tuple[object, ...]) -> None:
-        if event == "open" and (name := Path(str(args[0])).name).startswith("consolidated."):
-            opened.add(name)
 
     def load_and_look(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype, finish: Finish = None) -> None:
         load_weights(model, checkpoint, dtype, finish)
         touched.update(touched_bytes())  # now: the files are unmapped when `build` returns
 
-    sys.addaudithook(remember)  # sees every file that Python opens, whatever code opens it
     completion.load_weights = load_and_look
     llama = Llama.build(ckpt_dir, tokenizer, max_seq_len=16, max_batch_size=1, dtype=dtype, quantize=quantize)
     llama.generate([[1, *range(3, 16)]], max_gen_len=2, temperature=0)  # fills the cache
     llama.close()
-    print(json.dumps({"opened": sorted(opened), "touched": touched}))
+    print(json.dumps(touched))
 
 
 if __name__ == "__main__":
     if sys.argv[1:]:
         main(*sys.argv[1:])
     elif current_world().size > 1:
+        meet(current_world())
         join(current_world(), torch.device("cpu"))
         leave()

@@ -10,7 +10,7 @@ import torch
 
 from llama import ModelArgs, Transformer, bench
 from llama.device import DTYPES
-from llama.distributed import current_world, join
+from llama.distributed import current_world, join, meet
 from llama.fast import SpeedUp
 
 SHAPE: dict[str, Any] = {
@@ -25,6 +25,7 @@ SHAPE: dict[str, Any] = {
 
 def main(dtype: torch.dtype, lengths: list[int]) -> None:
     here = torch.device("cpu")
+    meet(current_world())
     join(current_world(), here)
     model = Transformer(ModelArgs(**SHAPE, max_seq_len=max(lengths), max_batch_size=1), dtype, here)
     weights = {name: torch.randn(w.shape).mul_(0.02).to(dtype) for name, w in model.named_parameters()}

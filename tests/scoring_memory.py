@@ -7,7 +7,7 @@ import torch
 
 from llama import ModelArgs, Tokenizer, Transformer
 from llama.device import DTYPES
-from llama.distributed import current_world, join
+from llama.distributed import current_world, join, meet
 from llama.generation import Engine
 from llama.scoring import hidden_states, token_logprobs
 
@@ -21,6 +21,7 @@ def peak() -> int:
 
 
 def main(tokenizer: str, dtype: torch.dtype) -> None:
+    meet(current_world())
     join(current_world(), torch.device("cpu"))
     args = ModelArgs(
         dim=128, n_layers=1, n_heads=2, vocab_size=32000, multiple_of=64, max_seq_len=LENGTH, max_batch_size=ROWS

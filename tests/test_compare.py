@@ -7,7 +7,7 @@ import pytest
 import torch
 from make_checkpoint import TOKENIZER
 
-from llama.distributed import current_world, join, leave
+from llama.distributed import current_world, join, leave, meet
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -22,6 +22,7 @@ def test_all_sides_hold_the_same_model(tmp_path: Path, kind: str) -> None:
     """Ids of Meta, transformers, llama.cpp where it is installed, and our variants, alone and in a ragged batch."""
     left_out = list[str]()
     sides.write_random(tmp_path / kind, TOKENIZER, SHAPE, kind)
+    meet(current_world())
     join(current_world(), torch.device("cpu"))
     found = sides.sides_of(kind, tmp_path / kind, None, 4, left_out.append)
     try:
