@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from torch.distributed import distributed_c10d
 
-from llama.pulse import PATIENCE, PeerError, Pulse, find_store, loss, short_of_losses, timeout
+from llama.pulse import PATIENCE, PeerError, Pulse, Stores, find_stores, loss, short_of_losses, timeout
 
 
 class World(NamedTuple):
@@ -57,7 +57,7 @@ def say(text: str) -> None:
 _members = 0  # models that use the group; the last one to leave destroys it
 _ours = False  # False: somebody else initialised torch.distributed and will destroy it
 _our_groups = False  # the same for fairscale's groups
-_store: dist.Store | None = None  # one per process: torchrun's port can be bound once
+_stores: Stores | None = None  # one per process: torchrun's port can be bound once
 _pulse: Pulse | None = None  # of this rank, among several
 _rounds = 0  # meetings so far; each uses its own keys of the store
 _hooks = (sys.excepthook, sys.excepthook)  # before and after it was wrapped
@@ -66,14 +66,14 @@ _hooks = (sys.excepthook, sys.excepthook)  # before and after it was wrapped
 def meet(world: World) -> None:
     """Find the other ranks, whatever each computes on; `leave` parts from them. From here on errors can be raised
     together."""
-    global _members, _store, _pulse, _rounds
+    global _members, _stores, _pulse, _rounds
     if _members == 0 and world.size > 1:
         _rounds += 1
         if dist.is_initialized():
-            store = distributed_c10d._get_default_store()
+            stores = Stores.of(distributed_c10d._get_default_store())
         else:
-            store = _store = _store or find_store(world.rank, world.size)
-        _pulse = Pulse(dist.PrefixStore(f"llama/{_rounds}", store), world.rank, world.size)
+            stores = _stores = _stores or find_stores(world.rank, world.size)
+        _pulse = Pulse(stores, f"llama/{_rounds}", world.rank, world.size)
     _members += 1
     exchange(None)  # all are there: what follows keeps pace
 
@@ -87,7 +87,11 @@ def join(world: World, device: torch.device) -> None:
         if device.type == "cuda" and backend == "gloo":
             say("warning: this torch has no NCCL, ranks talk over gloo (slower)")
         hook = sys.excepthook  # torch puts the rank before each line of it
-        store = dist.PrefixStore(f"llama/group/{_rounds}", _store) if _store and world.size > 1 else dist.HashStore()
+        store = (
+            dist.PrefixStore(f"llama/group/{_rounds}", _stores.group)
+            if _stores and world.size > 1
+            else dist.HashStore()
+        )
         dist.init_process_group(backend, store=store, timeout=patience, rank=world.rank, world_size=world.size)
         _ours, _hooks = True, (hook, short_of_losses(sys.excepthook) if world.size > 1 else hook)
         sys.excepthook = _hooks[1]

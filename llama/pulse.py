@@ -18,7 +18,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -47,11 +47,25 @@ def timeout(device_type: str = "cpu") -> float:
     return float(given or TIMEOUT[device_type])
 
 
-def find_store(rank: int, size: int) -> Store:
+class Stores(NamedTuple):
+    """The connections of a process to the ranks' store: one for the process group, one for what ranks exchange, one for
+    the pulse, as operations on one connection wait for each other. torch looks up the name of each connection's
+    address, which takes seconds where no name server answers: they are kept."""
+
+    group: Store
+    talk: Store
+    beat: Store
+
+    @classmethod
+    def of(cls, store: Store) -> "Stores":
+        return cls(store, store.clone(), store.clone())
+
+
+def find_stores(rank: int, size: int) -> Stores:
     """The store of the ranks that torchrun's variables name, once all of them have come."""
     limit = timedelta(seconds=ARRIVAL * timeout())
     try:
-        return next(dist.rendezvous("env://", rank, size, timeout=limit))[0]
+        return Stores.of(next(dist.rendezvous("env://", rank, size, timeout=limit))[0])
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = str(error).split("\n")[0]
         raise LostRankError(
@@ -67,15 +81,15 @@ class Pulse:
     in the thread that waits for the result.
     """
 
-    def __init__(self, store: Store, rank: int, size: int):
+    def __init__(self, stores: Stores, prefix: str, rank: int, size: int):
         self.rank, self.size, self.patience = rank, size, PATIENCE * timeout()
         self._round = self._answered = 0
-        self._store = store.clone()  # operations on one connection wait for each other
+        self._store = dist.PrefixStore(prefix, stores.talk)
         self._started = time.monotonic()
         self._beats = dict.fromkeys(set(range(size)) - {rank}, 0)  # of the others; negative once they have left
         self._heard: dict[int, float] = {}  # rank -> when its pulse was last heard
         self._stopped = threading.Event()
-        self._threads = [_start(self._beat, store.clone())]
+        self._threads = [_start(self._beat, dist.PrefixStore(prefix, stores.beat))]
 
     def exchange(self, value: Any) -> list[Any]:
         """What every rank gives, in rank order; small values. Raises LostRankError once a rank is no longer heard."""

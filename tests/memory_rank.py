@@ -17,7 +17,7 @@ from llama.distributed import current_world, join, leave, meet
 
 
 def touched_bytes() -> dict[str, int]:
-    """File name -> bytes of its pages that are mapped into this process, for the checkpoint files it maps, touched or not."""
+    """File name -> bytes of its pages that are mapped into this process, for each checkpoint file."""
     touched: dict[str, int] = {}
     name = ""
     for line in Path("/proc/self/smaps").read_text().splitlines():

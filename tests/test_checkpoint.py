@@ -197,9 +197,14 @@ def test_every_tensor_is_accounted_for(folder: Path) -> None:
     assert "consolidated.01.pth" in message(folder) and "missing: layers.1.feed_forward.w2.weight" in message(folder)
     edit_shard(path, lambda t: t.update({"layers.1.feed_forward.w2.weight": torch.zeros(3, 4), "extra": torch.ones(1)}))
     text = message(folder)
-    assert "unexpected: extra" in text
+    assert "unexpected: extra" in text and text.endswith(f"; and 1 more: python -m llama verify {folder}")
+    edit_shard(path, lambda t: t.pop("extra"))
+    text = message(folder)
     assert "wrong shape: layers.1.feed_forward.w2.weight (3, 4), expected (64, 96)" in text
-    edit_shard(path, lambda t: t.update({"norm.weight": t["norm.weight"].to(torch.int8)}))
+    width = torch.zeros(64, 96)
+    edit_shard(
+        path, lambda t: t.update({"layers.1.feed_forward.w2.weight": width, "norm.weight": t["norm.weight"].char()})
+    )
     assert "wrong type: norm.weight torch.int8" in message(folder)
 
 
@@ -332,7 +337,7 @@ def test_without_output_weight_the_embedding_serves(
 
 def test_a_shard_that_alone_lacks_the_output(folder: Path) -> None:
     edit_shard(folder / "consolidated.00.pth", lambda t: t.pop("output.weight"))
-    assert "consolidated.01.pth" in message(folder) and "unexpected: output.weight" in message(folder)
+    assert "consolidated.00.pth" in message(folder) and "missing: output.weight" in message(folder)
 
 
 def test_explicit_sizes(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from llama import Llama, Transformer, completion, distributed, generation, model, sampling, scoring
 from llama.device import pick_device
 from llama.distributed import World, current_world, join, leave, meet
+from llama.pulse import Stores
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Set timeout is now only supported"),  # of the fake group
@@ -80,7 +81,7 @@ def device_guard(tmp_path_factory: pytest.TempPathFactory) -> None:
 class Alone:
     """In place of `llama.pulse.Pulse`: the other ranks, which are not there, give what this one gives."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int):
+    def __init__(self, stores: Stores, prefix: str, rank: int, size: int):
         self.size = size
 
     def exchange(self, value: Any) -> list[Any]:
@@ -104,7 +105,7 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     for name, value in world.items():
         patch.setenv(name, str(value))
     patch.setenv("OMP_NUM_THREADS", "2")  # a user's choice: build leaves this process its threads
-    patch.setattr(distributed, "_store", dist.HashStore())  # in place of torchrun's port
+    patch.setattr(distributed, "_stores", Stores.of(dist.HashStore()))  # in place of torchrun's port
     patch.setattr(distributed, "Pulse", Alone)
     patch.setattr(dist, "is_nccl_available", lambda: True)
     patch.setattr(dist, "init_process_group", init_fake)
