@@ -1,11 +1,19 @@
 """A reference runner for Llama checkpoints in Meta's style."""
 
-from llama.chat_format import Dialog, Message
-from llama.completion import Llama
-from llama.conversation import Conversation
-from llama.model import Transformer
-from llama.params import ModelArgs
-from llama.tokenizer import Tokenizer
+import os
+import sys
+
+try:
+    from llama.chat_format import Dialog, Message
+    from llama.completion import Llama
+    from llama.conversation import Conversation
+    from llama.model import Transformer
+    from llama.params import ModelArgs
+    from llama.tokenizer import Tokenizer
+except KeyboardInterrupt:
+    if sys.argv[0] == "-m":  # `python -m llama` ends in one way, also while torch is imported
+        os._exit(130)
+    raise
 
 __version__ = "0.1.0"
 __all__ = ["Conversation", "Dialog", "Llama", "Message", "ModelArgs", "Tokenizer", "Transformer"]

@@ -1,3 +1,8 @@
-from llama.cli import main
+import sys
+
+try:
+    from llama.cli import main
+except KeyboardInterrupt:
+    sys.exit(130)
 
 main()

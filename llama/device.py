@@ -7,6 +7,10 @@ import torch
 
 from llama.distributed import World
 
+# oneDNN keeps what it prepared for each number of rows that it met, up to 1 MB for each of the last 1,024: texts of all
+# lengths would fill a gigabyte. A step needs half a dozen, and a prompt's cost a millisecond. Read at its first use.
+for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(name, "16")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

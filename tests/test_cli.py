@@ -1,6 +1,9 @@
 """Command lines: every mistake is one line, and nothing runs before it is told."""
 
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +79,24 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.run(fails(KeyboardInterrupt()))
     assert ended.value.code == 130
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("library", ["libtorch_python", "libtorch_python then 0.4 s"])
+def test_ctrl_c_while_packages_are_imported(library: str, tmp_path: Path) -> None:
+    library, _, later = library.partition(" then ")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llama", "plan", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while library not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+    time.sleep(0.4 if later else 0)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
 
 
 def test_convert_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

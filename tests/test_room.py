@@ -309,6 +309,20 @@ def test_a_card_that_others_have_filled(
     assert llama.generate(prompts, 8, temperature=0)[0] == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_goes_on_for_long_needs_no_more_memory(
+    checkpoint: Callable[..., Path], measured: Callable[[str, object], None]
+) -> None:
+    """80,000 ids here; soak.py by hand goes on to a million."""
+    program = str(Path(__file__).with_name("soak.py"))
+    done = subprocess.run(
+        [sys.executable, program, str(checkpoint("mha")), "--tokens", "80000"], capture_output=True, text=True
+    )
+    found = json.loads(done.stdout)
+    measured("memory in use after 80,000 ids, beside that after 16,000", f"{found['in_use_growth']:+.2%}")
+    assert done.returncode == 0 and found["tokens"] >= 80_000, done.stderr
+
+
 def test_other_errors_stay_what_they_are(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build("gqa", max_seq_len=64)
 
