@@ -10,7 +10,8 @@ from pathlib import Path
 from llama.chat_format import Message, base_model_note, split_system
 from llama.completion import Llama
 from llama.conversation import Conversation
-from llama.distributed import exchange, is_main_rank, say, told_by_rank_0
+from llama.distributed import current_world, exchange, is_main_rank, say, told_by_rank_0
+from llama.memory import RoomError
 from llama.params import CheckpointError, read_params
 from llama.pulse import PeerError
 from llama.terminal import dim, in_one_line, interrupts, read_line, session, visible, write
@@ -93,6 +94,8 @@ def chat(
             except KeyboardInterrupt:  # pressed twice
                 note("\n[stopped]")
             except (ValueError, TypeError, PeerError) as error:
+                if isinstance(error, RoomError) and current_world().size > 1:
+                    raise  # the others are in the middle of a step
                 note(f"error: {in_one_line(error)}")
     llama.close()
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+import traceback
 import zlib
 from collections.abc import Generator, Sequence
 from functools import partial
@@ -91,8 +92,8 @@ class Llama(Engine):
         """
         started = time.perf_counter()
         world = current_world()
-        meet(world)
         try:
+            meet(world)
             with raising_together():
                 for name, value in (("ckpt_dir", ckpt_dir), ("tokenizer_path", tokenizer_path or ckpt_dir)):
                     if not isinstance(value, str | Path):
@@ -155,6 +156,7 @@ class Llama(Engine):
                     raise CheckpointError(faults[0] + more)
                 files = [path for path in (words, words.with_name("tokenizer_config.json")) if path.is_file()]
                 sums |= {path.name: f"{zlib.crc32(path.read_bytes()):08x}" for path in files}
+            check_same({"--dtype": _name(kind)}, "name one that all hosts can compute in")
             check_same(vars(args), "give all hosts the same params.json")
             check_same(sums, "these are their sums, give all hosts the same files")
             with raising_together():
@@ -345,7 +347,7 @@ def _load(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, room: Choice, compile: bool | None
 ) -> tuple[Transformer, str]:
     """The model, and what `build` says of its form; `compile` is None for plain layers."""
-    model = None
+    model: Transformer | None = None
     try:
         model = Transformer(checkpoint.params, dtype, device, checkpoint.embedding_axis)
         held = room.sizes.total - room.sizes.prefill
@@ -359,6 +361,9 @@ def _load(
             raise
         tensors = () if model is None else (*model.parameters(), *model.buffers())
         held = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
+        traceback.clear_frames(error.__traceback__)
+        del tensors
+        model = fast = None  # not kept by the traceback of whoever tries a smaller one
         raise explained(room, device, held, "the model is not loaded", error) from None
 
 

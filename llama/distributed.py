@@ -64,17 +64,16 @@ _hooks = (sys.excepthook, sys.excepthook)  # before and after it was wrapped
 
 
 def meet(world: World) -> None:
-    """Find the other ranks, whatever each computes on; `leave` parts from them. From here on errors can be raised
-    together."""
+    """Find the other ranks, whatever each computes on, to raise errors together. `leave` parts, also if this fails."""
     global _members, _stores, _pulse, _rounds
-    if _members == 0 and world.size > 1:
+    _members += 1
+    if _members == 1 and world.size > 1:
         _rounds += 1
         if dist.is_initialized():
             stores = Stores.of(distributed_c10d._get_default_store())
         else:
             stores = _stores = _stores or find_stores(world.rank, world.size)
-        _pulse = Pulse(stores, f"llama/{_rounds}", world.rank, world.size)
-    _members += 1
+        _pulse = Pulse(stores, _rounds, world.rank, world.size)
     exchange(None)  # all are there: what follows keeps pace
 
 
@@ -87,11 +86,7 @@ def join(world: World, device: torch.device) -> None:
         if device.type == "cuda" and backend == "gloo":
             say("warning: this torch has no NCCL, ranks talk over gloo (slower)")
         hook = sys.excepthook  # torch puts the rank before each line of it
-        store = (
-            dist.PrefixStore(f"llama/group/{_rounds}", _stores.group)
-            if _stores and world.size > 1
-            else dist.HashStore()
-        )
+        store = _stores.group(_rounds) if _stores and world.size > 1 else dist.HashStore()
         dist.init_process_group(backend, store=store, timeout=patience, rank=world.rank, world_size=world.size)
         _ours, _hooks = True, (hook, short_of_losses(sys.excepthook) if world.size > 1 else hook)
         sys.excepthook = _hooks[1]
@@ -119,9 +114,9 @@ def leave() -> None:
 @atexit.register
 def _part() -> None:
     global _ours, _our_groups, _pulse
-    if _pulse is not None:
-        _pulse.stop()
-        _pulse = None
+    pulse, _pulse = _pulse, None
+    if pulse is not None:
+        pulse.stop()
     if _our_groups:
         fairscale_groups.destroy_model_parallel()
         _our_groups = False

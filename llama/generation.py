@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Unpack
 
-from llama.distributed import current_world, from_rank_0, is_main_rank, leave
+from llama.distributed import current_world, exchange, from_rank_0, is_main_rank, leave
 from llama.model import Transformer, score
 from llama.request import (
     Alternatives,
@@ -144,6 +144,7 @@ class Engine:
         one prompt, keep what the cache holds of its beginning; the last bits then depend on what ran before.
         Whoever reads may finish a row between two steps (`Row.cut`).
         """
+        exchange(None)  # between two calls a rank may take its time
         full = [row for row in rows if row.length >= row.limit]
         for row in full:
             row.finish_reason = "length"

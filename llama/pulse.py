@@ -5,6 +5,7 @@ between these one rank may take its time: it loads from a slower disk, or its us
 the others wait in `Pulse.exchange`, as long as it takes, if only the pulse of every rank is heard.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -22,8 +23,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+RESTART = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may have the keys of ranks that went before
 Store = Any  # dist.Store, whose stubs lack half of it
-TIMEOUT = {"cpu": 60, "cuda": 600}  # seconds, as LLAMA_TIMEOUT sets them
 # Of these, the part that is waited for a rank. The rest is for the end: torchrun gives a rank that is stopped 30 s.
 PATIENCE = 0.35
 ARRIVAL = 5  # times LLAMA_TIMEOUT for all ranks to come: they may import from a slow disk
@@ -44,7 +45,7 @@ def timeout(device_type: str = "cpu") -> float:
     given = os.environ.get("LLAMA_TIMEOUT", "")
     if given and not re.fullmatch(r"[1-9]\d{0,6}", given):
         raise ValueError(f"LLAMA_TIMEOUT is {given!r}, expected whole seconds, such as 120")
-    return float(given or TIMEOUT[device_type])
+    return float(given or (600 if device_type == "cuda" else 60))
 
 
 class Stores(NamedTuple):
@@ -52,7 +53,7 @@ class Stores(NamedTuple):
     the pulse, as operations on one connection wait for each other. torch looks up the name of each connection's
     address, which takes seconds where no name server answers: they are kept."""
 
-    group: Store
+    common: Store
     talk: Store
     beat: Store
 
@@ -60,18 +61,36 @@ class Stores(NamedTuple):
     def of(cls, store: Store) -> "Stores":
         return cls(store, store.clone(), store.clone())
 
+    def group(self, meeting: int) -> Store:
+        """For the process group of this meeting of the ranks."""
+        return dist.PrefixStore(f"llama/{RESTART}/group/{meeting}", self.common)
+
 
 def find_stores(rank: int, size: int) -> Stores:
     """The store of the ranks that torchrun's variables name, once all of them have come."""
-    limit = timedelta(seconds=ARRIVAL * timeout())
-    try:
-        return Stores.of(next(dist.rendezvous("env://", rank, size, timeout=limit))[0])
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason = str(error).split("\n")[0]
-        raise LostRankError(
-            f"rank {rank} found no {size} ranks at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} in "
-            f"{limit.total_seconds():.0f} s: start all of them, or give them more time with LLAMA_TIMEOUT ({reason})"
-        ) from error
+    limit, started = timedelta(seconds=ARRIVAL * timeout()), time.monotonic()
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    answers: queue.SimpleQueue[Stores | Exception] = queue.SimpleQueue()
+
+    def find() -> None:  # where Ctrl-C is not heard
+        try:
+            answers.put(Stores.of(next(dist.rendezvous("env://", rank, size, timeout=limit))[0]))
+        except Exception as error:
+            answers.put(error)
+
+    _start(find)
+    answer = answers.get()
+    if isinstance(answer, Stores):
+        return answer
+    if not isinstance(answer, dist.DistNetworkError | dist.DistStoreError):
+        raise answer
+    reason = str(answer).split("\n")[0]
+    if time.monotonic() - started < limit.total_seconds():
+        raise LostRankError(f"rank {rank} cannot meet the others at {place}: {reason}") from answer
+    raise LostRankError(
+        f"rank {rank} found no {size} ranks at {place} in {limit.total_seconds():.0f} s: start all of them, or give "
+        f"them more time with LLAMA_TIMEOUT ({reason})"
+    ) from answer
 
 
 class Pulse:
@@ -81,7 +100,8 @@ class Pulse:
     in the thread that waits for the result.
     """
 
-    def __init__(self, stores: Stores, prefix: str, rank: int, size: int):
+    def __init__(self, stores: Stores, meeting: int, rank: int, size: int):
+        prefix = f"llama/{RESTART}/{meeting}"
         self.rank, self.size, self.patience = rank, size, PATIENCE * timeout()
         self._round = self._answered = 0
         self._store = dist.PrefixStore(prefix, stores.talk)
@@ -93,22 +113,23 @@ class Pulse:
 
     def exchange(self, value: Any) -> list[Any]:
         """What every rank gives, in rank order; small values. Raises LostRankError once a rank is no longer heard."""
+        content = pickle.dumps(value)
         self._round += 1
-        keys = [f"{self._round}/{rank}" for rank in range(self.size)]
-        answers: queue.SimpleQueue[list[bytes] | RuntimeError] = queue.SimpleQueue()
+        keys, old = [f"{self._round}/{rank}" for rank in range(self.size)], f"{self._round - 2}/{self.rank}"
+        answers: queue.SimpleQueue[list[bytes] | Exception] = queue.SimpleQueue()
 
         def talk(store: Store) -> None:
             try:
-                store.set(keys[self.rank], pickle.dumps(value))
+                store.set(keys[self.rank], content)
                 pause = 0.0005
                 while not store.check(keys):  # its own wait could not be ended
                     pause = min(1.2 * pause, 0.02)
                     if self._stopped.wait(pause):
                         return
                 answers.put(store.multi_get(keys))
-                store.add(f"{self._round}/read", 1)
-                store.delete_key(f"{self._round - 2}/{self.rank}")  # whoever is in this round has read it
-            except RuntimeError as error:
+                store.add("read", 1)
+                store.delete_key(old)  # whoever is in this round has read it
+            except Exception as error:
                 answers.put(error)
 
         self._threads[1:] = [_start(talk, self._store)]
@@ -117,23 +138,27 @@ class Pulse:
             try:
                 answer = answers.get(timeout=self.patience / 10)
             except queue.Empty:
-                if lost:  # and for the second time: its last words may have been under way
+                before, lost = lost, self._silence(self.patience) or self._departure()
+                if before and lost:  # its last words were not under way, and it was not this rank that was stopped
                     raise LostRankError(lost) from None
-                lost = self._silence(self.patience) or self._departure()
                 continue
             if isinstance(answer, RuntimeError):
-                raise LostRankError(f"rank {self.rank} lost the host of rank 0: it was killed, or has ended") from None
+                host = "torchrun, through which it talks to the others" if self.rank == 0 else "the host of rank 0"
+                raise LostRankError(f"rank {self.rank} lost {host}: it was killed, or has ended") from answer
+            if isinstance(answer, Exception):
+                raise answer
             self._answered = self._round
             return [pickle.loads(content) for content in answer]
 
     def stop(self) -> None:
         """Leave: from here on nobody wonders about this rank's silence."""
         until = time.monotonic() + GRACE
-        while self._answered == self._round and self.rank == 0 and time.monotonic() < until:
-            # Without torchrun the store ends with this process: the others read the last answers first.
-            if self._store.add(f"{self._round}/read", 0) >= self.size:
-                break
-            time.sleep(0.01)
+        with contextlib.suppress(RuntimeError):
+            while self._answered == self._round and self.rank == 0 and time.monotonic() < until:
+                # Without torchrun the store ends with this process: the others read the last answers first.
+                if self._store.add("read", 0) >= self.size * self._round:
+                    break
+                time.sleep(0.01)
         self._stopped.set()
         for thread in self._threads:
             thread.join(timeout=1)
@@ -141,19 +166,24 @@ class Pulse:
     def _beat(self, store: Store) -> None:
         try:
             while not self._stopped.is_set():
+                began = time.monotonic()
                 store.add(f"pulse/{self.rank}", 1)
                 for rank, last in self._beats.items():
                     if (beat := store.add(f"pulse/{rank}", 0)) != last:
                         self._beats[rank], self._heard[rank] = beat, time.monotonic()
-                self._stopped.wait(min(self.patience / 5, 5) if len(self._heard) == len(self._beats) else 0.1)
                 # Whoever waits for a rank finds out first. Here are those who wait for something else, a user perhaps.
                 if line := self._silence(self.patience + 3 * GRACE):
-                    tell_torchrun(line)
-                    print(f"error: {line}", file=sys.stderr, flush=True)
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    return _end(line)
+                pause = min(self.patience / 5, 5) if len(self._heard) == len(self._beats) else 0.1
+                self._stopped.wait(pause)
+                if (late := time.monotonic() - began - pause) > self.patience / 4:  # it was this rank that was stopped
+                    self._heard = {rank: when + late for rank, when in self._heard.items()}
+                    self._started += late
             store.add(f"pulse/{self.rank}", LEFT)
         except RuntimeError:  # the store is gone with its host: from here on nobody is heard
-            pass
+            ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which outlives a rank 0
+            if self.rank == 0 and ours and not self._stopped.is_set():
+                _end("rank 0 lost torchrun, through which it talks to the others: it was killed")
 
     def _silence(self, limit: float) -> str | None:
         """The rank that has not been heard for so many seconds."""
@@ -172,10 +202,17 @@ class Pulse:
         return f"rank {self.rank} waits for rank {left[0]}, which has ended" if left else None
 
 
-def _start(function: Callable[[Store], None], store: Store) -> threading.Thread:
-    thread = threading.Thread(target=function, args=(store,), daemon=True)  # one that is stuck holds no exit up
+def _start(function: Callable[..., None], *arguments: Any) -> threading.Thread:
+    thread = threading.Thread(target=function, args=arguments, daemon=True)  # one that is stuck holds no exit up
     thread.start()
     return thread
+
+
+def _end(line: str) -> None:
+    """End this process, whatever its main thread does."""
+    tell_torchrun(line)
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def loss(error: BaseException) -> str | None:
@@ -219,4 +256,5 @@ def tell_torchrun(problem: str) -> None:
     """Leave it where torchrun looks for what it names last, as the cause."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = {"message": f"error: {problem}", "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(file).write_text(json.dumps({"message": message}))
+        with contextlib.suppress(OSError):  # a full disk may be the cause that is told
+            Path(file).write_text(json.dumps({"message": message}))

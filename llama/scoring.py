@@ -13,6 +13,7 @@ from itertools import islice
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from llama.distributed import exchange
 from llama.generation import Engine, read_back
 from llama.model import Measure, Transformer, log_norm, score
 from llama.params import ModelArgs
@@ -240,6 +241,7 @@ def measure_texts(llama: Engine, texts: Sequence[Text], measure: Measure) -> lis
 
     Equal texts are computed once. Raises FloatingPointError where a number is not finite.
     """
+    exchange(None)  # between two calls a rank may take its time
     found: dict[Text, list[list[float]]] = {text: [] for text in texts}
     groups = _groups([text for text in found if text.start < len(text.ids)])
     for batch in progress(list(_batches(groups, llama.model.params)), "scoring"):

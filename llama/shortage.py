@@ -1,7 +1,11 @@
-"""Memory that runs out in the middle of a step, told as `llama.memory` would: with the numbers, and what would fit."""
+"""Memory that runs out in the middle of a step, told as `llama.memory` would: with the numbers, and what would fit.
+
+One rank can go on with less. Of several the others are in the middle of the step, and end.
+"""
 
 import functools
 import re
+import traceback
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
@@ -11,6 +15,8 @@ from torch import nn
 
 # A model -> the error to raise for torch's.
 EXPLAIN: WeakKeyDictionary[nn.Module, Callable[[BaseException], Exception]] = WeakKeyDictionary()
+# Of torch, C++, Linux, cuBLAS and oneDNN.
+WORDS = "can't allocate memory|out of memory|bad_alloc|[Cc]annot allocate memory|ALLOC_FAILED|could not create a memory"
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -18,7 +24,7 @@ R = TypeVar("R")
 def is_shortage(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and bool(re.search("can't allocate memory|out of memory", str(error)))
+    return isinstance(error, RuntimeError) and bool(re.search(WORDS, str(error)))
 
 
 def telling_shortage(step: Callable[P, R]) -> Callable[P, R]:
@@ -33,6 +39,7 @@ def telling_shortage(step: Callable[P, R]) -> Callable[P, R]:
             explain = EXPLAIN.get(engine.model) if is_shortage(error) else None
             if explain is None:
                 raise
+            traceback.clear_frames(error.__traceback__)  # which would hold what the step had made so far
             raise explain(error) from None
 
     return told

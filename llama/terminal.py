@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
-from llama.distributed import is_main_rank, say
+from llama.distributed import exchange, is_main_rank, say
 from llama.stream import TextPiece
 
 LONGEST = 4000  # characters of a message
@@ -54,7 +54,7 @@ def show(pieces: Iterable[TextPiece], heads: list[str], tail: str) -> None:
     row as it comes, elsewhere each when it is whole."""
     if not is_main_rank():
         for _ in pieces:
-            pass
+            exchange(None)  # rank 0 may wait for its terminal
         return
     live = sys.stdout.isatty()
     waiting, done, row = [""] * len(heads), [False] * len(heads), 0
@@ -68,6 +68,7 @@ def show(pieces: Iterable[TextPiece], heads: list[str], tail: str) -> None:
             if begun:
                 break
             row += 1
+        exchange(None)
 
 
 def write(text: str) -> None:

@@ -1,6 +1,7 @@
 """A rank that is lost ends the others, soon and with a word; two hosts; ranks that do not belong together."""
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faults import data_of, edit_params, edit_shard, flip
 from ranks import run_ranks
 
-from llama import Llama, completion
+from llama import Llama, Transformer, chat, completion, distributed, pulse
 from llama.distributed import current_world
 
 ROOT = Path(__file__).parent.parent
@@ -81,9 +83,7 @@ def test_20_kills_at_random_moments(checkpoint: Callable[..., Path], measured: C
 def test_torchrun_names_the_rank_that_was_killed(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "a b c"}) * 1 + "\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [TORCHRUN, "--nproc_per_node", "2", "--master_port", str(port), "-m", "llama", "chat"]
     ranks = subprocess.Popen(
         [*command, "--ckpt_dir", str(checkpoint("mha")), "--chat_format", "llama2"],
@@ -180,8 +180,50 @@ def build_on_hosts_of_their_own(pairs: list[list[dict]]) -> list[str]:
     return build_differently(pairs)
 
 
+def compute_otherwise(folder: Path) -> list[str]:
+    kinds = [torch.float32, torch.bfloat16]
+    completion.pick_dtype = lambda *_: kinds[current_world().rank]
+    return build_differently([[{"ckpt_dir": folder}] * 2])
+
+
+def test_hosts_that_compute_in_other_types_are_named(checkpoint: Callable[..., Path]) -> None:
+    for (answer,) in run_ranks(2, compute_otherwise, checkpoint("mha")):
+        assert answer == (
+            "ValueError: rank 1 has --dtype bfloat16, rank 0 has float32: name one that all hosts can compute in"
+        )
+
+
+def run_short(folder: Path) -> tuple[str, str]:
+    """A chat in which rank 1 alone runs out of memory: what each rank ends with."""
+    hidden, calls = Transformer.hidden, 0
+
+    def short(self: Transformer, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5 and current_world().rank == 1:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+        return hidden(self, *args)
+
+    Transformer.hidden = short  # type: ignore[method-assign, assignment]
+    sys.stdin = io.StringIO("go on\nand on\n")
+    try:
+        chat.chat(str(folder), chat_format="llama2", device="cpu", max_seq_len=256)
+    except Exception as error:
+        return type(error).__name__, pulse.loss(error) or str(error)
+    return "", "went on"
+
+
+def test_memory_of_one_rank_that_runs_out_ends_a_chat(checkpoint: Callable[..., Path]) -> None:
+    (_, first), (kind, second) = run_ranks(2, run_short, checkpoint("mha"))
+    assert kind == "RoomError" and second.startswith("out of memory on cpu, 0.00 GiB more were asked for")
+    assert re.fullmatch(CLOSED, first)
+
+
 def load_slowly(folder: Path) -> float:
-    """Seconds until both are built, where rank 1 reads from a slow disk and the others' patience is shorter."""
+    """Seconds of build and two calls. Rank 1 reads from a slow disk, and rank 0 is busy between the calls, for longer
+    than ranks wait for another in the middle of a step."""
     os.environ["LLAMA_TIMEOUT"] = "6"
     if current_world().rank == 1:
         load = completion.load_weights
@@ -192,12 +234,60 @@ def load_slowly(folder: Path) -> float:
 
         completion.load_weights = slowly  # type: ignore[assignment]
     started = time.monotonic()
-    Llama.build(folder).close()
+    llama = Llama.build(folder)
+    llama.generate([[5, 6]], 2)
+    if distributed.is_main_rank():
+        time.sleep(4)
+    llama.generate([[5, 6]], 2)
+    llama.close()
     return time.monotonic() - started
 
 
 def test_a_slow_rank_is_waited_for(checkpoint: Callable[..., Path]) -> None:
-    assert min(run_ranks(2, load_slowly, checkpoint("mha"))) >= 8
+    assert min(run_ranks(2, load_slowly, checkpoint("mha"))) >= 12
+
+
+def be_stopped(folder: Path) -> list[Any]:
+    """Both ranks are stopped for longer than a lost one is waited for, and go on: as a laptop or a container does."""
+    os.environ["LLAMA_TIMEOUT"] = "6"
+    llama = Llama.build(folder)
+    pids = " ".join(map(str, distributed.exchange(os.getpid())))
+    if distributed.is_main_rank():
+        subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {pids}; sleep 10; kill -CONT {pids}"])
+        time.sleep(2)
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            time.sleep(0.1)
+    told = distributed.told_by_rank_0("well" if distributed.is_main_rank() else None)
+    ids = llama.generate([[5, 6]], 3, temperature=0)[0]
+    llama.close()
+    return [told, ids]
+
+
+def test_ranks_that_were_stopped_together_go_on(checkpoint: Callable[..., Path]) -> None:
+    first, second = run_ranks(2, be_stopped, checkpoint("mha"))
+    assert first == second and first[0] == "well"
+
+
+def exchange_often(folder: Path) -> list[Any]:
+    llama = Llama.build(folder)
+    try:
+        distributed.exchange(lambda: 0)
+        refused = ""
+    except Exception as error:
+        refused = type(error).__name__
+    stores = distributed._stores
+    assert stores
+    before = stores.common.num_keys()
+    same = all(distributed.exchange(n) == [n, n] for n in range(300))
+    grown = stores.common.num_keys() - before
+    llama.close()
+    return [refused != "", same, grown < 10]
+
+
+def test_what_ranks_exchange(checkpoint: Callable[..., Path]) -> None:
+    """A value that cannot be sent is an error, not a rank that waits; what was read does not stay in the store."""
+    assert run_ranks(2, exchange_often, checkpoint("mha")) == [[True, True, True]] * 2
 
 
 def meet_alone(folder: Path) -> str:
@@ -217,6 +307,51 @@ def test_ranks_that_never_come(checkpoint: Callable[..., Path]) -> None:
         r"rank 0 found no 2 ranks at 127\.0\.0\.1:\d+ in 5 s: start all of them, or give them more time with "
         "LLAMA_TIMEOUT", first
     )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_alone(folder: Path, port: int) -> subprocess.Popen[str]:
+    world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = ["-m", "llama", "complete", "--ckpt_dir", str(folder), "a"]
+    return subprocess.Popen(
+        [sys.executable, *words], env=os.environ | world, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_a_port_that_is_taken(checkpoint: Callable[..., Path]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = start_alone(checkpoint("mha"), port)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.match(rf"error: rank 0 cannot meet the others at 127\.0\.0\.1:{port}: .*in use", errors.splitlines()[-1])
+
+
+def test_ctrl_c_while_the_others_are_awaited(checkpoint: Callable[..., Path]) -> None:
+    port = free_port()
+    process = start_alone(checkpoint("mha"), port)
+    until = time.monotonic() + 60
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() < until:
+            with contextlib.suppress(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "") and "Traceback" not in errors, errors
+
+
+def test_only_a_gpus_ranks_have_longer() -> None:
+    assert [pulse.timeout(kind) for kind in ("cpu", "mps", "cuda")] == [60, 60, 600]
 
 
 @pytest.mark.parametrize("value", ["soon", "-1", "0", "1e3", " 5"])

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -289,11 +290,12 @@ def test_a_card_that_others_have_filled(
     llama = build("gqa", max_seq_len=256, max_batch_size=4)
     prompts = [[5, 6, 7], [8, 9]]
     before = llama.generate(prompts, 8, temperature=0)[0]
-    calls = iter(range(100))
+    calls, made = iter(range(100)), list[Any]()
     plain = type(llama.model.layers[0]).forward if step == "hidden" else type(llama.model).logits
     owner = type(llama.model.layers[0]) if step == "hidden" else type(llama.model)
 
     def short(*args: Any, **kwargs: Any) -> Any:
+        made.append(weakref.ref(args[1]))
         if next(calls) == 9:
             raise torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 11.76 GiB of which "
@@ -305,6 +307,7 @@ def test_a_card_that_others_have_filled(
     monkeypatch.setattr(memory, "free_bytes", lambda device: GIB * 5 // 4)
     with pytest.raises(RoomError, match=r"out of memory on cpu, 2\.50 GiB more were asked for, 1\.25 GiB"):
         llama.generate(prompts, 30, temperature=0)
+    assert made and all(tensor() is None for tensor in made), "the error holds what the step had made"
     monkeypatch.undo()
     assert llama.generate(prompts, 8, temperature=0)[0] == before
 
