@@ -29,6 +29,8 @@ Store = Any  # dist.Store, whose stubs lack half of it
 PATIENCE = 0.35
 ARRIVAL = 5  # times LLAMA_TIMEOUT for all ranks to come: they may import from a slow disk
 LEFT = -(2**40)  # what makes any number of beats negative
+# Set when this process is about to end for want of another: torch prints a page where nobody answers at the store.
+_ending = threading.Event()
 GRACE = 2  # seconds in which torchrun ends this rank if another one of its host was the first to go
 
 
@@ -152,9 +154,9 @@ class Pulse:
 
     def stop(self) -> None:
         """Leave: from here on nobody wonders about this rank's silence."""
-        until = time.monotonic() + GRACE
+        until = time.monotonic() + GRACE if self.rank == 0 and not _ending.is_set() else 0
         with contextlib.suppress(RuntimeError):
-            while self._answered == self._round and self.rank == 0 and time.monotonic() < until:
+            while self._answered == self._round and time.monotonic() < until:
                 # Without torchrun the store ends with this process: the others read the last answers first.
                 if self._store.add("read", 0) >= self.size * self._round:
                     break
@@ -165,7 +167,7 @@ class Pulse:
 
     def _beat(self, store: Store) -> None:
         try:
-            while not self._stopped.is_set():
+            while not self._stopped.is_set() and not _ending.is_set():
                 began = time.monotonic()
                 store.add(f"pulse/{self.rank}", 1)
                 for rank, last in self._beats.items():
@@ -179,7 +181,8 @@ class Pulse:
                 if (late := time.monotonic() - began - pause) > self.patience / 4:  # it was this rank that was stopped
                     self._heard = {rank: when + late for rank, when in self._heard.items()}
                     self._started += late
-            store.add(f"pulse/{self.rank}", LEFT)
+            if not _ending.is_set():
+                store.add(f"pulse/{self.rank}", LEFT)
         except RuntimeError:  # the store is gone with its host: from here on nobody is heard
             ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which outlives a rank 0
             if self.rank == 0 and ours and not self._stopped.is_set():
@@ -234,6 +237,7 @@ def loss(error: BaseException) -> str | None:
 def last_words(error: BaseException) -> str | None:
     """`loss`, a little later: torchrun, which ends all ranks of a host when one is gone, names the first by itself."""
     if line := loss(error):
+        _ending.set()
         sys.stderr.flush()
         time.sleep(GRACE)
     return line
