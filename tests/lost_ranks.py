@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ranks import free_port
+
 from llama import Llama, cli, completion, distributed
 from llama.model import Transformer
 
@@ -66,9 +68,7 @@ def start(folder: str, scenario: str) -> tuple[list[int], int, str, str]:
     """Pids of both ranks, their port, the file that has the time of the loss, and the folder of what they print."""
     phase, lost, how = scenario.split(":")
     out = tempfile.mkdtemp()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pids = []
     for number in range(2):
         if pid := os.fork():

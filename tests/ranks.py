@@ -1,7 +1,9 @@
 """Run a test's function on several ranks, in processes that already have torch imported."""
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -12,14 +14,21 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["llama"])
 
 
+def free_port() -> int:
+    """Below those that systems give to whoever asks for any, as gloo does in tests that run beside this one."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
     """Call function(*args) on every rank, with the variables that torchrun would set; results in rank order.
 
     `function` is a module's function, as it is pickled. A rank that raises or dies fails the caller.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in range(world_size):
         receiver, sender = CONTEXT.Pipe(duplex=False)

@@ -337,9 +337,7 @@ attempt, is_rank = 0, False
 while attempt < 20 and not is_rank:  # one import serves all; a fork is a rank, and ends as a program of its own does
     attempt += 1
     ranks = []
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     for rank in range(2):
         if not is_rank:
             pid = os.fork()

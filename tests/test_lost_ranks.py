@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from faults import data_of, edit_params, edit_shard, flip
-from ranks import run_ranks
+from ranks import free_port, run_ranks
 
 from llama import Llama, Transformer, chat, completion, distributed, pulse
 from llama.distributed import current_world
@@ -307,12 +307,6 @@ def test_ranks_that_never_come(checkpoint: Callable[..., Path]) -> None:
         r"rank 0 found no 2 ranks at 127\.0\.0\.1:\d+ in 5 s: start all of them, or give them more time with "
         "LLAMA_TIMEOUT", first
     )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start_alone(folder: Path, port: int) -> subprocess.Popen[str]:
