@@ -292,6 +292,9 @@ def test_bos_and_eos_wherever_they_are_named(tmp_path: Path, where: str) -> None
     (tmp_path / "hf" / "tokenizer.model").unlink()
     if where != "tokenizer_config.json":
         (tmp_path / "hf" / "tokenizer_config.json").unlink()
+    if where == "config.json":
+        config = json.loads((tmp_path / "hf" / where).read_text())
+        (tmp_path / "hf" / where).write_text(json.dumps(config | {"eos_token_id": [10**20, 2]}))  # no id at all, EOS
     if where == "special_tokens_map.json":
         names = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
         (tmp_path / "hf" / where).write_text(json.dumps(names))

@@ -348,7 +348,8 @@ def _tokenizer(folder: Path, model_config: dict[str, Any], args: ModelArgs) -> t
         reader = read_tokenizer_json(fast)
         for name in ("bos", "eos", "pad"):  # by name, or where no file names it, by the model's id
             ids = model_config.get(f"{name}_token_id")
-            by_id = next((i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0), None)
+            ids = ids if isinstance(ids, list) else [ids]
+            by_id = next((i for i in ids if type(i) is int and 0 <= i < args.vocab_size), None)
             known = [config.get(f"{name}_token"), named.get(f"{name}_token")]
             known += [] if by_id is None else [reader.id_to_token(by_id)]
             config[f"{name}_token"] = next((token for token in known if token is not None), None)
