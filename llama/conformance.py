@@ -4,18 +4,18 @@ docs/conformance.md says how a kit is laid out and how another implementation wr
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
+import stat
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import zip_longest
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from llama.chat_format import Dialog
 from llama.completion import Llama
 from llama.distributed import current_world, say
 from llama.model import Positions, Transformer, TransformerBlock, rope_table, score
-from llama.params import ModelArgs
+from llama.params import LIMITS, ModelArgs
 from llama.progress import progress
 from llama.textfile import read_text
 
@@ -49,6 +49,9 @@ DIALOGS: tuple[Dialog, ...] = (
 ROPE_POSITIONS = (0, 1, 2, 100, 4095, 8191, 131071)
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
 ROPE_FILE = "rope.safetensors"
+JSON_LIMIT = 16 * 2**20  # bytes of a kit.json: a million ids, whose vectors are 500 GB in the demo model
+NUMBER_LIMIT = 2**31  # of positions and ids
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what safetensors calls the types that are compared
 
 
 # What is compared, in the order of computation: name -> (shape, definition). n is the number of ids of a prompt, those
@@ -72,6 +75,7 @@ AFTER = {
     "logits": ("[n, vocab_size]", "raw logits, float32"),
     "logprobs": ("[n - 1]", "natural log-probability, under logits[i], of the id at position i + 1, float32"),
 }
+QUANTITIES = ROPE | BEFORE | LAYER | AFTER
 
 # Bounds -------------------------------------------------------------------------------------------
 # docs/conformance.md has where these numbers come from.
@@ -184,8 +188,7 @@ def _export(source: Llama, texts: list[str], target: Path) -> None:
             "dialogs": [{"messages": dialog, "ids": source.dialogs.encode(dialog)} for dialog in dialogs],
             "rope_positions": ROPE_POSITIONS,
             "quantities": {
-                name: {"shape": shape, "definition": definition}
-                for name, (shape, definition) in (ROPE | BEFORE | LAYER | AFTER).items()
+                name: {"shape": shape, "definition": definition} for name, (shape, definition) in QUANTITIES.items()
             },
             "sha256": {path.name: _sha256(path) for path in sorted(unfinished.iterdir())},
         }
@@ -286,62 +289,93 @@ class Kit:
     """A folder in the layout of docs/conformance.md, its JSON checked. Tensors are read one at a time."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        path = folder / "kit.json"
-        try:
-            about = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise KitError(f"{path} is missing: name a folder that `conformance export` or a writer has made") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise KitError(f"{path} cannot be read as JSON ({error}): write it again") from error
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
-            raise KitError(f'{path} does not say "format": "{FORMAT}": it is no kit')
-        if about.get("version") != VERSION:
-            raise KitError(
-                f"{path} has version {about.get('version')!r} of the layout, this is {VERSION}: write it anew"
-            )
+        self.folder, self.path = folder, folder / "kit.json"
+        about = self._read()
         self.dtype = self._checked(about, "dtype", str, "missing")
         if self.dtype not in ROUNDING:
-            raise KitError(f"{path}: dtype is {self.dtype!r}, expected {', '.join(ROUNDING)}")
+            raise KitError(f"{self.path}: dtype is {self.dtype!r}, expected {', '.join(ROUNDING)}")
         self.params = self._checked(about, "params", dict, {})
+        for name in self.params.keys() & set(SIZES):
+            self._check_size(name)
         self.rope_positions = self._checked(about, "rope_positions", list, [])
+        self._check_whole(self.rope_positions, "rope_positions")
         self.prompts = self._checked(about, "prompts", list, [])
         self.dialogs = self._checked(about, "dialogs", list, [])
-        self.sha256 = self._checked(about, "sha256", dict, {})
         for kind, keys in (("prompts", ("text", "next_ids")), ("dialogs", ("messages",))):
             for number, entry in enumerate(about.get(kind, [])):
                 for key in keys:
                     if not isinstance(entry, dict) or key not in entry:
-                        raise KitError(f"{path}: {kind}[{number}] has no {key!r}")
+                        raise KitError(f"{self.path}: {kind}[{number}] has no {key!r}")
                 for key in ("ids", "next_ids"):
                     self._check_whole(entry.get(key, []), f"{key} of {kind}[{number}]")
-        self._check_whole(self.rope_positions, "rope_positions")
         self.files = [ROPE_FILE, *(prompt_file(number) for number in range(len(self.prompts)))]
-        for name, digest in self.sha256.items():
-            if name not in self.files:
-                raise KitError(f"{path}: sha256 names {name!r}, expected {', '.join(self.files)}")
-            self._check_sum(folder / name, digest)
+        self.sha256 = self._checked(about, "sha256", dict, {})
+        if unknown := sorted(self.sha256.keys() - set(self.files)):
+            raise KitError(f"{self.path}: sha256 names {unknown[0]!r}, expected {', '.join(self.files)}")
+        for name in self.files:
+            self._check_file(name)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = self.path.stat()
+            if not stat.S_ISREG(found.st_mode) or found.st_size > JSON_LIMIT:
+                raise ValueError(f"it is no regular file of at most {JSON_LIMIT:,} bytes")
+            about = loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise KitError(
+                f"{self.path} is missing: name a folder that `conformance export` or a writer has made"
+            ) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise KitError(f"{self.path} cannot be read as JSON ({error}): write it again") from error
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise KitError(f'{self.path} does not say "format": "{FORMAT}": it is no kit')
+        if about.get("version") != VERSION:
+            raise KitError(
+                f"{self.path} has version {about.get('version')!r} of the layout, this is {VERSION}: write it anew"
+            )
+        return about
 
     def _checked(self, about: dict[str, Any], key: str, kind: type, default: Any) -> Any:
         value = about.get(key, default)
         if not isinstance(value, kind):
-            raise KitError(f"{self.folder / 'kit.json'}: {key} is a {type(value).__name__}, expected a {kind.__name__}")
+            raise KitError(f"{self.path}: {key} is a {type(value).__name__}, expected a {kind.__name__}")
         return value
 
-    def _check_whole(self, numbers: Any, name: str) -> None:
-        if not isinstance(numbers, list) or not all(type(i) is int for i in numbers):
-            raise KitError(f"{self.folder / 'kit.json'}: {name} is no list of whole numbers")
+    def _check_size(self, name: str) -> None:
+        value, limit = self.params[name], LIMITS.get(name, 2**24)
+        step, kind = (2, "an even") if name == "head_dim" else (1, "a whole")  # a head is made of pairs
+        if type(value) is not int or not 0 < value < limit or value % step:
+            expected = f"expected {kind} number from 1 to {limit - 1:,}"
+            raise KitError(f"{self.path}: {name} is {_short(value)}, {expected}: write it again")
 
-    def _check_sum(self, path: Path, digest: Any) -> None:
+    def _check_whole(self, numbers: Any, name: str) -> None:
+        if not isinstance(numbers, list) or not all(type(i) is int and 0 <= i < NUMBER_LIMIT for i in numbers):
+            raise KitError(f"{self.path}: {name} is no list of whole numbers from 0 to {NUMBER_LIMIT - 1:,}: mend it")
+
+    def _check_file(self, name: str) -> None:
+        path, digest = self.folder / name, self.sha256.get(name)
         try:
-            intact = _sha256(path) == digest
+            if path.exists() and not path.is_file():
+                raise KitError(f"{path} is no regular file: write it again")
+            if name in self.sha256 and _sha256(path) != digest:
+                raise KitError(f"{path} is damaged, its sha256 is another than kit.json says: export it anew")
         except OSError as error:
             raise KitError(f"{path} cannot be read ({error.strerror}), and kit.json names it: export it anew") from None
-        if not intact:
-            raise KitError(f"{path} is damaged, its sha256 is another than kit.json says: export it anew")
 
-    def tensors(self, name: str, expected: Sequence[str]) -> dict[str, Callable[[], torch.Tensor]]:
-        """What reads each of the file's tensors, by name; nothing where there is no such file."""
+    def shapes(self, number: int) -> dict[str, tuple[int, ...]]:
+        """By quantity, what the table above says for a prompt; of a kit that `_check_kinship` took for a whole one."""
+        prompt = self.prompts[number]
+        n = len(prompt["ids"]) + len(prompt["next_ids"])
+        sizes = self.params | {"n": n, "n - 1": n - 1}
+        sizes |= {"positions": len(self.rope_positions), "head_dim / 2": self.params["head_dim"] // 2}
+        return {
+            name: tuple(sizes[word] for word in shape.strip("[]").split(", "))
+            for name, (shape, _) in QUANTITIES.items()
+        }
+
+    def tensors(self, name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Callable[[], torch.Tensor]]:
+        """What reads each of the file's tensors, by name; nothing where there is no such file. Raises KitError where
+        one has another name, shape or type than those of the layout."""
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / name
@@ -349,22 +383,27 @@ class Kit:
             return {}
         try:
             file = safe_open(path, framework="pt")
-            found: dict[str, Callable[[], torch.Tensor]] = {}
-            found |= {key: partial(file.get_tensor, key) for key in file.keys()}  # noqa: SIM118  (not a dictionary)
+            headers = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (not a dictionary)
         except (SafetensorError, OSError) as error:
             raise KitError(f"{path} is damaged or cut off ({error}): write it again") from error
-        if unknown := sorted(found.keys() - set(expected)):
-            raise KitError(f"{path} holds {unknown[0]!r}, which is no name of the layout, as {expected[-1]!r} is one")
-        return found
+        for key, header in headers.items():
+            if key not in shapes:
+                raise KitError(f"{path} holds {key!r}, which is no name of the layout, as {[*shapes][-1]!r} is one")
+            shape, kind = header.get_shape(), header.get_dtype()
+            if shape != [*shapes[key]] or kind not in FLOATS:
+                raise KitError(
+                    f"{path}: {key} is {kind} {shape}, expected floats {[*shapes[key]]}: "
+                    "docs/conformance.md has the layout"
+                )
+        return {key: partial(file.get_tensor, key) for key in headers}
 
 
 def _check_kinship(kit: Kit, other: Kit) -> None:
     """Raises KitError where the two are not of one model and the same prompts."""
-    whole = kit.sha256.keys() == set(kit.files) and all(type(kit.params.get(name)) is int for name in SIZES)
-    if not whole or not kit.prompts or not all("ids" in entry for entry in kit.prompts + kit.dialogs):
-        raise KitError(
-            f"{kit.folder} is not what `conformance export` writes: the kit comes first, then the other side"
-        )
+    whole = kit.sha256.keys() == set(kit.files) and kit.params.keys() >= set(SIZES) and kit.rope_positions
+    ids = [entry.get("ids") for entry in kit.prompts + kit.dialogs] + [entry["next_ids"] for entry in kit.prompts]
+    if not whole or not kit.prompts or not all(ids):
+        raise KitError(f"{kit.path} is not what `conformance export` writes: the kit comes first, then the other side")
     for name in SIZES:
         if name in other.params and other.params[name] != kit.params[name]:
             raise KitError(
@@ -486,86 +525,63 @@ class Comparison:
 
     def _tensors(self, files: list[str], names: list[tuple[str, str, int]]) -> None:
         """files: those that hold the tensors, one for each prompt. names: (tensor, quantity, layer) in order."""
-        known = [name for name, _, _ in names]
-        sides = [(file, self.kit.tensors(file, known), self.other.tensors(file, known)) for file in files]
+        sides = []
+        for number, file in enumerate(files):
+            of = self.kit.shapes(number)
+            shapes = {name: of[quantity] for name, quantity, _ in names}
+            mine, theirs = self.kit.tensors(file, shapes), self.other.tensors(file, shapes)
+            if lacking := [name for name in shapes if name not in mine]:
+                raise KitError(f"{self.kit.folder / file} lacks {lacking[0]}: export it anew")
+            sides.append((file, mine, theirs))
         for name, quantity, layer in names:
             for number, (file, mine, theirs) in enumerate(sides):
-                if name not in mine:
-                    raise KitError(f"{self.kit.folder / file} lacks {name}: export it anew")
                 if not self._is_there(quantity, theirs.get(name)) or self.first is not None:
                     continue
-                expected, found = mine[name](), theirs[name]()
-                if found.shape != expected.shape or not found.is_floating_point():
-                    raise KitError(
-                        f"{self.other.folder / file}: {name} is {_kind(found)}, expected {_kind(expected)}: "
-                        "docs/conformance.md has the layout"
-                    )
-                if not expected.isfinite().all():
-                    raise KitError(
-                        f"{self.kit.folder / file}: {name} is not finite, so it is no reference: export it anew"
-                    )
-                largest = float(expected.double().abs().max())
-                if quantity == "logprobs":  # a difference of logits, and not exacter than they are
-                    largest += float(mine["logits"]().abs().max())
-                positions: Sequence[int] = range(len(expected))
-                where = name
+                expected, found = self._reference(file, name, mine), theirs[name]().double()
+                largest = float(expected.abs().max())
                 if quantity in ROPE:
-                    positions = self.kit.rope_positions
-                    bounds = [2 * ROUNDING[self.dtype] + ANGLE * position for position in positions]
+                    where = name
+                    bounds = [2 * ROUNDING[self.dtype] + ANGLE * position for position in self.kit.rope_positions]
                 else:
                     where = f"{name}, prompt {number} {_short(self.kit.prompts[number]['text'])}"
-                    bounds = [bound_of(quantity, layer, self.dtype, self.kit.params["hidden_dim"]) * largest] * len(
-                        expected
-                    )
-                self._numbers(quantity, where, positions, found.double(), expected.double(), bounds, largest)
+                    if quantity == "logprobs":  # a difference of logits, and not exacter than they are
+                        largest += float(self._reference(file, "logits", mine).abs().max())
+                    bound = bound_of(quantity, layer, self.dtype, self.kit.params["hidden_dim"]) * largest
+                    bounds = [bound] * len(expected)
+                self._numbers(quantity, where, found, expected, bounds, largest)
+
+    def _reference(self, file: str, name: str, mine: dict[str, Callable[[], torch.Tensor]]) -> torch.Tensor:
+        tensor = mine[name]()
+        if not tensor.float().isfinite().all():  # the layout's largest type: sums of these are finite as float64
+            raise KitError(f"{self.kit.folder / file}: {name} is not finite, so it is no reference: export it anew")
+        return tensor.double()
 
     def _numbers(
-        self,
-        quantity: str,
-        where: str,
-        positions: Sequence[int],
-        found: torch.Tensor,
-        expected: torch.Tensor,
-        bounds: list[float],
-        largest: float,
+        self, quantity: str, where: str, found: torch.Tensor, expected: torch.Tensor, bounds: list[float], scale: float
     ) -> None:
-        """Compare two tensors [positions, ..]; bounds: one a position."""
+        """Compare two tensors [positions, ..]. bounds: one a position. scale: what errors are told as a part of."""
         error = (found - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf).reshape(len(expected), -1)
         bound = torch.tensor(bounds, dtype=torch.float64)[:, None]
         tiny = 1e-300  # of a quantity that is all zeros
         worst, share = self.errors.get(quantity, (0.0, 0.0))
-        worst = max(worst, float(error.max()) / max(largest, tiny))
+        worst = max(worst, float(error.max()) / max(scale, tiny))
         self.errors[quantity] = (worst, max(share, float((error / bound.clamp(min=tiny)).max())))
         far = (error > bound).any(dim=1)
         if not far.any():
             return
         row = int(far.nonzero()[0])
         column = int(error[row].argmax())
-        index = [row, *(int(i) for i in torch.unravel_index(torch.tensor(column), expected.shape[1:]))]
-        value = float(found[tuple(index)])
-        at = "".join(f", {word} {i}" for word, i in zip(INDEX_WORDS[expected.dim()], index[1:], strict=True))
-        self.first = Divergence(
-            quantity,
-            f"{where}, position {positions[row]}{at}",
-            index,
-            value,
-            float(expected[tuple(index)]),
-            float(error[row, column]),
-            bounds[row],
-        )
-
-
-# What the numbers of an index are, after the position, by the dimensions of the tensor.
-INDEX_WORDS: dict[int, tuple[str, ...]] = {1: (), 2: ("number",), 3: ("head", "number")}
+        place = (row, *(int(i) for i in torch.unravel_index(torch.tensor(column), expected.shape[1:])))
+        words = ("head", "number")[3 - expected.dim() :]  # what the numbers of a place are, after the position
+        position = self.kit.rope_positions[row] if quantity in ROPE else row
+        where += f", position {position}" + "".join(f", {word} {i}" for word, i in zip(words, place[1:], strict=True))
+        value, right, off = float(found[place]), float(expected[place]), float(error[row, column])
+        self.first = Divergence(quantity, where, [*place], value, right, off, bounds[row])
 
 
 def _or_none(value: Any) -> Any:
     """JSON has no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} [{', '.join(map(str, tensor.shape))}]"
 
 
 def _params(args: ModelArgs) -> dict[str, Any]:

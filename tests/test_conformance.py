@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -106,9 +107,9 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / "kit.json").write_text(json.dumps(about(folder) | changes))
 
 
-def change(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], prompt: int = 0) -> None:
-    """Change the tensors of a prompt; sums, where there are some, follow."""
-    path = folder / f"prompt-{prompt:02d}.safetensors"
+def change(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], prompt: int | str = 0) -> None:
+    """Change the tensors of a prompt or file; sums, where there are some, follow."""
+    path = folder / (f"{prompt}.safetensors" if isinstance(prompt, str) else f"prompt-{prompt:02d}.safetensors")
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
@@ -675,6 +676,20 @@ def test_nothing_to_compare_is_an_error(
     assert ended.status == 1 and f"error: {tmp_path} has nothing of what the kit has" in ended.err and not ended.out
 
 
+def test_a_bound_is_made_of_finite_numbers(
+    kit: Callable[..., Path], copied: Callable[..., Path], conformance: Callable[..., Ended], tmp_path: Path
+) -> None:
+    """That of logprobs depends on the kit's logits, which the other side may lack."""
+    folder = copied()
+    shutil.copytree(folder, tmp_path / "other")
+    edit(tmp_path / "other", sha256={})
+    for number in range(3):
+        change(folder, lambda tensors: tensors["logits"][0].fill_(math.nan), number)
+        change(tmp_path / "other", lambda tensors: tensors.pop("logits"), number)
+    ended = conformance("compare", folder, tmp_path / "other")
+    assert ended.status == 1 and "prompt-00.safetensors: logits is not finite, so it is no reference" in ended.err
+
+
 def flipped(folder: Path) -> None:
     path = folder / "prompt-01.safetensors"
     data = bytearray(path.read_bytes())
@@ -700,12 +715,39 @@ def misspelt(tensors: dict[str, torch.Tensor]) -> None:
     tensors["layer.0.q"] = tensors.pop("layers.0.q")
 
 
+def imaginary(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["norm"] = tensors["norm"].to(torch.complex64)
+
+
+def sized(folder: Path, **sizes: Any) -> None:
+    edit(folder, params=about(folder)["params"] | sizes)
+
+
+def one_row(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.update({name: rows[:1].clone() for name, rows in tensors.items()})
+
+
+def without_columns(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.update({name: x[:, :0].clone() for name, x in tensors.items()}), "rope")
+    sized(folder, head_dim=1)
+
+
+def long_json(folder: Path) -> None:
+    with (folder / "kit.json").open("r+b") as file:
+        file.truncate(2**40)  # bytes that are nowhere
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def prompts(folder: Path, **entry: Any) -> list[Any]:
     first, *others = about(folder)["prompts"]
     return [first | entry, *others]
 
 
-# What is wrong with a folder, by whose it is, and what is said of it.
+# What is wrong with a folder, by whose it is, and what is said of it; itself: of a kit that is compared with itself.
 FOLDERS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("both", lambda f: (f / "kit.json").unlink(), "kit.json is missing: name a folder that"),
     ("both", lambda f: (f / "kit.json").write_text("{"), "kit.json cannot be read as JSON"),
@@ -723,6 +765,29 @@ FOLDERS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("both", lambda f: edit(f, prompts=prompts(f, ids=[1, "2"])), "ids of prompts[0] is no list of whole numbers"),
     ("both", lambda f: edit(f, rope_positions=[1.5]), "rope_positions is no list of whole numbers"),
     ("both", lambda f: edit(f, sha256={"../x": "0"}), "sha256 names '../x', expected rope.safetensors, prompt-00"),
+    ("both", lambda f: pipe(f / "kit.json"), "kit.json cannot be read as JSON (it is no regular file of at most"),
+    ("both", long_json, "kit.json cannot be read as JSON (it is no regular file of at most 16,777,216 bytes)"),
+    ("both", lambda f: pipe(f / "prompt-01.safetensors"), "prompt-01.safetensors is no regular file"),
+    ("both", lambda f: edit(f, rope_positions=[10**400] * 7), "rope_positions is no list of whole numbers from 0 to"),
+    ("both", lambda f: edit(f, rope_positions=[-(10**9)] * 7), "rope_positions is no list of whole numbers from 0 to"),
+    ("both", lambda f: edit(f, rope_positions=[2**31]), "is no list of whole numbers from 0 to 2,147,483,647"),
+    ("both", lambda f: edit(f, prompts=prompts(f, next_ids=[-1])), "next_ids of prompts[0] is no list of whole"),
+    ("both", lambda f: sized(f, n_layers=10**8), "n_layers is '100000000', expected a whole number from 1 to 9,999"),
+    ("both", lambda f: sized(f, n_layers=10_000), "n_layers is '10000', expected a whole number from 1 to 9,999"),
+    ("both", lambda f: sized(f, hidden_dim=-1), "hidden_dim is '-1', expected a whole number from 1 to 16,777,215"),
+    ("both", lambda f: sized(f, hidden_dim=0), "hidden_dim is '0', expected a whole number from 1 to 16,777,215"),
+    ("both", lambda f: sized(f, hidden_dim=10**400), "hidden_dim is '1000000000000000000000000000000…', expected a"),
+    ("both", lambda f: sized(f, dim=True), "dim is 'true', expected a whole number from 1 to 16,777,215"),
+    ("both", lambda f: sized(f, head_dim=7), "head_dim is '7', expected an even number from 1 to 16,777,215"),
+    ("both", without_columns, "head_dim is '1', expected an even number from 1 to 16,777,215"),
+    ("both", lambda f: change(f, one_row, "rope"), "rope.cos is F32 [1, 4], expected floats [7, 4]"),
+    (
+        "both",
+        lambda f: change(f, lambda t: t.update(logits=torch.zeros(0, 512))),
+        "logits is F32 [0, 512], expected",
+    ),
+    ("both", lambda f: change(f, lambda t: t.update(logits=torch.tensor(1.0))), "logits is F32 [], expected"),
+    ("both", lambda f: change(f, imaginary), "norm is C64 [18, 64], expected floats [18, 64]"),
     ("both", flipped, "prompt-01.safetensors is damaged, its sha256 is another than kit.json says"),
     ("both", lambda f: (f / "rope.safetensors").unlink(), "rope.safetensors cannot be read"),
     ("both", lambda f: change(f, misspelt), "holds 'layer.0.q', which is no name of the layout"),
@@ -743,11 +808,18 @@ FOLDERS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("other", lambda f: edit(f, prompts=[], sha256={}), "has 0 prompts, the kit 3: write those of the kit"),
     ("other", lambda f: edit(f, dialogs=about(f)["dialogs"][::-1]), "messages of dialog 0 is '[{"),
     ("other", lambda f: edit(f, rope_positions=[0, 1]), "rope_positions are [0, 1], the kit's [0, 1, 2, "),
-    ("other", lambda f: change(f, shape), "layers.0.q is float32 [18, 64], expected float32 [18, 8, 8]"),
-    ("other", lambda f: change(f, whole), "norm is int64 ["),
+    ("both", lambda f: change(f, shape), "layers.0.q is F32 [18, 64], expected floats [18, 8, 8]"),
+    ("both", lambda f: change(f, whole), "norm is I64 ["),
     ("kit", cut, "is not what `conformance export` writes: the kit comes first"),
     ("kit", lambda f: edit(f, params={}), "is not what `conformance export` writes: the kit comes first"),
     ("kit", lambda f: edit(f, sha256={}), "is not what `conformance export` writes: the kit comes first"),
+    ("kit", lambda f: edit(f, rope_positions=[]), "kit.json is not what `conformance export` writes"),
+    ("itself", lambda f: edit(f, rope_positions=[0]), "rope.cos is F32 [7, 4], expected floats [1, 4]"),
+    ("itself", lambda f: edit(f, rope_positions=[0, 1]), "rope.cos is F32 [7, 4], expected floats [2, 4]"),
+    ("kit", lambda f: edit(f, prompts=prompts(f, ids=[])), "kit.json is not what `conformance export` writes"),
+    ("kit", lambda f: edit(f, prompts=prompts(f, ids=[1])), "embedding is F32 [18, 64], expected floats [5, 64]"),
+    ("itself", lambda f: sized(f, n_layers=2), "holds 'layers.2.attention', which is no name of the layout"),
+    ("itself", lambda f: sized(f, n_layers=9999), "prompt-00.safetensors lacks layers.3.input: export it anew"),
     (
         "kit",
         lambda f: change(f, lambda t: t["norm"][0, 0].fill_(math.nan)),
@@ -759,7 +831,7 @@ FOLDERS: list[tuple[str, Callable[[Path], Any], str]] = [
 
 @pytest.mark.parametrize(
     ("whose", "number"),
-    [(whose, n) for whose in ("kit", "other") for n, (of, _, _) in enumerate(FOLDERS) if of in (whose, "both")],
+    [(whose, n) for n, (of, _, _) in enumerate(FOLDERS) for whose in (("kit", "other") if of == "both" else (of,))],
 )
 def test_a_folder_that_is_wrong_is_named_in_one_line(
     whose: str, number: int, kit: Callable[..., Path], copied: Callable[..., Path], conformance: Callable[..., Ended]
@@ -767,7 +839,8 @@ def test_a_folder_that_is_wrong_is_named_in_one_line(
     _, spoil, message = FOLDERS[number]
     folder = copied()
     spoil(folder)
-    ended = conformance("compare", *((folder, kit("mha")) if whose == "kit" else (kit("mha"), folder)))
+    sides = {"kit": (folder, kit("mha")), "other": (kit("mha"), folder), "itself": (folder, folder)}
+    ended = conformance("compare", *sides[whose])
     (line,) = ended.err.splitlines()
     assert ended.status == 1 and line.startswith(f"error: {folder}") and message in line and not ended.out, line
 

@@ -1,6 +1,7 @@
 """Hugging Face folders: read, written, and back, against transformers itself."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -291,6 +292,9 @@ def test_bos_and_eos_wherever_they_are_named(tmp_path: Path, where: str) -> None
     (tmp_path / "hf" / "tokenizer.model").unlink()
     if where != "tokenizer_config.json":
         (tmp_path / "hf" / "tokenizer_config.json").unlink()
+    if where == "config.json":
+        config = json.loads((tmp_path / "hf" / where).read_text())
+        (tmp_path / "hf" / where).write_text(json.dumps(config | {"eos_token_id": [10**20, 2]}))  # no id at all, EOS
     if where == "special_tokens_map.json":
         names = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
         (tmp_path / "hf" / where).write_text(json.dumps(names))
@@ -456,3 +460,44 @@ def test_an_output_matrix_beside_tied_embeddings_is_used(hugging_face: Callable[
     convert(tmp_path / "in", tmp_path / "out")
     assert "output.weight" in meta_weights(tmp_path / "out")
     same(our_logits(tmp_path / "out"), their_logits(tmp_path / "in"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_theta": [1]}, "rope_theta is [1], expected a positive number"),
+        ({"rope_parameters": {"rope_theta": {}}}, "the rotary settings {'rope_theta': {}} are not supported"),
+        ({"rope_parameters": {"rope_theta": "1"}}, "rope_theta is '1', expected a positive number"),
+        ({"rope_parameters": {"rope_type": ["x"]}}, "rope scaling ['x'] is not supported: rope_type default, linear"),
+        ({"rope_scaling": {"type": ["x"]}}, "rope scaling ['x'] is not supported: rope_type default, linear"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings is 'many', expected a whole number from 1 to"),
+        ({"max_position_embeddings": [1]}, "max_position_embeddings is [1], expected a whole number from 1 to"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0, expected a whole number from 1 to"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected true or false"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected true or false"),
+        ({"hidden_size": "64"}, "hidden_size is '64', expected a whole number"),
+    ],
+)
+def test_a_key_of_another_type_is_named(
+    hugging_face: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(hugging_face("llama-2"), tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_parameters": None} | changes))
+    with pytest.raises(ConvertError, match=re.escape(f"{tmp_path / 'in'}: config.json: {message}")):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_keys_that_are_null_or_missing(hugging_face: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(hugging_face("llama-2"), tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    config = json.loads(path.read_text())
+    keys = ("rope_parameters", "rope_theta", "rope_scaling", "max_position_embeddings", "tie_word_embeddings")
+    path.write_text(json.dumps(config | dict.fromkeys(keys)))
+    convert(tmp_path / "in", tmp_path / "null")
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in keys}))
+    convert(tmp_path / "in", tmp_path / "missing")
+    for name in ("null", "missing"):
+        convert(tmp_path / name, tmp_path / f"{name}-hf", to="hf")
+        written = json.loads((tmp_path / f"{name}-hf" / "config.json").read_text())
+        assert [written[key] for key in keys[1:]] == [10000.0, None, 4096, False]

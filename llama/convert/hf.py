@@ -108,11 +108,14 @@ def read(folder: Path) -> Source:
 def _read(folder: Path) -> Source:
     config = _read_json(folder / "config.json")
     family = _family(config)
-    params = _params(config, family)
+    try:
+        params, tied, max_positions = _params(config, family), _tied(config), _max_positions(config)
+    except ConvertError as error:
+        raise ConvertError(f"config.json: {error}") from error
     stored = {name: tensor for name, tensor in _stored(folder).items() if not SKIPPED.fullmatch(name)}
     args = ModelArgs(**params)
     shapes = tensor_shapes(args)
-    if config.get("tie_word_embeddings", False) and NAMES[OUTPUT] not in stored:  # one that is stored is what runs
+    if tied and NAMES[OUTPUT] not in stored:  # one that is stored is what runs
         del shapes[OUTPUT]
     if family == "phi3":
         stored = _split(stored, shapes)
@@ -136,7 +139,7 @@ def _read(folder: Path) -> Source:
         notes.append(f"attention slides over {args.sliding_window} positions: max_seq_len has to stay inside")
     tensors = {name: reader(name) for name in shapes}
     dtypes = {name: stored[_name(name)].dtype for name in shapes}
-    return Source(params, tensors, files, dtypes, max_positions=config.get("max_position_embeddings", 0), notes=notes)
+    return Source(params, tensors, files, dtypes, max_positions=max_positions, notes=notes)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -198,22 +201,34 @@ def _params(config: dict[str, Any], family: str) -> dict[str, Any]:
     return params
 
 
+def _tied(config: dict[str, Any]) -> bool:
+    tied = config.get("tie_word_embeddings")
+    if not isinstance(tied, bool | None):
+        raise ConvertError(f"tie_word_embeddings is {shown(tied)}, expected true or false")
+    return bool(tied)
+
+
+def _max_positions(config: dict[str, Any]) -> int:
+    """0 where the configuration does not say."""
+    return 0 if config.get("max_position_embeddings") is None else whole(config, "max_position_embeddings")
+
+
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """rope_theta and the scaling: rope_parameters since transformers 5, rope_theta and rope_scaling before."""
     new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     for rope in (new, old):
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
             raise ConvertError(f"the rotary settings {shown(rope)} are not supported: one object for all layers is")
-    kinds = {rope.get("rope_type", rope.get("type")) or "default" for rope in (new, old) if rope}
-    thetas = {value for source in (config, new, old) if (value := source.get("rope_theta")) is not None}
-    if len(thetas) > 1 or len(kinds) > 1 or new | old != old | new:
+    kinds = [rope.get("rope_type", rope.get("type")) or "default" for rope in (new, old) if rope]
+    thetas = {decimal(source, "rope_theta") for source in (config, new, old) if source.get("rope_theta") is not None}
+    if len(thetas) > 1 or kinds[1:] not in ([], kinds[:1]) or new | old != old | new:
         raise ConvertError("rope_theta, rope_parameters and rope_scaling contradict each other: fetch the folder again")
     rope = new | old
-    params: dict[str, Any] = {"rope_theta": decimal({"rope_theta": next(iter(thetas), None)}, "rope_theta", 10000.0)}
+    params: dict[str, Any] = {"rope_theta": next(iter(thetas), 10000.0)}
     partial = config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1.0):
         raise ConvertError(f"partial_rotary_factor is {shown(partial)}: only 1.0 is supported")
-    kind = rope.get("rope_type", rope.get("type")) or "default"
+    kind = kinds[0] if kinds else "default"
     if kind == "llama3":
         for key, value in (("low_freq_factor", 1), ("high_freq_factor", 4), ("original_max_position_embeddings", 8192)):
             if rope.get(key) != value:
@@ -222,7 +237,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     if kind == "linear":
         return params | {"rope_linear_factor": decimal(rope, "factor")}
     if kind != "default":
-        raise ConvertError(f"rope scaling {shown(kind)} is not supported: default, linear and llama3 are")
+        raise ConvertError(f"rope scaling {shown(kind)} is not supported: rope_type default, linear and llama3 are")
     return params
 
 
@@ -333,7 +348,8 @@ def _tokenizer(folder: Path, model_config: dict[str, Any], args: ModelArgs) -> t
         reader = read_tokenizer_json(fast)
         for name in ("bos", "eos", "pad"):  # by name, or where no file names it, by the model's id
             ids = model_config.get(f"{name}_token_id")
-            by_id = next((i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0), None)
+            ids = ids if isinstance(ids, list) else [ids]
+            by_id = next((i for i in ids if type(i) is int and 0 <= i < args.vocab_size), None)
             known = [config.get(f"{name}_token"), named.get(f"{name}_token")]
             known += [] if by_id is None else [reader.id_to_token(by_id)]
             config[f"{name}_token"] = next((token for token in known if token is not None), None)
