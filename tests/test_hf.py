@@ -466,6 +466,7 @@ def test_an_output_matrix_beside_tied_embeddings_is_used(hugging_face: Callable[
     ("changes", "message"),
     [
         ({"rope_theta": [1]}, "rope_theta is [1], expected a positive number"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000000"),
         ({"rope_parameters": {"rope_theta": {}}}, "the rotary settings {'rope_theta': {}} are not supported"),
         ({"rope_parameters": {"rope_theta": "1"}}, "rope_theta is '1', expected a positive number"),
         ({"rope_parameters": {"rope_type": ["x"]}}, "rope scaling ['x'] is not supported: rope_type default, linear"),

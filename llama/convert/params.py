@@ -1,6 +1,7 @@
 """What the readers of other formats have in common: params.json filled in, and every tensor accounted for."""
 
 from collections.abc import Mapping
+from sys import float_info
 from typing import Any
 
 from llama.convert.meta import ConvertError
@@ -22,7 +23,7 @@ def decimal(config: Mapping[str, Any], key: str, default: float | None = None) -
     """A positive number out of a model's configuration. Raises ConvertError where it is none."""
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= float_info.max:
         raise ConvertError(f"{key} is {shown(value)}, expected a positive number")
     return float(value)
 
