@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import Tokenizer, TokenizerError, check_size
 
 Role = Literal["system", "user", "assistant"]
 
@@ -232,9 +232,16 @@ class ChatFormat:
 
 
 def for_tokenizer(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat | None:
-    """The named format, or the one that belongs to the tokenizer; None when neither is known."""
-    name = name or tokenizer.chat_format
-    return None if name is None else ChatFormat(name, tokenizer)
+    """The named format, or the one that belongs to the tokenizer; None when neither is known.
+
+    Raises ValueError where the tokenizer cannot write it, TokenizerError where its own files name it.
+    """
+    if name:
+        return ChatFormat(name, tokenizer)
+    try:
+        return None if tokenizer.chat_format is None else ChatFormat(tokenizer.chat_format, tokenizer)
+    except ValueError as error:
+        raise TokenizerError(f"{tokenizer.config_path}: {error}: mend its chat_format, null is for none") from None
 
 
 # What Meta calls its base models; the -hf are its own conversions.
@@ -249,7 +256,8 @@ def base_model_note(ckpt_dir: str | Path) -> str | None:
     folder = Path(os.path.abspath(ckpt_dir))  # a link is called as its user calls it
     name = folder.parent.name if folder.name == "original" else folder.name  # as the hub lays Meta's files out
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        check_size(path := folder / "tokenizer_config.json")
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
     untaught = isinstance(config, dict) and config.get("chat_format", "") is None and not config.get("chat_template")

@@ -17,7 +17,8 @@ from llama.distributed import model_parallel
 from llama.model import Transformer
 from llama.params import CheckpointError, ModelArgs, read_params
 from llama.progress import progress
-from llama.sniff import ZIP, what_instead, what_is
+from llama.shortage import is_shortage
+from llama.sniff import ZIP, is_plain, number_shards, what_instead, what_is
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 Finish = Callable[[nn.Module], None] | None  # what is done to each layer once its weights are there
@@ -166,10 +167,7 @@ def shard_faults(tensors: dict[str, torch.Tensor], shapes: Shapes, embedding_axi
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
     """consolidated.00.pth, .01.pth ... in order; a gap or an empty folder is a CheckpointError with the way out."""
-    numbered = {}
-    for path in ckpt_dir.glob("consolidated.*.pth"):
-        if match := re.fullmatch(r"consolidated\.(\d\d+)\.pth", path.name):
-            numbered[int(match[1])] = path
+    numbered, _ = number_shards(ckpt_dir)
     if not numbered:
         raise CheckpointError(f"{ckpt_dir} {what_instead(ckpt_dir)}")
     if missing := [f"consolidated.{i:02d}.pth" for i in range(max(numbered)) if i not in numbered]:
@@ -179,11 +177,11 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
 
 def open_shard(path: Path) -> dict[str, torch.Tensor]:
     """Map one file into memory; nothing but tensors in a dict is accepted."""
-    if not zipfile.is_zipfile(path):
-        try:
-            kind = what_is(path)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror}): mend that or fetch it again") from error
+    try:
+        kind = what_is(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): mend that or fetch it again") from error
+    if kind != ZIP or not zipfile.is_zipfile(path):
         kind = "cut off or damaged" if kind in (None, ZIP) else f"{kind}, not what torch.save (1.6 or later) writes"
         raise CheckpointError(f"{path} is {kind}: fetch it again")
     try:
@@ -191,13 +189,17 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch.load raises a dozen kinds; all mean that this file is no checkpoint
         if isinstance(error, pickle.UnpicklingError):
             raise CheckpointError(f"{path} holds more than tensors, which could run code: it was not loaded") from error
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path} cannot be read ({reason}): fetch it again") from error
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        short = is_shortage(error) or reason.endswith("Cannot allocate memory (12)")
+        way = "raise the limit on memory (ulimit -v)" if short else "fetch it again"
+        raise CheckpointError(f"{path} cannot be read ({reason}): {way}") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in tensors.items()
     ):
         raise CheckpointError(f"{path} does not hold tensors by name: not a Llama checkpoint in Meta's layout")
-    return {key: t for key, t in tensors.items() if not SKIPPED.fullmatch(key)}
+    if odd := _first(key for key, t in tensors.items() if not is_plain(t)):
+        raise CheckpointError(f"{path} does not hold every number of {odd}: save plain tensors, or fetch it again")
+    return {key: t.detach() for key, t in tensors.items() if not SKIPPED.fullmatch(key)}
 
 
 def _first(names: Iterable[str], limit: int = 4) -> str:

@@ -4,13 +4,21 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from llama.sniff import EMPTY, FOLDER, LFS_POINTER, WEB_PAGE, what_is
+from llama.sniff import EMPTY, FOLDER, LFS_POINTER, WEB_PAGE, read_small, what_is
 
 # Llama 3.2 1B and 3B, as (dim, n_layers): their frequencies are divided by 32, and their params.json does not say so.
 LLAMA_3_2_SHAPES = {(2048, 16), (3072, 28)}
 
-# A number beyond is damage; others end at 2^24 where they are whole, at 1e12 where they are not.
-LIMITS = {"n_layers": 10_000, "ffn_dim_multiplier": 1000}
+# The least number and the first that is too large: what lies beyond is damage. Others are positive, and end at 2^24
+# where they are whole, at 1e12 where they are not. Published models have thetas of 1e4 to 1e7, norm_eps 1e-6 or 1e-5.
+LIMITS: dict[str, tuple[float, float]] = {
+    "n_layers": (1, 10_000),
+    "ffn_dim_multiplier": (0, 1000),
+    "norm_eps": (0, 1),
+    "rope_theta": (1, 1e12),
+    "rope_scaling_factor": (1, 1e12),
+    "rope_linear_factor": (1, 1e12),
+}
 
 
 class CheckpointError(ValueError):
@@ -73,7 +81,7 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
     """Read params.json. Unknown keys, wrong types and sizes that contradict each other are CheckpointErrors."""
     path = ckpt_dir / "params.json"
     try:
-        params = json.loads(path.read_text())
+        params = json.loads(read_small(path).decode())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: it comes with the consolidated.NN.pth files") from None
     except OSError as error:
@@ -92,16 +100,14 @@ def read_params(ckpt_dir: Path) -> ModelArgs:
         optional = known[key].default is None and value is None
         is_flag = known[key].type is bool
         whole = "int" in str(known[key].type)
+        least, limit = LIMITS.get(key, (0, 2**24 if whole else 1e12))
         if not optional and (
             isinstance(value, bool) != is_flag
             or not isinstance(value, int if whole else (int, float))
-            or (
-                not is_flag
-                and not 0 < value < LIMITS.get(key, 2**24 if whole else 1e12)
-                and (key, value) != ("vocab_size", -1)
-            )
+            or (not is_flag and not (value > 0 and least <= value < limit) and (key, value) != ("vocab_size", -1))
         ):
             expected = "true or false" if is_flag else "a positive whole number" if whole else "a positive number"
+            expected += f" of {least:g} to {limit:g}" if key in LIMITS else ""
             raise CheckpointError(f"{path}: {key} is {value!r}, expected {expected}")
     for key in ("dim", "n_layers", "n_heads"):
         if key not in params:

@@ -1,7 +1,11 @@
 """What a file is, told by its content: names and endings say little."""
 
+import errno
 import re
+import stat
 from pathlib import Path
+
+import torch
 
 FOLDER = "a folder"
 EMPTY = "an empty file"
@@ -13,9 +17,41 @@ ZIP = "a zip file"  # torch.save's, since torch 1.6
 PICKLE = "a bare pickle"  # torch.save's before that
 JSON = "a JSON text"
 
+TEXT_LIMIT = 2**20  # bytes of a params.json or a checklist: a few hundred are usual
+SHARD = re.compile(r"consolidated\.([0-9]{2,4})\.pth")
+
+
+def expect_file(path: Path) -> None:
+    """Before a file is opened: a pipe would be waited for without end, a device has no end. Raises OSError."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder is told when it is opened
+        raise OSError(errno.EINVAL, "it is a pipe or a device, no file", str(path))
+
+
+def read_small(path: Path) -> bytes:
+    """All of a params.json or a checklist. Raises OSError, also where it is no file or too large for one."""
+    expect_file(path)
+    with path.open("rb") as file:
+        content = file.read(TEXT_LIMIT + 1)
+    if len(content) > TEXT_LIMIT:
+        raise OSError(errno.EFBIG, f"it has more than {TEXT_LIMIT:,} bytes", str(path))
+    return content
+
+
+def number_shards(folder: Path) -> tuple[dict[int, Path], list[Path]]:
+    """(number -> consolidated.NN.pth, those whose number another has). Numbers have two to four digits: a name does
+    not decide how much is counted."""
+    shards: dict[int, Path] = {}
+    twice = []
+    for path in sorted(folder.glob("consolidated.*.pth")):
+        if (match := SHARD.fullmatch(path.name)) and shards.setdefault(int(match[1]), path) != path:
+            twice.append(path)
+    return shards, twice
+
 
 def what_is(path: Path) -> str | None:
     """One of the names above by the file's first bytes, or None where they say nothing. Raises OSError."""
+    expect_file(path)
     if path.is_dir():
         return FOLDER
     with path.open("rb") as file:
@@ -36,6 +72,21 @@ def what_is(path: Path) -> str | None:
     if re.match(rb"\x80[\x02-\x05]", start):
         return PICKLE
     return JSON if re.match(rb"[{\[]", text) else None
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Do all its numbers lie in a file, each in a place of its own? Others say that they are of any size (one number
+    repeated, or none at all), and are no weights. Transposed ones and slices are plain."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_nested:
+        return False
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_neg():
+        return False
+    reach = 0  # of the axes with smaller steps
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return False
+        reach += step * max(0, size - 1)
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
 
 
 def what_instead(ckpt_dir: Path) -> str:
@@ -59,4 +110,6 @@ def _what_instead(ckpt_dir: Path) -> str:
         return f"is a Hugging Face folder, not one in Meta's layout: {way}"
     if models := sorted((*ckpt_dir.glob("*.gguf"), *ckpt_dir.glob("*.bin"))):
         return f"holds {models[0].name}, no consolidated.NN.pth: {convert} {models[0]} DST"
+    if others := sorted(ckpt_dir.glob("consolidated.*.pth")):
+        return f"holds {others[0].name}, expected names with two to four digits, consolidated.00.pth first: rename it"
     return "holds no consolidated.NN.pth: give the folder of one model"

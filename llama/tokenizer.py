@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from llama.sniff import what_is
+from llama.sniff import expect_file, what_is
 
 Kind = Literal["sentencepiece", "tiktoken", "tokenizer.json"]
 
@@ -46,6 +46,8 @@ N_LLAMA3_SPECIAL = 256
 # Bytes of a file. The largest that are published: 5 MB of SentencePiece, 33 MB of tokenizer.json (262,144 tokens).
 SIZE_LIMIT = 64 * 2**20
 RANKS_LIMIT = 16 * 2**20  # of a rank file; Llama 3's has 2 MB
+PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
+ESCAPED_LETTER = re.compile(rb"(?<!\\)(\\\\)*\\u00(5f|6[1-9a-f]|7[0-9a])", re.IGNORECASE)  # of its name
 SPACES_LIMIT = 999_998  # tiktoken's pattern matcher panics at longer runs of white space
 
 
@@ -79,7 +81,8 @@ class Tokenizer:
     def __init__(self, model_path: str | Path, *, use_scaled_rope: bool = False):
         path = Path(model_path)
         self.kind = _kind(path)
-        config = _read_config(path.with_name("tokenizer_config.json"), needed=self.kind == "tokenizer.json")
+        self.config_path = path.with_name("tokenizer_config.json")
+        config = _read_config(self.config_path, needed=self.kind == "tokenizer.json")
         backend: _Backend
         if self.kind == "sentencepiece":
             backend = _SentencePiece(path)
@@ -179,6 +182,7 @@ def find_tokenizer(ckpt_dir: Path) -> Path:
 
 def check_size(path: Path) -> None:
     """Before a file of a tokenizer is read. Raises TokenizerError, or OSError."""
+    expect_file(path)
     if (size := path.stat().st_size) > SIZE_LIMIT:
         raise TokenizerError(f"{path} has {size:,} bytes, expected {SIZE_LIMIT:,} at most: fetch it again")
 
@@ -190,8 +194,20 @@ def read_tokenizer_json(path: Path) -> Any:
     except ImportError:
         raise TokenizerError(f"{path} needs the tokenizers package: pip install 'llama-runner[convert]'") from None
     check_size(path)
+    _refuse_prefix(path)
     with _rust_errors(f"{path} is not a tokenizer.json, fetch it again"):
         return Reader.from_file(str(path))
+
+
+def _refuse_prefix(path: Path) -> None:
+    """BERT's tokenizers have a continuing_subword_prefix, no Llama's has. With one, the package takes as many bytes off
+    every merge, also where that is half of a character: then the process dies, with no error that could be caught.
+
+    Looked for in the bytes: parsed, 64 MiB of JSON may take 2.5 GB.
+    """
+    content = path.read_bytes()
+    if PREFIX.search(content) or ESCAPED_LETTER.search(content):
+        raise TokenizerError(f"{path} has a continuing_subword_prefix, which no Llama's has: fetch the model's own")
 
 
 def read_ranks(path: Path) -> list[bytes]:
@@ -224,11 +240,11 @@ def read_ranks(path: Path) -> list[bytes]:
 
 def _kind(path: Path) -> Kind:
     try:
+        check_size(path)
         with path.open("rb") as file:
             start = file.read(1024)
     except OSError as error:
         raise TokenizerError(f"tokenizer {path} cannot be read: {error.strerror}") from None
-    check_size(path)
     if start.lstrip().startswith(b"{"):
         return "tokenizer.json"
     if start.startswith(b"\n"):  # the first field of a SentencePiece model, in protobuf's encoding
@@ -254,7 +270,7 @@ def _read_config(path: Path, needed: bool) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RecursionError) as error:
         use = ", which names the special tokens," if needed else ""
-        raise TokenizerError(f"{path}{use} cannot be read: {error}") from error
+        raise TokenizerError(f"{path}{use} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     expected: dict[str, tuple[type, ...]] = {
         "chat_format": (str, type(None)),
         "default_system": (str, type(None)),

@@ -1,6 +1,7 @@
 """Checking a Meta folder without loading it: the function behind `python -m llama verify`."""
 
 import hashlib
+import io
 import re
 import struct
 import sys
@@ -10,11 +11,13 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from llama.chat_format import for_tokenizer
 from llama.checkpoint import (
     EMBEDDING,
     OUTPUT,
@@ -28,10 +31,22 @@ from llama.checkpoint import (
 )
 from llama.params import CheckpointError, ModelArgs, read_params
 from llama.progress import progress
-from llama.sniff import JSON, LFS_POINTER, PICKLE, ZIP, what_instead, what_is
+from llama.sniff import (
+    JSON,
+    LFS_POINTER,
+    PICKLE,
+    SHARD,
+    ZIP,
+    expect_file,
+    number_shards,
+    read_small,
+    what_instead,
+    what_is,
+)
 from llama.terminal import in_one_line
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
+LONGEST_NAME = 255  # bytes of a file's name, in nearly every file system
 BLOCK = 2**20  # files are read in blocks of so many bytes
 HASHES = {32: "md5", 64: "sha256"}  # by the digits of a sum
 # Norms stand in every file. One model's may differ by their last bit, 0.8 % in bfloat16; another model's by far more.
@@ -125,12 +140,13 @@ def check(folder: Path) -> Findings:
 
 
 def _number_shards(folder: Path, found: Findings) -> dict[int, Path]:
-    shards: dict[int, Path] = {}
-    for path in sorted(folder.glob("consolidated.*.pth")):
-        if match := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name):
-            if (number := int(match[1])) in shards:
-                found.add(path, f"has the same number as {shards[number].name}: remove the one that is too many")
-            shards.setdefault(number, path)
+    shards, twice = number_shards(folder)
+    for path in twice:
+        first = shards[int(path.name.split(".")[1])].name
+        found.add(path, f"has the same number as {first}: remove the one that is too many")
+    others = [path.name for path in sorted(folder.glob("consolidated.*.pth")) if not SHARD.fullmatch(path.name)]
+    if shards and others:
+        found.notes.append(f"{folder}: {_some(others)} not looked at: numbers of shards have two to four digits")
     return shards
 
 
@@ -162,9 +178,10 @@ def check_bytes(
     unordered = False  # shards of which nothing says which part they are
     for path in dict.fromkeys([*files, *listed]):
         digest, checklist = listed.get(path, ("", path))
-        is_shard = re.fullmatch(r"consolidated\.\d+\.pth", path.name) is not None
+        is_shard = SHARD.fullmatch(path.name) is not None
         sum_ = torn = ""
         try:
+            expect_file(path)
             if path.is_dir():
                 found.add(path, "is a folder, expected a file: remove it and fetch the file")
                 continue
@@ -197,13 +214,13 @@ def check_bytes(
         elif is_shard:
             data = tuple((r.name.partition("/")[2], r.stop - r.start, r.crc) for r in records if "/data/" in r.name)
             found.sums[path.name] = f"{zlib.crc32(repr(data).encode()):08x}"
-            inner = re.fullmatch(r"consolidated\.(\d+)", records[0].name.partition("/")[0])
+            inner = SHARD.fullmatch(records[0].name.partition("/")[0] + ".pth")
             if not any(r.crc for r in records):
                 found.notes.append(f"{path} was written without CRCs: only a checklist could tell that it is undamaged")
             elif data in seen:
                 found.add(path, f"holds the same tensors as {seen[data].name}: remove it, or fetch this part again")
             elif not digest and inner and int(inner[1]) != int(path.stem.rpartition(".")[2]):
-                found.add(path, f"was saved as {inner[0]}.pth, expected {path.name}: put each file in its place")
+                found.add(path, f"was saved as {inner[0]}, expected {path.name}: put each file in its place")
             seen.setdefault(data, path)
             unordered |= not digest and not inner
     if listed:
@@ -237,7 +254,7 @@ def read_checklists(folder: Path, found: Findings) -> Listed:
             continue
         path = places[0]
         try:
-            kind, text = what_is(path), path.read_text(encoding="utf-8-sig", errors="replace")
+            kind, text = what_is(path), read_small(path).decode("utf-8-sig", errors="replace")
         except OSError as error:
             found.add(path, f"cannot be read ({error.strerror or error}): fetch it again")
             continue
@@ -252,10 +269,9 @@ def read_checklists(folder: Path, found: Findings) -> Listed:
             if not match:
                 what = f"is {line[:60]!r}, expected an md5 or sha256 sum and a name: fetch it again"
                 found.add(path, f"cannot be read: line {number} {what}")
-            elif name in (".", "..") or re.search(r"[/\\\0]", name):
-                found.add(
-                    path, f"names {name[:60]!r} in line {number}, expected a name without a path: remove the line"
-                )
+            elif name in (".", "..") or re.search(r"[/\\\0]", name) or len(name.encode()) > LONGEST_NAME:
+                what = f"names {name[:60]!r} in line {number}, expected the name of a file, without a path"
+                found.add(path, f"{what}: remove the line")
             else:
                 file = folder / name if (folder / name).exists() else path.parent / name
                 listed[file] = match[1].lower(), path
@@ -266,6 +282,7 @@ def read_zip(path: Path) -> list[Record]:
     """The records of a zip file by their place. Raises CheckpointError where its directory is damaged."""
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            as_written = _ends_as_written(file) and not min((i.header_offset for i in archive.infolist()), default=0)
             file.seek(archive.start_dir)
             directory, at, records = file.read(), 0, []
             for info in archive.infolist():
@@ -278,11 +295,32 @@ def read_zip(path: Path) -> list[Record]:
         raise CheckpointError(f"cut short at {path.stat().st_size:,} bytes, or damaged: {error}") from error
     if not records:
         raise CheckpointError("a zip file of nothing")
+    if not as_written:
+        raise CheckpointError("damaged: two files joined, or something stands before, within or behind it")
     records.sort(key=lambda record: record.start)
     for record, limit in zip(records, [*(record.start for record in records[1:]), path.stat().st_size], strict=True):
         if record.stop > limit:
             record.fault = "length"
     return records
+
+
+def _ends_as_written(file: BinaryIO) -> bool:
+    """Is the directory where the end of the file says, and nothing behind it?
+
+    zipfile looks for it right before the end, torch where the end says. Where bytes were added these are two places,
+    and the sums of one file would be compared while the weights of another are loaded.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(-min(size, 98), io.SEEK_END)
+    tail = file.read().rjust(98, b"\0")  # the end for large files, 56 bytes, the place of that one, 20, and the end, 22
+    if tail[56:60] == b"PK\x06\x07":
+        length, offset = struct.unpack_from("<2Q", tail, 40)
+        stop = size - 98
+        whole = tail[:4] == b"PK\x06\x06" and struct.unpack_from("<Q", tail, 64)[0] == stop
+    else:
+        length, offset = struct.unpack_from("<2L", tail, 88)
+        stop, whole = size - 22, True
+    return whole and tail[76:80] == b"PK\x05\x06" and tail[96:] == bytes(2) and offset + length == stop
 
 
 def _read_record(file: BinaryIO, info: zipfile.ZipInfo, central: bytes) -> Record:
@@ -406,8 +444,11 @@ def _check_tensors(
 def is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.numel():
         return True
-    low, high = tensor.aminmax()  # NaN comes through, and no further tensor is needed
-    return bool(low.isfinite() and high.isfinite())
+    # Axes in the order in which they lie in memory: what is no contiguous piece of it even so, aminmax would copy.
+    rows = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    parts = [rows] if rows.is_contiguous() else rows.split(max(1, BLOCK // rows[0].numel()))
+    # NaN comes through, and no further tensor is needed.
+    return all(bool(limit.isfinite()) for part in parts for limit in part.aminmax())
 
 
 def _commonest(values: Iterable[Any]) -> Any:
@@ -423,10 +464,15 @@ def _parts(tensors: Tensors, args: ModelArgs) -> int | None:
 def _check_count(shards: dict[int, Path], count: int, found: Findings) -> None:
     """Are the files those of a model in `count` parts?"""
     folder = next(iter(shards.values())).parent
-    for number in range(count):
-        path = folder / f"consolidated.{number:02d}.pth"
-        if number not in shards and path not in found.faulty:
-            found.add(path, f"is missing, one of {count} parts of the model: fetch it")
+    told = shards.keys() | {int(match[1]) for path in found.faulty if (match := SHARD.fullmatch(path.name))}
+    missing = count - sum(number < count for number in told)
+    first = [folder / f"consolidated.{n:02d}.pth" for n in islice((n for n in range(count) if n not in told), 4)]
+    if missing > len(first):  # a damaged params.json may ask for a million
+        names = ", ".join(path.name for path in first)
+        found.add(folder, f"lacks {names} and {missing - 4:,} more of the model's {count:,} parts: fetch them")
+        first = []
+    for path in first:
+        found.add(path, f"is missing, one of {count} parts of the model: fetch it")
     for number, path in shards.items():
         if number >= count and path not in found.faulty:
             found.add(
@@ -460,6 +506,7 @@ def check_kinship(shards: dict[int, Path], opened: dict[int, Tensors], shapes: S
 def _check_tokenizer(path: Path, args: ModelArgs | None, found: Findings) -> None:
     try:
         tokenizer = Tokenizer(path, use_scaled_rope=bool(args and args.use_scaled_rope))
+        for_tokenizer(tokenizer)
     except TokenizerError as error:
         found.faults.append(str(error))
         return

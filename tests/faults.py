@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import random
 import shutil
@@ -162,6 +163,38 @@ def become_folder(name: str) -> Damage:
     return become
 
 
+def join(folder: Path, rng: random.Random) -> None:
+    """A damaged copy and a good one behind it, as a download that was started again may leave."""
+    good = (folder / SECOND).read_bytes()
+    flip_weight(folder, rng)
+    (folder / SECOND).write_bytes((folder / SECOND).read_bytes() + good)
+
+
+def become_pipe(name: str) -> Damage:
+    """Who opens it waits for somebody to write."""
+
+    def become(folder: Path, rng: random.Random) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return become
+
+
+def become_device(name: str) -> Damage:
+    """Who reads it reads without end."""
+
+    def become(folder: Path, rng: random.Random) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/zero")
+
+    return become
+
+
+def one_digit(folder: Path, rng: random.Random) -> None:
+    for i, name in enumerate((FIRST, SECOND)):
+        (folder / name).rename(folder / f"consolidated.{i}.pth")
+
+
 def flip_header(folder: Path, rng: random.Random) -> None:
     """A bit of a record's name, behind which lie its data."""
     content = bytearray((folder / SECOND).read_bytes())
@@ -201,6 +234,7 @@ PAGE = b"\n<!DOCTYPE html><html><body>403 Forbidden</body></html>"
 DENIED = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>AccessDenied</Code></Error>'
 NAN, INFINITY = float("nan"), float("inf")
 PARAMS, WORDS, LIST = "params.json", "tokenizer.model", "checklist.chk"
+CONFIG, PIPE, HOLLOW = "tokenizer_config.json", "it is a pipe or a device, no file", "does not hold every number of"
 NOT_PART = "is not one of 2 parts of the model in params.json"
 NO_SHARDS = "holds no consolidated.NN.pth: give the folder of one model"
 FAULTS: dict[str, Fault] = {
@@ -210,6 +244,12 @@ FAULTS: dict[str, Fault] = {
     "a hole": Fault(zero, SECOND, "damaged"),
     "a gap": Fault(grow, SECOND, "damaged"),
     "cut short": Fault(truncate, SECOND, "cut short at"),
+    "two files joined": Fault(join, SECOND, "two files joined, or something stands before"),
+    "something behind": Fault(
+        lambda folder, rng: (folder / SECOND).open("ab").write(b"\n"),
+        SECOND,
+        "or something stands before, within or be",
+    ),
     "empty": Fault(write(SECOND, b""), SECOND, "is an empty file, expected a file of torch.save: fetch it again"),
     "LFS pointer": Fault(write(SECOND, POINTER), SECOND, "is a Git LFS pointer, expected a file of torch.save"),
     "first shard an LFS pointer": Fault(
@@ -230,6 +270,9 @@ FAULTS: dict[str, Fault] = {
     "broken link": Fault(broken_link, SECOND, "is missing: fetch it"),
     "unreadable": Fault(loop(SECOND), SECOND, "cannot be read (Too many levels of symbolic links)"),
     "first shard unreadable": Fault(loop(FIRST), FIRST, "cannot be read (Too many levels of symbolic links)"),
+    "a pipe": Fault(become_pipe(SECOND), SECOND, PIPE),
+    "first shard a pipe": Fault(become_pipe(FIRST), FIRST, PIPE),
+    "a device": Fault(become_device(SECOND), SECOND, PIPE),
     "no first shard": Fault(
         remove(FIRST), FIRST, "is missing, one of 2 parts of the model: fetch it", "lacks consolidated.00.pth"
     ),
@@ -253,6 +296,13 @@ FAULTS: dict[str, Fault] = {
         "has the same number as consolidated.00.pth",
         "has the same number as",
     ),
+    "a number far off": Fault(
+        lambda folder, rng: (folder / SECOND).rename(folder / "consolidated.9999.pth"),
+        SECOND,
+        "is missing, one of 2 parts of the model: fetch it",
+        "lacks consolidated.01.pth, consolidated.02.pth, consolidated.03.pth, consolidated.04.pth and 9994 more",
+    ),
+    "numbers of one digit": Fault(one_digit, "", "holds consolidated.0.pth, expected names with two to four digits"),
     "repeated": Fault(
         lambda folder, rng: shutil.copy(folder / FIRST, folder / SECOND), SECOND, "holds the same tensors"
     ),
@@ -265,6 +315,19 @@ FAULTS: dict[str, Fault] = {
     "infinity": Fault(edit(lambda t: t["norm.weight"][0].fill_(-INFINITY)), SECOND, "holds NaN or infinity in norm"),
     "a shape": Fault(
         edit(lambda t: t.update({WQ: torch.ones(1)})), SECOND, f"wrong shape: {WQ} (1,), expected (32, 64)"
+    ),
+    "a shape without numbers": Fault(
+        edit(lambda t: t.update({WQ: torch.empty(32, 64, device="meta")})), SECOND, f"{HOLLOW} {WQ}: save plain tensors"
+    ),
+    "one number for all": Fault(edit(lambda t: t.update({WQ: torch.ones(1).expand(32, 64)})), SECOND, f"{HOLLOW} {WQ}"),
+    "rows that overlap": Fault(
+        edit(lambda t: t.update({WQ: torch.ones(5000).as_strided((32, 64), (1, 1))})), SECOND, f"{HOLLOW} {WQ}"
+    ),
+    "sparse": Fault(edit(lambda t: t.update({WQ: t[WQ].to_sparse()})), SECOND, f"{HOLLOW} {WQ}"),
+    "sparse in the first shard": Fault(
+        lambda folder, rng: edit_shard(folder / FIRST, lambda t: t.update({WQ: t[WQ].to_sparse()})),
+        FIRST,
+        f"{HOLLOW} {WQ}",
     ),
     "a name too few": Fault(edit(lambda t: t.pop(WQ)), SECOND, f"missing: {WQ}"),
     "a name too many": Fault(edit(lambda t: t.update({"extra": torch.ones(1)})), SECOND, "unexpected: extra"),
@@ -284,6 +347,9 @@ FAULTS: dict[str, Fault] = {
     "params.json empty": Fault(write(PARAMS, b""), PARAMS, "is an empty file"),
     "params.json a folder": Fault(become_folder(PARAMS), PARAMS, "is a folder"),
     "params.json unreadable": Fault(loop(PARAMS), PARAMS, "cannot be read (Too many levels of symbolic links)"),
+    "params.json a pipe": Fault(become_pipe(PARAMS), PARAMS, PIPE),
+    "params.json a device": Fault(become_device(PARAMS), PARAMS, PIPE),
+    "params.json of megabytes": Fault(write(PARAMS, b" " * 2**21), PARAMS, "it has more than 1,048,576 bytes"),
     "params.json cut": Fault(write(PARAMS, b'{"dim": 64, '), PARAMS, "cannot be read as JSON"),
     "params.json nested": Fault(write(PARAMS, b"[" * 100_000), PARAMS, "cannot be read as JSON"),
     "params.json in Latin-1": Fault(write(PARAMS, b'{"dim": "\xe9"}'), PARAMS, "cannot be read as JSON"),
@@ -298,6 +364,12 @@ FAULTS: dict[str, Fault] = {
     "an absurd width": Fault(change(dim=10**30), PARAMS, "dim is 1000000000000000000000000000000, expected"),
     "a width that is large": Fault(change(dim=2**23), FIRST, NOT_PART),
     "NaN for a number": Fault(change(norm_eps=NAN), PARAMS, "norm_eps is nan, expected a positive number"),
+    "an absurd norm_eps": Fault(
+        change(norm_eps=1e11), PARAMS, "norm_eps is 100000000000.0, expected a positive number"
+    ),
+    "an absurd theta": Fault(
+        change(rope_theta=1e-300), PARAMS, "rope_theta is 1e-300, expected a positive number of 1 to"
+    ),
     "heads that do not divide": Fault(change(n_heads=7), PARAMS, "do not go together"),
     "another model's params.json": Fault(change(dim=128), FIRST, NOT_PART),
     "a layer too many": Fault(change(n_layers=4), FIRST, "missing: layers.3.attention.wk.weight"),
@@ -310,6 +382,14 @@ FAULTS: dict[str, Fault] = {
     "a tokenizer's page": Fault(write(WORDS, PAGE), WORDS, "is an HTML or XML page", "is not a SentencePiece model"),
     "a tokenizer's folder": Fault(become_folder(WORDS), "", "no tokenizer.model or tokenizer.json in"),
     "a broken tokenizer": Fault(write(WORDS, b"\n nothing"), WORDS, "is not a SentencePiece model"),
+    "a tokenizer that is a pipe": Fault(become_pipe(WORDS), "", "no tokenizer.model or tokenizer.json in"),
+    "tokenizer_config.json a pipe": Fault(become_pipe(CONFIG), CONFIG, PIPE),
+    "an unknown chat format": Fault(
+        write(CONFIG, b'{"chat_format": "nonsense"}'), CONFIG, "chat format 'nonsense': expected llama2, llama3"
+    ),
+    "a chat format of other tokenizers": Fault(
+        write(CONFIG, b'{"chat_format": "chatml"}'), CONFIG, "chat format 'chatml' needs <|im_end|>, <|im_start|>"
+    ),
     # Checklists, which build does not read
     "a listed file is gone": Fault(
         add_line(f"{'0' * 32}  LICENSE"), "LICENSE", "is missing, but checklist.chk lists it", ""
@@ -319,6 +399,11 @@ FAULTS: dict[str, Fault] = {
     "a path": Fault(add_line(f"{'0' * 32}  ../model/{FIRST}"), LIST, "names '../model/consolidated.00.pth'", ""),
     "an absolute path": Fault(add_line(f"{'0' * 64}  /etc/passwd"), LIST, "names '/etc/passwd' in line 5", ""),
     "the folder above": Fault(add_line(f"{'0' * 64}  .."), LIST, "names '..' in line 5", ""),
+    "a name of 300 letters": Fault(
+        add_line(f"{'0' * 32}  {'a' * 300}"), LIST, "in line 5, expected the name of a file", ""
+    ),
+    "a list that is a pipe": Fault(become_pipe(LIST), LIST, PIPE, ""),
+    "a list of megabytes": Fault(write(LIST, b"#" * 2**21), LIST, "it has more than 1,048,576 bytes", ""),
     "an empty list": Fault(write(LIST, b""), LIST, "is an empty file", ""),
     "a list that is a page": Fault(write(LIST, PAGE), LIST, "is an HTML or XML page", ""),
 }

@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ import torch
 from faults import Bomb, edit_params, edit_shard
 from make_checkpoint import tensor
 from ranks import run_ranks
+from torch import nn
 
 from llama import Llama, ModelArgs
 from llama.checkpoint import Checkpoint, rank_slice, tensor_shapes
+from llama.convert import convert
 from llama.params import CheckpointError, legal_world_sizes, read_params
 from llama.tokenizer import TokenizerError
+from llama.verify import check
 
 
 @pytest.fixture
@@ -52,6 +57,9 @@ def message(folder: Path, **arguments: Any) -> str:
         ({"n_layers": 0}, "n_layers is 0, expected a positive whole number"),
         ({"norm_eps": float("nan")}, "norm_eps is nan, expected a positive number"),
         ({"rope_theta": float("inf")}, "rope_theta is inf, expected a positive number"),
+        ({"norm_eps": 1}, "norm_eps is 1, expected a positive number of 0 to 1"),
+        ({"rope_theta": 0.5}, "rope_theta is 0.5, expected a positive number of 1 to 1e+12"),
+        ({"rope_linear_factor": 1e-9}, "rope_linear_factor is 1e-09, expected a positive number of 1 to 1e+12"),
         ({"norm_eps": -1e-5}, "norm_eps is -1e-05, expected a positive number"),
         ({"use_scaled_rope": 1}, "use_scaled_rope is 1, expected true or false"),
         ({"vocab_size": -2}, "vocab_size is -2, expected"),
@@ -233,6 +241,40 @@ def test_llama_1_frequencies_are_skipped(folder: Path) -> None:
     for path in folder.glob("*.pth"):
         edit_shard(path, lambda t: t.update(rope))
     Llama.build(folder, max_seq_len=8).close()
+
+
+def test_transposed_weights_slices_and_parameters_are_weights(folder: Path, tmp_path: Path) -> None:
+    """As other programs save them: not copied, so not contiguous, or parameters of a module."""
+    expected = {key: tensor.clone() for key, tensor in Checkpoint(folder)[0].items()}
+    wq, wo, w1 = (f"layers.1.{name}.weight" for name in ("attention.wq", "attention.wo", "feed_forward.w1"))
+    wide = torch.randn(expected[w1].shape[0], 300)
+    wide[:, 7:71] = expected[w1]
+    changed = {wq: expected[wq].t().contiguous().t(), wo: nn.Parameter(expected[wo].clone()), w1: wide[:, 7:71]}
+    edit_shard(folder / "consolidated.00.pth", lambda tensors: tensors.update(changed))
+    found = Checkpoint(folder)[0]
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert not found[wq].is_contiguous() and not found[w1].is_contiguous() and not found[wo].requires_grad
+    assert not check(folder).faults
+    Llama.build(folder, max_seq_len=16).close()
+    convert(str(folder), str(tmp_path / "converted"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit that Linux has")
+def test_a_limit_on_memory_is_told(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2**26)}, tmp_path / "consolidated.00.pth")
+    script = """if True:
+        import re, resource, sys
+        from pathlib import Path
+        from llama.checkpoint import open_shard
+        used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
+        open_shard(Path(sys.argv[1]))
+    """
+    words = [sys.executable, "-c", script, str(tmp_path / "consolidated.00.pth")]
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    *_, last = ended.stderr.splitlines()
+    assert "consolidated.00.pth cannot be read (unable to mmap" in last, ended.stderr
+    assert last.endswith("Cannot allocate memory (12)): raise the limit on memory (ulimit -v)")
 
 
 def test_a_file_cannot_run_code(folder: Path, tmp_path: Path) -> None:

@@ -333,6 +333,21 @@ BAD_JSON = {
         changed(model={"type": "Unigram", "unk_id": 7, "vocab": [["a", 0.0]], "byte_fallback": False}),
         NO_JSON + "Unable to load vocab",
     ),
+    "a prefix, as BERT's have it": (with_model(continuing_subword_prefix="##"), "has a continuing_subword_prefix"),
+    "a prefix that ends the process": (
+        with_model(vocab={"a": 0, "\u0120a": 1, "aa": 2}, merges=[["a", "\u0120a"]], continuing_subword_prefix="["),
+        "has a continuing_subword_prefix, which no Llama's has: fetch the model's own",
+    ),
+    "a prefix by another name": (
+        with_model(continuing_subword_prefix="[").replace("subword", "s\\u0075bword"),
+        "has a continuing_subword_prefix",
+    ),
+    "one prefix of two": (
+        changed().replace(
+            '"model": {', '"model": {"continuing_subword_prefix"\n:\t"a", "continuing_subword_prefix": "", '
+        ),
+        "has a continuing_subword_prefix",
+    ),
     "a list for a config": (changed(), "cannot be read: it holds no object"),
 }
 
@@ -352,6 +367,31 @@ def test_a_bad_tokenizer_json_is_one_line(name: str, tmp_path: Path) -> None:
         Tokenizer(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     assert time.perf_counter() - started < 5
+
+
+def test_a_prefix_is_not_seen_where_there_is_none(tmp_path: Path) -> None:
+    """Names and texts that look like one, and characters written as numbers, are in real vocabularies."""
+    vocab = {
+        "a": 0,
+        "b": 1,
+        "ab": 2,
+        "continuing_subword_prefix": 3,
+        r"\u0061": 4,
+        "\x7f": 5,
+        '"continuing_subword_prefix":"a"': 6,
+    }
+    path = write_json(tmp_path, with_model(vocab=vocab, continuing_subword_prefix=""))
+    assert Tokenizer(path).n_words == 7
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pipes among its files")
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    write_json(tmp_path, changed())
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(TokenizerError, match=rf"{name}\b.* cannot be read: it is a pipe or a device, no file"):
+        Tokenizer(tmp_path / ("tokenizer.json" if "config" in name else name))
 
 
 # What a file may hold, and what becomes of a text then.

@@ -25,10 +25,13 @@ from faults import (
     flip,
     write_list,
 )
+from torch.profiler import ProfilerActivity, profile
 
 from llama import sniff
+from llama.checkpoint import Checkpoint
+from llama.convert import ConvertError, convert
 from llama.params import CheckpointError
-from llama.verify import BLOCK, check, verify
+from llama.verify import BLOCK, Findings, _check_count, check, is_finite, verify
 
 
 @pytest.fixture
@@ -209,6 +212,76 @@ def test_headers_that_contradict_the_directory(copy: Callable[..., Path]) -> Non
     path.write_bytes(content[:at] + (10**9).to_bytes(4, "little") * 2 + content[at + 8 :])
     (line,) = check(path.parent).faults
     assert line.startswith(f"{path} is damaged in consolidated.01/data/7 (length): fetch")
+
+
+def test_two_directories(copy: Callable[..., Path]) -> None:
+    """zipfile takes the one right before the end, torch the one that the end names: what is checked is not what is
+    loaded, unless they are one."""
+    path = copy() / SECOND
+    content = path.read_bytes()
+    assert content[-42:-38] == b"PK\6\7", "torch writes an end for large files"
+    end = len(content) - 98
+    directory = content[content.index(b"PK\1\2") : end]
+    for damaged in (
+        b"\0" * 64 + content,
+        content + b"PK",
+        content[:-34] + (64).to_bytes(8, "little") + content[-26:],  # the end for large files is elsewhere, it says
+        content[:-2] + len(directory).to_bytes(2, "little") + directory,  # and a second directory, as a comment
+        content[:end] + bytes(8) + content[end:],
+        content[: end + 48] + (64).to_bytes(8, "little") + content[end + 56 :],
+    ):
+        path.write_bytes(damaged)
+        (line,) = check(path.parent).faults
+        assert line.startswith(str(path)) and "fetch it again" in line
+    path.write_bytes(content)
+    assert not check(path.parent).faults
+
+
+def test_two_files_joined_are_not_converted(copy: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy()
+    FAULTS["two files joined"].damage(folder, random.Random(0))
+    with pytest.raises(ConvertError, match=f"{SECOND} cannot be read .damaged: two files joined"):
+        convert(str(folder), str(tmp_path / "converted"))
+
+
+def test_a_number_that_a_name_or_params_json_makes_up_costs_nothing(copy: Callable[..., Path]) -> None:
+    folder, found = copy(), Findings()
+    _check_count({0: folder / FIRST, 1: folder / SECOND}, 2**40, found)
+    assert found.faults == [
+        f"{folder} lacks {THIRD}, consolidated.03.pth, consolidated.04.pth, consolidated.05.pth and "
+        "1,099,511,627,770 more of the model's 1,099,511,627,776 parts: fetch them"
+    ]
+    names = ["consolidated.9999999.pth", "consolidated.2.pth", "consolidated.\u0660\u0662.pth"]
+    for name in names:
+        shutil.copy(folder / FIRST, folder / name)
+    found = check(folder)
+    assert not found.faults
+    assert f"{folder}: {names[1]}, {names[0]}, {names[2]} not looked at: numbers of shards have two" in found.notes[0]
+    assert len(Checkpoint(folder).paths) == 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_number_is_found_in_any_order_and_nothing_is_copied(bad: float) -> None:
+    views: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda t: t,
+        lambda t: t.t(),
+        lambda t: t[:, 3:-5],
+        lambda t: t[:, 3:-5].t(),
+        lambda t: t.view(8, 256, 2048).permute(2, 0, 1),
+        lambda t: t[5],
+        lambda t: t[:, 7],
+        lambda t: t[5, 7],
+    ]
+    tensor = torch.ones(2048, 2048)
+    for view in views:
+        tensor[5, 7] = 1
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+            assert is_finite(view(tensor))
+        taken = max((event.cpu_memory_usage for event in measured.events()), default=0)
+        assert taken <= 4 * BLOCK + 2**16, "a part of a view that is in no order may be copied, the whole is 16 MiB"
+        tensor[5, 7] = bad
+        assert not is_finite(view(tensor))
+    assert is_finite(torch.ones(0, 4))
 
 
 @pytest.mark.parametrize("seed", range(6))
