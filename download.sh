@@ -250,12 +250,16 @@ gb() { # MEGABYTES
 models_of() { # WORDS: sets $models, full names, each once
   local word names name
   models=
-  words=$(echo "$*" | tr '[:upper:],' '[:lower:] ')
-  case $words in *[!a-z0-9.\ -]*) die "no model '${*# }'; ./download.sh --help names them" ;; esac
+  words=$(printf %s "$*" | tr '[:upper:],\r\t' '[:lower:]   ')
+  case $words in
+    *://* | *[=\&~]*) die "that is a link, not models: name those first, as in ./download.sh 7B" ;; # never shown
+    *[!a-z0-9.\ -]*) die "no model '${*# }'; ./download.sh --help names them" ;;
+  esac
   for word in $words; do
-    case ${word#meta-} in
-      demo | llama-2-7b | llama-2-7b-chat | llama-2-13b | llama-2-13b-chat | llama-2-70b | llama-2-70b-chat) names=$word ;;
-      llama-3-8b | llama-3-8b-instruct | llama-3-70b | llama-3-70b-instruct) names=${word#meta-} ;;
+    word=${word#meta-}
+    case $word in
+      demo | llama-2-7b | llama-2-7b-chat | llama-2-13b | llama-2-13b-chat | llama-2-70b | llama-2-70b-chat | \
+        llama-3-8b | llama-3-8b-instruct | llama-3-70b | llama-3-70b-instruct) names=$word ;;
       7b | 7b-chat | 13b | 13b-chat | 70b-chat) names=llama-2-$word ;;
       8b | 8b-instruct | 70b-instruct) names=llama-3-$word ;;
       llama-2) names=$LLAMA2 ;;
@@ -559,7 +563,8 @@ while [ $# -gt 0 ]; do
     --verify-only) action=verify ;;
     --url) [ $# -gt 1 ] || die "--url needs the link" && url=$2 && shift ;;
     --url=*) url=${1#*=} ;;
-    -*) die "unknown option $1; see ./download.sh --help" ;;
+    -*) die "unknown option ${1%%[=:]*}; see ./download.sh --help" ;; # behind it there may be the link
+    *://*) url=$1 ;;
     *) words="$words $1" ;;
   esac
   shift

@@ -256,6 +256,8 @@ FOLDERS = {
     "8b-Instruct": ["Meta-Llama-3-8B-Instruct"],
     "llama-3-70b,70B-INSTRUCT": ["Meta-Llama-3-70B", "Meta-Llama-3-70B-Instruct"],
     "Meta-Llama-3-8B": ["Meta-Llama-3-8B"],
+    "Meta-Llama-2-7B,meta-13b,META-8B": ["llama-2-7b", "llama-2-13b", "Meta-Llama-3-8B"],
+    "7B\r": ["llama-2-7b"],
     "llama-2": [f"llama-2-{size}{chat}" for size in ("7b", "13b", "70b") for chat in ("", "-chat")],
     "Llama-3": [f"Meta-Llama-3-{size}{tuned}" for size in ("8B", "70B") for tuned in ("", "-Instruct")],
 }
@@ -271,6 +273,10 @@ REFUSED = {
     "$(id)": "no model '$(id)'",
     ",": "no models",
     "--force": "unknown option --force",
+    f"-url=https://a.b/*?{QUERY}": "unknown option -url;",
+    f"--presigned-url=https://a.b/*?{QUERY}": "unknown option --presigned-url;",
+    f"-uhttps://a.b/*?{QUERY}": "unknown option -uhttps;",
+    f"7B,{QUERY}": "that is a link, not models",
     "--url": "--url needs the link",
 }
 
@@ -284,6 +290,8 @@ def test_names(bench: Callable[..., Bench]) -> None:
     for words, message in REFUSED.items():
         ended = with_curl.run(words)
         assert ended.status == 1 and message in ended.last, ended
+    ended = with_curl.run(stdin=with_curl.server.link)
+    assert ended.status == 1 and "that is a link, not models" in ended.last, ended
     assert not with_curl.server.asked
     assert not with_curl.target.exists()
 
@@ -305,7 +313,8 @@ def test_the_link_as_it_is_copied(fetching: Bench) -> None:
         is_good("7B", url=copied)
     is_good("7B", "--url", f" {escaped}\r", url="https://not.this.one/*")
     is_good(f"--url={link}", "7B")
-    is_good(stdin=f"7B\n'{escaped}' \r\n")
+    is_good(link, "7B")
+    is_good(stdin=f"7B\r\n'{escaped}' \r\n")
     is_good("7B", stdin=link)  # without a newline at its end
 
 
