@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Fetches checkpoints: the small demo model, or Meta's Llama 2 and 3 from the link in Meta's e-mail. See --help.
 # Written for bash 3.2 (macOS). A file has its final name only when it is whole, so Ctrl-C is safe at any time.
+[ -n "${BASH_VERSION:-}" ] || { echo "download.sh: failed: it needs bash: bash $0" >&2 && exit 1; }
 set -euo pipefail
 export LC_ALL=C # files are bytes, whatever the user's language
+unset CDPATH    # with it, cd goes elsewhere and says so
 
 usage() {
   cat << 'END'
@@ -12,7 +14,7 @@ usage() {
 ./download.sh --verify-only [MODELS] compares what is there with its md5 sums, without network; a line for each fault
 Models, such as 7B,13B-chat (upper or lower case, commas or spaces):
   Llama 2: 7B 7B-chat 13B 13B-chat llama-2-70b 70B-chat, or llama-2 for all six
-  Llama 3: 8B 8B-Instruct llama-3-70b 70B-Instruct, or llama-3 for all four
+  Llama 3: 8B 8B-Instruct llama-3-70b 70B-Instruct, or llama-3 for all four; all for both with --verify-only
 Environment:
   PRESIGNED_URL   the link. With --url other users of this machine can see it in the list of processes
   TARGET_FOLDER   where Meta's models go (default: checkpoints, beside this script)
@@ -85,7 +87,7 @@ size() { # FILE: sets $size to its bytes, 0 if there is none
 
 page() { # FILE START: does a web page or an XML message begin there?
   [ -f "$1" ] || return 1
-  case $(dd if="$1" bs=1 skip="$2" count=64 conv=lcase 2> /dev/null | tr -d '\000[:space:]\357\273\277') in
+  case $(dd if="$1" bs=1 skip="$2" count=64 2> /dev/null | tr -d '\000[:space:]\357\273\277' | tr '[:upper:]' '[:lower:]') in
     '<!doctype'* | '<html'* | '<head'* | '<body'* | '<!--'* | '<?xml'* | '<error'*) ;;
     *) return 1 ;;
   esac
@@ -265,7 +267,7 @@ models_of() { # WORDS: sets $models, full names, each once
       llama-2) names=$LLAMA2 ;;
       llama-3) names=$LLAMA3 ;;
       70b) die "70B is in both generations: say llama-2-70b or llama-3-70b" ;;
-      all) die "a link is for one generation: say llama-2 or llama-3 for all of its models" ;;
+      all) names="$LLAMA2 $LLAMA3" ;;
       *) die "no model '$word'; ./download.sh --help names them" ;;
     esac
     for name in $names; do
@@ -332,7 +334,7 @@ watch() { # FILE MEGABYTES: how far it is, each second, until it is killed
 
 fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
   local path=$1 file=$2 sum=${3:-} part=$2.part size start now best=0 tries=0 wrong='' headers status
-  local http type from total why whole
+  local http type from total why whole kept
   mkdir -p "${file%/*}" || die "no folder for $file"
   [ ! -d "$file" ] || die "$file is a folder and should be a file: move it away, then run this again"
   if [ -n "$sum" ] && [ -f "$file" ]; then
@@ -415,8 +417,9 @@ fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
     fi
     if [ "$now" -gt "$best" ]; then best=$now tries=0; fi
     tries=$((tries + 1))
+    [ -n "$sum" ] && [ "$now" -gt 0 ] && kept="; what is there is kept" || kept=
     [ $tries -lt 5 ] || die "$path: $why, for the fifth time in a row without a byte more:" \
-      "check the network, then run this again; what is there is kept"
+      "check the network, then run this again$kept"
     sleep $((2 * tries))
   done
 }
@@ -553,7 +556,8 @@ verify_only() { # MODELS, or nothing: those that are there
 watcher='' client='' words='' action=fetch url=${PRESIGNED_URL:-}
 unset PRESIGNED_URL # not for the tools that run here
 trap stopped INT    # without it, a tool that ends by Ctrl-C would be reported as a failure
-case ${TARGET_FOLDER:=checkpoints} in /* | checkpoints) ;; *) TARGET_FOLDER=$PWD/$TARGET_FOLDER ;; esac
+case ${TARGET_FOLDER:-} in '') TARGET_FOLDER=checkpoints ;; /*) ;; *) TARGET_FOLDER=$PWD/$TARGET_FOLDER ;; esac
+case ${PYTHON:-} in /*) ;; */*) PYTHON=$PWD/$PYTHON ;; esac
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 [ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=python3
 while [ $# -gt 0 ]; do
@@ -571,7 +575,7 @@ while [ $# -gt 0 ]; do
 done
 case $action in
   help) usage && exit ;;
-  list) list && exit ;;
+  list) [ -z "$words" ] || die "--list shows every model and takes no names" && list && exit ;;
   fetch)
     [ -n "${words// /}" ] || read -r -p "Models, such as 7B,13B-chat (--help names all): " words || [ -n "$words" ] ||
       die "no models: answer the question, or name them: ./download.sh 7B"

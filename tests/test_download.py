@@ -263,7 +263,7 @@ FOLDERS = {
 }
 REFUSED = {
     "70B": "say llama-2-70b or llama-3-70b",
-    "all": "say llama-2 or llama-3",
+    "all": "one generation",
     "7B,8B": "one generation",
     "llama-3 13b": "one generation",
     "demo,7B": "fetch it alone",
@@ -287,6 +287,10 @@ def test_names(bench: Callable[..., Bench]) -> None:
         for ended in [with_curl.run("--verify-only", words), with_curl.run("--verify-only", *words.split())]:
             named = re.findall(rf"^Comparing md5 sums in {with_curl.target}/(.*)$", ended.out, re.MULTILINE)
             assert (ended.status, named) == (1, folders), words
+    ended = with_curl.run("--verify-only", "all")
+    assert ended.out.count("Comparing md5 sums in") == 10 and "link" not in ended.last, ended
+    ended = with_curl.run("--list", "nonsense")
+    assert ended.status == 1 and "--list shows every model" in ended.last, ended
     for words, message in REFUSED.items():
         ended = with_curl.run(words)
         assert ended.status == 1 and message in ended.last, ended
@@ -407,6 +411,8 @@ def test_faults(fetching: Bench, fault: str, half: bool) -> None:
         assert WEIGHT.startswith(part.read_bytes()), "what stays is the file's own beginning"
     if half and status and "twice" not in message:
         assert part.stat().st_size >= HALF, "what was there is kept"
+    if "fifth time" in ended.last:
+        assert ("what is there is kept" in ended.last) == (part.stat().st_size > 0)
 
     if status:
         fetching.server.faults.clear()
@@ -820,6 +826,50 @@ def test_without_a_client(bench: Callable[..., Bench]) -> None:
         assert ended.status == 1 and "neither curl nor GNU wget" in ended.last, ended
 
 
+def test_busybox(bench: Callable[..., Bench]) -> None:
+    """Its dd does not know conv=lcase: pages are told all the same."""
+    with_curl = bench()
+    folder = with_curl.script.parent / "busybox"
+    folder.mkdir()
+    dd = shutil.which("dd")
+    executable(folder / "dd", f'#!{with_curl.bash}\n[[ "$*" != *conv=* ]] && exec {dd} "$@"\n')
+    with_curl.environment["PATH"] = f"{folder}:{with_curl.environment['PATH']}"
+    with_curl.all_but_weights()
+    with_curl.server.faults[SHARD] = [sends(HTML)]
+    ended = with_curl.run("7B")
+    assert ended.status == 1 and "web page" in ended.last, ended
+
+
+@pytest.mark.skipif(not shutil.which("dash"), reason="needs dash")
+def test_another_shell(bench: Callable[..., Bench]) -> None:
+    with_curl = bench()
+    with_curl.bash = shutil.which("dash") or ""
+    ended = with_curl.run("--help")
+    assert ended.status == 1 and "it needs bash: bash " in ended.last, ended
+
+
+def test_folders_are_relative_to_the_caller(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    """Also the one that is named as the default is, PYTHON, and with CDPATH, which moves cd."""
+    with_python = bench(digest="Python")
+    with_python.all_but_weights()
+    caller = tmp_path / "caller"
+    (caller / "bin").mkdir(parents=True)
+    (tmp_path / "elsewhere" / tmp_path.name).mkdir(parents=True)
+    executable(caller / "bin/python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    environment = {"PYTHON": "bin/python", "CDPATH": str(tmp_path / "elsewhere")}
+    for given in ["checkpoints", "./models", "../caller/models"]:
+        with_python.target = (caller / given).resolve()
+        with_python.all_but_weights()
+        with_python.put(SHARD)
+        process = with_python.start("--verify-only", "7B", cwd=caller, env=environment | {"TARGET_FOLDER": given})
+        ended = with_python.finish(process)
+        assert ended.status == 0, ended
+    with_python.script = Path(os.path.relpath(with_python.script, tmp_path.parent))
+    process = with_python.start("--list", cwd=tmp_path.parent, env=environment | {"TARGET_FOLDER": ""})
+    ended = with_python.finish(process)
+    assert ended.status == 0 and " checkpoints/llama-2-7b " in ended.out and "there" not in ended.out, ended
+
+
 def test_without_any_tool_for_sums(bench: Callable[..., Bench]) -> None:
     without = bench(digest="none")
     ended = without.run("7B")
@@ -901,7 +951,12 @@ def test_help(bench: Callable[..., Bench]) -> None:
         assert ended.status == 0 and not ended.err
         for told in ["demo", "--url", "--list", "--verify-only", "PRESIGNED_URL", "TARGET_FOLDER", "130"]:
             assert told in ended.out
-        for name in [name for names in FOLDERS for name in re.split("[ ,]+", names) if "ama" not in name]:
+        for name in [
+            name
+            for names in FOLDERS
+            for name in re.split("[ ,]+", names)
+            if not re.search("ama|meta|\\s", name, re.IGNORECASE)
+        ]:
             assert re.search(rf"\b{name}\b", ended.out, re.IGNORECASE), name
 
 
