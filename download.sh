@@ -36,6 +36,56 @@ stopped() {
   exit 130
 }
 
+# ---- one run at a time
+
+# Two runs would append to the same file. The lock is a file, made in one step, that holds the process and machine of
+# the run and below them the process of each client it started: one that is killed leaves its client at work. It holds
+# as long as one of them lives.
+lock() { # FILE
+  local owner host writer
+  lock=$1
+  # shellcheck disable=SC2094  # on a full disk the file stays empty
+  until (set -C && { echo "$$ $HOSTNAME" || { rm -f "$lock" && exit 1; }; } > "$lock") 2> /dev/null; do
+    read_lock || die "cannot write $lock: is its folder yours, or the disk full?"
+    [ "$host" = "$HOSTNAME" ] ||
+      die "a download.sh on the machine ${host:-without a name} fetches into ${lock%/*}: wait for it;" \
+        "if there is none, remove $lock"
+    for owner in $owner $writer; do
+      ! alive "$owner" ||
+        die "process $owner is fetching into ${lock%/*}: wait for it or stop it; if it fetches nothing, remove $lock"
+    done
+    rm -f "$lock"
+  done
+  trap unlock EXIT
+}
+
+read_lock() { # sets $owner, its $host and the last $writer, empty if there are none
+  local line
+  owner='' host='' writer=''
+  [ -f "$lock" ] || return 1
+  { read -r owner host && while read -r line; do writer=$line; done; } < "$lock" || :
+}
+
+# alive PROCESS: one with our own number was before us, in a container; another user's lives, although it may not be
+# sent a signal; one that has ended and that nobody waited for (Z) does not.
+alive() {
+  [ "$1" != $$ ] || return 1
+  case $(kill -0 "$1" 2>&1 || :) in *"No such process"*) return 1 ;; esac
+  case $(cat "/proc/$1/stat" 2> /dev/null || :) in *") Z "*) return 1 ;; esac
+}
+
+unlock() { # a client that still writes is stopped, and its lock ends with it
+  local owner host writer
+  [ -z "$tmp" ] || rm -rf "$tmp"
+  [ -z "$busy" ] || ! read_lock || [ -z "$writer" ] || ! kill "$writer" 2> /dev/null || return 0
+  rm -f "$lock"
+}
+
+# start CLIENT ...: runs it, once its number is in the lock and the lock is this run's: we may have been killed just now
+start() {
+  sh -c 'echo $$ >> "$1" && kill -0 "$2" && shift 2 && exec "$@"' sh "$lock" $$ "$@"
+}
+
 # ---- files
 
 digest() { # ALGORITHM FILE: its md5 or sha256, by whatever this machine has
@@ -111,9 +161,10 @@ demo() {
   # Before 93 MB are fetched: can they be used? Looks the packages up without the seconds that importing takes.
   "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' torch gguf tokenizers ||
     die "$PYTHON does not have all of torch, gguf and tokenizers: use make demo, or pip install -e '.[convert]'"
-  mkdir -p checkpoints
+  room checkpoints $((271 + $([ -f "$gguf" ] && echo 0 || echo 93))) "move this project to a larger disk"
+  lock checkpoints/.demo-lock
+  rm -rf checkpoints/.demo.* # left by runs that were killed
   tmp=$(mktemp -d checkpoints/.demo.XXXXXX) # on the same disk, so that mv is one step
-  trap 'rm -rf "$tmp"' EXIT
 
   if [ -f "$gguf" ] && [ "$(digest sha256 "$gguf")" != $gguf_sum ]; then
     echo "$gguf is damaged: fetching it again"
@@ -298,11 +349,11 @@ request() {
   local link=${url%%\**}$1${url#*\*}
   if [ $client = curl ]; then
     printf 'url = "%s"\n' "$link" |
-      curl --config - --globoff --silent --fail --location --connect-timeout 30 --speed-limit 1 --speed-time 60 \
+      start curl --config - --globoff --silent --fail --location --connect-timeout 30 --speed-limit 1 --speed-time 60 \
         --continue-at "$2" --output "$3" --dump-header - 2> /dev/null
   else
     printf '%s\n' "$link" |
-      { wget --input-file=- --quiet --server-response --tries=1 --timeout=60 --start-pos="$2" --output-document=- >> "$3"; } 2>&1
+      { start wget --input-file=- --quiet --server-response --tries=1 --timeout=60 --start-pos="$2" --output-document=- >> "$3"; } 2>&1
   fi
 }
 
@@ -351,7 +402,9 @@ fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
     size "$part"
     start=$size status=0
     case $path in *.pth) [ ! -t 2 ] || { watch "$part" $((megabytes / shards)) > /dev/null & watcher=$!; } ;; esac
+    busy=yes
     headers=$(request "$path" "$start" "$part" | tr '[:upper:]' '[:lower:]') || status=$?
+    busy=
     if [ -n "$watcher" ]; then
       kill "$watcher" 2> /dev/null || :
       wait "$watcher" 2> /dev/null || :
@@ -426,35 +479,24 @@ fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
 
 # ---- what is asked for
 
-room() { # MODELS: is there room for what they lack?
-  local model lack need=0 free
+lack() { # MODELS: how many megabytes they lack
+  local model lack need=0
   for model in "$@"; do
     ! complete "$model" || continue # and describes it
     lack=$((megabytes - $(bytes "$model") / 1000000))
     [ $lack -le 0 ] || need=$((need + lack))
   done
-  mkdir -p "$TARGET_FOLDER" || die "no folder $TARGET_FOLDER: name another, TARGET_FOLDER=/large/disk ./download.sh $*"
-  free=$(df -P -k "$TARGET_FOLDER" | sed -n '$s/.* \([0-9][0-9]*\)  *[0-9-]*% .*/\1/p')
-  [ -n "$free" ] || die "df does not tell how much is free in $TARGET_FOLDER:" \
-    "name another, TARGET_FOLDER=/large/disk ./download.sh $*"
-  free=$((free * 1024 / 1000000))
-  [ $need -le $free ] ||
-    die "$(gb $need) GB are still to fetch, $(gb $free) GB are free in $TARGET_FOLDER:" \
-      "make room, or name a larger disk: TARGET_FOLDER=/large/disk ./download.sh $*"
-  echo "$(gb $need) GB to fetch, $(gb $free) GB free in $TARGET_FOLDER"
+  echo $need
 }
 
-# Two runs would append to the same file. The lock is a link to the number of the process, made in one step; one that
-# is left by a run that was killed names nobody.
-lock() {
-  local lock=$TARGET_FOLDER/.download.lock owner
-  until ln -s $$ "$lock" 2> /dev/null; do
-    owner=$(readlink "$lock") || die "cannot write in $TARGET_FOLDER"
-    ! kill -0 "$owner" 2> /dev/null ||
-      die "process $owner is fetching into $TARGET_FOLDER: wait for it or stop it; if it is no download.sh, remove $lock"
-    rm -f "$lock"
-  done
-  trap 'rm -f "$TARGET_FOLDER/.download.lock"' EXIT
+room() { # FOLDER MEGABYTES ADVICE: makes the folder; is there room for that in it?
+  local free
+  mkdir -p "$1" || die "no folder $1: $3"
+  free=$(df -P -k "$1" | sed -n '$s/.* \([0-9][0-9]*\)  *[0-9-]*% .*/\1/p')
+  [ -n "$free" ] || die "df does not tell how much is free in $1: $3"
+  free=$((free * 1024 / 1000000))
+  [ "$2" -le $free ] || die "$(gb "$2") GB are still needed, $(gb $free) GB are free in $1: make room, or $3"
+  echo "$(gb "$2") GB needed, $(gb $free) GB free in $1"
 }
 
 fetch_model() { # MODEL
@@ -503,7 +545,7 @@ meta() { # MODELS
         ;;
       esac
     fi
-    room "$@"
+    room "$TARGET_FOLDER" "$(lack "$@")" "name another, on a larger disk: TARGET_FOLDER=/large/disk ./download.sh $*"
     if [ -z "$url" ]; then
       [ ! -t 0 ] || { stty -echo && printf "Link from Meta's e-mail (it will not show): " >&2; }
       read -r url || :
@@ -511,7 +553,7 @@ meta() { # MODELS
       [ -n "$url" ] || die "no link: answer the question, or set PRESIGNED_URL"
     fi
     link "$url"
-    lock
+    lock "$TARGET_FOLDER/.download.lock"
     for model in "$@"; do fetch_model "$model"; done
   fi
   echo "download.sh: ready: $folders"
@@ -553,7 +595,7 @@ verify_only() { # MODELS, or nothing: those that are there
   echo "download.sh: ready: $folders"
 }
 
-watcher='' client='' words='' action=fetch url=${PRESIGNED_URL:-}
+watcher='' client='' busy='' tmp='' words='' action=fetch url=${PRESIGNED_URL:-}
 unset PRESIGNED_URL # not for the tools that run here
 trap stopped INT    # without it, a tool that ends by Ctrl-C would be reported as a failure
 case ${TARGET_FOLDER:-} in '') TARGET_FOLDER=checkpoints ;; /*) ;; *) TARGET_FOLDER=$PWD/$TARGET_FOLDER ;; esac
