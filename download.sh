@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Fetches checkpoints: the small demo model, or Meta's Llama 2 and 3 from the link in Meta's e-mail. See --help.
 # Written for bash 3.2 (macOS). A file has its final name only when it is whole, so Ctrl-C is safe at any time.
+[ -n "${BASH_VERSION:-}" ] || { echo "download.sh: failed: it needs bash: bash $0" >&2 && exit 1; }
 set -euo pipefail
 export LC_ALL=C # files are bytes, whatever the user's language
+unset CDPATH    # with it, cd goes elsewhere and says so
 
 usage() {
   cat << 'END'
@@ -12,7 +14,7 @@ usage() {
 ./download.sh --verify-only [MODELS] compares what is there with its md5 sums, without network; a line for each fault
 Models, such as 7B,13B-chat (upper or lower case, commas or spaces):
   Llama 2: 7B 7B-chat 13B 13B-chat llama-2-70b 70B-chat, or llama-2 for all six
-  Llama 3: 8B 8B-Instruct llama-3-70b 70B-Instruct, or llama-3 for all four
+  Llama 3: 8B 8B-Instruct llama-3-70b 70B-Instruct, or llama-3 for all four; all for both with --verify-only
 Environment:
   PRESIGNED_URL   the link. With --url other users of this machine can see it in the list of processes
   TARGET_FOLDER   where Meta's models go (default: checkpoints, beside this script)
@@ -32,6 +34,56 @@ stopped() {
   [ ! -t 0 ] || stty echo # Ctrl-C at the question for the link
   printf '\ndownload.sh: stopped by Ctrl-C; run it again, it goes on where it stopped\n' >&2
   exit 130
+}
+
+# ---- one run at a time
+
+# Two runs would append to the same file. The lock is a file, made in one step, that holds the process and machine of
+# the run and below them the process of each client it started: one that is killed leaves its client at work. It holds
+# as long as one of them lives.
+lock() { # FILE
+  local owner host writer
+  lock=$1
+  # shellcheck disable=SC2094  # on a full disk the file stays empty
+  until (set -C && { echo "$$ $HOSTNAME" || { rm -f "$lock" && exit 1; }; } > "$lock") 2> /dev/null; do
+    read_lock || die "cannot write $lock: is its folder yours, or the disk full?"
+    [ "$host" = "$HOSTNAME" ] ||
+      die "a download.sh on the machine ${host:-without a name} fetches into ${lock%/*}: wait for it;" \
+        "if there is none, remove $lock"
+    for owner in $owner $writer; do
+      ! alive "$owner" ||
+        die "process $owner is fetching into ${lock%/*}: wait for it or stop it; if it fetches nothing, remove $lock"
+    done
+    rm -f "$lock"
+  done
+  trap unlock EXIT
+}
+
+read_lock() { # sets $owner, its $host and the last $writer, empty if there are none
+  local line
+  owner='' host='' writer=''
+  [ -f "$lock" ] || return 1
+  { read -r owner host && while read -r line; do writer=$line; done; } < "$lock" || :
+}
+
+# alive PROCESS: one with our own number was before us, in a container; another user's lives, although it may not be
+# sent a signal; one that has ended and that nobody waited for (Z) does not.
+alive() {
+  [ "$1" != $$ ] || return 1
+  case $(kill -0 "$1" 2>&1 || :) in *"No such process"*) return 1 ;; esac
+  case $(cat "/proc/$1/stat" 2> /dev/null || :) in *") Z "*) return 1 ;; esac
+}
+
+unlock() { # a client that still writes is stopped, and its lock ends with it
+  local owner host writer
+  [ -z "$tmp" ] || rm -rf "$tmp"
+  [ -z "$busy" ] || ! read_lock || [ -z "$writer" ] || ! kill "$writer" 2> /dev/null || return 0
+  rm -f "$lock"
+}
+
+# start CLIENT ...: runs it, once its number is in the lock and the lock is this run's: we may have been killed just now
+start() {
+  sh -c 'echo $$ >> "$1" && kill -0 "$2" && shift 2 && exec "$@"' sh "$lock" $$ "$@"
 }
 
 # ---- files
@@ -85,7 +137,7 @@ size() { # FILE: sets $size to its bytes, 0 if there is none
 
 page() { # FILE START: does a web page or an XML message begin there?
   [ -f "$1" ] || return 1
-  case $(dd if="$1" bs=1 skip="$2" count=64 conv=lcase 2> /dev/null | tr -d '\000[:space:]\357\273\277') in
+  case $(dd if="$1" bs=1 skip="$2" count=64 2> /dev/null | tr -d '\000[:space:]\357\273\277' | tr '[:upper:]' '[:lower:]') in
     '<!doctype'* | '<html'* | '<head'* | '<body'* | '<!--'* | '<?xml'* | '<error'*) ;;
     *) return 1 ;;
   esac
@@ -109,9 +161,10 @@ demo() {
   # Before 93 MB are fetched: can they be used? Looks the packages up without the seconds that importing takes.
   "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' torch gguf tokenizers ||
     die "$PYTHON does not have all of torch, gguf and tokenizers: use make demo, or pip install -e '.[convert]'"
-  mkdir -p checkpoints
+  room checkpoints $((271 + $([ -f "$gguf" ] && echo 0 || echo 93))) "move this project to a larger disk"
+  lock checkpoints/.demo-lock
+  rm -rf checkpoints/.demo.* # left by runs that were killed
   tmp=$(mktemp -d checkpoints/.demo.XXXXXX) # on the same disk, so that mv is one step
-  trap 'rm -rf "$tmp"' EXIT
 
   if [ -f "$gguf" ] && [ "$(digest sha256 "$gguf")" != $gguf_sum ]; then
     echo "$gguf is damaged: fetching it again"
@@ -250,18 +303,22 @@ gb() { # MEGABYTES
 models_of() { # WORDS: sets $models, full names, each once
   local word names name
   models=
-  words=$(echo "$*" | tr '[:upper:],' '[:lower:] ')
-  case $words in *[!a-z0-9.\ -]*) die "no model '${*# }'; ./download.sh --help names them" ;; esac
+  words=$(printf %s "$*" | tr '[:upper:],\r\t' '[:lower:]   ')
+  case $words in
+    *://* | *[=\&~]*) die "that is a link, not models: name those first, as in ./download.sh 7B" ;; # never shown
+    *[!a-z0-9.\ -]*) die "no model '${*# }'; ./download.sh --help names them" ;;
+  esac
   for word in $words; do
-    case ${word#meta-} in
-      demo | llama-2-7b | llama-2-7b-chat | llama-2-13b | llama-2-13b-chat | llama-2-70b | llama-2-70b-chat) names=$word ;;
-      llama-3-8b | llama-3-8b-instruct | llama-3-70b | llama-3-70b-instruct) names=${word#meta-} ;;
+    word=${word#meta-}
+    case $word in
+      demo | llama-2-7b | llama-2-7b-chat | llama-2-13b | llama-2-13b-chat | llama-2-70b | llama-2-70b-chat | \
+        llama-3-8b | llama-3-8b-instruct | llama-3-70b | llama-3-70b-instruct) names=$word ;;
       7b | 7b-chat | 13b | 13b-chat | 70b-chat) names=llama-2-$word ;;
       8b | 8b-instruct | 70b-instruct) names=llama-3-$word ;;
       llama-2) names=$LLAMA2 ;;
       llama-3) names=$LLAMA3 ;;
       70b) die "70B is in both generations: say llama-2-70b or llama-3-70b" ;;
-      all) die "a link is for one generation: say llama-2 or llama-3 for all of its models" ;;
+      all) names="$LLAMA2 $LLAMA3" ;;
       *) die "no model '$word'; ./download.sh --help names them" ;;
     esac
     for name in $names; do
@@ -292,11 +349,11 @@ request() {
   local link=${url%%\**}$1${url#*\*}
   if [ $client = curl ]; then
     printf 'url = "%s"\n' "$link" |
-      curl --config - --globoff --silent --fail --location --connect-timeout 30 --speed-limit 1 --speed-time 60 \
+      start curl --config - --globoff --silent --fail --location --connect-timeout 30 --speed-limit 1 --speed-time 60 \
         --continue-at "$2" --output "$3" --dump-header - 2> /dev/null
   else
     printf '%s\n' "$link" |
-      { wget --input-file=- --quiet --server-response --tries=1 --timeout=60 --start-pos="$2" --output-document=- >> "$3"; } 2>&1
+      { start wget --input-file=- --quiet --server-response --tries=1 --timeout=60 --start-pos="$2" --output-document=- >> "$3"; } 2>&1
   fi
 }
 
@@ -328,7 +385,7 @@ watch() { # FILE MEGABYTES: how far it is, each second, until it is killed
 
 fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
   local path=$1 file=$2 sum=${3:-} part=$2.part size start now best=0 tries=0 wrong='' headers status
-  local http type from total why whole
+  local http type from total why whole kept
   mkdir -p "${file%/*}" || die "no folder for $file"
   [ ! -d "$file" ] || die "$file is a folder and should be a file: move it away, then run this again"
   if [ -n "$sum" ] && [ -f "$file" ]; then
@@ -345,7 +402,9 @@ fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
     size "$part"
     start=$size status=0
     case $path in *.pth) [ ! -t 2 ] || { watch "$part" $((megabytes / shards)) > /dev/null & watcher=$!; } ;; esac
+    busy=yes
     headers=$(request "$path" "$start" "$part" | tr '[:upper:]' '[:lower:]') || status=$?
+    busy=
     if [ -n "$watcher" ]; then
       kill "$watcher" 2> /dev/null || :
       wait "$watcher" 2> /dev/null || :
@@ -411,43 +470,33 @@ fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
     fi
     if [ "$now" -gt "$best" ]; then best=$now tries=0; fi
     tries=$((tries + 1))
+    [ -n "$sum" ] && [ "$now" -gt 0 ] && kept="; what is there is kept" || kept=
     [ $tries -lt 5 ] || die "$path: $why, for the fifth time in a row without a byte more:" \
-      "check the network, then run this again; what is there is kept"
+      "check the network, then run this again$kept"
     sleep $((2 * tries))
   done
 }
 
 # ---- what is asked for
 
-room() { # MODELS: is there room for what they lack?
-  local model lack need=0 free
+lack() { # MODELS: how many megabytes they lack
+  local model lack need=0
   for model in "$@"; do
     ! complete "$model" || continue # and describes it
     lack=$((megabytes - $(bytes "$model") / 1000000))
     [ $lack -le 0 ] || need=$((need + lack))
   done
-  mkdir -p "$TARGET_FOLDER" || die "no folder $TARGET_FOLDER: name another, TARGET_FOLDER=/large/disk ./download.sh $*"
-  free=$(df -P -k "$TARGET_FOLDER" | sed -n '$s/.* \([0-9][0-9]*\)  *[0-9-]*% .*/\1/p')
-  [ -n "$free" ] || die "df does not tell how much is free in $TARGET_FOLDER:" \
-    "name another, TARGET_FOLDER=/large/disk ./download.sh $*"
-  free=$((free * 1024 / 1000000))
-  [ $need -le $free ] ||
-    die "$(gb $need) GB are still to fetch, $(gb $free) GB are free in $TARGET_FOLDER:" \
-      "make room, or name a larger disk: TARGET_FOLDER=/large/disk ./download.sh $*"
-  echo "$(gb $need) GB to fetch, $(gb $free) GB free in $TARGET_FOLDER"
+  echo $need
 }
 
-# Two runs would append to the same file. The lock is a link to the number of the process, made in one step; one that
-# is left by a run that was killed names nobody.
-lock() {
-  local lock=$TARGET_FOLDER/.download.lock owner
-  until ln -s $$ "$lock" 2> /dev/null; do
-    owner=$(readlink "$lock") || die "cannot write in $TARGET_FOLDER"
-    ! kill -0 "$owner" 2> /dev/null ||
-      die "process $owner is fetching into $TARGET_FOLDER: wait for it or stop it; if it is no download.sh, remove $lock"
-    rm -f "$lock"
-  done
-  trap 'rm -f "$TARGET_FOLDER/.download.lock"' EXIT
+room() { # FOLDER MEGABYTES ADVICE: makes the folder; is there room for that in it?
+  local free
+  mkdir -p "$1" || die "no folder $1: $3"
+  free=$(df -P -k "$1" | sed -n '$s/.* \([0-9][0-9]*\)  *[0-9-]*% .*/\1/p')
+  [ -n "$free" ] || die "df does not tell how much is free in $1: $3"
+  free=$((free * 1024 / 1000000))
+  [ "$2" -le $free ] || die "$(gb "$2") GB are still needed, $(gb $free) GB are free in $1: make room, or $3"
+  echo "$(gb "$2") GB needed, $(gb $free) GB free in $1"
 }
 
 fetch_model() { # MODEL
@@ -496,7 +545,7 @@ meta() { # MODELS
         ;;
       esac
     fi
-    room "$@"
+    room "$TARGET_FOLDER" "$(lack "$@")" "name another, on a larger disk: TARGET_FOLDER=/large/disk ./download.sh $*"
     if [ -z "$url" ]; then
       [ ! -t 0 ] || { stty -echo && printf "Link from Meta's e-mail (it will not show): " >&2; }
       read -r url || :
@@ -504,7 +553,7 @@ meta() { # MODELS
       [ -n "$url" ] || die "no link: answer the question, or set PRESIGNED_URL"
     fi
     link "$url"
-    lock
+    lock "$TARGET_FOLDER/.download.lock"
     for model in "$@"; do fetch_model "$model"; done
   fi
   echo "download.sh: ready: $folders"
@@ -546,10 +595,11 @@ verify_only() { # MODELS, or nothing: those that are there
   echo "download.sh: ready: $folders"
 }
 
-watcher='' client='' words='' action=fetch url=${PRESIGNED_URL:-}
+watcher='' client='' busy='' tmp='' words='' action=fetch url=${PRESIGNED_URL:-}
 unset PRESIGNED_URL # not for the tools that run here
 trap stopped INT    # without it, a tool that ends by Ctrl-C would be reported as a failure
-case ${TARGET_FOLDER:=checkpoints} in /* | checkpoints) ;; *) TARGET_FOLDER=$PWD/$TARGET_FOLDER ;; esac
+case ${TARGET_FOLDER:-} in '') TARGET_FOLDER=checkpoints ;; /*) ;; *) TARGET_FOLDER=$PWD/$TARGET_FOLDER ;; esac
+case ${PYTHON:-} in /*) ;; */*) PYTHON=$PWD/$PYTHON ;; esac
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 [ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; } || PYTHON=python3
 while [ $# -gt 0 ]; do
@@ -559,14 +609,15 @@ while [ $# -gt 0 ]; do
     --verify-only) action=verify ;;
     --url) [ $# -gt 1 ] || die "--url needs the link" && url=$2 && shift ;;
     --url=*) url=${1#*=} ;;
-    -*) die "unknown option $1; see ./download.sh --help" ;;
+    -*) die "unknown option ${1%%[=:]*}; see ./download.sh --help" ;; # behind it there may be the link
+    *://*) url=$1 ;;
     *) words="$words $1" ;;
   esac
   shift
 done
 case $action in
   help) usage && exit ;;
-  list) list && exit ;;
+  list) [ -z "$words" ] || die "--list shows every model and takes no names" && list && exit ;;
   fetch)
     [ -n "${words// /}" ] || read -r -p "Models, such as 7B,13B-chat (--help names all): " words || [ -n "$words" ] ||
       die "no models: answer the question, or name them: ./download.sh 7B"

