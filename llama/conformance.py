@@ -342,7 +342,7 @@ class Kit:
         return value
 
     def _check_size(self, name: str) -> None:
-        value, limit = self.params[name], LIMITS.get(name, 2**24)
+        value, limit = self.params[name], int(LIMITS.get(name, (1, 2**24))[1])
         step, kind = (2, "an even") if name == "head_dim" else (1, "a whole")  # a head is made of pairs
         if type(value) is not int or not 0 < value < limit or value % step:
             expected = f"expected {kind} number from 1 to {limit - 1:,}"

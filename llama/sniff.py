@@ -4,6 +4,7 @@ import errno
 import re
 import stat
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,8 +75,8 @@ def what_is(path: Path) -> str | None:
     return JSON if re.match(rb"[{\[]", text) else None
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Do all its numbers lie in a file, each in a place of its own? Others say that they are of any size (one number
+def is_plain(tensor: Any) -> bool:
+    """Is it a tensor whose numbers all lie in a file, each in a place of its own? Others can be of any size (one number
     repeated, or none at all), and are no weights. Transposed ones and slices are plain."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_nested:
         return False

@@ -80,32 +80,61 @@ def test_20_kills_at_random_moments(checkpoint: Callable[..., Path], measured: C
     measured("the slowest of them, in seconds", max(one["seconds"] for one in found))
 
 
-def test_torchrun_names_the_rank_that_was_killed(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "a b c"}) * 1 + "\n")
-    port = free_port()
+@contextlib.contextmanager
+def chatting(folder: Path, port: int) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """torchrun and its two ranks, which wait for their user."""
     command = [TORCHRUN, "--nproc_per_node", "2", "--master_port", str(port), "-m", "llama", "chat"]
     ranks = subprocess.Popen(
-        [*command, "--ckpt_dir", str(checkpoint("mha")), "--chat_format", "llama2"],
+        [*command, "--ckpt_dir", str(folder), "--chat_format", "llama2"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"LLAMA_TIMEOUT": "20"},
     )  # fmt: skip
     assert ranks.stderr and ranks.stdin
-    lines = []
-    for line in ranks.stderr:
-        lines.append(line)
-        if "/help" in line:
-            break
+    assert any("/help" in line for line in ranks.stderr)
     children = subprocess.run(["pgrep", "-P", str(ranks.pid)], capture_output=True, text=True).stdout.split()
     assert len(children) == 2
-    os.kill(int(children[1]), signal.SIGKILL)  # while its user thinks
-    started = time.monotonic()
-    _, rest = ranks.communicate(timeout=60)
-    assert time.monotonic() - started < 20 and ranks.returncode != 0
-    *_, cause, end = rest.splitlines()
-    assert cause.strip() == f"traceback : Signal 9 (SIGKILL) received by PID {children[1]}" and set(end) == {"="}
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    yield ranks, [int(child) for child in children]
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
+    ranks.stdin.close()
+
+
+def test_torchrun_names_the_rank_that_was_killed(checkpoint: Callable[..., Path]) -> None:
+    with chatting(checkpoint("mha"), free_port()) as (ranks, children):
+        os.kill(children[1], signal.SIGKILL)
+        started = time.monotonic()
+        _, rest = ranks.communicate(timeout=60)
+        assert time.monotonic() - started < 20 and ranks.returncode != 0
+        *_, cause, end = rest.splitlines()
+        assert cause.strip() == f"traceback : Signal 9 (SIGKILL) received by PID {children[1]}" and set(end) == {"="}
+        assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_torchrun_itself_is_killed(checkpoint: Callable[..., Path]) -> None:
+    with chatting(checkpoint("mha"), free_port()) as (ranks, _):
+        ranks.kill()
+        _, rest = ranks.communicate(timeout=20)  # until the last rank has closed its stderr
+    lines = {line for line in rest.splitlines() if line.startswith("error: ")}
+    first, second = sorted(lines)
+    assert first.startswith("error: rank 0 lost torchrun, through which it talks to the others: it was killed")
+    assert second == "error: rank 1 lost the host of rank 0: it was killed, or has ended"
+
+
+def stay_behind(folder: Path) -> str:
+    llama = Llama.build(folder)
+    if current_world().rank == 1:
+        llama.close()
+        return "left"
+    try:
+        llama.generate([[5, 6]], 2)
+    except RuntimeError as error:
+        return str(error)
+    return "generated"
+
+
+def test_a_rank_that_left_in_order_is_named(checkpoint: Callable[..., Path]) -> None:
+    first, _ = run_ranks(2, stay_behind, checkpoint("mha"))
+    assert first == "rank 0 waits for rank 1, which has ended"
 
 
 # Ranks that do not belong together ----------------------------------------------------------------
