@@ -78,7 +78,7 @@ def what_is(path: Path) -> str | None:
 def is_plain(tensor: Any) -> bool:
     """Is it a tensor whose numbers all lie in a file, each in a place of its own? Others can be of any size (one number
     repeated, or none at all), and are no weights. Transposed ones and slices are plain."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_nested:
+    if not isinstance(tensor, torch.Tensor) or tensor.is_nested:
         return False
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_neg():
         return False

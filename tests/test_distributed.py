@@ -326,8 +326,9 @@ def test_a_build_that_fails_on_one_rank_fails_on_all(checkpoint: Callable[..., P
 
 
 ENDING = """
-import atexit, os, socket, sys
+import atexit, os, sys
 import torch
+from ranks import free_port
 
 # Registered before the package's own handler, so it runs after that: the abort is rare, a group left alive is not.
 atexit.register(lambda: torch.distributed.is_initialized() and os._exit(3))
@@ -361,7 +362,7 @@ def test_ranks_exit_cleanly_20_times_of_20(checkpoint: Callable[..., Path], tmp_
     script = tmp_path / "ending.py"
     script.write_text(ENDING)
     command = [sys.executable, str(script), str(checkpoint("mha"))]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert done.stdout.splitlines() == ["[0, 0]"] * 20, done.stderr
     assert done.returncode == 0
