@@ -778,6 +778,7 @@ def on_a_terminal(bench: Bench, steps: list[tuple[str, bytes | Callable[[], None
         if steps and steps[0][0] in new:
             new = new.partition(steps[0][0])[2]
             _, then = steps.pop(0)
+            time.sleep(0.5)  # a hand is slower than bash between a question and its `read`, where it hears no Ctrl-C
             if callable(then):
                 then()
             else:
