@@ -23,6 +23,7 @@ from llama.evals.inspect import inspect
 from llama.evals.perplexity import perplexity
 from llama.plan import plan
 from llama.pulse import PeerError, last_words, tell_torchrun
+from llama.shortage import is_shortage
 from llama.terminal import in_one_line
 from llama.verify import verify
 
@@ -54,8 +55,11 @@ def ending_in_one_line() -> Iterator[None]:
         sys.exit(f"error: {in_one_line(error)}" if _should_tell(error) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except RuntimeError as error:
-        if line := last_words(error):
+    except (RuntimeError, MemoryError) as error:
+        line = last_words(error)
+        if is_shortage(error):  # before or after a model has its place
+            line = f"out of memory or threads ({in_one_line(error)}): free some, or raise the limits (ulimit -v, -u)"
+        if line:
             tell_torchrun(line)
             sys.exit(f"error: {line}")
         raise

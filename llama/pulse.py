@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 RESTART = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may have the keys of ranks that went before
+PARENT = os.getppid()
 Store = Any  # dist.Store, whose stubs lack half of it
 # Of these, the part that is waited for a rank. The rest is for the end: torchrun gives a rank that is stopped 30 s.
 PATIENCE = 0.35
@@ -240,6 +241,8 @@ def last_words(error: BaseException) -> str | None:
         _ending.set()
         sys.stderr.flush()
         time.sleep(GRACE)
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT:
+            line = f"rank {os.environ.get('RANK')} lost torchrun, which started it: it was killed"
     return line
 
 

@@ -15,8 +15,11 @@ from torch import nn
 
 # A model -> the error to raise for torch's.
 EXPLAIN: WeakKeyDictionary[nn.Module, Callable[[BaseException], Exception]] = WeakKeyDictionary()
-# Of torch, C++, Linux, cuBLAS and oneDNN.
-WORDS = "can't allocate memory|out of memory|bad_alloc|[Cc]annot allocate memory|ALLOC_FAILED|could not create a memory"
+# Of torch, C++, Linux (memory, threads), cuBLAS and oneDNN.
+WORDS = (
+    "can't allocate memory|out of memory|bad_alloc|[Cc]annot allocate memory|Resource temporarily unavailable|"
+    "ALLOC_FAILED|could not create a memory"
+)
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -227,7 +227,9 @@ def check_bytes(
         found.checked.append(f"{len(listed)} files against their listed sums")
         found.notes += [f"{path} is in no checklist" for path in files if path not in listed and path in readable]
     else:
-        found.notes.append(f"no checklist.chk in {folder} or beside it: shards are checked by the CRCs inside them")
+        found.notes.append(
+            f"no checklist.chk in {folder} or beside it: shards are checked by their CRCs, the other files by nothing"
+        )
     if unordered and len(seen) > 1:
         found.notes.append("nothing in the shards says which part each one is: two in each other's place look right")
     return readable

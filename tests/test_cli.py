@@ -68,6 +68,13 @@ def test_a_users_mistake_is_one_line(error: Exception, monkeypatch: pytest.Monke
     assert ended.value.code == f"error: {error}"
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Resource temporarily unavailable"), MemoryError()])
+def test_a_shortage_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit, match=r"^error: out of memory or threads \(.*\): free some, or raise the limits"):
+        cli.run(fails(error))
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["program"])
     with pytest.raises(AttributeError):

@@ -121,7 +121,7 @@ def test_torchrun_itself_is_killed(checkpoint: Callable[..., Path]) -> None:
         lines = {line.strip() for line in ranks.stderr if line.startswith("error: ")}
     assert lines == {
         "error: rank 0 lost torchrun, through which it talks to the others: it was killed",
-        "error: rank 1 lost the host of rank 0: it was killed, or has ended",
+        "error: rank 1 lost torchrun, which started it: it was killed",
     }
 
 
