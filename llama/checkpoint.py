@@ -189,13 +189,13 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch.load raises a dozen kinds; all mean that this file is no checkpoint
         if isinstance(error, pickle.UnpicklingError):
             raise CheckpointError(f"{path} holds more than tensors, which could run code: it was not loaded") from error
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = str(error).strip().split("\n")[0].partition("  (Could this")[0] or type(error).__name__
         way = "raise the limit on memory (ulimit -v)" if is_shortage(error) else "fetch it again"
         raise CheckpointError(f"{path} cannot be read ({reason}): {way}") from error
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
         raise CheckpointError(f"{path} does not hold tensors by name: not a Llama checkpoint in Meta's layout")
     if odd := _first(key for key, t in tensors.items() if not is_plain(t)):
-        raise CheckpointError(f"{path} does not hold every number of {odd}: save plain tensors, or fetch it again")
+        raise CheckpointError(f"{path} holds {odd}, expected plain tensors with all their numbers: save those alone")
     return {key: t.detach() for key, t in tensors.items() if not SKIPPED.fullmatch(key)}
 
 

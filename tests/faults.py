@@ -234,7 +234,7 @@ PAGE = b"\n<!DOCTYPE html><html><body>403 Forbidden</body></html>"
 DENIED = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>AccessDenied</Code></Error>'
 NAN, INFINITY = float("nan"), float("inf")
 PARAMS, WORDS, LIST = "params.json", "tokenizer.model", "checklist.chk"
-CONFIG, PIPE, HOLLOW = "tokenizer_config.json", "it is a pipe or a device, no file", "does not hold every number of"
+CONFIG, PIPE, HOLLOW = "tokenizer_config.json", "it is a pipe or a device, no file", ", expected plain tensors with all"
 NOT_PART = "is not one of 2 parts of the model in params.json"
 NO_SHARDS = "holds no consolidated.NN.pth: give the folder of one model"
 FAULTS: dict[str, Fault] = {
@@ -317,17 +317,24 @@ FAULTS: dict[str, Fault] = {
         edit(lambda t: t.update({WQ: torch.ones(1)})), SECOND, f"wrong shape: {WQ} (1,), expected (32, 64)"
     ),
     "a shape without numbers": Fault(
-        edit(lambda t: t.update({WQ: torch.empty(32, 64, device="meta")})), SECOND, f"{HOLLOW} {WQ}: save plain tensors"
+        edit(lambda t: t.update({WQ: torch.empty(32, 64, device="meta")})), SECOND, f"holds {WQ}{HOLLOW}"
     ),
-    "one number for all": Fault(edit(lambda t: t.update({WQ: torch.ones(1).expand(32, 64)})), SECOND, f"{HOLLOW} {WQ}"),
+    "one number for all": Fault(
+        edit(lambda t: t.update({WQ: torch.ones(1).expand(32, 64)})), SECOND, f"holds {WQ}{HOLLOW}"
+    ),
     "rows that overlap": Fault(
-        edit(lambda t: t.update({WQ: torch.ones(5000).as_strided((32, 64), (1, 1))})), SECOND, f"{HOLLOW} {WQ}"
+        edit(lambda t: t.update({WQ: torch.ones(5000).as_strided((32, 64), (1, 1))})), SECOND, f"holds {WQ}{HOLLOW}"
     ),
-    "sparse": Fault(edit(lambda t: t.update({WQ: t[WQ].to_sparse()})), SECOND, f"{HOLLOW} {WQ}"),
+    "sparse": Fault(edit(lambda t: t.update({WQ: t[WQ].to_sparse()})), SECOND, f"holds {WQ}{HOLLOW}"),
     "sparse in the first shard": Fault(
         lambda folder, rng: edit_shard(folder / FIRST, lambda t: t.update({WQ: t[WQ].to_sparse()})),
         FIRST,
-        f"{HOLLOW} {WQ}",
+        f"holds {WQ}{HOLLOW}",
+    ),
+    "one level down": Fault(
+        lambda folder, rng: torch.save({"model": torch.load(folder / SECOND)}, folder / SECOND),
+        SECOND,
+        f"holds model{HOLLOW}",
     ),
     "a name too few": Fault(edit(lambda t: t.pop(WQ)), SECOND, f"missing: {WQ}"),
     "a name too many": Fault(edit(lambda t: t.update({"extra": torch.ones(1)})), SECOND, "unexpected: extra"),
