@@ -3,17 +3,13 @@
 python prompts_memory.py CKPT_DIR FILE OUT     prints by how many bytes the command's anonymous memory grew at most
 """
 
-import re
 import sys
 import threading
 import time
-from pathlib import Path
+
+from rss import anonymous_bytes
 
 from llama import Llama, complete
-
-
-def anonymous_bytes() -> int:
-    return int(re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
 
 
 def main(ckpt_dir: str, file: str, out: str) -> None:

@@ -14,20 +14,17 @@ import sys
 import time
 from pathlib import Path
 
+from rss import anonymous_bytes
+
 from llama import Llama
 
 ROWS = 16
 
 
 def memory() -> dict[str, int]:
-    held = _anonymous_bytes()
+    held = anonymous_bytes()
     ctypes.CDLL(None).malloc_trim(0)
-    return {"held": held, "in_use": _anonymous_bytes()}
-
-
-def _anonymous_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+    return {"held": held, "in_use": anonymous_bytes()}
 
 
 def soak(folder: str, tokens: int, compile: bool = False) -> dict:

@@ -20,6 +20,7 @@ from faults import FOREIGN, LFS
 from formats import meta_weights, write_gguf, write_llama2c
 from make_checkpoint import MODELS as SEEDED
 from make_checkpoint import TOKENIZER
+from rss import anonymous_bytes
 from safetensors.torch import load_file, save_file
 from test_hf import LLAMA3_TOKENIZER
 
@@ -257,12 +258,6 @@ def test_a_killed_conversion_leaves_no_folder(checkpoint: Callable[..., Path], t
     assert (tmp_path / "out" / "params.json").exists()
 
 
-def anonymous() -> int:
-    """What this process holds beside mapped files, in bytes."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("to", ["meta", "hf"])
 def test_memory_is_a_few_tensors(tmp_path: Path, to: str, measured: Callable[[str, object], None]) -> None:
@@ -284,13 +279,13 @@ def test_memory_is_a_few_tensors(tmp_path: Path, to: str, measured: Callable[[st
     (tmp_path / "in" / "params.json").write_text(json.dumps(params))
     del weights
     convert(tmp_path / "in", tmp_path / "warm", to=to)  # imports what it needs
-    most, running = anonymous(), True
+    most, running = anonymous_bytes(), True
     start = most
 
     def watch() -> None:
         nonlocal most
         while running:
-            most = max(most, anonymous())
+            most = max(most, anonymous_bytes())
             time.sleep(0.001)
 
     thread = threading.Thread(target=watch)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize, layers
 from ranks import run_ranks
+from rss import anonymous_bytes
 
 from llama import Llama, distributed
 from llama.device import pick_device, pick_dtype, share_cores
@@ -78,11 +79,6 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path, build: Callabl
         Llama.build(tmp_path)
     assert not dist.is_initialized() and not initialize.model_parallel_is_initialized()
     build("mha")
-
-
-def anonymous_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
 def memory_of_a_model(folder: Path) -> tuple[int, int, int]:

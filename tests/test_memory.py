@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from make_checkpoint import TOKENIZER, layout
+from rss import anonymous_bytes
 
 import llama
 from llama.checkpoint import without_layer
@@ -54,15 +55,6 @@ def folder(shards: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
     assert sum(path.stat().st_size for path in folder.iterdir()) > 500 * MB
     yield folder
     shutil.rmtree(folder)
-
-
-def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process: what it holds itself, without pages of mapped files; 0 when it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
 def watch(ranks: int, *arguments: str) -> list[tuple[int, str]]:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from peers import transformers_model
 from ranks import run_ranks
+from rss import anonymous_bytes
 
 from llama import Conversation, Llama
 from llama.stream import TextPiece, TextStream, read_stops
@@ -580,11 +581,6 @@ def test_greedy_ids_with_a_penalty_are_those_of_transformers(
 # Many requests ------------------------------------------------------------------------------------
 
 
-def rss_anon() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
-
-
 def request(stream: random.Random) -> tuple[list[int], dict[str, Any]]:
     """A prompt and its settings."""
     prompt = [stream.randrange(512) for _ in range(stream.choice([1, 2, 5, 10, 30]))]
@@ -620,8 +616,8 @@ def test_2000_random_requests_are_rows_for_themselves_and_leave_no_memory(
         np.testing.assert_allclose((scores or [[]])[0], (logprobs or [[]])[picked], rtol=0, atol=1e-4)
         served += len(requests)
         if before == 0 and served >= 500:
-            before = rss_anon()
-    grown = rss_anon() - before
+            before = anonymous_bytes()
+    grown = anonymous_bytes() - before
     measured("memory grown over 1,500 random requests, MB", grown / 1e6)
     assert grown < 8e6
 
