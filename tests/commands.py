@@ -1,7 +1,12 @@
-"""What the `command` fixture takes and gives."""
+"""`python -m llama` in this process."""
 
 import io
+import sys
 from typing import NamedTuple
+
+import pytest
+
+from llama import cli
 
 
 class Keyboard(io.StringIO):
@@ -15,3 +20,19 @@ class Ended(NamedTuple):
     status: int
     out: str
     err: str
+
+
+def run_command(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stdin: io.StringIO
+) -> Ended:
+    """What the command with these words ends with, and what it has printed since the last look."""
+    monkeypatch.setattr(sys, "stdin", stdin)
+    monkeypatch.setattr(sys, "argv", ["llama", *words])
+    status, message = 0, ""
+    try:
+        cli.main()
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
+        message = "" if isinstance(ended.code, int) else f"{ended.code}\n"
+    out, err = capsys.readouterr()
+    return Ended(status, out, err + message)

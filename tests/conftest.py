@@ -14,9 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is fetched: the packages of Hugging Face would try, again and again, where there is no network.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
 
-from commands import Ended
+from commands import Ended, run_command
 
-from llama import Llama, cli
+from llama import Llama
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "golden"))
@@ -120,16 +120,8 @@ def command(
     """command(name, *words, stdin=""): `python -m llama` in this process, on a seeded model."""
 
     def run(name: str, *words: str, stdin: str | io.StringIO = "") -> Ended:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
-        monkeypatch.setattr(sys, "argv", ["llama", name, "--ckpt_dir", str(checkpoint("mha")), *words])
-        status, message = 0, ""
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else 1
-            message = "" if isinstance(ended.code, int) else f"{ended.code}\n"
-        out, err = capsys.readouterr()
-        return Ended(status, out, err + message)
+        given = io.StringIO(stdin) if isinstance(stdin, str) else stdin
+        return run_command([name, "--ckpt_dir", str(checkpoint("mha")), *words], monkeypatch, capsys, given)
 
     return run
 

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -16,14 +17,14 @@ import numpy as np
 import plain
 import pytest
 import torch
-from commands import Ended
+from commands import Ended, run_command
 from make_checkpoint import MODELS, TOKENIZER
 from peers import llama_models_vectors
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from llama import Llama, cli
+from llama import Llama
 from llama.conformance import DIALOGS, LAYER, PROMPTS, STEPS, export
 from llama.convert import convert
 
@@ -86,15 +87,7 @@ def conformance(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
     def run(*words: Any) -> Ended:
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["llama", "conformance", *map(str, words)])
-        status, message = 0, ""
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else 1
-            message = "" if isinstance(ended.code, int) else f"{ended.code}\n"
-        out, err = capsys.readouterr()
-        return Ended(status, out, err + message)
+        return run_command(["conformance", *map(str, words)], monkeypatch, capsys, io.StringIO())
 
     return run
 
