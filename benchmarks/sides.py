@@ -36,11 +36,11 @@ class Side:
 
     def greedy(self, prompt: list[int]) -> Iterator[int]:
         """The most probable ids after `prompt`, without end: the first `next` is the prefill, each other one a step."""
-        raise NotImplementedError
+        raise NotImplementedError  # each side's own
 
     def ragged(self, prompts: list[list[int]], new: int) -> list[list[int]]:
         """Continue prompts of different lengths in one batch by `new` ids each -> those, in its own way."""
-        raise NotImplementedError
+        raise NotImplementedError  # each side's own
 
 
 class Ours(Side):

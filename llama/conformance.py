@@ -223,9 +223,8 @@ def record(model: Transformer) -> dict[str, list[torch.Tensor]]:
     model.tok_embeddings.register_forward_hook(output("embedding"))
     for i, layer in enumerate(cast(list[TransformerBlock], model.layers)):
         layer.register_forward_pre_hook(argument(f"layers.{i}.input"))
-        layer.attention.attend = attending(  # type: ignore[method-assign]
-            f"layers.{i}", layer.attention.attend
-        )
+        watched = attending(f"layers.{i}", layer.attention.attend)  # no hook sees q and k, which RoPE has turned
+        layer.attention.attend = watched  # type: ignore[method-assign]  # on this layer alone
         layer.attention.register_forward_hook(output(f"layers.{i}.attention"))
         layer.feed_forward.register_forward_hook(output(f"layers.{i}.feed_forward"))
     model.norm.register_forward_hook(output("norm"))

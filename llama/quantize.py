@@ -102,11 +102,11 @@ class Quantized(nn.Module):
 
     def few(self, x: torch.Tensor) -> torch.Tensor | None:
         """x [m, k] -> [m, n] for few rows; None where torch has no kernel for it."""
-        raise NotImplementedError
+        raise NotImplementedError  # each scheme's own
 
     def widened(self) -> torch.Tensor:
         """The weight in full, [n, k]."""
-        raise NotImplementedError
+        raise NotImplementedError  # each scheme's own
 
 
 class Int8(Quantized):

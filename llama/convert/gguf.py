@@ -122,7 +122,7 @@ def _dequantize(tensor: Any, data: np.ndarray) -> np.ndarray:
 
     try:
         return dequantize(data, tensor.tensor_type)
-    except NotImplementedError:
+    except NotImplementedError:  # what the gguf package raises for types that it does not know
         raise ConvertError(
             f"{tensor.name} is stored as {tensor.tensor_type.name}, which the gguf package cannot dequantize: "
             "take a file of another type (F16, BF16, Q8_0 ...), or upgrade gguf"
