@@ -78,8 +78,10 @@ def _read_words(command: Command | Commands, words: list[str]) -> list[str]:
     for a number, "- a" for a flag.
     """
     if isinstance(command, dict):
-        if not words or words[0] not in command:
+        if not words or words[0].startswith("-"):
             return words  # fire lists the commands
+        if words[0] not in command:
+            _refuse(f"no command {words[0]!r}; there are {', '.join(command)}")
         return [words[0], *_read_words(command[words[0]], words[1:])]
     if {"-h", "--help"} & set(words):
         return ["--help"]

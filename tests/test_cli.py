@@ -68,6 +68,23 @@ def test_a_users_mistake_is_one_line(error: Exception, monkeypatch: pytest.Monke
     assert ended.value.code == f"error: {error}"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["chatt"], "no command 'chatt'; there are bench, chat, complete, conformance, "),
+        (["conformance", "exprot"], "no command 'exprot'; there are compare, export"),
+    ],
+)
+def test_a_mistyped_command_is_one_line(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["llama", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith(f"error: {message}")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("Resource temporarily unavailable"), MemoryError()])
 def test_a_shortage_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["program"])
