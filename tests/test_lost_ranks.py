@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -13,11 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from faults import data_of, edit_params, edit_shard, flip
 from ranks import free_port, run_ranks
 
@@ -308,6 +311,26 @@ def be_stopped(folder: Path) -> list[Any]:
 def test_ranks_that_were_stopped_together_go_on(checkpoint: Callable[..., Path]) -> None:
     first, second = run_ranks(2, be_stopped, checkpoint("mha"))
     assert first == second and first[0] == "well"
+
+
+def test_silence_is_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This rank may have been stopped itself: then the others are heard as soon as it goes on."""
+    monkeypatch.setenv("LLAMA_TIMEOUT", "10")
+    stores = pulse.Stores.of(dist.HashStore())
+    first, second = (pulse.Pulse(stores, 1, rank, 2) for rank in range(2))
+    heard = iter(["nobody is heard", None])
+    # For those who wait in `exchange`: the thread of the pulse, which would end this process, has another limit.
+    monkeypatch.setattr(first, "_silence", lambda limit: next(heard, None) if limit == first.patience else None)
+    with ThreadPoolExecutor() as pool:
+        ours = pool.submit(first.exchange, "a")
+        time.sleep(3 * first.patience / 10)
+        assert second.exchange("b") == ours.result(timeout=30) == ["a", "b"]
+    assert next(heard, "looked twice") == "looked twice"
+    heard = itertools.repeat("nobody is heard")
+    with pytest.raises(pulse.LostRankError, match="nobody is heard"):
+        first.exchange("c")
+    first.stop()
+    second.stop()
 
 
 def exchange_often(folder: Path) -> list[Any]:
