@@ -22,6 +22,14 @@ from llama.model import Transformer
 EVER = 3600
 
 
+def meet(phase: str) -> None:
+    """Both ranks are in this phase: the other one could still wait in the one before, and say so."""
+    other = 1 - int(os.environ["RANK"])
+    Path(os.environ["GONE"]).with_name(f"{phase}-{os.environ['RANK']}").touch()
+    while not Path(os.environ["GONE"]).with_name(f"{phase}-{other}").exists():
+        time.sleep(0.01)
+
+
 def go(how: str) -> None:
     Path(os.environ["GONE"]).write_text(str(time.time()))
     if how == "kill":
@@ -38,7 +46,7 @@ def rank(folder: str, phase: str, how: str | None) -> None:
     load, hidden, calls = completion.load_weights, Transformer.hidden, 0
 
     def loading(*args: object) -> None:
-        Path(os.environ["GONE"]).with_name(f"loading-{os.environ['RANK']}").touch()
+        meet("load")
         if how and phase == "load":
             go(how)
         time.sleep(1)
@@ -47,6 +55,8 @@ def rank(folder: str, phase: str, how: str | None) -> None:
     def passing(self: Transformer, *args: Any) -> Any:
         nonlocal calls
         calls += 1
+        if calls == 1:
+            meet("prefill")
         if how and phase == {1: "prefill", 20: "decode"}.get(calls):
             go(how)
         time.sleep(0.01)  # forty ranks share the cores
@@ -92,7 +102,7 @@ def main() -> None:
     everyone = {pid for pids, *_ in started for pid in pids}
     while set(ended) != everyone and time.time() - begun < 100:
         for scenario, (pids, _, gone, out) in zip(scenarios, started, strict=True):
-            if out not in together and all(Path(out, f"loading-{number}").exists() for number in range(2)):
+            if out not in together and all(Path(out, f"load-{number}").exists() for number in range(2)):
                 together[out] = time.time()
             phase, lost, how = scenario.split(":")
             victim, other = pids[int(lost)], pids[1 - int(lost)]
