@@ -130,10 +130,7 @@ def check(folder: Path) -> Findings:
                 opened[number] = open_shard(path)
             except CheckpointError as error:
                 found.faults.append(str(error))
-    if args and opened:
-        args = _check_tensors(shards, opened, args, found)
-    else:
-        _check_count(shards, max(shards) + 1, found)
+    args = _check_tensors(shards, opened, args, found)
     if tokenizer in readable:
         _check_tokenizer(tokenizer, args, found)
     return found
@@ -396,10 +393,18 @@ def _crc(path: Path, record: Record) -> int:
 
 
 def _check_tensors(
-    shards: dict[int, Path], opened: dict[int, Tensors], args: ModelArgs, found: Findings, part: int = 0, parts: int = 1
+    shards: dict[int, Path],
+    opened: dict[int, Tensors],
+    args: ModelArgs | None,
+    found: Findings,
+    part: int = 0,
+    parts: int = 1,
 ) -> ModelArgs | None:
     """Account for every tensor of every file, and look at the numbers of this part of them. Returns `args` with its
     vocabulary, None where that is unknown."""
+    if not args or not opened:  # then only the numbers of the files say something
+        _check_count(shards, max(shards) + 1, found)
+        return args
     tables = {number: tensors[EMBEDDING] for number, tensors in opened.items() if EMBEDDING in tensors}
     columns = [table.shape[1] for table in tables.values() if table.dim() == 2]
     if not columns:

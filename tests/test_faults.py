@@ -141,6 +141,16 @@ def without_permission(folder: Path, names: list[str]) -> list[str]:
     return answers
 
 
+def test_the_only_shard_is_damaged(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Nothing is left to look into: that is no further fault."""
+    folder = Path(shutil.copytree(checkpoint("mha"), tmp_path / "model"))
+    shard = folder / "consolidated.00.pth"
+    flip(shard, random.Random(1), *data_of(shard)[0])
+    (fault,) = check(folder).faults
+    assert fault.startswith(f"{shard} is damaged in consolidated.00/data/")
+    assert builds([folder]) == [f"CheckpointError: {fault}"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
 def test_files_without_permission(checkpoint: Callable[..., Path]) -> None:
     names = ["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model", ""]
