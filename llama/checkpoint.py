@@ -189,7 +189,8 @@ def open_shard(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch.load raises a dozen kinds; all mean that this file is no checkpoint
         if isinstance(error, pickle.UnpicklingError):
             raise CheckpointError(f"{path} holds more than tensors, which could run code: it was not loaded") from error
-        reason = str(error).strip().split("\n")[0].partition("  (Could this")[0] or type(error).__name__
+        # The first sentence: what torch says behind it are guesses.
+        reason = re.split(r"\n|(?<=\w)\. |  \(", str(error).strip())[0] or type(error).__name__
         way = "raise the limit on memory (ulimit -v)" if is_shortage(error) else "fetch it again"
         raise CheckpointError(f"{path} cannot be read ({reason}): {way}") from error
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
