@@ -5,7 +5,7 @@ import sys
 
 try:
     from llama.chat_format import Dialog, Message
-    from llama.completion import Llama
+    from llama.generation import Llama
     from llama.conversation import Conversation
     from llama.model import Transformer
     from llama.params import ModelArgs

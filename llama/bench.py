@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from llama.checkpoint import Checkpoint
-from llama.completion import Llama
+from llama.generation import Llama
 from llama.distributed import current_world, is_main_rank
-from llama.generation import read_back
+from llama.engine import read_back
 from llama.model import Transformer
 from llama.progress import progress
 from llama.request import check_whole

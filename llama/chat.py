@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llama.chat_format import Message, base_model_note, split_system
-from llama.completion import Llama
+from llama.generation import Llama
 from llama.conversation import Conversation
 from llama.distributed import current_world, exchange, is_main_rank, say, told_by_rank_0
 from llama.memory import RoomError

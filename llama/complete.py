@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llama.chat_format import Message
-from llama.completion import Llama
+from llama.generation import Llama
 from llama.distributed import is_main_rank, raising_together
 from llama.params import ModelArgs
 from llama.request import check_whole

@@ -23,7 +23,7 @@ import torch
 
 import llama
 from llama.chat_format import Dialog
-from llama.completion import Llama
+from llama.generation import Llama
 from llama.distributed import current_world, say
 from llama.model import Positions, Transformer, TransformerBlock, rope_table, score
 from llama.params import LIMITS, ModelArgs

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 from llama.chat_format import Message
-from llama.completion import Llama
+from llama.generation import Llama
 from llama.request import Row, Settings, check_whole, read_rows
 from llama.stream import Stop, TextStream, read_stops
 

@@ -1,292 +1,407 @@
-"""The engine: prompts of ids in, continuations and their log-probabilities out."""
+"""`Llama`: build a model from a checkpoint folder, complete texts, answer dialogs."""
 
 import math
-import random
+import time
+import traceback
+import zlib
 from collections.abc import Generator, Sequence
 from functools import partial
-from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Unpack
 
-from llama.distributed import current_world, exchange, from_rank_0, is_main_rank, leave
-from llama.model import Transformer, score
-from llama.request import (
-    Alternatives,
-    Each,
-    Generation,
-    Ids,
-    Row,
-    Settings,
-    StopIds,
-    Token,
-    alternatives,
-    check_alternatives,
-    check_whole,
-    in_common,
-    of_about_one_length,
-    read_rows,
-)
-from llama.sampling import Sampler, wide_dtype
-from llama.shortage import telling_shortage
-from llama.tokenizer import Tokenizer
+from llama.chat_format import FORMATS, ChatFormat, Dialog, Message, for_tokenizer, split_system
+from llama.checkpoint import OUTPUT, Checkpoint, load_weights
+from llama.device import pick_device, pick_dtype, share_cores
+from llama.distributed import current_world, exchange, join, leave, meet, raising_together, say
+from llama.fast import SpeedUp, can_compile
+from llama.engine import Engine
+from llama.memory import Choice, check_room, explained
+from llama.model import Transformer
+from llama.native import memory_given_back
+from llama.params import CheckpointError, check_world_size
+from llama.quantize import SCHEMES
+from llama.request import Each, Row, Settings, check_list, check_whole
+from llama.shortage import EXPLAIN, is_shortage
+from llama.stream import Stop, TextPiece, TextStream, read_stops
+from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
+from llama.verify import check_before_loading
 
 
-class Engine:
-    """A model that continues lists of ids. Text stays outside; the tokenizer only names its stop ids."""
+class Details(TypedDict, total=False):
+    """What predictions have in common. `tokens`, `logprobs` and `top_logprobs` are there when asked for."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1):
-        self._model: Transformer | None = model
-        self.tokenizer = tokenizer
-        check_whole("seed", seed, 0)
-        self._seeds = random.Random(seed)  # the seeds of rows that are given none
-        # The ids whose keys and values each row of the cache holds, as long as the model's count of passes is this.
-        self._held: list[list[int]] = []
-        self._held_at = -1
+    finish_reason: str
+    tokens: list[str]
+    logprobs: list[float]
+    top_logprobs: list[list[tuple[str, float]]]
+
+
+class CompletionPrediction(Details, total=False):
+    generation: str
+
+
+class ChatPrediction(Details, total=False):
+    generation: Message
+
+
+class Llama(Engine):
+    """A model with its tokenizer, for ids (`generate`), texts and dialogs.
+
+    Under torchrun every rank holds one and makes the same calls.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, chat_format: ChatFormat | None = None, seed: int = 1):
+        super().__init__(model, tokenizer, seed)
+        self.chat_format = chat_format or for_tokenizer(tokenizer)
+
+    @staticmethod
+    def build(
+        ckpt_dir: str | Path,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int = 512,
+        max_batch_size: int = 8,
+        model_parallel_size: int | None = None,
+        seed: int = 1,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantize: str | None = None,
+        compile: bool = False,
+        plain: bool = False,
+        chat_format: str | None = None,
+    ) -> "Llama":
+        """Load a folder of consolidated.NN.pth shards, however many, onto the ranks that torchrun started, or onto one.
+
+        tokenizer_path: default is tokenizer.model or tokenizer.json in `ckpt_dir` or beside it.
+        max_seq_len, max_batch_size: positions (prompt and answer) and rows that the KV cache has room for.
+        model_parallel_size: the number of ranks, which is known anyway; another number is an error.
+        seed: where the random streams of calls without a seed come from.
+        device: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:N" or "mps".
+        dtype: "auto" (the checkpoint's, where the device computes in it), "float32", "bfloat16" or "float16".
+        quantize: hold the weights as "int8" or "int4" (`llama.quantize` has what that means).
+        compile: compile the decode step, once: on a CPU with the C compiler of the machine, on CUDA with torch.compile.
+        plain: the layers as they are written in `llama.model`, nothing merged, packed or compiled.
+        chat_format: how dialogs are written, a name of `chat_format.FORMATS`; default is what the tokenizer says.
+
+        Raises CheckpointError and TokenizerError (both ValueErrors) for files that do not fit, ValueError for
+        arguments and for a model that does not fit the memory that is free, on every rank (PeerError where only another
+        rank failed). Prints one line to stderr.
+        """
+        started = time.perf_counter()
+        world = current_world()
+        try:
+            meet(world)
+            with raising_together():
+                for name, value in (("ckpt_dir", ckpt_dir), ("tokenizer_path", tokenizer_path or ckpt_dir)):
+                    if not isinstance(value, str | Path):
+                        raise TypeError(f"{name} is {value!r}, expected a path")
+                check_whole("max_seq_len", max_seq_len, 1)
+                check_whole("max_batch_size", max_batch_size, 1)
+                check_whole("seed", seed, 0)
+                if model_parallel_size not in (None, world.size):
+                    raise ValueError(
+                        f"model_parallel_size is {model_parallel_size}, but {world.size} ranks are running: leave it "
+                        "out, checkpoints load at any number of ranks"
+                    )
+                if quantize not in (None, *SCHEMES):
+                    raise ValueError(f"quantize {quantize!r}: expected {' or '.join(SCHEMES)}")
+                if plain and (quantize or compile):
+                    raise ValueError("plain excludes quantize and compile: leave one of them out")
+                where = pick_device(device, world)
+            check_same(
+                {
+                    "--max_seq_len": max_seq_len,
+                    "--max_batch_size": max_batch_size,
+                    "--seed": seed,
+                    "--device": where.type,
+                    "--dtype": dtype,
+                    "--quantize": quantize,
+                    "--compile": compile,
+                    "--plain": plain,
+                    "--chat_format": chat_format,
+                },
+                "start all ranks with the same arguments",
+            )
+            share_cores(world)
+            join(world, where)
+            if compile:
+                compile = can_compile(where)
+            with raising_together():
+                checkpoint = Checkpoint(Path(ckpt_dir))
+                args = checkpoint.params
+                args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
+                check_world_size(args, world.size)
+                if args.sliding_window is not None and max_seq_len > args.sliding_window:
+                    raise CheckpointError(
+                        f"max_seq_len {max_seq_len} goes beyond this model's sliding window of {args.sliding_window} "
+                        f"positions, which is not implemented: give --max_seq_len {args.sliding_window} or less"
+                    )
+                words = Path(tokenizer_path or find_tokenizer(Path(ckpt_dir)))
+                tokenizer = Tokenizer(words, use_scaled_rope=args.use_scaled_rope)
+                if tokenizer.n_words != args.vocab_size:
+                    raise TokenizerError(
+                        f"the tokenizer has {tokenizer.n_words} ids, the model {args.vocab_size}: "
+                        "give the tokenizer that came with the checkpoint (--tokenizer_path)"
+                    )
+                dialogs = for_tokenizer(tokenizer, chat_format)
+                kind = pick_dtype(dtype, checkpoint.dtype, where)
+                tied = OUTPUT not in checkpoint.shapes
+                room = check_room(args, world.size, kind, where, tied, checkpoint.embedding_axis, quantize)
+                faults, sums = check_before_loading(checkpoint, world.local_rank, world.local_size)
+                if faults:
+                    more = f"; and {len(faults) - 1} more: python -m llama verify {ckpt_dir}" if faults[1:] else ""
+                    raise CheckpointError(faults[0] + more)
+                files = [path for path in (words, words.with_name("tokenizer_config.json")) if path.is_file()]
+                sums |= {path.name: f"{zlib.crc32(path.read_bytes()):08x}" for path in files}
+            check_same({"--dtype": _name(kind)}, "name one that all hosts can compute in")
+            check_same(vars(args), "give all hosts the same params.json")
+            check_same(sums, "these are their sums, give all hosts the same files")
+            with raising_together():
+                model, note = _load(checkpoint, kind, where, room, None if plain else compile)
+        except BaseException:
+            leave()
+            raise
+        say(_summary(model, checkpoint, world.size, kind, note, time.perf_counter() - started))
+        return Llama(model, tokenizer, dialogs, seed)
 
     @property
-    def model(self) -> Transformer:
-        if self._model is None:
-            raise ValueError("this model is closed: build it again")
-        return self._model
+    def dialogs(self) -> ChatFormat:
+        """The chat format. Raises ValueError where none is known."""
+        if self.chat_format is None:
+            raise ValueError(
+                "no chat format is recorded for this model, probably a base model: text completion works; "
+                f"to chat all the same, name one with chat_format= or --chat_format: {', '.join(FORMATS)}"
+            )
+        return self.chat_format
 
-    def close(self) -> None:
-        """Give back the memory and, with the last open model, the process group. Closing twice is harmless."""
-        if self._model is None:
-            return
-        on_gpu = self._model.cos.is_cuda
-        self._model.step = None  # which may hold its model
-        self._model = None
-        if on_gpu:
-            torch.cuda.empty_cache()
-        leave()
-
-    def generate(
+    def text_completion(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
-        max_gen_len: Each[int | None],
+        prompts: Sequence[str],
         temperature: Each[float] = 0.6,
         top_p: Each[float] = 0.9,
+        max_gen_len: Each[int | None] = None,
         logprobs: bool | int = False,
         echo: bool = False,
         *,
+        stop: Stop = None,
         top_k: Each[int | None] = None,
         repetition_penalty: Each[float] = 1.0,
-        stop_token_ids: StopIds = None,
         seed: Each[int | None] = None,
         n: int = 1,
-    ) -> Generation:
-        """Continue each prompt, all rows in one batch. `request.Settings` has the meanings of the settings.
+    ) -> list[CompletionPrediction]:
+        """Continue texts, any number of them; BOS goes first where the tokenizer adds one.
 
-        A row ends before its first stop id, after `max_gen_len` ids, or where prompt and answer fill max_seq_len.
-        logprobs: also return the natural log-probability of every returned id under the raw logits; a number K asks
-            for the K best alternatives at each position, too.
-        echo: return the prompt too; its first id, which nothing predicts, has log-probability 0.0.
+        stop: texts that end an answer and are cut off it, for all prompts (["\\n\\n", "User:"]) or a list for each.
+        echo: the prompt goes before the answer.
+        logprobs: True, or the number of alternatives. `request.Settings` has the meanings of the others.
 
-        Returns (ids, log-probabilities or None), a list a row, with the alternatives as its attribute `top`: lists of
-        (id, log-probability), best first. Raises ValueError or TypeError for settings out of range, for more rows than
-        max_batch_size, and for prompts that are empty, longer than max_seq_len or hold ids outside the vocabulary;
-        FloatingPointError when the model answers with logits that are not finite.
+        Returns a dict a prompt, or n of them for each: "generation" (text), "finish_reason" ("stop" or "length"); with
+        logprobs "tokens" (the text of each id) and "logprobs"; with alternatives "top_logprobs", a list of
+        (text, log-probability) for each id. Errors as in `generate`.
         """
-        rows = self._rows(
-            prompt_tokens,
-            max_gen_len=max_gen_len,
+        rows, texts = self._text_rows(
+            prompts,
+            stop,
+            echo,
             temperature=temperature,
             top_p=top_p,
+            max_gen_len=max_gen_len,
             top_k=top_k,
             repetition_penalty=repetition_penalty,
-            stop_token_ids=stop_token_ids,
             seed=seed,
             n=n,
         )
         k = self._alternatives(logprobs)
-        for _ in self._run(self._one_batch(rows), k, echo):
+        for _ in self._pieces(rows, texts, k, echo):
             pass
-        scores = None if k is None else [row.prompt_logprobs + row.logprobs for row in rows]
-        result = Generation(([row.prompt * echo + row.tokens for row in rows], scores))
-        result.top = [row.prompt_top + row.top for row in rows]
-        return result
+        answers: list[CompletionPrediction] = []
+        for row, text in zip(rows, texts, strict=True):
+            answers.append({"generation": text.text})
+            self._add_details(answers[-1], row, text, k)
+        return answers
 
-    def stream(
-        self, prompt_tokens: Sequence[Sequence[int]], *, logprobs: bool | int = True, **settings: Unpack[Settings]
-    ) -> Generator[list[Token], None, None]:
-        """`generate` step by step: each gives a `Token` for every row that was still running.
+    def stream_text(
+        self, prompts: Sequence[str], *, stop: Stop = None, echo: bool = False, **settings: Unpack[Settings]
+    ) -> Generator[TextPiece, None, None]:
+        """`text_completion` as it comes: pieces (row, text, finish_reason), in which each row's texts, joined, are
+        its "generation". Bytes that may become a character and the beginning of a stop text are held back."""
+        return self._pieces(*self._text_rows(prompts, stop, echo, **settings), echo=echo)
 
-        Other calls may come in between, and it may be closed early: neither changes what any of them returns.
-        Arguments and errors (at the call, not at the first step) as in `generate`.
+    def chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: Each[float] = 0.6,
+        top_p: Each[float] = 0.9,
+        max_gen_len: Each[int | None] = None,
+        logprobs: bool | int = False,
+        *,
+        stop: Stop = None,
+        top_k: Each[int | None] = None,
+        repetition_penalty: Each[float] = 1.0,
+        seed: Each[int | None] = None,
+        n: int = 1,
+    ) -> list[ChatPrediction]:
+        """Answer dialogs, any number of them; `chat_format.encode(dialog)` shows the ids. Arguments as in
+        `text_completion`.
+
+        Returns a dict a dialog, or n of them for each, as `text_completion` does, except that "generation" is
+        {"role": "assistant", "content": text}. A dialog that its format refuses gets the fixed refusal as its answer,
+        with no tokens. Raises ValueError for roles out of order.
         """
-        return self._run(self._one_batch(self._rows(prompt_tokens, **settings)), self._alternatives(logprobs))
-
-    def _rows(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[Row]:
-        return read_rows(self.model.params, self._seeds, self.tokenizer.stop_tokens, prompts, **settings)
-
-    def _one_batch(self, rows: list[Row]) -> list[Row]:
-        limit = self.model.params.max_batch_size
-        if len(rows) > limit:
-            raise ValueError(f"{len(rows)} rows, but max_batch_size is {limit}: build with more, or send fewer at once")
-        return rows
-
-    def _alternatives(self, logprobs: bool | int) -> int | None:
-        """How many alternatives `logprobs` asks for; None where it asks for nothing."""
-        if isinstance(logprobs, bool):
-            return 0 if logprobs else None
-        check_alternatives("logprobs", logprobs, 0, self.model.params)
-        return int(logprobs)
-
-    def _run(
-        self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False
-    ) -> Generator[list[Token], None, None]:
-        """The one loop: prefill all rows, then an id a step for each until all are finished.
-
-        k: alternatives a position; None for no log-probabilities. echo: give the prompts theirs too. reuse: for rows of
-        one prompt, keep what the cache holds of its beginning; the last bits then depend on what ran before.
-        Whoever reads may finish a row between two steps (`Row.cut`).
-        """
-        exchange(None)  # between two calls a rank may take its time
-        full = [row for row in rows if row.length >= row.limit]
-        for row in full:
-            row.finish_reason = "length"
-        h: torch.Tensor | None = None
-        passes = -1
-        if rows and echo and k is not None:
-            h, passes = self._prefill(rows, k=k), self.model.passes
-        if full:
-            yield [Token(row.index, finish_reason="length") for row in full]
-        sampler = Sampler(rows, self.model.params.vocab_size, self.model.cos.device) if is_main_rank() else None
-        step = 0
-        while not all(row.finish_reason for row in rows):
-            if h is None:
-                if passes == self.model.passes:
-                    h = self._decode(rows, step)
-                else:
-                    # The first step, or another call has taken the cache: filled in the same steps as before, it is
-                    # the same to the last bit.
-                    h = self._prefill(rows, reuse)
-                    for n in range(1, step + 1):
-                        h = self._decode(rows, n)
-                passes = self.model.passes
-            yield self._choose(rows, h, sampler, k, step)
-            h, step = None, step + 1
-
-    @telling_shortage
-    @torch.inference_mode()
-    def _prefill(self, rows: list[Row], reuse: bool = False, k: int | None = None) -> torch.Tensor:
-        """Fill the cache with the prompts -> hidden states [bsz, dim] of their last ids.
-
-        k: also score the prompts, with so many alternatives. Equal prompts are computed once.
-        """
-        model = self.model
-        texts = [tuple(row.prompt) for row in rows]
-        start = 0
-        if reuse and len(set(texts)) == 1 and self._held_at == model.passes:
-            start = in_common(self._held[0], texts[0][:-1])  # the last id is computed in any case: we need its state
-        pad_id = max(self.tokenizer.pad_id, 0)  # -1 is no row of the embedding
-        slots, last = dict[Ids, int](), []  # each text's row of the cache, and the states of the last ids
-        scored: dict[Ids, list[tuple[float, Alternatives]]] = {}
-        for group in of_about_one_length(texts):
-            # Left-aligned and padded on the right: causality hides the padding from every position before it, and each
-            # padded cache slot is overwritten by the row's own id before a query of that row can see it.
-            tokens = pad_sequence([torch.tensor(text[start:]) for text in group], True, pad_id).to(model.cos.device)
-            h = model.hidden(tokens, start, len(group[0]), len(slots))  # [group, seqlen, dim]
-            if k is not None:
-                # h:       h0  h1  h2        predicts
-                # tokens:  t0  t1  t2  t3    one place to the left
-                places = [i * tokens.shape[1] + j for i, text in enumerate(group) for j in range(len(text) - 1)]
-                at = torch.tensor(places, dtype=torch.int64)  # no padding
-                values = read_back(model.measured(h.flatten(0, 1)[at], tokens.flatten()[at + 1], partial(score, k=k)))
-                found = map(partial(alternatives, k=k), values)
-                scored |= {text: list(islice(found, len(text) - 1)) for text in group}
-            last.append(h[range(len(group)), [len(text) - start - 1 for text in group]])
-            slots |= {text: len(slots) + i for i, text in enumerate(group)}
-        if k is not None:
-            for row, text in zip(rows, texts, strict=True):
-                row.prompt_logprobs = [0.0, *(logprob for logprob, _ in scored[text])]
-                row.prompt_top = [[], *(top for _, top in scored[text])]
-            self._check_finite(rows, [all(map(math.isfinite, row.prompt_logprobs)) for row in rows], "in the prompt")
-        for row in rows:
-            row.reused = start
-        order, h = [slots[text] for text in texts], torch.cat(last)
-        if order != list(range(len(rows))):
-            h = h[order]
-            for cache in model.caches:
-                cache.spread(order, max(map(len, texts)))
-        self._held, self._held_at = [list(text) for text in texts], model.passes
-        return h
-
-    @telling_shortage
-    @torch.inference_mode()
-    def _decode(self, rows: list[Row], n: int) -> torch.Tensor:
-        """Add the n-th generated id of each row to the cache -> hidden states [bsz, dim].
-
-        A row that has fewer computes its last position once more, which changes nothing.
-        """
-        newest = [(row.tokens[:n] or row.prompt)[-1] for row in rows]
-        positions = [len(row.prompt) + len(row.tokens[:n]) - 1 for row in rows]
-        ids, start_pos = torch.tensor([newest, positions]).to(self.model.cos.device)
-        same = len(set(positions)) == 1
-        h = self.model.hidden(ids[:, None], positions[0] if same else start_pos, max(positions) + 1)
-        for held, token, position in zip(self._held, newest, positions, strict=True):
-            held[position:] = [token]
-        self._held_at = self.model.passes
-        return h[:, 0]
-
-    @telling_shortage
-    @torch.inference_mode()
-    def _choose(
-        self, rows: list[Row], h: torch.Tensor, sampler: Sampler | None, k: int | None, step: int
-    ) -> list[Token]:
-        """Sample an id for each row from the hidden states [bsz, dim], and note which rows end with it."""
-        logits = self.model.logits(h)  # [bsz, vocab]
-        ids = torch.zeros(len(rows), dtype=torch.int64, device=h.device)
-        if sampler is not None:
-            uniform = torch.tensor([row.stream.random() for row in rows], dtype=wide_dtype(h.device))
-            ids = sampler.sample(logits, uniform.to(h.device))
-        from_rank_0(ids)
-        # The difference is finite where all logits are; to ask each of them takes as long as a small output layer.
-        columns = [(logits.amax(-1, True) - logits.amin(-1, True)).isfinite().float(), ids[:, None].float()]
-        if k is not None:
-            columns.append(score(logits, ids, k))
-        finite, chosen, *scores = zip(*read_back(torch.cat(columns, dim=-1)), strict=True)
-        self._check_finite(rows, finite, f"at step {step}")
-        tokens = []
-        for i, row in enumerate(rows):
-            if row.finish_reason:
-                continue
-            token = int(chosen[i])
-            if token in row.stop:
-                row.finish_reason = "stop"
-                tokens.append(Token(row.index, finish_reason="stop"))
-                continue
-            row.tokens.append(token)
-            if row.length >= row.limit:
-                row.finish_reason = "length"
-            logprob: float | None = None
-            top: Alternatives = []
-            if k is not None:
-                logprob, top = alternatives([column[i] for column in scores], k)
-                row.logprobs.append(logprob)
-                row.top.append(top)
-            tokens.append(Token(row.index, token, logprob, top, row.finish_reason))
-        return tokens
-
-    def _check_finite(self, rows: list[Row], finite: Sequence[float], where: str) -> None:
-        for row, is_finite in zip(rows, finite, strict=True):
-            if not is_finite:
-                raise self.damaged(f"{where}, row {row.index}")
-
-    def damaged(self, where: str) -> FloatingPointError:
-        """The error for logits that are not finite; nothing of them stays in the cache."""
-        self._held_at = -1
-        for cache in self.model.caches:
-            cache.clear()
-        return FloatingPointError(
-            f"logits that are not finite {where}, rank {current_world().rank}: "
-            "the weights are damaged, or their dtype overflows (try --dtype float32)"
+        rows, texts = self._chat_rows(
+            dialogs,
+            stop,
+            temperature=temperature,
+            top_p=top_p,
+            max_gen_len=max_gen_len,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            n=n,
         )
+        k = self._alternatives(logprobs)
+        for _ in self._pieces(rows, texts, k):
+            pass
+        answers: list[ChatPrediction] = []
+        for row, text in zip(rows, texts, strict=True):
+            answers.append({"generation": {"role": "assistant", "content": text.text}})
+            self._add_details(answers[-1], row, text, k)
+        return answers
+
+    def stream_chat(
+        self, dialogs: Sequence[Dialog], *, stop: Stop = None, **settings: Unpack[Settings]
+    ) -> Generator[TextPiece, None, None]:
+        """`chat_completion` as it comes, in pieces like `stream_text`'s."""
+        return self._pieces(*self._chat_rows(dialogs, stop, **settings))
+
+    def _text_rows(
+        self, prompts: Sequence[str], stop: Stop, echo: bool = False, **settings: Unpack[Settings]
+    ) -> tuple[list[Row], list[TextStream]]:
+        check_list("prompts", "texts", prompts)
+        rows = self._rows(
+            [self.tokenizer.encode(p, bos=self.tokenizer.adds_bos, eos=False) for p in prompts], **settings
+        )
+        stops = read_stops(stop, len(prompts))
+        n = len(rows) // max(1, len(prompts))
+        return rows, [TextStream(self.tokenizer, stops[row.index // n], row.prompt * echo) for row in rows]
+
+    def _chat_rows(
+        self, dialogs: Sequence[Dialog], stop: Stop, **settings: Unpack[Settings]
+    ) -> tuple[list[Row], list[TextStream]]:
+        check_list("dialogs", "dialogs", dialogs)
+        for dialog in dialogs:
+            split_system(dialog)
+        refusals = [self.dialogs.refusal(dialog) for dialog in dialogs]
+        ids = [[0] if refused else self.dialogs.encode(d) for d, refused in zip(dialogs, refusals, strict=True)]
+        rows = self._rows(ids, **settings)
+        stops = read_stops(stop, len(dialogs))
+        n = len(rows) // max(1, len(dialogs))
+        texts = []
+        for row in rows:
+            refusal = refusals[row.index // n]
+            texts.append(TextStream(self.tokenizer, stops[row.index // n] if refusal is None else ()))
+            row.stop |= self.dialogs.stop_tokens
+            if refusal is not None:
+                row.finish_reason, texts[-1].text = "stop", refusal  # it never reaches the model
+        return rows, texts
+
+    def _pieces(
+        self, rows: list[Row], texts: list[TextStream], k: int | None = None, echo: bool = False, reuse: bool = False
+    ) -> Generator[TextPiece, None, None]:
+        """Run any number of rows, max_batch_size at a time, and give their texts as they become certain."""
+        for row in rows:
+            if row.finish_reason:
+                yield TextPiece(row.index, texts[row.index].take(), row.finish_reason)
+        waiting, size = [row for row in rows if not row.finish_reason], self.model.params.max_batch_size
+        for at in range(0, len(waiting), size):
+            chunk = waiting[at : at + size]
+            # More samples of one prompt than fit a chunk: the cache still begins with it.
+            samples = at > 0 and all(row.prompt == waiting[at - size].prompt for row in waiting[at - size : at + size])
+            for step in self._run(chunk, k, echo, reuse or samples):
+                for token in step:
+                    row, text = rows[token.row], texts[token.row]
+                    if token.id is not None:
+                        text.push(token.id)
+                    if token.finish_reason:
+                        text.finish()
+                    if text.stopped:
+                        row.cut(len(text.tokens))
+                    piece = text.take()
+                    if piece or row.finish_reason:
+                        yield TextPiece(row.index, piece, row.finish_reason)
+
+    def _add_details(self, answer: Details, row: Row, text: TextStream, k: int | None) -> None:
+        answer["finish_reason"] = row.finish_reason or "length"
+        if k is not None:
+            answer["tokens"] = text.pieces()
+            answer["logprobs"] = row.prompt_logprobs + row.logprobs
+        if k:
+            decode = self.tokenizer.decode_token
+            answer["top_logprobs"] = [[(decode(i), p) for i, p in top] for top in row.prompt_top + row.top]
 
 
-def read_back(values: torch.Tensor) -> list[list[Any]]:
-    """Bring numbers from the device to Python: the one place where the engine waits for the device."""
-    return values.tolist()
+def _load(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, room: Choice, compile: bool | None
+) -> tuple[Transformer, str]:
+    """The model, and what `build` says of its form; `compile` is None for plain layers."""
+    model: Transformer | None = None
+    try:
+        model = Transformer(checkpoint.params, dtype, device, checkpoint.embedding_axis)
+        held = room.sizes.total - room.sizes.prefill
+        EXPLAIN[model] = partial(explained, room, device, held, "send fewer or shorter prompts at once, or build anew")
+        fast = None if compile is None else SpeedUp(model, dtype, room.quantize, compile)
+        with memory_given_back():
+            load_weights(model, checkpoint, dtype, fast.layer if fast else None)
+            return model, fast.finish() if fast else ", plain layers"
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        tensors = () if model is None else (*model.parameters(), *model.buffers())
+        held = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
+        traceback.clear_frames(error.__traceback__)
+        del tensors
+        model = fast = None  # not kept by the traceback of whoever tries a smaller one
+        raise explained(room, device, held, "the model is not loaded", error) from None
+
+
+def check_same(values: dict[str, Any], way: str) -> None:
+    """Raise ValueError on all ranks where one was started with other values than rank 0."""
+    for rank, others in enumerate(told := exchange(values)):
+        for name in told[0] | others:
+            if (first := told[0].get(name)) != (other := others.get(name)):
+                error = ValueError(f"rank {rank} has {name} {other}, rank 0 has {first}: {way}")
+                error.__dict__["told_by"] = 0
+                raise error
+
+
+def _summary(
+    model: Transformer, checkpoint: Checkpoint, ranks: int, dtype: torch.dtype, note: str, seconds: float
+) -> str:
+    """The line that `build` prints: what was loaded from what, in which dtype, where, and the memory it took."""
+    args = model.params
+    size = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    caches = [buffer for kv in model.caches for buffer in kv.buffers()]
+    others = {id(buffer) for buffer in (*caches, model.cos, model.sin)}
+    held = [w for w in (*model.parameters(), *model.buffers()) if id(w) not in others]  # packed, some are buffers
+    weights, cache = (sum(t.numel() * t.element_size() for t in tensors) for tensors in (held, caches))
+    tied = "" if OUTPUT in checkpoint.shapes else " (the embedding serves as output)"
+    stored = "" if dtype == checkpoint.dtype else f" (stored as {_name(checkpoint.dtype)})"
+    over = f" over {torch.distributed.get_backend()}" if ranks > 1 else ""
+    factor = args.rope_factor if args.use_scaled_rope else args.rope_linear_factor
+    scaled = "" if factor is None else f", RoPE scaled by {factor:g}"
+    return (
+        f"llama: {size / 1e6:,.1f}M parameters{tied}, {_count(len(checkpoint.paths), 'shard')} -> "
+        f"{_count(ranks, 'rank')}{over}, {_name(dtype)}{stored}{note} on {model.cos.device}{scaled}; "
+        f"{weights / 1e6:,.1f} MB weights and {cache / 1e6:,.1f} MB cache a rank; {seconds:.1f} s"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from llama.distributed import exchange
-from llama.generation import Engine, read_back
+from llama.engine import Engine, read_back
 from llama.model import Measure, Transformer, log_norm, score
 from llama.params import ModelArgs
 from llama.progress import progress

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from llama import Llama, Transformer, completion
+from llama import Llama, Transformer, generation
 from llama.checkpoint import Checkpoint, Finish
 from llama.distributed import current_world, join, leave, meet
 
@@ -30,13 +30,13 @@ def touched_bytes() -> dict[str, int]:
 
 def main(ckpt_dir: str, tokenizer: str, dtype: str, quantize: str | None = None) -> None:
     touched: dict[str, int] = {}
-    load_weights = completion.load_weights
+    load_weights = generation.load_weights
 
     def load_and_look(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype, finish: Finish = None) -> None:
         load_weights(model, checkpoint, dtype, finish)
         touched.update(touched_bytes())  # now: the files are unmapped when `build` returns
 
-    completion.load_weights = load_and_look
+    generation.load_weights = load_and_look
     llama = Llama.build(ckpt_dir, tokenizer, max_seq_len=16, max_batch_size=1, dtype=dtype, quantize=quantize)
     llama.generate([[1, *range(3, 16)]], max_gen_len=2, temperature=0)  # fills the cache
     llama.close()

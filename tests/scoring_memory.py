@@ -8,7 +8,7 @@ import torch
 from llama import ModelArgs, Tokenizer, Transformer
 from llama.device import DTYPES
 from llama.distributed import current_world, join, meet
-from llama.generation import Engine
+from llama.engine import Engine
 from llama.scoring import hidden_states, token_logprobs
 
 ROWS, LENGTH = 4, 4096

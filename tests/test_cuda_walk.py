@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llama import Llama, Transformer, completion, distributed, generation, model, sampling, scoring
+from llama import Llama, Transformer, generation, distributed, engine, model, sampling, scoring
 from llama.device import pick_device
 from llama.distributed import World, current_world, join, leave, meet
 from llama.pulse import Stores
@@ -110,8 +110,8 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     patch.setattr(dist, "is_nccl_available", lambda: True)
     patch.setattr(dist, "init_process_group", init_fake)
     patch.setattr(dist, "get_backend", lambda *group: "nccl")
-    patch.setattr(completion, "check_before_loading", lambda *arguments: ([], {}))  # looks for NaN in the files
-    for module in (generation, scoring):
+    patch.setattr(generation, "check_before_loading", lambda *arguments: ([], {}))  # looks for NaN in the files
+    for module in (engine, scoring):
         patch.setattr(module, "read_back", lambda values: np.ones(values.shape).tolist())
     here = torch.device("cuda", rank % hosts_gpus)  # torch's class cannot be made inside the mode
     patch.setattr(model, "causal_mask", lambda n, m, on: torch.ones(n, m, device=here).tril(m - n) > 0)
@@ -166,7 +166,7 @@ def test_build_and_generate(
     device = torch.device("cuda", rank % 2)
     with walk(monkeypatch, rank, size, capability) as chosen:
         hidden, logits, scores = (spy(monkeypatch, Transformer, n) for n in ("hidden", "logits", "measured"))
-        read, drawn = (spy(monkeypatch, generation, n) for n in ("read_back", "from_rank_0"))
+        read, drawn = (spy(monkeypatch, engine, n) for n in ("read_back", "from_rank_0"))
         sampled = spy(monkeypatch, sampling.Sampler, "sample")
         llama = Llama.build(tmp_path, max_seq_len=32)
         model = llama.model

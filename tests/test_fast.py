@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from make_checkpoint import TOKENIZER
 from torch import nn
 
-from llama import Llama, ModelArgs, completion, fast, model, native
+from llama import Llama, ModelArgs, generation, fast, model, native
 from llama.cache import KVCache
 from llama.checkpoint import tensor_shapes
 from llama.model import Positions
@@ -108,7 +108,7 @@ def test_weights_damaged_behind_the_check_are_told(
     weights["layers.1.feed_forward.w2.weight"][7, 40] = float("nan")
     torch.save(weights, tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text((checkpoint("gqa") / "params.json").read_text())
-    monkeypatch.setattr(completion, "check_before_loading", lambda *_: ([], {}))
+    monkeypatch.setattr(generation, "check_before_loading", lambda *_: ([], {}))
     llama = Llama.build(tmp_path, TOKENIZER, max_seq_len=32, max_batch_size=1, **form)
     with pytest.raises(FloatingPointError, match="not finite"):
         llama.generate([[5, 6, 7]], 4, temperature=0)

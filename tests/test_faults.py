@@ -13,7 +13,7 @@ import pytest
 from faults import FAULTS, FOREIGN, Fault, data_of, flip, table
 from ranks import run_ranks
 
-from llama import Llama, cli, completion
+from llama import Llama, cli, generation
 from llama.distributed import current_world
 from llama.model import Transformer
 from llama.verify import check
@@ -70,7 +70,7 @@ def builds(folders: list[Path]) -> list[str]:
         assert good, "memory was taken for a damaged checkpoint"
         return Transformer(*args)
 
-    before, completion.Transformer = completion.Transformer, begin  # type: ignore[assignment, misc]
+    before, generation.Transformer = completion.Transformer, begin  # type: ignore[assignment, misc]
     answers = []
     for folder in folders:
         good = folder.name in GOOD
@@ -79,7 +79,7 @@ def builds(folders: list[Path]) -> list[str]:
             answers.append("built")
         except Exception as error:
             answers.append(f"{type(error).__name__}: {error}")
-    completion.Transformer = before  # type: ignore[misc]
+    generation.Transformer = before  # type: ignore[misc]
     return answers
 
 

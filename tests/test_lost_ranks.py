@@ -24,7 +24,7 @@ import torch.distributed as dist
 from faults import data_of, edit_params, edit_shard, flip
 from ranks import free_port, run_ranks
 
-from llama import Llama, Transformer, chat, completion, distributed, pulse
+from llama import Llama, Transformer, chat, generation, distributed, pulse
 from llama.distributed import current_world
 
 ROOT = Path(__file__).parent.parent
@@ -226,7 +226,7 @@ def build_on_hosts_of_their_own(pairs: list[list[dict]]) -> list[str]:
 
 def compute_otherwise(folder: Path) -> list[str]:
     kinds = [torch.float32, torch.bfloat16]
-    completion.pick_dtype = lambda *_: kinds[current_world().rank]
+    generation.pick_dtype = lambda *_: kinds[current_world().rank]
     return build_differently([[{"ckpt_dir": folder}] * 2])
 
 
@@ -270,13 +270,13 @@ def load_slowly(folder: Path) -> float:
     than ranks wait for another in the middle of a step."""
     os.environ["LLAMA_TIMEOUT"] = "6"
     if current_world().rank == 1:
-        load = completion.load_weights
+        load = generation.load_weights
 
         def slowly(*args: Any) -> None:
             time.sleep(8)
             load(*args)
 
-        completion.load_weights = slowly  # type: ignore[assignment]
+        generation.load_weights = slowly  # type: ignore[assignment]
     started = time.monotonic()
     llama = Llama.build(folder)
     llama.generate([[5, 6]], 2)

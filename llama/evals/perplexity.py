@@ -6,7 +6,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any, TypedDict
 
-from llama.completion import Llama
+from llama.generation import Llama
 from llama.distributed import is_main_rank, told_by_rank_0
 from llama.scoring import check_bos, check_stride, rolling_loglikelihood, with_bos
 from llama.terminal import in_one_line

@@ -1,0 +1,292 @@
+"""The engine: prompts of ids in, continuations and their log-probabilities out."""
+
+import math
+import random
+from collections.abc import Generator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import Unpack
+
+from llama.distributed import current_world, exchange, from_rank_0, is_main_rank, leave
+from llama.model import Transformer, score
+from llama.request import (
+    Alternatives,
+    Each,
+    Generation,
+    Ids,
+    Row,
+    Settings,
+    StopIds,
+    Token,
+    alternatives,
+    check_alternatives,
+    check_whole,
+    in_common,
+    of_about_one_length,
+    read_rows,
+)
+from llama.sampling import Sampler, wide_dtype
+from llama.shortage import telling_shortage
+from llama.tokenizer import Tokenizer
+
+
+class Engine:
+    """A model that continues lists of ids. Text stays outside; the tokenizer only names its stop ids."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1):
+        self._model: Transformer | None = model
+        self.tokenizer = tokenizer
+        check_whole("seed", seed, 0)
+        self._seeds = random.Random(seed)  # the seeds of rows that are given none
+        # The ids whose keys and values each row of the cache holds, as long as the model's count of passes is this.
+        self._held: list[list[int]] = []
+        self._held_at = -1
+
+    @property
+    def model(self) -> Transformer:
+        if self._model is None:
+            raise ValueError("this model is closed: build it again")
+        return self._model
+
+    def close(self) -> None:
+        """Give back the memory and, with the last open model, the process group. Closing twice is harmless."""
+        if self._model is None:
+            return
+        on_gpu = self._model.cos.is_cuda
+        self._model.step = None  # which may hold its model
+        self._model = None
+        if on_gpu:
+            torch.cuda.empty_cache()
+        leave()
+
+    def generate(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: Each[int | None],
+        temperature: Each[float] = 0.6,
+        top_p: Each[float] = 0.9,
+        logprobs: bool | int = False,
+        echo: bool = False,
+        *,
+        top_k: Each[int | None] = None,
+        repetition_penalty: Each[float] = 1.0,
+        stop_token_ids: StopIds = None,
+        seed: Each[int | None] = None,
+        n: int = 1,
+    ) -> Generation:
+        """Continue each prompt, all rows in one batch. `request.Settings` has the meanings of the settings.
+
+        A row ends before its first stop id, after `max_gen_len` ids, or where prompt and answer fill max_seq_len.
+        logprobs: also return the natural log-probability of every returned id under the raw logits; a number K asks
+            for the K best alternatives at each position, too.
+        echo: return the prompt too; its first id, which nothing predicts, has log-probability 0.0.
+
+        Returns (ids, log-probabilities or None), a list a row, with the alternatives as its attribute `top`: lists of
+        (id, log-probability), best first. Raises ValueError or TypeError for settings out of range, for more rows than
+        max_batch_size, and for prompts that are empty, longer than max_seq_len or hold ids outside the vocabulary;
+        FloatingPointError when the model answers with logits that are not finite.
+        """
+        rows = self._rows(
+            prompt_tokens,
+            max_gen_len=max_gen_len,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            stop_token_ids=stop_token_ids,
+            seed=seed,
+            n=n,
+        )
+        k = self._alternatives(logprobs)
+        for _ in self._run(self._one_batch(rows), k, echo):
+            pass
+        scores = None if k is None else [row.prompt_logprobs + row.logprobs for row in rows]
+        result = Generation(([row.prompt * echo + row.tokens for row in rows], scores))
+        result.top = [row.prompt_top + row.top for row in rows]
+        return result
+
+    def stream(
+        self, prompt_tokens: Sequence[Sequence[int]], *, logprobs: bool | int = True, **settings: Unpack[Settings]
+    ) -> Generator[list[Token], None, None]:
+        """`generate` step by step: each gives a `Token` for every row that was still running.
+
+        Other calls may come in between, and it may be closed early: neither changes what any of them returns.
+        Arguments and errors (at the call, not at the first step) as in `generate`.
+        """
+        return self._run(self._one_batch(self._rows(prompt_tokens, **settings)), self._alternatives(logprobs))
+
+    def _rows(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[Row]:
+        return read_rows(self.model.params, self._seeds, self.tokenizer.stop_tokens, prompts, **settings)
+
+    def _one_batch(self, rows: list[Row]) -> list[Row]:
+        limit = self.model.params.max_batch_size
+        if len(rows) > limit:
+            raise ValueError(f"{len(rows)} rows, but max_batch_size is {limit}: build with more, or send fewer at once")
+        return rows
+
+    def _alternatives(self, logprobs: bool | int) -> int | None:
+        """How many alternatives `logprobs` asks for; None where it asks for nothing."""
+        if isinstance(logprobs, bool):
+            return 0 if logprobs else None
+        check_alternatives("logprobs", logprobs, 0, self.model.params)
+        return int(logprobs)
+
+    def _run(
+        self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False
+    ) -> Generator[list[Token], None, None]:
+        """The one loop: prefill all rows, then an id a step for each until all are finished.
+
+        k: alternatives a position; None for no log-probabilities. echo: give the prompts theirs too. reuse: for rows of
+        one prompt, keep what the cache holds of its beginning; the last bits then depend on what ran before.
+        Whoever reads may finish a row between two steps (`Row.cut`).
+        """
+        exchange(None)  # between two calls a rank may take its time
+        full = [row for row in rows if row.length >= row.limit]
+        for row in full:
+            row.finish_reason = "length"
+        h: torch.Tensor | None = None
+        passes = -1
+        if rows and echo and k is not None:
+            h, passes = self._prefill(rows, k=k), self.model.passes
+        if full:
+            yield [Token(row.index, finish_reason="length") for row in full]
+        sampler = Sampler(rows, self.model.params.vocab_size, self.model.cos.device) if is_main_rank() else None
+        step = 0
+        while not all(row.finish_reason for row in rows):
+            if h is None:
+                if passes == self.model.passes:
+                    h = self._decode(rows, step)
+                else:
+                    # The first step, or another call has taken the cache: filled in the same steps as before, it is
+                    # the same to the last bit.
+                    h = self._prefill(rows, reuse)
+                    for n in range(1, step + 1):
+                        h = self._decode(rows, n)
+                passes = self.model.passes
+            yield self._choose(rows, h, sampler, k, step)
+            h, step = None, step + 1
+
+    @telling_shortage
+    @torch.inference_mode()
+    def _prefill(self, rows: list[Row], reuse: bool = False, k: int | None = None) -> torch.Tensor:
+        """Fill the cache with the prompts -> hidden states [bsz, dim] of their last ids.
+
+        k: also score the prompts, with so many alternatives. Equal prompts are computed once.
+        """
+        model = self.model
+        texts = [tuple(row.prompt) for row in rows]
+        start = 0
+        if reuse and len(set(texts)) == 1 and self._held_at == model.passes:
+            start = in_common(self._held[0], texts[0][:-1])  # the last id is computed in any case: we need its state
+        pad_id = max(self.tokenizer.pad_id, 0)  # -1 is no row of the embedding
+        slots, last = dict[Ids, int](), []  # each text's row of the cache, and the states of the last ids
+        scored: dict[Ids, list[tuple[float, Alternatives]]] = {}
+        for group in of_about_one_length(texts):
+            # Left-aligned and padded on the right: causality hides the padding from every position before it, and each
+            # padded cache slot is overwritten by the row's own id before a query of that row can see it.
+            tokens = pad_sequence([torch.tensor(text[start:]) for text in group], True, pad_id).to(model.cos.device)
+            h = model.hidden(tokens, start, len(group[0]), len(slots))  # [group, seqlen, dim]
+            if k is not None:
+                # h:       h0  h1  h2        predicts
+                # tokens:  t0  t1  t2  t3    one place to the left
+                places = [i * tokens.shape[1] + j for i, text in enumerate(group) for j in range(len(text) - 1)]
+                at = torch.tensor(places, dtype=torch.int64)  # no padding
+                values = read_back(model.measured(h.flatten(0, 1)[at], tokens.flatten()[at + 1], partial(score, k=k)))
+                found = map(partial(alternatives, k=k), values)
+                scored |= {text: list(islice(found, len(text) - 1)) for text in group}
+            last.append(h[range(len(group)), [len(text) - start - 1 for text in group]])
+            slots |= {text: len(slots) + i for i, text in enumerate(group)}
+        if k is not None:
+            for row, text in zip(rows, texts, strict=True):
+                row.prompt_logprobs = [0.0, *(logprob for logprob, _ in scored[text])]
+                row.prompt_top = [[], *(top for _, top in scored[text])]
+            self._check_finite(rows, [all(map(math.isfinite, row.prompt_logprobs)) for row in rows], "in the prompt")
+        for row in rows:
+            row.reused = start
+        order, h = [slots[text] for text in texts], torch.cat(last)
+        if order != list(range(len(rows))):
+            h = h[order]
+            for cache in model.caches:
+                cache.spread(order, max(map(len, texts)))
+        self._held, self._held_at = [list(text) for text in texts], model.passes
+        return h
+
+    @telling_shortage
+    @torch.inference_mode()
+    def _decode(self, rows: list[Row], n: int) -> torch.Tensor:
+        """Add the n-th generated id of each row to the cache -> hidden states [bsz, dim].
+
+        A row that has fewer computes its last position once more, which changes nothing.
+        """
+        newest = [(row.tokens[:n] or row.prompt)[-1] for row in rows]
+        positions = [len(row.prompt) + len(row.tokens[:n]) - 1 for row in rows]
+        ids, start_pos = torch.tensor([newest, positions]).to(self.model.cos.device)
+        same = len(set(positions)) == 1
+        h = self.model.hidden(ids[:, None], positions[0] if same else start_pos, max(positions) + 1)
+        for held, token, position in zip(self._held, newest, positions, strict=True):
+            held[position:] = [token]
+        self._held_at = self.model.passes
+        return h[:, 0]
+
+    @telling_shortage
+    @torch.inference_mode()
+    def _choose(
+        self, rows: list[Row], h: torch.Tensor, sampler: Sampler | None, k: int | None, step: int
+    ) -> list[Token]:
+        """Sample an id for each row from the hidden states [bsz, dim], and note which rows end with it."""
+        logits = self.model.logits(h)  # [bsz, vocab]
+        ids = torch.zeros(len(rows), dtype=torch.int64, device=h.device)
+        if sampler is not None:
+            uniform = torch.tensor([row.stream.random() for row in rows], dtype=wide_dtype(h.device))
+            ids = sampler.sample(logits, uniform.to(h.device))
+        from_rank_0(ids)
+        # The difference is finite where all logits are; to ask each of them takes as long as a small output layer.
+        columns = [(logits.amax(-1, True) - logits.amin(-1, True)).isfinite().float(), ids[:, None].float()]
+        if k is not None:
+            columns.append(score(logits, ids, k))
+        finite, chosen, *scores = zip(*read_back(torch.cat(columns, dim=-1)), strict=True)
+        self._check_finite(rows, finite, f"at step {step}")
+        tokens = []
+        for i, row in enumerate(rows):
+            if row.finish_reason:
+                continue
+            token = int(chosen[i])
+            if token in row.stop:
+                row.finish_reason = "stop"
+                tokens.append(Token(row.index, finish_reason="stop"))
+                continue
+            row.tokens.append(token)
+            if row.length >= row.limit:
+                row.finish_reason = "length"
+            logprob: float | None = None
+            top: Alternatives = []
+            if k is not None:
+                logprob, top = alternatives([column[i] for column in scores], k)
+                row.logprobs.append(logprob)
+                row.top.append(top)
+            tokens.append(Token(row.index, token, logprob, top, row.finish_reason))
+        return tokens
+
+    def _check_finite(self, rows: list[Row], finite: Sequence[float], where: str) -> None:
+        for row, is_finite in zip(rows, finite, strict=True):
+            if not is_finite:
+                raise self.damaged(f"{where}, row {row.index}")
+
+    def damaged(self, where: str) -> FloatingPointError:
+        """The error for logits that are not finite; nothing of them stays in the cache."""
+        self._held_at = -1
+        for cache in self.model.caches:
+            cache.clear()
+        return FloatingPointError(
+            f"logits that are not finite {where}, rank {current_world().rank}: "
+            "the weights are damaged, or their dtype overflows (try --dtype float32)"
+        )
+
+
+def read_back(values: torch.Tensor) -> list[list[Any]]:
+    """Bring numbers from the device to Python: the one place where the engine waits for the device."""
+    return values.tolist()
