@@ -24,6 +24,8 @@ from llama.checkpoint import Checkpoint
 from llama.generation import Llama
 from llama.distributed import current_world, is_main_rank
 from llama.engine import read_back
+from llama.executor import Executor
+from llama.quantized_weight import held_bytes
 from llama.model import Transformer
 from llama.progress import progress
 from llama.request import check_whole
@@ -99,9 +101,9 @@ def bench(
     points: list[dict[str, Any]] = []
     try:
         llama = Llama.build(ckpt_dir, tokenizer_path, longest + gen, max(batches), device=device, dtype=dtype, **given)
-        rate = bandwidth(llama.model.cos.device)
+        rate = bandwidth(llama.executor.device)
         if plot is not None:
-            points = measure_contexts(llama.model, longest, rate)
+            points = measure_contexts(llama.executor, longest, rate)
         pairs = [(rows, length) for rows in batches for length in prompts]
         found = [r for pair in progress(pairs, "measuring") for r in measure(llama, *pair, gen, rate, no_cache)]
     except RuntimeError as error:
@@ -159,7 +161,7 @@ def measure(
 
     rate: what the memory gives, in bytes a second. Yields dicts with the keys of COLUMNS, and `steps`.
     """
-    model, device = llama.model, llama.model.cos.device
+    model, executor, device = llama.model, llama.executor, llama.executor.device
     llama.tokenizer.stop_tokens = set()  # no row ends early
     draw = random.Random(1)
     ids = [draw.choices(range(model.params.vocab_size), k=length + gen) for _ in range(rows)]
@@ -184,7 +186,7 @@ def measure(
     _step_seconds(stream())
     with peak_memory(device) as memory:
         runs = [_step_seconds(stream()) for _ in range(ROUNDS)]
-        prefill = median(_seconds(lambda: model.hidden(on_device[:, :length], 0, length)[:, -1]) for _ in range(ROUNDS))
+        prefill = median(_seconds(lambda: executor.hidden(on_device[:, :length], 0, length)[:, -1]) for _ in range(ROUNDS))
     yield {
         **common,
         **steps([s for run in runs for s in run[1:]], memory, (length + gen / 2) * position_bytes(model)),
@@ -195,30 +197,30 @@ def measure(
     }
     if no_cache:
         lengths = range(length + 1, length + gen)[:: math.ceil((gen - 1) / PREFIX_STEPS)]  # among the contexts above
-        newest(model, on_device[:, : lengths[0]], 0)
+        newest(executor, on_device[:, : lengths[0]], 0)
         with peak_memory(device) as memory:
-            seconds = [_seconds(partial(newest, model, on_device[:, :n], 0)) for n in lengths]
+            seconds = [_seconds(partial(newest, executor, on_device[:, :n], 0)) for n in lengths]
         yield {**common, **steps(seconds, memory, 0), "cache": False}
 
 
-def measure_contexts(model: Transformer, longest: int, rate: float) -> list[dict[str, Any]]:
+def measure_contexts(executor: Executor, longest: int, rate: float) -> list[dict[str, Any]]:
     """Steps of one row at contexts of 128, 256, ... to `longest`: seconds, the seconds expected from the first of them
     and the bytes of keys and values added since, these bytes, and the peak of memory up to there.
 
     The prompt is computed once, piece by piece. A step puts an id where it already is; the contexts take turns, so that
     what slows the machine for a while slows all of them.
     """
-    ids = torch.tensor([random.Random(1).choices(range(model.params.vocab_size), k=longest)]).to(model.cos.device)
+    ids = torch.tensor([random.Random(1).choices(range(executor.model.params.vocab_size), k=longest)]).to(executor.device)
     contexts = [2**i for i in range(longest.bit_length()) if 2**i >= SHORTEST_CONTEXT]
     peaks: list[int | None] = []
     for before, n in pairwise(progress([0, *contexts], "filling")):
-        with peak_memory(model.cos.device) as memory:
-            read_back(newest(model, ids[:, before:n], before))
+        with peak_memory(executor.device) as memory:
+            read_back(newest(executor, ids[:, before:n], before))
         peaks.append(max(memory, default=None))
-    steps = [partial(newest, model, ids[:, n - 1 : n], n - 1) for n in contexts]
+    steps = [partial(newest, executor, ids[:, n - 1 : n], n - 1) for n in contexts]
     rounds = [list(map(_seconds, steps)) for _ in progress(range(ROUNDS + CONTEXT_STEPS), "stepping")][ROUNDS:]
     medians = [median(seconds) for seconds in zip(*rounds, strict=True)]
-    each, shortest = position_bytes(model), contexts[0]
+    each, shortest = position_bytes(executor.model), contexts[0]
     return [
         {
             "context": n,
@@ -231,9 +233,9 @@ def measure_contexts(model: Transformer, longest: int, rate: float) -> list[dict
     ]
 
 
-def newest(model: Transformer, ids: torch.Tensor, start_pos: int) -> torch.Tensor:
+def newest(executor: Executor, ids: torch.Tensor, start_pos: int) -> torch.Tensor:
     """The most probable ids [bsz] behind ids [bsz, seqlen], which stand at positions start_pos ..."""
-    return model.logits(model.hidden(ids, start_pos, start_pos + ids.shape[1])[:, -1]).argmax(dim=-1)
+    return executor.logits(executor.hidden(ids, start_pos, start_pos + ids.shape[1])[:, -1]).argmax(dim=-1)
 
 
 def _step_seconds(stream: Iterator[Any]) -> list[float]:
@@ -260,23 +262,14 @@ def bandwidth(device: torch.device) -> float:
 
 
 def weight_bytes(model: Transformer) -> int:
-    """Bytes of weights that a step reads on this rank: what modules hold as parameters and buffers, but caches, rotary
-    tables, and an embedding that is not the output, too, as a step reads only its rows. Shared memory counts once."""
-    skipped = [*model.tok_embeddings.modules(), *model.caches]
-    tensors = [
-        tensor
-        for module in model.modules()
-        if not any(module is other for other in skipped)
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if tensor is not model.cos and tensor is not model.sin
-    ]
-    # oneDNN's packed tensors have no address.
-    return sum({id(tensor) if tensor.is_mkldnn else tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    """Bytes of weights that a step reads on this rank: of all parameters but an embedding that is not the output, too, as
+    a step reads only its rows."""
+    return held_bytes(p for p in model.parameters() if p is not model.tok_embeddings.weight or p is model.output.weight)
 
 
 def position_bytes(model: Transformer) -> int:
     """Bytes of keys and values that this rank holds for a position of a row."""
-    held = sum(buffer.nbytes for cache in model.caches for buffer in cache.buffers())
+    held = sum(buffer.nbytes for cache in model.caches for buffer in (cache.k, cache.v))
     return held // (model.params.max_batch_size * model.params.max_seq_len)
 
 
@@ -341,7 +334,7 @@ def _collectives_share(stream: Iterator[Any], device: torch.device) -> float:
 
 def _machine(llama: Llama) -> dict[str, Any]:
     """What the figures hold for."""
-    info, device = Path("/proc/cpuinfo"), llama.model.cos.device
+    info, device = Path("/proc/cpuinfo"), llama.executor.device
     named = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     return {
         "cpu": named[1] if named else platform.processor() or platform.machine(),

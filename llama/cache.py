@@ -1,26 +1,33 @@
-"""The keys and values of past positions: fixed-size buffers with one `update`."""
+"""The KV cache of one attention layer: fixed-size buffers that never move, so that a decode step has static shapes."""
 
 import torch
-from torch import nn
 
 
-class KVCache(nn.Module):
-    """Keys and values of one layer, [max_batch_size, n_local_kv_heads, max_seq_len, head_dim] each.
+class KVCache:
+    """Keys and values of the positions seen so far: k and v, [rows, n_local_kv_heads, max_seq_len, head_dim] each.
 
-    Slots are written at absolute positions. Old ones may stay: whoever attends says how many positions it may see,
-    and a position is always written before it is seen.
+    Not a module: it is no part of what a checkpoint holds. Positions beyond those in use hold zeros or old values,
+    all of them finite: a query is never shown more than the positions it may see, and a position is always written
+    before it is seen.
+
+    first_row: rows of a forward go here and below. An executor sets it while it computes part of a batch.
     """
 
-    k: torch.Tensor
-    v: torch.Tensor
-
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
-        super().__init__()
-        self.register_buffer("k", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("v", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.first_row = 0
 
-    def extra_repr(self) -> str:
-        return f"2 x {' x '.join(map(str, self.k.shape))}, {self.k.dtype}"
+    def __repr__(self) -> str:
+        return f"KVCache(2 x {' x '.join(map(str, self.k.shape))}, {self.k.dtype}, {self.k.device})"
+
+    def to(self, like: torch.Tensor) -> None:
+        """Follow the dtype and the device of the keys that are to be stored, as a model may be moved at any time."""
+        if self.k.dtype != like.dtype or self.k.device != like.device:
+            for name in ("k", "v"):
+                buffer = getattr(self, name)
+                moved = torch.zeros_like(buffer, dtype=like.dtype, device=like.device)
+                setattr(self, name, moved if buffer.is_meta else moved.copy_(buffer))
 
     def clear(self) -> None:
         """Forget everything: a NaN would otherwise reach other rows, as its weight of 0 does not silence it."""
@@ -33,7 +40,7 @@ class KVCache(nn.Module):
             buffer[: len(slots), :, :ctx_len] = buffer[slots, :, :ctx_len]
 
     def update(
-        self, k: torch.Tensor, v: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, first_row: int = 0
+        self, k: torch.Tensor, v: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store `k` and `v` [bsz, n_local_kv_heads, seqlen, head_dim] and return the first `ctx_len` positions.
 
@@ -41,7 +48,7 @@ class KVCache(nn.Module):
         Returns views of the buffers' rows from first_row on, [bsz, n_local_kv_heads, ctx_len, head_dim].
         """
         bsz, _, seqlen, _ = k.shape
-        end = first_row + bsz
+        first_row, end = self.first_row, self.first_row + bsz
         if isinstance(start_pos, int):
             self.k[first_row:end, :, start_pos : start_pos + seqlen] = k
             self.v[first_row:end, :, start_pos : start_pos + seqlen] = v

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llama.distributed import model_parallel
-from llama.model import Transformer
+from llama.model import Transformer, TransformerBlock
 from llama.params import CheckpointError, ModelArgs, read_params
 from llama.progress import progress
 from llama.shortage import is_shortage
@@ -37,6 +37,14 @@ SHARD_AXIS = {
     "ffn_norm.weight": None,
     "norm.weight": None,
     OUTPUT: 0,
+}
+# What each rank holds below one another in one matrix, as one product uses them: the layers of a block by the name of
+# what they make together. In their order here a block's weights are read.
+JOINED = {
+    "attention.wqkv.weight": ("attention.wq", "attention.wk", "attention.wv"),
+    "attention.wo.weight": ("attention.wo",),
+    "feed_forward.w13.weight": ("feed_forward.w1", "feed_forward.w3"),
+    "feed_forward.w2.weight": ("feed_forward.w2",),
 }
 # Llama 1 stores the rotary frequencies, which are computed here.
 SKIPPED = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
@@ -214,19 +222,33 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype,
     finish: called with each layer as soon as its weights are there, before those of the next are read.
     """
     args, (rank, world_size) = model.params, model_parallel()
-    shapes = tensor_shapes(args)
+    shapes, device = tensor_shapes(args), model.caches[0].k.device
     layers = [(f"layers.{i}", layer) for i, layer in enumerate(model.layers)]
     parts = [("tok_embeddings", model.tok_embeddings), *layers, ("norm", model.norm), ("output", model.output)]
     for name, part in progress(parts, "loading"):
-        for key, parameter in list(part.named_parameters(name)):
-            if key not in checkpoint.shapes and parameter.shape == model.tok_embeddings.weight.shape:
+        if part is model.output and OUTPUT not in checkpoint.shapes:
+            if part.weight.shape == model.tok_embeddings.weight.shape:
                 model.output.weight = model.tok_embeddings.weight  # tied, and the same rows here: held once
                 continue
-            weight = torch.empty(parameter.shape, dtype=dtype, device=model.cos.device)
+        _allocate(part, dtype, device)
+        for key, parameter in part.named_parameters(name):
             axis = shard_axis(key, checkpoint.embedding_axis)
             start, stop = (0, 0) if axis is None else rank_slice(key, shapes[key][axis], args, rank, world_size)
-            checkpoint.copy(key, start, stop, weight)
-            holder, _, attribute = key.rpartition(".")
-            setattr(model.get_submodule(holder), attribute, nn.Parameter(weight, requires_grad=False))
+            checkpoint.copy(key, start, stop, parameter.data)
         if finish is not None and part is not model.output:
             finish(part)
+
+
+def _allocate(part: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Memory for the weights of a part that is on the meta device; they take no gradients."""
+    for names in JOINED.values() if isinstance(part, TransformerBlock) else ():
+        joined = [part.get_submodule(name) for name in names]
+        rows = [len(layer.get_parameter("weight")) for layer in joined]
+        whole = torch.empty(sum(rows), joined[0].get_parameter("weight").shape[1], dtype=dtype, device=device)
+        for layer, weight in zip(joined, whole.split(rows), strict=True):
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+    for module in part.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+                setattr(module, name, nn.Parameter(weight, requires_grad=False))

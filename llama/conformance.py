@@ -25,7 +25,8 @@ import llama
 from llama.chat_format import Dialog
 from llama.generation import Llama
 from llama.distributed import current_world, say
-from llama.model import Positions, Transformer, TransformerBlock, rope_table, score
+from llama.executor import score
+from llama.model import Transformer, TransformerBlock, apply_rotary_emb, rotary_angles
 from llama.params import LIMITS, ModelArgs
 from llama.progress import progress
 from llama.textfile import read_text
@@ -161,8 +162,8 @@ def _export(source: Llama, texts: list[str], target: Path) -> None:
     try:
         positions = torch.tensor(ROPE_POSITIONS)
         # The model's own table ends at max_seq_len; its rows do not depend on how many there are.
-        tables = rope_table(replace(args, max_seq_len=max(ROPE_POSITIONS) + 1), torch.device("cpu"))
-        rows = {name: table[positions] for name, table in zip(ROPE, tables, strict=True)}
+        table = torch.view_as_real(rotary_angles(args, max(ROPE_POSITIONS) + 1)[positions])
+        rows = {name: column.contiguous() for name, column in zip(ROPE, table.unbind(-1), strict=True)}
         (unfinished / ROPE_FILE).write_bytes(save(rows))
         found = record(source.model)
         described = []
@@ -212,19 +213,23 @@ def record(model: Transformer) -> dict[str, list[torch.Tensor]]:
     def argument(name: str) -> Callable[..., None]:
         return lambda module, args: found[name].append(args[0][0].cpu())
 
-    def attending(prefix: str, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Positions) -> torch.Tensor:
-            found[f"{prefix}.q"].append(q[0].cpu())
-            found[f"{prefix}.k"].append(k[0].cpu())
-            return attend(q, k, v, at)
+    def turned(i: int, layer: TransformerBlock) -> None:
+        """No hook sees q and k as RoPE has turned them: turn once more what the products gave."""
+        flat: dict[str, torch.Tensor] = {}
 
-        return watched
+        def attention(module: torch.nn.Module, args: tuple[Any, ...], value: torch.Tensor) -> None:
+            q, k = (flat[name].unflatten(-1, (-1, layer.attention.head_dim)) for name in ("wq", "wk"))
+            for name, turned in zip("qk", apply_rotary_emb(q, k, args[2]), strict=True):
+                found[f"layers.{i}.{name}"].append(turned[0].cpu())
+
+        for name in ("wq", "wk"):
+            getattr(layer.attention, name).register_forward_hook(lambda m, a, y, name=name: flat.update({name: y}))
+        layer.attention.register_forward_hook(attention)
 
     model.tok_embeddings.register_forward_hook(output("embedding"))
     for i, layer in enumerate(cast(list[TransformerBlock], model.layers)):
         layer.register_forward_pre_hook(argument(f"layers.{i}.input"))
-        watched = attending(f"layers.{i}", layer.attention.attend)  # no hook sees q and k, which RoPE has turned
-        layer.attention.attend = watched  # type: ignore[method-assign]  # on this layer alone
+        turned(i, layer)
         layer.attention.register_forward_hook(output(f"layers.{i}.attention"))
         layer.feed_forward.register_forward_hook(output(f"layers.{i}.feed_forward"))
     model.norm.register_forward_hook(output("norm"))
@@ -236,7 +241,7 @@ def vectors_of(
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """All quantities of a prompt, and the STEPS ids that the model adds; `found` is what `record` gave."""
     found.clear()
-    device = model.cos.device
+    device = model.freqs_cis.device
     next_ids: list[int] = []
     logits = model(torch.tensor([ids], device=device), 0)[0]
     while len(next_ids) < STEPS:

@@ -129,13 +129,15 @@ def _part() -> None:
 
 
 def model_parallel() -> tuple[int, int]:
-    """(rank, size) in the model-parallel group."""
+    """(rank, size) in the model-parallel group; (0, 1) before there is one."""
+    if not fairscale_groups.model_parallel_is_initialized():
+        return 0, 1
     return fairscale_groups.get_model_parallel_rank(), fairscale_groups.get_model_parallel_world_size()
 
 
 def from_rank_0(ids: torch.Tensor) -> torch.Tensor:
     """Replace `ids` by rank 0's, in place, so that ranks cannot drift apart."""
-    if dist.get_world_size() > 1:
+    if model_parallel()[1] > 1:
         dist.broadcast(ids, src=0)
     return ids
 

@@ -4,15 +4,16 @@ import math
 import random
 from collections.abc import Generator, Sequence
 from functools import partial
-from itertools import islice
-from typing import Any
+from itertools import groupby, islice
+from typing import Any, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Unpack
 
 from llama.distributed import current_world, exchange, from_rank_0, is_main_rank, leave
-from llama.model import Transformer, score
+from llama.executor import Executor, score
+from llama.model import Transformer
 from llama.request import (
     Alternatives,
     Each,
@@ -30,15 +31,16 @@ from llama.request import (
     read_rows,
 )
 from llama.sampling import Sampler, wide_dtype
-from llama.shortage import telling_shortage
+from llama.shortage import EXPLAIN, telling_shortage
 from llama.tokenizer import Tokenizer
 
 
 class Engine:
     """A model that continues lists of ids. Text stays outside; the tokenizer only names its stop ids."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1):
-        self._model: Transformer | None = model
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1, *, executor: Executor | None = None):
+        self._executor = executor or Executor(_checked(model))
+        self._is_closed = False
         self.tokenizer = tokenizer
         check_whole("seed", seed, 0)
         self._seeds = random.Random(seed)  # the seeds of rows that are given none
@@ -47,18 +49,34 @@ class Engine:
         self._held_at = -1
 
     @property
-    def model(self) -> Transformer:
-        if self._model is None:
+    def executor(self) -> Executor:
+        """What computes `model`, in the fastest way that gives the same."""
+        if self._is_closed:
             raise ValueError("this model is closed: build it again")
-        return self._model
+        return self._executor
+
+    @property
+    def model(self) -> Transformer:
+        """The model: its modules and weights may be read, hooked, written and replaced, also the whole of it by another
+        module with `params` that is called as model(tokens, start_pos) -> logits [bsz, seqlen, vocab]."""
+        return cast(Transformer, self.executor.model)
+
+    @model.setter
+    def model(self, model: Transformer) -> None:
+        old = self.executor
+        if model is not old.model:
+            if isinstance(model, torch.nn.Module) and (explain := EXPLAIN.get(old.model)):
+                EXPLAIN[model] = explain
+            self._executor = Executor(_checked(model), fused=old.fused, native=old.native, graph=old.graph)
+            self._held_at = -1
 
     def close(self) -> None:
-        """Give back the memory and, with the last open model, the process group. Closing twice is harmless."""
-        if self._model is None:
+        """Free the memory and, with the last open model, the process group. Closing twice is harmless."""
+        if self._is_closed:
             return
-        on_gpu = self._model.cos.is_cuda
-        self._model.step = None  # which may hold its model
-        self._model = None
+        on_gpu = self._executor.device.type == "cuda"
+        self._is_closed = True
+        del self._executor
         if on_gpu:
             torch.cuda.empty_cache()
         leave()
@@ -144,6 +162,10 @@ class Engine:
         one prompt, keep what the cache holds of its beginning; the last bits then depend on what ran before.
         Whoever reads may finish a row between two steps (`Row.cut`).
         """
+        if len({len(row.prompt) for row in rows}) > 1 and self.executor.aligned:
+            for _, group in groupby(sorted(rows, key=lambda row: len(row.prompt)), key=lambda row: len(row.prompt)):
+                yield from self._run(list(group), k, echo)
+            return
         exchange(None)  # between two calls a rank may take its time
         full = [row for row in rows if row.length >= row.limit]
         for row in full:
@@ -151,14 +173,14 @@ class Engine:
         h: torch.Tensor | None = None
         passes = -1
         if rows and echo and k is not None:
-            h, passes = self._prefill(rows, k=k), self.model.passes
+            h, passes = self._prefill(rows, k=k), self.executor.passes
         if full:
             yield [Token(row.index, finish_reason="length") for row in full]
-        sampler = Sampler(rows, self.model.params.vocab_size, self.model.cos.device) if is_main_rank() else None
+        sampler = Sampler(rows, self.model.params.vocab_size, self.executor.device) if is_main_rank() else None
         step = 0
         while not all(row.finish_reason for row in rows):
             if h is None:
-                if passes == self.model.passes:
+                if passes == self.executor.passes:
                     h = self._decode(rows, step)
                 else:
                     # The first step, or another call has taken the cache: filled in the same steps as before, it is
@@ -166,7 +188,7 @@ class Engine:
                     h = self._prefill(rows, reuse)
                     for n in range(1, step + 1):
                         h = self._decode(rows, n)
-                passes = self.model.passes
+                passes = self.executor.passes
             yield self._choose(rows, h, sampler, k, step)
             h, step = None, step + 1
 
@@ -177,25 +199,26 @@ class Engine:
 
         k: also score the prompts, with so many alternatives. Equal prompts are computed once.
         """
-        model = self.model
+        executor = self.executor
         texts = [tuple(row.prompt) for row in rows]
         start = 0
-        if reuse and len(set(texts)) == 1 and self._held_at == model.passes:
+        if reuse and len(set(texts)) == 1 and self._held_at == executor.passes and not executor.aligned:
             start = in_common(self._held[0], texts[0][:-1])  # the last id is computed in any case: we need its state
         pad_id = max(self.tokenizer.pad_id, 0)  # -1 is no row of the embedding
         slots, last = dict[Ids, int](), []  # each text's row of the cache, and the states of the last ids
         scored: dict[Ids, list[tuple[float, Alternatives]]] = {}
-        for group in of_about_one_length(texts):
+        # A model that takes all rows at one position may have a cache of its own, whose rows nobody else can copy.
+        for group in [texts] if executor.aligned else of_about_one_length(texts):
             # Left-aligned and padded on the right: causality hides the padding from every position before it, and each
             # padded cache slot is overwritten by the row's own id before a query of that row can see it.
-            tokens = pad_sequence([torch.tensor(text[start:]) for text in group], True, pad_id).to(model.cos.device)
-            h = model.hidden(tokens, start, len(group[0]), len(slots))  # [group, seqlen, dim]
+            tokens = pad_sequence([torch.tensor(text[start:]) for text in group], True, pad_id).to(executor.device)
+            h = executor.hidden(tokens, start, len(group[0]), len(slots))  # [group, seqlen, dim]
             if k is not None:
                 # h:       h0  h1  h2        predicts
                 # tokens:  t0  t1  t2  t3    one place to the left
                 places = [i * tokens.shape[1] + j for i, text in enumerate(group) for j in range(len(text) - 1)]
                 at = torch.tensor(places, dtype=torch.int64)  # no padding
-                values = read_back(model.measured(h.flatten(0, 1)[at], tokens.flatten()[at + 1], partial(score, k=k)))
+                values = read_back(executor.measured(h.flatten(0, 1)[at], tokens.flatten()[at + 1], partial(score, k=k)))
                 found = map(partial(alternatives, k=k), values)
                 scored |= {text: list(islice(found, len(text) - 1)) for text in group}
             last.append(h[range(len(group)), [len(text) - start - 1 for text in group]])
@@ -208,11 +231,11 @@ class Engine:
         for row in rows:
             row.reused = start
         order, h = [slots[text] for text in texts], torch.cat(last)
-        if order != list(range(len(rows))):
+        if order != list(range(len(rows))) and not executor.aligned:
             h = h[order]
-            for cache in model.caches:
+            for cache in executor.caches:
                 cache.spread(order, max(map(len, texts)))
-        self._held, self._held_at = [list(text) for text in texts], model.passes
+        self._held, self._held_at = [list(text) for text in texts], executor.passes
         return h
 
     @telling_shortage
@@ -222,14 +245,17 @@ class Engine:
 
         A row that has fewer computes its last position once more, which changes nothing.
         """
+        executor = self.executor
         newest = [(row.tokens[:n] or row.prompt)[-1] for row in rows]
         positions = [len(row.prompt) + len(row.tokens[:n]) - 1 for row in rows]
-        ids, start_pos = torch.tensor([newest, positions]).to(self.model.cos.device)
+        if executor.aligned:
+            positions = [max(positions)] * len(rows)
+        ids, start_pos = torch.tensor([newest, positions]).to(executor.device)
         same = len(set(positions)) == 1
-        h = self.model.hidden(ids[:, None], positions[0] if same else start_pos, max(positions) + 1)
+        h = executor.hidden(ids[:, None], positions[0] if same else start_pos, max(positions) + 1)
         for held, token, position in zip(self._held, newest, positions, strict=True):
             held[position:] = [token]
-        self._held_at = self.model.passes
+        self._held_at = executor.passes
         return h[:, 0]
 
     @telling_shortage
@@ -238,7 +264,7 @@ class Engine:
         self, rows: list[Row], h: torch.Tensor, sampler: Sampler | None, k: int | None, step: int
     ) -> list[Token]:
         """Sample an id for each row from the hidden states [bsz, dim], and note which rows end with it."""
-        logits = self.model.logits(h)  # [bsz, vocab]
+        logits = self.executor.logits(h)  # [bsz, vocab]
         ids = torch.zeros(len(rows), dtype=torch.int64, device=h.device)
         if sampler is not None:
             uniform = torch.tensor([row.stream.random() for row in rows], dtype=wide_dtype(h.device))
@@ -279,12 +305,22 @@ class Engine:
     def damaged(self, where: str) -> FloatingPointError:
         """The error for logits that are not finite; nothing of them stays in the cache."""
         self._held_at = -1
-        for cache in self.model.caches:
+        for cache in self.executor.caches:
             cache.clear()
         return FloatingPointError(
             f"logits that are not finite {where}, rank {current_world().rank}: "
             "the weights are damaged, or their dtype overflows (try --dtype float32)"
         )
+
+
+def _checked(model: Transformer) -> Transformer:
+    """Raise TypeError for what the engine cannot run: it asks a model for its `params` and calls it."""
+    if not callable(model) or not hasattr(model, "params"):
+        raise TypeError(
+            f"the model is a {type(model).__name__}, expected a Transformer, or a module with its `params` "
+            "that is called as model(tokens, start_pos)"
+        )
+    return model
 
 
 def read_back(values: torch.Tensor) -> list[list[Any]]:

@@ -16,13 +16,14 @@ from llama.chat_format import FORMATS, ChatFormat, Dialog, Message, for_tokenize
 from llama.checkpoint import OUTPUT, Checkpoint, load_weights
 from llama.device import pick_device, pick_dtype, share_cores
 from llama.distributed import current_world, exchange, join, leave, meet, raising_together, say
-from llama.fast import SpeedUp, can_compile
 from llama.engine import Engine
+from llama.executor import Executor, can_compile
 from llama.memory import Choice, check_room, explained
-from llama.model import Transformer
-from llama.native import memory_given_back
+from llama.model import Transformer, TransformerBlock
+from llama.native import KINDS, memory_given_back
 from llama.params import CheckpointError, check_world_size
 from llama.quantize import SCHEMES
+from llama.quantized_weight import held_bytes, quantize_part
 from llama.request import Each, Row, Settings, check_list, check_whole
 from llama.shortage import EXPLAIN, is_shortage
 from llama.stream import Stop, TextPiece, TextStream, read_stops
@@ -53,8 +54,16 @@ class Llama(Engine):
     Under torchrun every rank holds one and makes the same calls.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, chat_format: ChatFormat | None = None, seed: int = 1):
-        super().__init__(model, tokenizer, seed)
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        chat_format: ChatFormat | None = None,
+        seed: int = 1,
+        *,
+        executor: Executor | None = None,
+    ):
+        super().__init__(model, tokenizer, seed, executor=executor)
         self.chat_format = chat_format or for_tokenizer(tokenizer)
 
     @staticmethod
@@ -83,7 +92,7 @@ class Llama(Engine):
         dtype: "auto" (the checkpoint's, where the device computes in it), "float32", "bfloat16" or "float16".
         quantize: hold the weights as "int8" or "int4" (`llama.quantize` has what that means).
         compile: compile the decode step, once: on a CPU with the C compiler of the machine, on CUDA with torch.compile.
-        plain: the layers as they are written in `llama.model`, nothing merged, packed or compiled.
+        plain: compute as the modules are written in `llama.model`, nothing merged or compiled.
         chat_format: how dialogs are written, a name of `chat_format.FORMATS`; default is what the tokenizer says.
 
         Raises CheckpointError and TokenizerError (both ValueErrors) for files that do not fit, ValueError for
@@ -160,12 +169,13 @@ class Llama(Engine):
             check_same(vars(args), "give all hosts the same params.json")
             check_same(sums, "these are their sums, give all hosts the same files")
             with raising_together():
-                model, note = _load(checkpoint, kind, where, room, None if plain else compile)
+                executor, note = _load(checkpoint, kind, where, room, None if plain else compile)
         except BaseException:
             leave()
             raise
+        model = executor.model
         say(_summary(model, checkpoint, world.size, kind, note, time.perf_counter() - started))
-        return Llama(model, tokenizer, dialogs, seed)
+        return Llama(model, tokenizer, dialogs, seed, executor=executor)
 
     @property
     def dialogs(self) -> ChatFormat:
@@ -345,26 +355,47 @@ class Llama(Engine):
 
 def _load(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, room: Choice, compile: bool | None
-) -> tuple[Transformer, str]:
-    """The model, and what `build` says of its form; `compile` is None for plain layers."""
+) -> tuple[Executor, str]:
+    """The model and what computes it, and what `build` says of its form; `compile` is None for plain layers."""
     model: Transformer | None = None
+    is_native = bool(compile) and device.type == "cpu" and dtype in KINDS
+    if compile and device.type == "cpu" and not is_native:
+        say("llama: float16 is not compiled on CPUs, bfloat16 and float32 are: the decode step runs uncompiled")
+    kept = 0
+
+    def finish(part: torch.nn.Module) -> None:
+        nonlocal kept
+        if isinstance(part, TransformerBlock):
+            kept += quantize_part(part, room.quantize, is_native)
+
     try:
-        model = Transformer(checkpoint.params, dtype, device, checkpoint.embedding_axis)
+        with torch.device("meta"):
+            model = Transformer(checkpoint.params, embedding_axis=checkpoint.embedding_axis)
+        model.place_caches(dtype, device)
         held = room.sizes.total - room.sizes.prefill
         EXPLAIN[model] = partial(explained, room, device, held, "send fewer or shorter prompts at once, or build anew")
-        fast = None if compile is None else SpeedUp(model, dtype, room.quantize, compile)
         with memory_given_back():
-            load_weights(model, checkpoint, dtype, fast.layer if fast else None)
-            return model, fast.finish() if fast else ", plain layers"
+            load_weights(model, checkpoint, dtype, finish if room.quantize else None)
+            if room.quantize:
+                kept += quantize_part(model.output, room.quantize, is_native, OUTPUT)
+        executor = Executor(
+            model, fused=compile is not None, native=is_native, graph=bool(compile) and device.type == "cuda"
+        )
     except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise
-        tensors = () if model is None else (*model.parameters(), *model.buffers())
-        held = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
+        tensors = [] if model is None else [t for cache in model.caches for t in (cache.k, cache.v)]
+        weights = () if model is None else (weight for weight in model.parameters() if not weight.is_meta)
+        held = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta) + held_bytes(weights)
         traceback.clear_frames(error.__traceback__)
-        del tensors
-        model = fast = None  # not kept by the traceback of whoever tries a smaller one
+        del tensors, weights
+        model = None  # not kept by the traceback of whoever tries a smaller one
         raise explained(room, device, held, "the model is not loaded", error) from None
+    if compile is None:
+        return executor, ", plain layers"
+    if room.quantize is None:
+        return executor, ""
+    return executor, f", weights in {room.quantize}{f' but for {kept} whose width does not allow it' if kept else ''}"
 
 
 def check_same(values: dict[str, Any], way: str) -> None:
@@ -383,10 +414,7 @@ def _summary(
     """The line that `build` prints: what was loaded from what, in which dtype, where, and the memory it took."""
     args = model.params
     size = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-    caches = [buffer for kv in model.caches for buffer in kv.buffers()]
-    others = {id(buffer) for buffer in (*caches, model.cos, model.sin)}
-    held = [w for w in (*model.parameters(), *model.buffers()) if id(w) not in others]  # packed, some are buffers
-    weights, cache = (sum(t.numel() * t.element_size() for t in tensors) for tensors in (held, caches))
+    weights, cache = held_bytes(model.parameters()), sum(kv.k.nbytes + kv.v.nbytes for kv in model.caches)
     tied = "" if OUTPUT in checkpoint.shapes else " (the embedding serves as output)"
     stored = "" if dtype == checkpoint.dtype else f" (stored as {_name(checkpoint.dtype)})"
     over = f" over {torch.distributed.get_backend()}" if ranks > 1 else ""
@@ -394,7 +422,7 @@ def _summary(
     scaled = "" if factor is None else f", RoPE scaled by {factor:g}"
     return (
         f"llama: {size / 1e6:,.1f}M parameters{tied}, {_count(len(checkpoint.paths), 'shard')} -> "
-        f"{_count(ranks, 'rank')}{over}, {_name(dtype)}{stored}{note} on {model.cos.device}{scaled}; "
+        f"{_count(ranks, 'rank')}{over}, {_name(dtype)}{stored}{note} on {model.freqs_cis.device}{scaled}; "
         f"{weights / 1e6:,.1f} MB weights and {cache / 1e6:,.1f} MB cache a rank; {seconds:.1f} s"
     )
 

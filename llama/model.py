@@ -1,11 +1,14 @@
-"""The Llama architecture: pre-norm blocks, rotary positions, grouped-query attention, SwiGLU feed-forward.
+"""The Llama architecture, written once and plainly, under the names of Meta's model.py: pre-norm blocks, rotary
+positions, grouped-query attention, SwiGLU feed-forward.
 
 Shapes use bsz (rows), seqlen (new positions), ctx_len (positions a query may look back on, the new ones
 included), dim, head_dim and vocab. "Local" is this rank's part of what is split over the ranks.
+
+The modules and their weights are the user's to read, hook, write and replace. What computes faster is derived from
+them elsewhere (`llama.executor`) and never takes their place.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,251 +19,409 @@ from fairscale.nn.model_parallel.layers import (
     VocabParallelEmbedding,
 )
 from torch import nn
+from typing_extensions import Self
 
 from llama.cache import KVCache
 from llama.distributed import model_parallel
-from llama.params import ModelArgs
+from llama.params import ModelArgs, ffn_width
 
-# Positions are scored for so many fp32 logits at a time (64 MB): glibc seldom reuses aligned blocks of under 32 MB.
-SCORING_CHUNK = 2**24
-# Longer prompts are computed in parts of so many positions, whose activations alone stand in memory.
-PREFILL_CHUNK = 1024
-# What is wanted of a position: fp32 logits [n, vocab] and the ids that follow [n] -> fp32 [n, m].
-Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-# The newest id of each row [bsz, 1] at start_pos -> hidden states [bsz, 1, dim], filling the cache as `hidden` does.
-Step = Callable[[torch.Tensor, int | torch.Tensor], torch.Tensor]
+INIT_STD = 0.02  # of a new model's weights, as in GPT-2 and Llama's successors
 
 
 # Layers -------------------------------------------------------------------------------------------
-# fairscale's constructors allocate and fill the weights of the whole model. These three take over the forward
-# as it is and leave the weight on the meta device, to be assigned from the checkpoint.
+# fairscale's layers, whose constructors allocate the weights of the undivided model. These allocate their part alone,
+# and compute without fairscale's groups where there is one rank.
 
 
-def _meta_weight(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+def _rows(weight: nn.Parameter) -> str:
+    return " x ".join(map(str, weight.shape))
 
 
-class Shaped(nn.Module):
-    """Shows the local shape of its weight where the model is printed."""
-
-    def extra_repr(self) -> str:
-        return " x ".join(map(str, self.get_parameter("weight").shape))
-
-
-class ColumnLinear(Shaped, ColumnParallelLinear):
+class ColumnLinear(ColumnParallelLinear):
     """x @ weight.T with the output features split: [.., in] -> [.., local_out], or [.., out] when gathered."""
 
-    def __init__(self, in_features: int, local_out_features: int, gather_output: bool = False):
+    def __init__(self, weight: torch.Tensor, gather_output: bool = False):
         nn.Module.__init__(self)
-        self.weight = _meta_weight(local_out_features, in_features)
+        self.weight = nn.Parameter(weight)
         self.bias = None
         self.gather_output = gather_output
+        self.output_size_per_partition, self.in_features = weight.shape
+        self.world_size = model_parallel()[1]
+        self.out_features = self.output_size_per_partition * self.world_size
+
+    def extra_repr(self) -> str:
+        return _rows(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return F.linear(x, self.weight, self.bias)
+        y: torch.Tensor = super().forward(x)
+        return y
 
 
-class RowLinear(Shaped, RowParallelLinear):
+class RowLinear(RowParallelLinear):
     """x @ weight.T with the input features split, summed over the ranks: [.., local_in] -> [.., out]."""
 
-    def __init__(self, local_in_features: int, out_features: int):
+    def __init__(self, weight: torch.Tensor):
         nn.Module.__init__(self)
-        self.weight = _meta_weight(out_features, local_in_features)
+        self.weight = nn.Parameter(weight)
         self.bias = None
         self.input_is_parallel = True
+        self.out_features, self.input_size_per_partition = weight.shape
+        self.world_size = model_parallel()[1]
+        self.in_features = self.input_size_per_partition * self.world_size
+
+    def extra_repr(self) -> str:
+        return _rows(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return F.linear(x, self.weight, self.bias)
+        y: torch.Tensor = super().forward(x)
+        return y
 
 
-class VocabEmbedding(Shaped, VocabParallelEmbedding):
+class VocabEmbedding(VocabParallelEmbedding):
     """Rows of a table that is split on the vocabulary, as in Llama 3's files: [bsz, seqlen] -> [bsz, seqlen, dim]."""
 
     def __init__(self, vocab_size: int, dim: int):
         nn.Module.__init__(self)
-        rank, world_size = model_parallel()
-        local_vocab = vocab_size // world_size
-        self.weight = _meta_weight(local_vocab, dim)
+        rank, self.world_size = model_parallel()
+        local_vocab = vocab_size // self.world_size
+        self.weight = nn.Parameter(_drawn((local_vocab, dim), 0))
         self.vocab_start_index, self.vocab_end_index = rank * local_vocab, (rank + 1) * local_vocab
+        self.num_embeddings, self.embedding_dim = vocab_size, dim
         self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
 
+    def extra_repr(self) -> str:
+        return _rows(self.weight)
 
-class DimEmbedding(Shaped, ParallelEmbedding):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return F.embedding(tokens, self.weight)
+        h: torch.Tensor = super().forward(tokens)
+        return h
+
+
+class DimEmbedding(ParallelEmbedding):
     """Rows of a table that is split on dim, as in Llama 2's files: [bsz, seqlen] -> [bsz, seqlen, dim]."""
 
     def __init__(self, vocab_size: int, dim: int):
         nn.Module.__init__(self)
-        self.weight = _meta_weight(vocab_size, dim // model_parallel()[1])
+        self.world_size = model_parallel()[1]
+        self.weight = nn.Parameter(_drawn((vocab_size, dim // self.world_size), 1))
+        self.num_embeddings, self.embedding_dim = vocab_size, dim
         self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
 
+    def extra_repr(self) -> str:
+        return _rows(self.weight)
 
-class RMSNorm(Shaped):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return F.embedding(tokens, self.weight)
+        h: torch.Tensor = super().forward(tokens)
+        return h
 
-    def __init__(self, dim: int, eps: float):
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
-        self.weight = _meta_weight(dim)
         self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def extra_repr(self) -> str:
+        return _rows(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x) * self.weight
 
 
-def rope_table(args: ModelArgs, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * frequency, fp32 [max_seq_len, head_dim / 2] each.
+def _drawn(shape: tuple[int, int], axis: int, copies: int = 1) -> torch.Tensor:
+    """This rank's part of a new weight, on torch's default device and in its default dtype.
 
-    Pair i of a head turns by theta^(-2i / head_dim) radians a position (Su et al. 2021, arXiv:2104.09864), or by that
-    over the linear factor (arXiv:2306.15595). Scaling (Llama 3.1, arXiv:2407.21783): wavelengths above 8192 positions
-    are stretched by the factor, those under a fourth of that are kept, between them the two frequencies are blended.
+    The undivided weight is drawn, so that a seed makes the same model at any number of ranks. copies: how many
+    neighbouring ranks have the same part.
     """
-    # On the CPU whatever the device, so that all devices turn by the same angles.
-    pair = torch.arange(0, args.head_dim, 2, dtype=torch.float32)
-    freqs = 1.0 / (args.rope_theta ** (pair / args.head_dim))  # [head_dim / 2]
-    if args.use_scaled_rope:
-        low_factor, high_factor, old_ctx_len = 1.0, 4.0, 8192
-        periods = old_ctx_len * freqs / (2 * torch.pi)  # turns within the old context
-        keep = ((periods - low_factor) / (high_factor - low_factor)).clamp(0, 1)
-        freqs = (1 - keep) * freqs / args.rope_factor + keep * freqs
-    elif args.rope_linear_factor is not None:
-        freqs = freqs / args.rope_linear_factor
-    angles = torch.outer(torch.arange(args.max_seq_len, dtype=torch.float32), freqs)
-    return angles.cos().to(device), angles.sin().to(device)
+    rank, world_size = model_parallel()
+    parts = world_size // copies
+    full = list(shape)
+    full[axis] *= parts
+    weight = torch.empty(full).normal_(0, INIT_STD)
+    return weight if parts == 1 else weight.chunk(parts, dim=axis)[rank // copies].clone()
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn neighbouring pairs of x [bsz, seqlen, heads, head_dim]; cos and sin are [.., seqlen, 1, head_dim / 2]."""
+def _joined(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same weights, one below the other in one storage: one product can then use all of them."""
+    return torch.cat(parts).split([len(part) for part in parts])
+
+
+# Positions ----------------------------------------------------------------------------------------
+
+
+def precompute_freqs_cis(
+    dim: int,
+    end: int,
+    theta: float = 10000.0,
+    use_scaled: bool = False,
+    *,
+    scale_factor: float = 8.0,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+    original_max_position: int = 8192,
+    linear_factor: float | None = None,
+) -> torch.Tensor:
+    """cos + i sin of position * frequency, complex64 [end, dim / 2], on the CPU whatever the default device, so that
+    all devices turn by the same angles. dim: of a head.
+
+    Pair i of a head turns by theta^(-2i / dim) radians a position (Su et al. 2021, arXiv:2104.09864), or by that over
+    the linear factor (arXiv:2306.15595). use_scaled (Llama 3.1, arXiv:2407.21783): wavelengths above
+    original_max_position / low_freq_factor are stretched by scale_factor, those under original_max_position /
+    high_freq_factor are kept, between them the two frequencies are blended.
+    """
+    pair = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu")
+    freqs = 1.0 / (theta ** (pair / dim))  # [dim / 2]
+    if use_scaled:
+        periods = original_max_position * freqs / (2 * torch.pi)  # turns within the old context
+        keep = ((periods - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+        freqs = (1 - keep) * freqs / scale_factor + keep * freqs
+    elif linear_factor is not None:
+        freqs = freqs / linear_factor
+    angles = torch.outer(torch.arange(end, dtype=torch.float32, device="cpu"), freqs)
+    return torch.complex(angles.cos(), angles.sin())
+
+
+def rotary_angles(args: ModelArgs, positions: int) -> torch.Tensor:
+    """`precompute_freqs_cis` for a model's heads and scaling."""
+    return precompute_freqs_cis(
+        args.head_dim,
+        positions,
+        args.rope_theta,
+        args.use_scaled_rope,
+        scale_factor=args.rope_factor,
+        linear_factor=args.rope_linear_factor,
+    )
+
+
+def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """freqs_cis [seqlen, head_dim / 2], or [bsz, ..] where rows have positions of their own, against
+    x [bsz, seqlen, heads, head_dim / 2]: a view with an axis of 1 for what it has not. ValueError if they do not fit."""
+    if freqs_cis.shape[-2:] != (x.shape[1], x.shape[-1]) or freqs_cis.dim() > 3:
+        raise ValueError(
+            f"freqs_cis has shape {tuple(freqs_cis.shape)}, expected {(x.shape[1], x.shape[-1])} for x {tuple(x.shape)}"
+        )
+    return freqs_cis.unsqueeze(-2) if freqs_cis.dim() == 3 else freqs_cis[None, :, None]
+
+
+def rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+    """Turn neighbouring pairs of x [bsz, seqlen, heads, head_dim]; freqs_cis: as for `reshape_for_broadcast`."""
+    if x.is_cpu:  # a product of complex numbers, for which CPUs need an eighth of the time
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))  # even + i odd
+        return torch.view_as_real(pairs * reshape_for_broadcast(freqs_cis, pairs)).flatten(-2).type_as(x)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [bsz, seqlen, heads, head_dim / 2] each
+    cos, sin = torch.view_as_real(reshape_for_broadcast(freqs_cis, even)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).type_as(x)
 
 
-@dataclass
-class Positions:
-    """Where the ids of one forward stand, the same for all layers.
-
-    start_pos: position of each row's first id, one int or [bsz]. ctx_len: positions from 0 that queries may look at.
-    cos, sin: the rotary angles of the ids, [.., seqlen, 1, head_dim / 2].
-    mask: True where a query may look, [.., seqlen, ctx_len]; None where causality alone says so.
-    first_row: of the cache, the others follow it.
-    """
-
-    start_pos: int | torch.Tensor
-    ctx_len: int
-    cos: torch.Tensor
-    sin: torch.Tensor
-    mask: torch.Tensor | None
-    first_row: int = 0
+def apply_rotary_emb(
+    xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn queries and keys [bsz, seqlen, heads, head_dim] by their positions' angles [seqlen, head_dim / 2]."""
+    return rotate(xq, freqs_cis), rotate(xk, freqs_cis)
 
 
-def causal_mask(seqlen: int, ctx_len: int, device: torch.device) -> torch.Tensor:
-    """What the last `seqlen` of `ctx_len` positions look back on: bool [seqlen, ctx_len], on CUDA only torch's name for
-    it, as numbers would rule out the flash kernel."""
-    if device.type == "cuda":
-        from torch.nn.attention.bias import causal_lower_right  # which imports all of torch's compiler
+def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """Each KV head n_rep times: [bsz, seqlen, n_kv_heads, head_dim] -> [bsz, seqlen, n_kv_heads * n_rep, head_dim]."""
+    return x.repeat_interleave(n_rep, dim=2)
 
-        return causal_lower_right(seqlen, ctx_len)
-    return torch.ones(seqlen, ctx_len, dtype=torch.bool, device=device).tril(ctx_len - seqlen)
+
+def causal_mask(seqlen: int, start_pos: int, like: torch.Tensor) -> torch.Tensor | None:
+    """What is added to scores [seqlen, start_pos + seqlen]: -inf for later positions; None for a single query."""
+    if seqlen == 1:
+        return None
+    mask = torch.full((seqlen, start_pos + seqlen), -torch.inf, dtype=like.dtype, device=like.device)
+    return mask.triu_(start_pos + 1)
+
+
+# Blocks -------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
-    def __init__(self, args: ModelArgs, dtype: torch.dtype, device: torch.device):
+    """Grouped-query attention of this rank's heads, with the cache of their keys and values.
+
+    cache_k, cache_v: the cache as Meta's code has it, [max_batch_size, max_seq_len, n_local_kv_heads, head_dim]: views
+    that can be written; assigning a tensor of such a shape makes it the cache.
+    """
+
+    def __init__(self, args: ModelArgs):
         super().__init__()
         _, world_size = model_parallel()
         self.head_dim = args.head_dim
+        self.n_kv_heads = args.kv_heads
         self.n_local_heads = args.n_heads // world_size
         # With more ranks than KV heads, neighbouring ranks hold the same head.
         self.n_local_kv_heads = max(1, args.kv_heads // world_size)
-        self.wq = ColumnLinear(args.dim, self.n_local_heads * self.head_dim)
-        self.wk = ColumnLinear(args.dim, self.n_local_kv_heads * self.head_dim)
-        self.wv = ColumnLinear(args.dim, self.n_local_kv_heads * self.head_dim)
-        self.wo = RowLinear(self.n_local_heads * self.head_dim, args.dim)
+        self.n_rep = self.n_local_heads // self.n_local_kv_heads
+        copies = max(1, world_size // args.kv_heads)
+        q, kv = self.n_local_heads * self.head_dim, self.n_local_kv_heads * self.head_dim
+        wq, wk, wv = _joined(
+            _drawn((q, args.dim), 0), _drawn((kv, args.dim), 0, copies), _drawn((kv, args.dim), 0, copies)
+        )
+        self.wq, self.wk, self.wv = ColumnLinear(wq), ColumnLinear(wk), ColumnLinear(wv)
+        self.wo = RowLinear(_drawn((args.dim, q), 1))
         shape = (args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim)
-        self.cache = KVCache(shape, dtype, device)
+        self.cache = KVCache(shape, wq.dtype, wq.device)
 
-    def forward(self, x: torch.Tensor, at: Positions) -> torch.Tensor:
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (self.wq(x), self.wk(x), self.wv(x)))
-        return self.wo(self.attend(apply_rope(q, at.cos, at.sin), apply_rope(k, at.cos, at.sin), v, at))
+    @property
+    def cache_k(self) -> torch.Tensor:
+        return self.cache.k.transpose(1, 2)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Positions) -> torch.Tensor:
-        """Store the keys and values, look back: [bsz, seqlen, heads, head_dim] each -> [bsz, seqlen, local width]."""
-        bsz, seqlen, _, _ = q.shape
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [bsz, heads, seqlen, head_dim]
-        keys, values = self.cache.update(k, v, at.start_pos, at.ctx_len, at.first_row)  # [.., ctx_len, head_dim]
-        if seqlen == 1:
-            # One query a head: the heads that share a KV head become its queries, and nothing is repeated.
-            q = q.view(bsz, self.n_local_kv_heads, -1, self.head_dim)
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask)
-        else:
-            # is_causal aligns the first query with the first key, which holds only when nothing came before.
-            out = F.scaled_dot_product_attention(
-                q,
-                keys,
-                values,
-                attn_mask=at.mask,
-                is_causal=at.mask is None,
-                enable_gqa=self.n_local_heads != self.n_local_kv_heads,
-            )
-        out = out.reshape(bsz, self.n_local_heads, seqlen, self.head_dim).transpose(1, 2)
-        return out.reshape(bsz, seqlen, -1)
+    @cache_k.setter
+    def cache_k(self, value: torch.Tensor) -> None:
+        self.cache.k = self._as_cache("cache_k", value)
+
+    @property
+    def cache_v(self) -> torch.Tensor:
+        return self.cache.v.transpose(1, 2)
+
+    @cache_v.setter
+    def cache_v(self, value: torch.Tensor) -> None:
+        self.cache.v = self._as_cache("cache_v", value)
+
+    def _as_cache(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if value.dim() != 4 or value.shape[2:] != (self.n_local_kv_heads, self.head_dim):
+            expected = f"[rows, positions, {self.n_local_kv_heads}, {self.head_dim}]"
+            raise ValueError(f"{name} of shape {list(value.shape)}: expected {expected}")
+        return value.transpose(1, 2)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        start_pos: int | torch.Tensor,
+        freqs_cis: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [bsz, seqlen, dim] at positions start_pos ... -> the same shape, and fill the cache.
+
+        start_pos: one int, or an int64 tensor [bsz] for rows at positions of their own.
+        freqs_cis: the angles of these positions, [seqlen, head_dim / 2] or [bsz, seqlen, head_dim / 2].
+        mask: what is added to the scores, [.., seqlen, ctx_len]; None for one query, which sees all positions to its own.
+        """
+        bsz, seqlen, _ = x.shape
+        xq, xk, xv = self.wq(x), self.wk(x), self.wv(x)
+        xq = xq.view(bsz, seqlen, -1, self.head_dim)
+        xk = xk.view(bsz, seqlen, -1, self.head_dim)
+        xv = xv.view(bsz, seqlen, -1, self.head_dim)
+        xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
+        q, k, v = (y.transpose(1, 2) for y in (xq, xk, xv))  # [bsz, heads, seqlen, head_dim]
+
+        self.cache.to(k)
+        ctx_len = mask.shape[-1] if mask is not None else int(start_pos) + seqlen
+        keys, values = self.cache.update(k.detach(), v.detach(), start_pos, ctx_len)  # [.., ctx_len, head_dim]
+        if torch.is_grad_enabled() and k.requires_grad:
+            # Gradients flow through the new positions, those before them are constants, of which a later forward may
+            # overwrite the cache's copy.
+            before = ctx_len - seqlen
+            keys, values = torch.cat((keys[:, :, :before], k), dim=2), torch.cat((values[:, :, :before], v), dim=2)
+        # [bsz, n_local_kv_heads, n_rep * seqlen, head_dim]: the queries that share a KV head, and nothing is repeated.
+        q = q.unflatten(1, (self.n_local_kv_heads, -1)).flatten(2, 3)
+        if mask is not None:
+            mask = mask.to(q.dtype).repeat(*[1] * (mask.dim() - 2), q.shape[2] // seqlen, 1)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        out = out.reshape(bsz, -1, seqlen, self.head_dim).transpose(1, 2)  # [bsz, seqlen, n_local_heads, head_dim]
+        return self.wo(out.reshape(bsz, seqlen, -1))
 
 
 class FeedForward(nn.Module):
-    def __init__(self, args: ModelArgs):
+    """w2(silu(w1(x)) * w3(x)), of a width that Meta's code derives from hidden_dim (4 * dim in a Llama): 2/3 of it,
+    times the multiplier, rounded up to a multiple of multiple_of. width: this width itself, in place of the three."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        multiple_of: int = 256,
+        ffn_dim_multiplier: float | None = None,
+        *,
+        width: int | None = None,
+    ):
         super().__init__()
-        local_width = args.hidden_dim // model_parallel()[1]
-        self.w1 = ColumnLinear(args.dim, local_width)
-        self.w2 = RowLinear(local_width, args.dim)
-        self.w3 = ColumnLinear(args.dim, local_width)
+        width = width or ffn_width(hidden_dim, multiple_of, ffn_dim_multiplier)
+        local = (width // model_parallel()[1], dim)
+        w1, w3 = _joined(_drawn(local, 0), _drawn(local, 0))
+        self.w1 = ColumnLinear(w1)
+        self.w2 = RowLinear(_drawn(local[::-1], 1))
+        self.w3 = ColumnLinear(w3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))  # in place: the widest of all
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs, dtype: torch.dtype, device: torch.device):
+    def __init__(self, layer_id: int, args: ModelArgs):
         super().__init__()
-        self.attention = Attention(args, dtype, device)
-        self.feed_forward = FeedForward(args)
+        self.layer_id = layer_id
+        self.n_heads, self.dim, self.head_dim = args.n_heads, args.dim, args.head_dim
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args.dim, 4 * args.dim, width=args.hidden_dim)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: torch.Tensor, at: Positions) -> torch.Tensor:
-        h = x + self.attention(self.attention_norm(x), at)
+    def forward(
+        self,
+        x: torch.Tensor,
+        start_pos: int | torch.Tensor,
+        freqs_cis: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Arguments as in `Attention.forward`; [bsz, seqlen, dim] -> [bsz, seqlen, dim]."""
+        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
 class Transformer(nn.Module):
-    """Token ids to logits. Weights start on the meta device (`checkpoint.load_weights` assigns them); the KV cache
-    for max_batch_size rows of max_seq_len positions is allocated here, in `dtype` on `device`.
+    """Token ids to logits, with a KV cache for max_batch_size rows of max_seq_len positions.
 
-    embedding_axis: how ranks divide the embedding, 0 on the vocabulary, 1 on dim. As the files do, so that a rank
-    finds its part in few of them.
+    A new model has random weights on torch's default device, in its default dtype, and trains. Where ranks share it,
+    each has its slices, under the names that Meta's files use.
+
+    embedding_axis: how ranks divide the embedding, 0 on the vocabulary (Llama 3), 1 on dim (Llama 1 and 2).
+        `load_state_dict` follows what it is given.
+    freqs_cis: the rotary angles, complex64 [2 * max_seq_len, head_dim / 2].
+    passes: calls of `hidden`: who remembers the count knows whether the cache is unchanged.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    def __init__(self, args: ModelArgs, dtype: torch.dtype, device: torch.device, embedding_axis: int = 0):
+    def __init__(self, params: ModelArgs, *, embedding_axis: int = 0):
         super().__init__()
-        self.params = args
-        self.tok_embeddings = (DimEmbedding if embedding_axis else VocabEmbedding)(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(TransformerBlock(args, dtype, device) for _ in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = ColumnLinear(args.dim, args.vocab_size // model_parallel()[1], gather_output=True)
-        cos, sin = rope_table(args, device)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        self.passes = 0  # calls of `hidden`: who remembers the count knows whether the cache is still as it was
-        self.step: Step | None = None  # a faster way to add one id to each row, given by llama.fast
+        if params.vocab_size < 1:
+            raise ValueError(f"vocab_size is {params.vocab_size}: set it to the tokenizer's n_words first")
+        self.params = params
+        self.vocab_size, self.n_layers = params.vocab_size, params.n_layers
+        self.tok_embeddings = (DimEmbedding if embedding_axis else VocabEmbedding)(params.vocab_size, params.dim)
+        self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
+        self.norm = RMSNorm(params.dim, params.norm_eps)
+        vocab = params.vocab_size // model_parallel()[1]
+        self.output = ColumnLinear(_drawn((vocab, params.dim), 0), gather_output=True)
+        self.freqs_cis = rotary_angles(params, 2 * params.max_seq_len)
+        self.passes = 0
 
-    @torch.inference_mode()
-    def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, start_pos: int = 0) -> torch.Tensor:
         """Logits of all positions: ids [bsz, seqlen] at positions start_pos ... -> fp32 [bsz, seqlen, vocab].
 
-        Positions before start_pos are those of earlier calls, read from the cache.
+        Positions before start_pos are those of earlier calls, read from the cache; gradients do not reach them.
         Raises ValueError when rows or positions lie outside max_batch_size or max_seq_len, and on the CPU when ids lie
         outside the vocabulary.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected [bsz, seqlen]")
         bsz, seqlen = tokens.shape
-        # Not on a GPU, where looking would wait for the device. Ids outside would embed as zeros.
+        # Not on a GPU, where looking would wait for the device.
         if tokens.is_cpu and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.params.vocab_size:
             raise ValueError(f"tokens hold ids outside the vocabulary of {self.params.vocab_size}")
         if bsz > self.params.max_batch_size or not 0 <= start_pos <= self.params.max_seq_len - seqlen:
@@ -270,68 +431,71 @@ class Transformer(nn.Module):
             )
         return self.logits(self.hidden(tokens, start_pos, start_pos + seqlen))
 
-    @torch.inference_mode()
-    def hidden(
-        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, first_row: int = 0
-    ) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int) -> torch.Tensor:
         """Hidden states before the output layer: ids [bsz, seqlen] -> [bsz, seqlen, dim], and fill the cache.
 
         start_pos: position of each row's first id, one int for all rows or an int64 tensor [bsz].
         ctx_len: positions from 0 that queries may look at; larger than every position of `tokens`.
-        first_row: of the cache, the others follow it.
         """
-        _, seqlen = tokens.shape
-        if isinstance(start_pos, int) and seqlen > PREFILL_CHUNK:
-            starts = range(start_pos, start_pos + seqlen, PREFILL_CHUNK)
-            parts = zip(tokens.split(PREFILL_CHUNK, dim=1), starts, strict=True)
-            return torch.cat([self.hidden(ids, first, first + ids.shape[1], first_row) for ids, first in parts], dim=1)
         self.passes += 1
-        if seqlen == 1 and first_row == 0 and self.step is not None:
-            return self.step(tokens, start_pos)
-        if isinstance(start_pos, int):
-            positions = torch.arange(start_pos, start_pos + seqlen, device=tokens.device)  # [seqlen]
-            mask = causal_mask(seqlen, ctx_len, tokens.device) if start_pos > 0 and seqlen > 1 else None
-        else:
-            positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # [bsz, seqlen]
-            keys = torch.arange(ctx_len, device=tokens.device)
-            mask = (keys <= positions[..., None])[:, None]  # [bsz, 1, seqlen, ctx_len]
-        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
-        at = Positions(start_pos, ctx_len, cos, sin, mask, first_row)
         h = self.tok_embeddings(tokens)  # [bsz, seqlen, dim]
+        freqs_cis, mask = self.angles_and_mask(tokens, start_pos, ctx_len, h)
         for layer in self.layers:
-            h = layer(h, at)
+            h = layer(h, start_pos, freqs_cis, mask)
         return self.norm(h)
 
-    @torch.inference_mode()
+    def angles_and_mask(
+        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, h: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The angles of these positions, and what is added to scores, as `Attention.forward` takes them; the mask in the
+        dtype and on the device of the embeddings `h`."""
+        seqlen = tokens.shape[1]
+        self.freqs_cis = self.freqs_cis.to(h.device)
+        if isinstance(start_pos, int):
+            return self.freqs_cis[start_pos : start_pos + seqlen], causal_mask(seqlen, start_pos, h)
+        positions = start_pos[:, None] + torch.arange(seqlen, device=h.device)  # [bsz, seqlen]
+        hidden = torch.arange(ctx_len, device=h.device) > positions[..., None]  # [bsz, seqlen, ctx_len]
+        mask = torch.zeros(hidden.shape, dtype=h.dtype, device=h.device).masked_fill_(hidden, -torch.inf)
+        return self.freqs_cis[positions], mask[:, None]  # [bsz, 1, seqlen, ctx_len]
+
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Hidden states [.., dim] -> fp32 logits [.., vocab], the same on every rank."""
-        return self.output(h).float()
+        logits: torch.Tensor = self.output(h).float()
+        return logits
 
-    @torch.inference_mode()
-    def measured(self, h: torch.Tensor, targets: torch.Tensor, measure: Measure) -> torch.Tensor:
-        """measure(logits, targets) -> [n, m] for hidden states [n, dim] and the ids that follow them [n].
-
-        Works in chunks of positions, so that the logits of all of them never stand in memory together.
-        """
-        chunk = SCORING_CHUNK // self.params.vocab_size + 1
-        parts = zip(h.split(chunk), targets.split(chunk), strict=True)
-        return torch.cat([measure(self.logits(states), ids) for states, ids in parts])
+    def place_caches(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Empty caches of a dtype on a device, and the angles there: for a model made on the meta device."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                rows, heads, positions, head_dim = module.cache.k.shape
+                module.cache = KVCache((rows, heads, positions, head_dim), dtype, device)
+        self.freqs_cis = self.freqs_cis.to(device)
 
     @property
     def caches(self) -> list[KVCache]:
-        return [module for module in self.modules() if isinstance(module, KVCache)]
+        return [module.cache for module in self.modules() if isinstance(module, Attention)]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """`to`, `float`, `cuda` ... of all weights. Quantized ones stay what they are: refused before anything moves."""
+        if (weight := next((w for w in self.parameters() if hasattr(w, "source")), None)) is not None:
+            probe = torch.empty(1, dtype=weight.dtype, device=weight.device)
+            moved = fn(probe)
+            if (moved.dtype, moved.device) != (probe.dtype, probe.device):
+                raise TypeError(
+                    f"quantized weights stay {probe.dtype} on {probe.device}: build with another dtype or device"
+                )
+            return self
+        return super()._apply(fn, recurse)
 
-def log_norm(logits: torch.Tensor) -> torch.Tensor:
-    """Logits less this are log-probabilities, [.., 1]; on a CPU `log_softmax` is off by up to 1e-5 in fp32."""
-    return logits.logsumexp(dim=-1, keepdim=True)
-
-
-def score(logits: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
-    """Log-probabilities: logits [.., vocab], ids [..] -> [.., 1 + 2k]: the targets', the k best, and those k ids.
-
-    fp32 holds every id below 2^24 exactly, so that one transfer from the device brings everything.
-    """
-    best, ids = logits.topk(k, dim=-1)
-    chosen = torch.cat((logits.gather(-1, targets[..., None]), best), dim=-1) - log_norm(logits)
-    return torch.cat((chosen, ids.float()), dim=-1)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Llama 2's files divide the embedding on dim, Llama 3's on the vocabulary: take the layer that fits them."""
+        weight = state_dict.get(f"{prefix}tok_embeddings.weight")
+        _, world_size = model_parallel()
+        if weight is not None and world_size > 1 and weight.shape != self.tok_embeddings.weight.shape:
+            vocab, dim = self.params.vocab_size, self.params.dim
+            axes = {(vocab // world_size, dim): VocabEmbedding, (vocab, dim // world_size): DimEmbedding}
+            if (kind := axes.get(tuple(weight.shape))) is not None:
+                old = self.tok_embeddings.weight
+                with torch.device(old.device):
+                    self.tok_embeddings = kind(vocab, dim).to(old.dtype).requires_grad_(old.requires_grad)
+        super()._load_from_state_dict(state_dict, prefix, *rest)

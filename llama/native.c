@@ -57,7 +57,7 @@ typedef struct {
 
 typedef struct {
     Matrix wqkv, wo, w13, w2;
-    const float *attention_norm, *ffn_norm;
+    const void *attention_norm, *ffn_norm; /* of kind cache_kind, too */
     void *keys, *values; /* [rows, kv_heads, max_seq_len, head_dim] of kind cache_kind */
 } Layer;
 
@@ -65,7 +65,8 @@ typedef struct {
     int64_t n_layers, dim, heads, kv_heads, head_dim, width, max_seq_len, cache_kind;
     float norm_eps;
     const Layer *layers;
-    const float *norm, *cos, *sin;                          /* cos, sin: [max_seq_len, head_dim / 2] */
+    const void *norm;                                       /* of kind cache_kind */
+    const float *freqs_cis;                                 /* cosine and sine: [max_seq_len, head_dim / 2, 2] */
     float *h, *qkv, *scores, *attended, *gates, *products, *sums, *out; /* room for all rows */
     uint16_t *halves;                                       /* NULL in float32 */
     int (*reduce)(void); /* adds `out` up over the ranks; NULL where there is one rank; not 0: it failed */
@@ -542,7 +543,7 @@ static void matrix(const Matrix *w, const float *x, float *sums, uint16_t *halve
     }
 }
 
-static void normalise(const Model *model, const float *weight, const float *x, float *out, int64_t m) {
+static void normalise(const Model *model, const void *weight, const float *x, float *out, int64_t m) {
     const int64_t dim = model->dim;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < m; r++) {
@@ -552,7 +553,12 @@ static void normalise(const Model *model, const float *weight, const float *x, f
             squares += v * v;
         }
         const float scale = 1 / sqrtf(sum(squares) / dim + model->norm_eps);
-        for (int64_t j = 0; j < dim; j++) out[r * dim + j] = x[r * dim + j] * scale * weight[j];
+        for (int64_t j = 0; j < dim; j += LANES) {
+            const int64_t count = lanes(dim - j);
+            const floats w = model->cache_kind == F32 ? load(F32, weight, j, count) : load(BF16, weight, j, count);
+            const floats v = load(F32, x, r * dim + j, count) * scale * w;
+            COPY(out + r * dim + j, &v, count, LANES, 4);
+        }
     }
 }
 
@@ -616,7 +622,7 @@ INLINE void attend(const int kind, const Model *model, const Layer *layer, const
         for (int64_t j = 0; j < head_dim; j += 2) {
             const float even = x[j], odd = x[j + 1];
             if (head < heads + kv_heads) {
-                const float c = model->cos[(at * head_dim + j) / 2], s = model->sin[(at * head_dim + j) / 2];
+                const float c = model->freqs_cis[at * head_dim + j], s = model->freqs_cis[at * head_dim + j + 1];
                 x[j] = even * c - odd * s;
                 x[j + 1] = even * s + odd * c;
             }

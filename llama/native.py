@@ -13,7 +13,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from torch import nn
 
 from llama.cache import KVCache
-from llama.model import Positions, RMSNorm, Transformer
+from llama.distributed import model_parallel
 from llama.quantize import FEW_ROWS, GROUP, Int4, Quantized
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -58,7 +58,7 @@ class Model(ctypes.Structure):
         *((name, ctypes.c_int64) for name in SIZES),
         ("norm_eps", ctypes.c_float),
         ("layers", ctypes.POINTER(Layer)),
-        *((name, ctypes.c_void_p) for name in ("norm", "cos", "sin", *BUFFERS, "halves")),
+        *((name, ctypes.c_void_p) for name in ("norm", "freqs_cis", *BUFFERS, "halves")),
         ("reduce", REDUCE),
     ]
 
@@ -183,47 +183,42 @@ def _if_halves(buffer: torch.Tensor) -> int | None:
     return buffer.data_ptr() if buffer.dtype == torch.bfloat16 else None
 
 
-def attend(q: torch.Tensor, cache_: KVCache, at: Positions) -> torch.Tensor:
+def attend(q: torch.Tensor, cache_: KVCache, start_pos: int | torch.Tensor) -> torch.Tensor:
     """Causal attention over a cache that has the queries' own positions already, in bfloat16: [bsz, seqlen, heads,
-    head_dim] -> as q."""
+    head_dim] -> as q. start_pos: of the first queries, one int or [bsz]."""
     bsz, seqlen, heads, head_dim = q.shape
     q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
-    starts = torch.as_tensor(at.start_pos).expand(bsz).contiguous()
+    starts = torch.as_tensor(start_pos).expand(bsz).contiguous()
     kv_heads, max_seq_len = cache_.k.shape[1:3]
     sizes = bsz, seqlen, heads, kv_heads, head_dim, max_seq_len
-    pointers = (tensor.data_ptr() for tensor in (q, cache_.k[at.first_row :], cache_.v[at.first_row :], out, starts))
+    pointers = (tensor.data_ptr() for tensor in (q, cache_.k[cache_.first_row :], cache_.v[cache_.first_row :], out, starts))
     library().attend_all(Block(*sizes, *pointers), torch.get_num_threads())
     return out
 
 
-class Plain(nn.Module):
-    """A linear layer on this rank's part of a weight [n, k]: x [.., k] -> [.., n]."""
+def matrix(weight: torch.Tensor) -> Matrix:
+    """A weight [n, k] where it is, row by row."""
+    return Matrix(KINDS[weight.dtype], *weight.shape, weight.data_ptr(), None, None)
 
-    def __init__(self, weight: torch.Tensor):
+
+def multiply(at: Matrix, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x [.., k] -> [.., n] for few rows, in x's dtype. dtype: of the model, to which several rows may be rounded."""
+    rows = x.reshape(-1, at.k).float().contiguous()
+    m = len(rows)
+    y = torch.empty(m, at.n)
+    sums = torch.empty(m * (at.k // GROUP + 1))
+    halves = torch.empty_like(rows, dtype=dtype)
+    pointers = rows.data_ptr(), sums.data_ptr(), _if_halves(halves), y.data_ptr()
+    library().multiply(at, *pointers, m, torch.get_num_threads())
+    return y.view(*x.shape[:-1], at.n).to(x.dtype)
+
+
+class NativeQuantized(nn.Module):
+    """A quantized weight in the order of native.c, which multiplies few rows by it: x [.., k] -> [.., n]."""
+
+    def __init__(self, layer: Quantized):
         super().__init__()
-        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
-
-    def extra_repr(self) -> str:
-        return " x ".join(map(str, self.weight.shape))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
-
-
-class Linear(nn.Module):
-    """A linear layer, quantized or not, computed by native.c for few rows: x [.., k] -> [.., n].
-
-    Takes over what the layer holds; numbers of 8 and 4 bits in the order of native.c.
-    """
-
-    def __init__(self, layer: Plain | Quantized):
-        super().__init__()
-        self.plain = layer if isinstance(layer, Plain) else None
-        if isinstance(layer, Plain):
-            self.dtype = layer.weight.dtype
-            self.at = Matrix(KINDS[self.dtype], *layer.weight.shape, layer.weight.data_ptr(), None, None)
-            return
-        self.dtype = layer.dtype
+        self.dtype, self.bits, self.n, self.k = layer.dtype, layer.bits, layer.n, layer.k
         if isinstance(layer, Int4):
             kind, data = 3, _panels(_columns_of_8(layer.data), 4)
             scales = [_panels(layer.scale, 1), _panels(layer.zero, 1)]
@@ -235,23 +230,16 @@ class Linear(nn.Module):
         self.at = Matrix(kind, layer.n, layer.k, *pointers)
 
     def extra_repr(self) -> str:
-        return "" if self.plain else f"{self.at.n} x {self.at.k}"
+        return f"{self.n} x {self.k}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.at.k)
-        m = len(rows)
-        if m > FEW_ROWS:
-            return F.linear(x, self.plain.weight if self.plain else self.widened(x.dtype))
-        rows = rows.float().contiguous()
-        y = torch.empty(m, self.at.n)
-        sums = torch.empty(m * (self.at.k // GROUP + 1))
-        halves = torch.empty_like(rows, dtype=self.dtype)
-        pointers = rows.data_ptr(), sums.data_ptr(), _if_halves(halves), y.data_ptr()
-        library().multiply(self.at, *pointers, m, torch.get_num_threads())
-        return y.view(*x.shape[:-1], self.at.n).to(x.dtype)
+        if x.numel() // self.k > FEW_ROWS:
+            return F.linear(x, self.dequantize(x.dtype))
+        return multiply(self.at, x, self.dtype)
 
-    def widened(self, dtype: torch.dtype) -> torch.Tensor:
-        """A quantized weight in full, [n, k]."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight in full, [n, k]."""
+        dtype = dtype or self.dtype
         out = torch.empty(self.at.n, self.at.k, dtype=dtype)
         library().dequantize(self.at, out.data_ptr(), KINDS[dtype], torch.get_num_threads())
         return out
@@ -272,50 +260,53 @@ def _columns_of_8(data: torch.Tensor) -> torch.Tensor:
     return (q[..., 0, :] | q[..., 1, :] << 4).transpose(-1, -2).flatten(1)
 
 
-class Step:
-    """`Transformer.step` by native.c: ids [bsz, 1] -> fp32 hidden states [bsz, 1, dim]."""
+class Decoder:
+    """A decode step through all layers by native.c: ids [bsz, 1] -> hidden states [bsz, 1, dim], fp32.
 
-    def __init__(self, model: Transformer):
-        args, blocks = model.params, list[Any](model.layers)
-        attention, width = blocks[0].attention, blocks[0].feed_forward.w2.at.k
-        heads, kv_heads, head_dim = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
-        widest = max(args.dim, heads * head_dim, width)
+    layers: fused ones (`executor.FusedLayer`) of one shape. Everything is read where the model has it.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[Any]):
+        args, first = model.params, layers[0]
+        heads, kv_heads, head_dim = first.n_local_heads, first.n_local_kv_heads, first.head_dim
+        dim, width = len(model.norm.weight), _matrix_of(first.w2).k
+        max_rows, _, max_seq_len, _ = first.cache.k.shape
+        widest = max(dim, heads * head_dim, width)
         widths = {
-            "h": args.dim,
+            "h": dim,
             "qkv": (heads + 2 * kv_heads) * head_dim,
-            "scores": heads * args.max_seq_len,
+            "scores": heads * max_seq_len,
             "attended": heads * head_dim,
             "gates": 2 * width,
             "products": width,
             "sums": widest // GROUP + 1,
-            "out": args.dim,
+            "out": dim,
         }
-        rows = args.max_batch_size
-        self.embed = model.tok_embeddings  # not the model, which owns this step and the memory that `struct` points at
-        self.buffers = {name: torch.zeros(rows, size) for name, size in widths.items()}
-        self.halves = torch.zeros(rows, widest, dtype=attention.cache.k.dtype)
+        self.model = model
+        self.buffers = {name: torch.zeros(max_rows, size) for name, size in widths.items()}
+        self.halves = torch.zeros(max_rows, widest, dtype=first.cache.k.dtype)
         self.failure: BaseException | None = None
         self.rows = 0
-        self.norms: list[torch.Tensor] = []
-        self.layers = (Layer * args.n_layers)(*map(self._layer, blocks))
+        self.layers = (Layer * len(layers))(*map(self._layer, layers))
         pointers = {name: buffer.data_ptr() for name, buffer in self.buffers.items()}
         self.struct = Model(
-            *(args.n_layers, args.dim, heads, kv_heads, head_dim, width, args.max_seq_len),
-            KINDS[attention.cache.k.dtype],
-            args.norm_eps,
+            *(len(layers), dim, heads, kv_heads, head_dim, width, max_seq_len),
+            KINDS[first.cache.k.dtype],
+            model.norm.eps,
             self.layers,
-            self._norm(model.norm),
-            model.cos.data_ptr(),
-            model.sin.data_ptr(),
+            model.norm.weight.data_ptr(),
+            None,
             **pointers,
             halves=_if_halves(self.halves),
-            reduce=REDUCE(self._reduce) if dist.get_world_size() > 1 else REDUCE(),
+            reduce=REDUCE(self._reduce) if model_parallel()[1] > 1 else REDUCE(),
         )
 
     def __call__(self, tokens: torch.Tensor, start_pos: int | torch.Tensor) -> torch.Tensor:
         self.rows = len(tokens)
-        x = self.embed(tokens).float().contiguous()  # [bsz, 1, dim]
+        x = self.model.tok_embeddings(tokens).float().contiguous()  # [bsz, 1, dim]
         positions = torch.as_tensor(start_pos).expand(self.rows).contiguous()
+        angles = self.model.freqs_cis.contiguous()
+        self.struct.freqs_cis = angles.data_ptr()
         threads = torch.get_num_threads()
         if library().decode(self.struct, x.data_ptr(), positions.data_ptr(), self.rows, threads) and self.failure:
             raise self.failure
@@ -330,14 +321,13 @@ class Step:
             return 1
         return 0
 
-    def _layer(self, block: Any) -> Layer:
-        attention, feed_forward, cache_ = block.attention, block.feed_forward, block.attention.cache
+    def _layer(self, layer: Any) -> Layer:
         return Layer(
-            *(w.at for w in (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2)),
-            *(self._norm(norm) for norm in (block.attention_norm, block.ffn_norm)),
-            *(cache_.k.data_ptr(), cache_.v.data_ptr()),
+            *map(_matrix_of, (layer.wqkv, layer.wo, layer.w13, layer.w2)),
+            *(norm.weight.data_ptr() for norm in (layer.attention_norm, layer.ffn_norm)),
+            *(layer.cache.k.data_ptr(), layer.cache.v.data_ptr()),
         )
 
-    def _norm(self, norm: RMSNorm) -> int:
-        self.norms.append(norm.weight.float())
-        return self.norms[-1].data_ptr()
+
+def _matrix_of(product: Any) -> Matrix:
+    return product.at if isinstance(product, NativeQuantized) else matrix(product.weight)

@@ -58,10 +58,7 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         self.head_dim = self.head_dim or self.dim // self.n_heads
-        width = int(2 * (4 * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            width = int(self.ffn_dim_multiplier * width)
-        self.hidden_dim = self.hidden_dim or -(-width // self.multiple_of) * self.multiple_of
+        self.hidden_dim = self.hidden_dim or ffn_width(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
     @property
     def kv_heads(self) -> int:
@@ -75,6 +72,14 @@ class ModelArgs:
         if self.rope_scaling_factor is not None:
             return self.rope_scaling_factor
         return 32.0 if (self.dim, self.n_layers) in LLAMA_3_2_SHAPES else 8.0
+
+
+def ffn_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """The width of a feed-forward: 2/3 of hidden_dim, times the multiplier, rounded up to a multiple of multiple_of."""
+    width = int(2 * hidden_dim / 3)
+    if ffn_dim_multiplier is not None:
+        width = int(ffn_dim_multiplier * width)
+    return -(-width // multiple_of) * multiple_of
 
 
 def read_params(ckpt_dir: Path) -> ModelArgs:

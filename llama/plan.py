@@ -22,7 +22,7 @@ from llama.checkpoint import (
     without_layer,
 )
 from llama.device import DTYPES
-from llama.model import PREFILL_CHUNK
+from llama.executor import PREFILL_CHUNK
 from llama.params import CheckpointError, ModelArgs, check_world_size, legal_world_sizes, read_params
 from llama.quantize import FEW_ROWS, SCHEMES, scheme_of, stored_bytes
 from llama.request import check_whole
@@ -92,7 +92,8 @@ def sizes(
     return Sizes(
         weights=weights,
         cache=args.max_batch_size * args.max_seq_len * position,
-        rope=args.max_seq_len * args.head_dim * torch.float32.itemsize,  # cos and sin for every second of head_dim
+        # A complex number for every second of head_dim, at twice as many positions: as long as Meta's table.
+        rope=2 * args.max_seq_len * args.head_dim * torch.float32.itemsize,
         prefill=_prefill(args, local, dtype, quantize, device),
     )
 
@@ -103,7 +104,7 @@ def _prefill(
     """The most bytes that stand in memory while all rows are filled with prompts, beyond what stands there anyway.
 
     What is freed is not counted. glibc keeps part of it for later, so that a process can grow by twice as much.
-    local: the shapes of this rank's weights. The names below are those of `model` and `fast`.
+    local: the shapes of this rank's weights. The names below are those of `model` and `executor`.
     """
     size, dim = dtype.itemsize, args.dim
     q, kv, width = local[QUERIES][0], local[KEYS][0], local[GATES][0]

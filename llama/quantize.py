@@ -19,13 +19,13 @@ from llama.checkpoint import EMBEDDING, OUTPUT
 
 SCHEMES = ("int8", "int4")
 GROUP = 32
-# More rows than these are multiplied by weights widened for the occasion: torch's kernels for few rows would take
+# More rows than these are multiplied by weights dequantize for the occasion: torch's kernels for few rows would take
 # several times as long (measured at 512).
 FEW_ROWS = 32
 ROUNDED_ROWS = 256  # at a time, so that no whole matrix stands in float32
 
 
-def wanted(key: str, scheme: str | None) -> str | None:
+def should_quantize(key: str, scheme: str | None) -> str | None:
     """What a scheme asks for a weight, whatever its width."""
     if key == OUTPUT:
         return {"int4": "int8"}.get(scheme or "")
@@ -38,7 +38,7 @@ def scheme_of(key: str, columns: int, scheme: str | None) -> str | None:
     key: its name, without the layer. columns: its input features on this rank. torch's kernels want whole groups of 32
     for int4, and give garbage for int8 where 16 does not divide the columns.
     """
-    kind = wanted(key, scheme)
+    kind = should_quantize(key, scheme)
     return kind if columns % (GROUP if kind == "int4" else 16) == 0 else None
 
 
@@ -79,6 +79,7 @@ def _divisor(scale: torch.Tensor) -> torch.Tensor:
 class Quantized(nn.Module):
     """A linear layer in fewer bits, of one weight [n, k] or of several one below the other: x [.., k] -> [.., n]."""
 
+    bits: int
     data: torch.Tensor
     scale: torch.Tensor
     round: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
@@ -96,36 +97,38 @@ class Quantized(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.k)
-        if len(rows) > FEW_ROWS or (y := self.few(rows)) is None:
-            y = F.linear(rows, self.widened())
+        if len(rows) > FEW_ROWS or (y := self.gemv(rows)) is None:
+            y = F.linear(rows, self.dequantize())
         return y.view(*x.shape[:-1], self.n)
 
-    def few(self, x: torch.Tensor) -> torch.Tensor | None:
+    def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
         """x [m, k] -> [m, n] for few rows; None where torch has no kernel for it."""
         raise NotImplementedError  # each scheme's own
 
-    def widened(self) -> torch.Tensor:
+    def dequantize(self) -> torch.Tensor:
         """The weight in full, [n, k]."""
         raise NotImplementedError  # each scheme's own
 
 
 class Int8(Quantized):
+    bits = 8
     round = staticmethod(round_int8)
 
-    def few(self, x: torch.Tensor) -> torch.Tensor | None:
-        # In float32 torch's kernel is four times slower than the products with the widened weight.
+    def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
+        # In float32 torch's kernel is four times slower than the products with the dequantize weight.
         if self.dtype != torch.bfloat16 or not x.is_cpu or (op := _operator("_weight_int8pack_mm")) is None:
             return None
         y: torch.Tensor = op(x, self.data, self.scale)
         return y
 
-    def widened(self) -> torch.Tensor:
+    def dequantize(self) -> torch.Tensor:
         return self.data.to(self.dtype).mul_(self.scale[:, None])
 
 
 class Int4(Quantized):
     """A byte holds columns j and j + 16 of a group of 32, low bits first."""
 
+    bits = 4
     zero: torch.Tensor
 
     @staticmethod
@@ -134,10 +137,10 @@ class Int4(Quantized):
         low, high = q.view(len(q), -1, 2, GROUP // 2).unbind(2)
         return (low | high << 4).flatten(1), scale, zero
 
-    def few(self, x: torch.Tensor) -> torch.Tensor | None:
+    def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
         return None
 
-    def widened(self) -> torch.Tensor:
+    def dequantize(self) -> torch.Tensor:
         data = self.data.view(self.n, -1, 1, GROUP // 2)
         q = torch.cat((data & 15, data >> 4), dim=2).view(self.n, -1, GROUP).to(self.dtype)
         return q.sub_(8).mul_(self.scale[..., None]).add_(self.zero[..., None]).view(self.n, self.k)
@@ -150,6 +153,8 @@ class PackedInt4(Quantized):
     scale: scales and zeros, [k / 32, n, 2].
     """
 
+    bits = 4
+
     @staticmethod
     def round(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         q, scale, zero = round_int4(weight)
@@ -160,11 +165,11 @@ class PackedInt4(Quantized):
         super().__init__(*weights)
         self.scale = self.scale.transpose(0, 1).contiguous()
 
-    def few(self, x: torch.Tensor) -> torch.Tensor | None:
+    def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
         y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.data, GROUP, self.scale)
         return y
 
-    def widened(self) -> torch.Tensor:
+    def dequantize(self) -> torch.Tensor:
         half = packed_half()
         data = self.data.view(-1, self.k, half)  # [blocks, k, half]
         q = torch.cat((data & 15, data >> 4), dim=-1).view(len(data), -1, GROUP, 2 * half).to(self.dtype)

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llama.distributed import exchange
 from llama.engine import Engine, read_back
-from llama.model import Measure, Transformer, log_norm, score
+from llama.executor import Executor, Measure, log_norm, score
 from llama.params import ModelArgs
 from llama.progress import progress
 from llama.request import Alternatives, alternatives, check_alternatives, check_list, check_whole, read_ids
@@ -159,10 +159,10 @@ def top_logprobs(llama: Engine, ids: Sequence[int], k: int) -> list[Alternatives
 def hidden_states(llama: Engine, ids: Sequence[int]) -> torch.Tensor:
     """The states before the output layer, after the last norm: [1, n, dim] in the model's dtype, on its device.
 
-    `llama.model.logits(hidden_states(llama, ids))` are the logits. Errors as in `top_logprobs`.
+    `llama.executor.logits(hidden_states(llama, ids))` are the logits. Errors as in `top_logprobs`.
     """
     text = read_ids("the text", ids, llama.model.params)
-    return llama.model.hidden(torch.tensor([text], device=llama.model.cos.device), 0, len(text))
+    return llama.executor.hidden(torch.tensor([text], device=llama.executor.device), 0, len(text))
 
 
 def check_bos(bos: bool | None) -> None:
@@ -243,7 +243,8 @@ def measure_texts(llama: Engine, texts: Sequence[Text], measure: Measure) -> lis
     """
     exchange(None)  # between two calls a rank may take its time
     found: dict[Text, list[list[float]]] = {text: [] for text in texts}
-    groups = _groups([text for text in found if text.start < len(text.ids)])
+    measured = [text for text in found if text.start < len(text.ids)]
+    groups = [Group(text.ids[:-1], [text]) for text in measured] if llama.executor.aligned else _groups(measured)
     for batch in progress(list(_batches(groups, llama.model.params)), "scoring"):
         for text, values in _measure_batch(llama, batch, measure):
             found[text] = values
@@ -307,34 +308,34 @@ def _measure_batch(llama: Engine, batch: list[Group], measure: Measure) -> list[
     Rows are padded on the right: causality hides the padding in the first pass, the mask in the second, and no state of
     it is looked at.
     """
-    model = llama.model
+    executor = llama.executor
     lengths = [len(group.prefix) for group in batch]
-    h = model.hidden(_padded([group.prefix for group in batch], model), 0, max(lengths))  # [groups, seqlen, dim]
+    h = executor.hidden(_padded([group.prefix for group in batch], executor), 0, max(lengths))  # [groups, seqlen, dim]
     rows = [(slot, group, text) for slot, group in enumerate(batch) for text in group.texts]
     states = {text: [h[slot, text.start - 1 : lengths[slot]]] for slot, _, text in rows}
     later = [(slot, group.rest(text), text) for slot, group, text in rows if group.rest(text)]
     # More rows than fit are texts of one group: what the first row holds of their prefix is not overwritten.
-    size = min(model.params.max_batch_size, max(1, BATCH_TOKENS // max((len(rest) for _, rest, _ in later), default=1)))
+    size = min(executor.model.params.max_batch_size, max(1, BATCH_TOKENS // max((len(rest) for _, rest, _ in later), default=1)))
     for at in range(0, len(later), size):
         slots, rests, owners = zip(*later[at : at + size], strict=True)
         starts = [lengths[slot] for slot in slots]
-        tokens = _padded(rests, model)  # [rows, rest]
-        for cache in model.caches if at == 0 else ():  # later rows find the prefix where it is
+        tokens = _padded(rests, executor)  # [rows, rest]
+        for cache in executor.caches if at == 0 else ():  # later rows find the prefix where it is
             cache.spread(list(slots), max(starts))
         same = len(set(starts)) == 1
         start_pos = starts[0] if same else torch.tensor(starts, device=tokens.device)
-        h = model.hidden(tokens, start_pos, max(starts) + tokens.shape[1])
+        h = executor.hidden(tokens, start_pos, max(starts) + tokens.shape[1])
         for row, (rest, text) in enumerate(zip(rests, owners, strict=True)):
             states[text].append(h[row, : len(rest)])
     flat = torch.cat([part for parts in states.values() for part in parts])  # [measured ids, dim]
     targets = torch.tensor([token for text in states for token in text.ids[text.start :]], device=flat.device)
-    values = iter(read_back(model.measured(flat, targets, measure)))
+    values = iter(read_back(executor.measured(flat, targets, measure)))
     return [(text, list(islice(values, len(text.ids) - text.start))) for text in states]
 
 
-def _padded(rows: Sequence[Sequence[int]], model: Transformer) -> torch.Tensor:
+def _padded(rows: Sequence[Sequence[int]], executor: Executor) -> torch.Tensor:
     tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    return pad_sequence(tensors, batch_first=True).to(model.cos.device)
+    return pad_sequence(tensors, batch_first=True).to(executor.device)
 
 
 def _logprob(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

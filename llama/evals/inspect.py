@@ -15,7 +15,7 @@ from llama.generation import Llama
 from llama.distributed import is_main_rank, raising_together
 from llama.evals.page import Alternative, Look, Token, level, page, percent_text, shown, width
 from llama.engine import Engine
-from llama.model import log_norm, score
+from llama.executor import log_norm, score
 from llama.request import Alternatives, alternatives, check_alternatives, check_whole, read_ids
 from llama.scoring import Text, check_bos, measure_texts, with_bos
 from llama.stream import TextStream

@@ -72,7 +72,7 @@ class MetaLlama(TemplateLM):
             plain=plain,
             chat_format=chat_format,
         )
-        self._device = self.llama.model.cos.device
+        self._device = self.llama.executor.device
         names = {i: name for name, i in self.llama.tokenizer.special_ids.items()}
         ends = {BOS: self.llama.tokenizer.bos_id, EOS: self.llama.tokenizer.eos_id}
         self._names = {special: names[i] for special, i in ends.items() if i in names}
