@@ -203,7 +203,7 @@ def test_transformers_reads_the_same_ids(tmp_path: Path, rows: int, tokenizer: P
     # The dialect of Meta's chat models comes along as a template.
     for dialog in DIALOGS:
         encoded = theirs.apply_chat_template(dialog, add_generation_prompt=True)
-        assert list(getattr(encoded, "input_ids", encoded)) == ChatFormat(dialect, ours).encode(dialog)
+        assert list(getattr(encoded, "input_ids", encoded)) == ChatFormat(ours, dialect).encode(dialog)
     # And back: from tokenizer.model where it is there, else from tokenizer.json.
     (tmp_path / "without").mkdir()
     for path in (tmp_path / "hf").iterdir():
