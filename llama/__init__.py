@@ -5,7 +5,7 @@ import sys
 
 try:
     from llama.chat_format import Dialog, Message
-    from llama.generation import Llama
+    from llama.generation import LLaMA, Llama
     from llama.conversation import Conversation
     from llama.model import Transformer
     from llama.params import ModelArgs
@@ -16,4 +16,4 @@ except KeyboardInterrupt:
     raise
 
 __version__ = "0.1.0"
-__all__ = ["Conversation", "Dialog", "Llama", "Message", "ModelArgs", "Tokenizer", "Transformer"]
+__all__ = ["Conversation", "Dialog", "LLaMA", "Llama", "Message", "ModelArgs", "Tokenizer", "Transformer"]

@@ -10,19 +10,13 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
 
-from llama.tokenizer import Tokenizer, TokenizerError, check_size
-
-Role = Literal["system", "user", "assistant"]
+from llama.tokenizer import STEP, Dialog, Message, Tokenizer, TokenizerError, check_size
+from llama.tokenizer import Role as Role
 
 
-class Message(TypedDict):
-    role: Role
-    content: str
-
-
-Dialog = Sequence[Message]
+class DialogError(ValueError, AssertionError):
+    """Roles of a dialog are out of order. Meta's code raises AssertionError for it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,8 @@ class Dialect:
     needs: specials that it cannot do without. stops: those that end an answer beside EOS, as far as there are such.
     tags: marks that are plain text, so content that holds one could forge a turn.
     strips: contents lose the white space around them.
+    message: how it writes a message by itself, in dialects that take roles in any order.
+    destinations: messages may have a "destination", which is a line of its own behind the role; answers are for "user".
     """
 
     write: Callable[[str | None, Turns], list[Part]]
@@ -54,30 +50,56 @@ class Dialect:
     stops: tuple[Special, ...] = ()
     tags: tuple[str, ...] = ()
     strips: bool = False
+    message: Callable[[str, str], list[Part]] | None = None
+    destinations: bool = False
 
     def parts(
         self, dialog: Dialog, default_system: str | None = None, system_prefix: str = "", dialog_bos: bool = False
     ) -> list[Part]:
         """default_system: the system message of a dialog without one. system_prefix: what goes before another one.
-        dialog_bos: BOS goes first where the dialect has none. Raises TypeError and ValueError as `split_system` does.
+        dialog_bos: BOS goes first where the dialect has none. Raises as `split` does.
         """
-        system, messages = split_system(dialog)
-        turns: Turns = [(message["role"], self._content(message["content"])) for message in messages]
-        parts = self.write(default_system if system is None else system_prefix + self._content(system), turns)
+        system, messages = self.split(dialog)
+        turns: Turns = [(self._role(message), self.content(message["content"])) for message in messages]
+        parts = self.write(default_system if system is None else system_prefix + self.content(system), turns)
         return [BOS, *parts] if dialog_bos and parts[0] != BOS else parts
 
-    def _content(self, text: str) -> str:
+    def split(self, dialog: Dialog) -> tuple[str | None, list[Message]]:
+        """`split_system`, with roles in any order where the dialect takes them so."""
+        return split_system(dialog, any_order=self.message is not None)
+
+    def content(self, text: str) -> str:
         return text.strip() if self.strips else text
+
+    def _role(self, message: Message) -> str:
+        destination = message.get("destination") if self.destinations else None
+        return message["role"] if destination is None else f"{message['role']}\nDestination: {destination.strip()}"
+
+
+B_INST, E_INST = "[INST]", "[/INST]"
+B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
+LLAMA2_TAGS = (B_INST, E_INST, B_SYS.strip(), E_SYS.strip())
 
 
 def _llama2(system: str | None, turns: Turns) -> list[Part]:
     texts = [content for _, content in turns]
     if system is not None:
-        texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}"
+        texts[0] = f"{B_SYS}{system}{E_SYS}{texts[0]}"
     parts: list[Part] = []
     for user, answer in zip(texts[0:-1:2], texts[1::2], strict=True):
-        parts += [BOS, f"[INST] {user.strip()} [/INST] {answer.strip()} ", EOS]
-    return [*parts, BOS, f"[INST] {texts[-1].strip()} [/INST]"]
+        parts += [BOS, f"{B_INST} {user.strip()} {E_INST} {answer.strip()} ", EOS]
+    return [*parts, BOS, f"{B_INST} {texts[-1].strip()} {E_INST}"]
+
+
+CODELLAMA_STEP = Special(STEP)
+
+
+def _codellama_70b(system: str | None, turns: Turns) -> list[Part]:
+    """Code Llama 70B-Instruct. A dialog without a system message gets an empty one, which is a role without content."""
+    parts: list[Part] = [BOS]
+    for role, content in [("system", system or ""), *turns]:
+        parts += [f" Source: {role}" + (f"\n\n {content.strip()}" if content else ""), CODELLAMA_STEP]
+    return [*parts, " Source: assistant\nDestination: user\n\n "]
 
 
 START_HEADER, END_HEADER, EOT = Special("<|start_header_id|>"), Special("<|end_header_id|>"), Special("<|eot_id|>")
@@ -86,8 +108,12 @@ START_HEADER, END_HEADER, EOT = Special("<|start_header_id|>"), Special("<|end_h
 def _llama3(system: str | None, turns: Turns) -> list[Part]:
     parts: list[Part] = [BOS]
     for role, content in _with_system(system, turns):
-        parts += [START_HEADER, role, END_HEADER, f"\n\n{content}", EOT]
-    return [*parts, START_HEADER, "assistant", END_HEADER, "\n\n"]
+        parts += _llama3_message(role, content)
+    return [*parts, *_llama3_message("assistant", "")[:-1]]
+
+
+def _llama3_message(role: str, content: str) -> list[Part]:
+    return [START_HEADER, role, END_HEADER, f"\n\n{content}", EOT]
 
 
 IM_START, IM_END = Special("<|im_start|>"), Special("<|im_end|>")
@@ -153,9 +179,15 @@ def _with_system(system: str | None, turns: Turns) -> Turns:
 
 # By name. Where there are several, the first that the vocabulary has the specials for is meant.
 FORMATS: dict[str, tuple[Dialect, ...]] = {
-    "llama2": (Dialect(_llama2, needs=(BOS, EOS), tags=("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")),),
+    "llama2": (Dialect(_llama2, needs=(BOS, EOS), tags=LLAMA2_TAGS),),
     "llama3": (
-        Dialect(_llama3, needs=(BOS, START_HEADER, END_HEADER, EOT), stops=(EOT, Special("<|eom_id|>")), strips=True),
+        Dialect(
+            _llama3,
+            needs=(BOS, START_HEADER, END_HEADER, EOT),
+            stops=(EOT, Special("<|eom_id|>")),
+            strips=True,
+            message=_llama3_message,
+        ),
     ),
     "chatml": (Dialect(_chatml, needs=(IM_START, IM_END), stops=(IM_END,)),),
     "zephyr": (Dialect(_zephyr, needs=(EOS,), tags=("<|system|>", "<|user|>", "<|assistant|>")),),
@@ -163,6 +195,15 @@ FORMATS: dict[str, tuple[Dialect, ...]] = {
     "mistral": (
         Dialect(_mistral_v3, needs=(BOS, EOS, INST, END_INST)),
         Dialect(_mistral_v1, needs=(BOS, EOS), tags=("[INST]", "[/INST]")),
+    ),
+    "codellama-70b": (
+        Dialect(
+            _codellama_70b,
+            needs=(BOS, CODELLAMA_STEP),
+            stops=(CODELLAMA_STEP,),
+            tags=(*LLAMA2_TAGS, STEP),
+            destinations=True,
+        ),
     ),
 }
 
@@ -190,36 +231,72 @@ def _refusal(tags: Sequence[str]) -> str:
     )
 
 
-REFUSAL = _refusal(FORMATS["llama2"][0].tags)
+REFUSAL = UNSAFE_ERROR = _refusal(LLAMA2_TAGS)
+# As Meta names them for its dialects with tags that are text, Llama 2's and Code Llama's.
+SPECIAL_TAGS = [*LLAMA2_TAGS, STEP]
 
 
 class ChatFormat:
     """A dialect in a tokenizer's ids. stop_tokens: ids that end an answer, beside the tokenizer's own.
 
+    name: one of FORMATS; default is the format that belongs to the tokenizer.
+
     Raises ValueError where the name is unknown, or the tokenizer lacks what the dialect needs.
     """
 
-    def __init__(self, name: str, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, name: str | None = None):
+        name = name or tokenizer.chat_format
+        if name is None:
+            raise ValueError(f"no chat format is recorded for this tokenizer: name one, {', '.join(FORMATS)}")
         self.name, self.tokenizer = name, tokenizer
         self._ids = {Special(token): i for token, i in tokenizer.special_ids.items()}
+        if tokenizer.step_id is not None:  # an ordinary piece in some vocabularies
+            self._ids[CODELLAMA_STEP] = tokenizer.step_id
         self._ids |= {special: i for special, i in ((BOS, tokenizer.bos_id), (EOS, tokenizer.eos_id)) if i >= 0}
         self.dialect = find_dialect(name, self._ids)
         self.stop_tokens = {self._ids[special] for special in self.dialect.stops if special in self._ids}
 
     def encode(self, dialog: Dialog) -> list[int]:
-        """Ids up to where the assistant's answer begins. Raises ValueError for roles out of order."""
-        ids: list[int] = []
+        """Ids up to where the assistant's answer begins. Raises TypeError for what is no dialog and DialogError, a
+        ValueError, for roles out of order; Llama 3 takes them in any order."""
         tokenizer = self.tokenizer
-        for part in self.dialect.parts(
-            dialog, tokenizer.default_system, tokenizer.system_prefix, tokenizer.dialog_bos and BOS in self._ids
-        ):
+        with_bos = tokenizer.dialog_bos and BOS in self._ids
+        return self._encode(self.dialect.parts(dialog, tokenizer.default_system, tokenizer.system_prefix, with_bos))
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """`encode`, by the name that it has in Meta's code."""
+        return self.encode(dialog)
+
+    def encode_message(self, message: Message) -> list[int]:
+        """Ids of one message, where they do not depend on those around it: Llama 3's. Raises ValueError for others."""
+        split_system([message], any_order=True)
+        return self._encode(self._message(message, self.dialect.content(message["content"])))
+
+    def encode_header(self, message: Message) -> list[int]:
+        """Ids of a message up to where its content begins. Raises as `encode_message` does."""
+        return self._encode(self._message(message, "")[:-1])
+
+    def answer(self, content: str) -> Message:
+        """The message that an answer is."""
+        if self.dialect.destinations:
+            return {"role": "assistant", "destination": "user", "content": content}
+        return {"role": "assistant", "content": content}
+
+    def _message(self, message: Message, content: str) -> list[Part]:
+        if self.dialect.message is None:
+            raise ValueError(f"chat format {self.name!r} does not write messages one by one: encode the whole dialog")
+        return self.dialect.message(message["role"], content)
+
+    def _encode(self, parts: Sequence[Part]) -> list[int]:
+        ids: list[int] = []
+        for part in parts:
             if isinstance(part, Special):
                 ids.append(self._ids[part])
                 continue
             # Texts do not touch, so what stands before this one is a special.
-            text = part.lstrip() if ids and ids[-1] in tokenizer.rstrip_ids else part
+            text = part.lstrip() if ids and ids[-1] in self.tokenizer.rstrip_ids else part
             if text:
-                ids += tokenizer.encode(text, bos=False, eos=False)
+                ids += self.tokenizer.encode(text, bos=False, eos=False)
         return ids
 
     def refusal(self, dialog: Dialog) -> str | None:
@@ -237,9 +314,9 @@ def for_tokenizer(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat |
     Raises ValueError where the tokenizer cannot write it, TokenizerError where its own files name it.
     """
     if name:
-        return ChatFormat(name, tokenizer)
+        return ChatFormat(tokenizer, name)
     try:
-        return None if tokenizer.chat_format is None else ChatFormat(tokenizer.chat_format, tokenizer)
+        return None if tokenizer.chat_format is None else ChatFormat(tokenizer)
     except ValueError as error:
         raise TokenizerError(f"{tokenizer.config_path}: {error}: mend its chat_format, null is for none") from None
 
@@ -269,11 +346,13 @@ def base_model_note(ckpt_dir: str | Path) -> str | None:
     )
 
 
-def split_system(dialog: Dialog) -> tuple[str | None, list[Message]]:
+def split_system(dialog: Dialog, any_order: bool = False) -> tuple[str | None, list[Message]]:
     """Check a dialog and take its system message off: (system or None, user and assistant messages in turn).
 
     A dialog is a list of {"role": ..., "content": ...}: at most one system message, first; then user and assistant
-    in turn, with the user last. Raises TypeError or ValueError otherwise.
+    in turn, with the user last. Raises TypeError or DialogError otherwise, which is a ValueError.
+
+    any_order: roles may be any texts, in any order.
     """
     if not isinstance(dialog, Sequence) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in dialog
@@ -282,8 +361,10 @@ def split_system(dialog: Dialog) -> tuple[str | None, list[Message]]:
     messages = list(dialog)
     system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else None
     roles = [message["role"] for message in messages]
+    if any_order:
+        return system, messages
     if not roles or len(roles) % 2 == 0 or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
-        raise ValueError(
+        raise DialogError(
             "roles of a dialog: an optional system message, then user and assistant in turn, user last; "
             f"got {', '.join(message['role'] for message in dialog) or 'nothing'}"
         )

@@ -121,7 +121,7 @@ class Conversation:
         return len(self._format.encode([*self._system(), *self.messages[start:], user]))
 
     def _answer(self, messages: list[Message], row: Row, text: TextStream, turn: Turn) -> Generator[str, None, None]:
-        answer: Message = {"role": "assistant", "content": ""}
+        answer = self._format.answer("")
         dialog = [*messages, answer]
         for piece in self.llama._pieces([row], [text], reuse=True):
             turn.reused, turn.new_tokens, turn.finish_reason = row.reused, len(row.tokens), piece.finish_reason

@@ -89,6 +89,7 @@ class Engine:
         top_p: Each[float] = 0.9,
         logprobs: bool | int = False,
         echo: bool = False,
+        stop_token: int | None = None,
         *,
         top_k: Each[int | None] = None,
         repetition_penalty: Each[float] = 1.0,
@@ -102,6 +103,7 @@ class Engine:
         logprobs: also return the natural log-probability of every returned id under the raw logits; a number K asks
             for the K best alternatives at each position, too.
         echo: return the prompt too; its first id, which nothing predicts, has log-probability 0.0.
+        stop_token: the one id that ends rows in place of the tokenizer's own stop ids; `stop_token_ids` come on top.
 
         Returns (ids, log-probabilities or None), a list a row, with the alternatives as its attribute `top`: lists of
         (id, log-probability), best first. Raises ValueError or TypeError for settings out of range, for more rows than
@@ -110,6 +112,7 @@ class Engine:
         """
         rows = self._rows(
             prompt_tokens,
+            stop_token=stop_token,
             max_gen_len=max_gen_len,
             temperature=temperature,
             top_p=top_p,
@@ -138,7 +141,12 @@ class Engine:
         return self._run(self._one_batch(self._rows(prompt_tokens, **settings)), self._alternatives(logprobs))
 
     def _rows(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[Row]:
-        return read_rows(self.model.params, self._seeds, self.tokenizer.stop_tokens, prompts, **settings)
+        """Rows that end at the tokenizer's stop ids, or in their place at the one that `stop_token` names."""
+        stop_token, stop = settings.pop("stop_token", None), self.tokenizer.stop_tokens
+        if stop_token is not None:
+            check_whole("stop_token", stop_token, 0)
+            stop = {int(stop_token)}
+        return read_rows(self.model.params, self._seeds, stop, prompts, **settings)
 
     def _one_batch(self, rows: list[Row]) -> list[Row]:
         limit = self.model.params.max_batch_size

@@ -12,7 +12,20 @@ from typing import Any, TypedDict
 import torch
 from typing_extensions import Unpack
 
-from llama.chat_format import FORMATS, ChatFormat, Dialog, Message, for_tokenizer, split_system
+from llama.chat_format import (
+    B_INST,
+    B_SYS,
+    E_INST,
+    E_SYS,
+    FORMATS,
+    SPECIAL_TAGS,
+    UNSAFE_ERROR,
+    ChatFormat,
+    Dialog,
+    Message,
+    Role,
+    for_tokenizer,
+)
 from llama.checkpoint import OUTPUT, Checkpoint, load_weights
 from llama.device import pick_device, pick_dtype, share_cores
 from llama.distributed import current_world, exchange, join, leave, meet, raising_together, say
@@ -25,10 +38,31 @@ from llama.params import CheckpointError, check_world_size
 from llama.quantize import SCHEMES
 from llama.quantized_weight import held_bytes, quantize_part
 from llama.request import Each, Row, Settings, check_list, check_whole
+from llama.sampling import sample_top_p
 from llama.shortage import EXPLAIN, is_shortage
 from llama.stream import Stop, TextPiece, TextStream, read_stops
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 from llama.verify import check_before_loading
+
+# What Meta's module of this name has.
+__all__ = [
+    "B_INST",
+    "B_SYS",
+    "E_INST",
+    "E_SYS",
+    "SPECIAL_TAGS",
+    "UNSAFE_ERROR",
+    "ChatPrediction",
+    "CompletionPrediction",
+    "Dialog",
+    "InfillingPrediction",
+    "LLaMA",
+    "Llama",
+    "Message",
+    "Role",
+    "infilling_prompt_tokens",
+    "sample_top_p",
+]
 
 
 class Details(TypedDict, total=False):
@@ -46,6 +80,13 @@ class CompletionPrediction(Details, total=False):
 
 class ChatPrediction(Details, total=False):
     generation: Message
+
+
+class InfillingPrediction(Details, total=False):
+    """full_text: prefix, generation and suffix."""
+
+    generation: str
+    full_text: str
 
 
 class Llama(Engine):
@@ -187,6 +228,15 @@ class Llama(Engine):
             )
         return self.chat_format
 
+    @property
+    def formatter(self) -> ChatFormat:
+        """`dialogs`, by the name that it has in Meta's code for Llama 3. May be set."""
+        return self.dialogs
+
+    @formatter.setter
+    def formatter(self, value: ChatFormat) -> None:
+        self.chat_format = value
+
     def text_completion(
         self,
         prompts: Sequence[str],
@@ -258,8 +308,8 @@ class Llama(Engine):
         `text_completion`.
 
         Returns a dict a dialog, or n of them for each, as `text_completion` does, except that "generation" is
-        {"role": "assistant", "content": text}. A dialog that its format refuses gets the fixed refusal as its answer,
-        with no tokens. Raises ValueError for roles out of order.
+        {"role": "assistant", "content": text}; Code Llama 70B-Instruct adds "destination": "user". A dialog that its
+        format refuses gets the fixed refusal as its answer, with no tokens. Raises ValueError for roles out of order.
         """
         rows, texts = self._chat_rows(
             dialogs,
@@ -277,8 +327,53 @@ class Llama(Engine):
             pass
         answers: list[ChatPrediction] = []
         for row, text in zip(rows, texts, strict=True):
-            answers.append({"generation": {"role": "assistant", "content": text.text}})
+            answers.append({"generation": self.dialogs.answer(text.text)})
             self._add_details(answers[-1], row, text, k)
+        return answers
+
+    def text_infilling(
+        self,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        temperature: Each[float] = 0.6,
+        top_p: Each[float] = 0.9,
+        max_gen_len: Each[int | None] = None,
+        logprobs: bool = False,
+        suffix_first: bool = False,
+    ) -> list[InfillingPrediction]:
+        """What goes between each prefix and its suffix, any number of them, by a Code Llama trained for it; an answer
+        ends at `tokenizer.eot_id`, and at no other id.
+
+        suffix_first: the suffix goes first in the prompt; see `infilling_prompt_tokens`.
+
+        Returns a dict a pair: "generation", "full_text" (prefix, generation and suffix) and "finish_reason"; with
+        logprobs "tokens" (`token_piece` of each id) and "logprobs". Errors as in `generate`, and as in
+        `infilling_prompt_tokens`.
+        """
+        check_list("prefixes", "texts", prefixes)
+        check_list("suffixes", "texts", suffixes)
+        if len(prefixes) != len(suffixes):
+            raise ValueError(f"{len(prefixes)} prefixes and {len(suffixes)} suffixes: give each prefix its suffix")
+        pairs = list(zip(prefixes, suffixes, strict=True))
+        prompts = [infilling_prompt_tokens(self.tokenizer, *pair, suffix_first) for pair in pairs]
+        rows = self._rows(
+            prompts,
+            stop_token=self.tokenizer.eot_id,
+            temperature=temperature,
+            top_p=top_p,
+            max_gen_len=max_gen_len,
+        )
+        texts = [TextStream(self.tokenizer) for _ in rows]
+        k = self._alternatives(logprobs)
+        for _ in self._pieces(rows, texts, k):
+            pass
+        answers: list[InfillingPrediction] = []
+        for row, text, (prefix, suffix) in zip(rows, texts, pairs, strict=True):
+            middle = self.tokenizer.decode_infilling(row.tokens)
+            answers.append({"generation": middle, "full_text": prefix + middle + suffix})
+            self._add_details(answers[-1], row, text, k)
+            if k is not None:
+                answers[-1]["tokens"] = [self.tokenizer.token_piece(token) for token in row.tokens]
         return answers
 
     def stream_chat(
@@ -303,7 +398,7 @@ class Llama(Engine):
     ) -> tuple[list[Row], list[TextStream]]:
         check_list("dialogs", "dialogs", dialogs)
         for dialog in dialogs:
-            split_system(dialog)
+            self.dialogs.dialect.split(dialog)  # a mistake is an error, whatever the texts hold
         refusals = [self.dialogs.refusal(dialog) for dialog in dialogs]
         ids = [[0] if refused else self.dialogs.encode(d) for d, refused in zip(dialogs, refusals, strict=True)]
         rows = self._rows(ids, **settings)
@@ -351,6 +446,44 @@ class Llama(Engine):
         if k:
             decode = self.tokenizer.decode_token
             answer["top_logprobs"] = [[(decode(i), p) for i, p in top] for top in row.prompt_top + row.top]
+
+
+class LLaMA:
+    """The surface of Meta's first LLaMA: texts in, whole texts out."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self._llama = Llama(model, tokenizer)
+
+    def generate(
+        self, prompts: Sequence[str], max_gen_len: int, temperature: float = 0.8, top_p: float = 0.95
+    ) -> list[str]:
+        """Each prompt and its continuation as one text, up to the tokenizer's EOS, `max_gen_len` ids more than the
+        prompt, or `max_seq_len` ids. Errors as in `Llama.generate`."""
+        check_list("prompts", "texts", prompts)
+        ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        rows, _ = self._llama.generate(
+            ids, max_gen_len, temperature, top_p, echo=True, stop_token=self.tokenizer.eos_id
+        )
+        return [self.tokenizer.decode(row) for row in rows]
+
+
+def infilling_prompt_tokens(tokenizer: Tokenizer, pre: str, suf: str, suffix_first: bool = False) -> list[int]:
+    """The prompt that has Code Llama write what goes between two texts: BOS <PRE> pre <SUF> suf <MID>, or with
+    suffix_first BOS <PRE> <SUF> suf <MID> pre.
+
+    Raises ValueError for a tokenizer without these ids, and as `Tokenizer.encode` does.
+    """
+    begin, middle, end = tokenizer.prefix_id, tokenizer.middle_id, tokenizer.suffix_id
+    if begin is None or middle is None or end is None or tokenizer.eot_id is None:
+        raise ValueError(
+            "this tokenizer has no <PRE>, <SUF>, <MID> and <EOT>: infilling needs a Code Llama that was trained for it "
+            "(7B, 13B, and their -Instruct models)"
+        )
+    before, after = tokenizer.encode(pre, bos=False, eos=False), tokenizer.encode_infilling(suf)
+    if suffix_first:
+        return [tokenizer.bos_id, begin, end, *after, middle, *before]
+    return [tokenizer.bos_id, begin, *before, end, *after, middle]
 
 
 def _load(

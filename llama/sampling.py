@@ -97,6 +97,16 @@ def keep_top_p(probs: torch.Tensor, top_p: Setting) -> torch.Tensor:
     return torch.zeros_like(probs).scatter(-1, ids, ranked.where(before <= top_p, 0))
 
 
+def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
+    """Nucleus sampling by itself, as Meta's modules have it: probs [bsz, vocab] -> next ids, int64 [bsz, 1].
+
+    Draws with torch's global generator, so `torch.manual_seed` repeats it. The engine has `keep_top_p` and `draw`.
+    """
+    ranked, ids = probs.sort(dim=-1, descending=True)  # [bsz, vocab]
+    ranked = ranked.masked_fill(ranked.cumsum(dim=-1) - ranked > p, 0)
+    return ids.gather(-1, torch.multinomial(ranked / ranked.sum(dim=-1, keepdim=True), 1))
+
+
 def draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Invert the cumulative distribution: weights [bsz, vocab] (any positive sum), uniform [bsz] -> int64 [bsz]."""
     cumulative = probs.cumsum(dim=-1)  # [bsz, vocab]

@@ -4,14 +4,33 @@
 import base64
 import contextlib
 import json
+import operator
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+
+from typing_extensions import NotRequired
 
 from llama.sniff import expect_file, what_is
 
+if TYPE_CHECKING:
+    from llama.chat_format import ChatFormat as ChatFormat
+
 Kind = Literal["sentencepiece", "tiktoken", "tokenizer.json"]
+Names = Literal["all"] | Collection[str]
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(TypedDict):
+    """destination: whom a message of Code Llama 70B-Instruct is for; other formats do not read it."""
+
+    role: Role
+    content: str
+    destination: NotRequired[str]
+
+
+Dialog = Sequence[Message]
 
 # Special tokens that end an answer, beside EOS, wherever a vocabulary has them.
 STOP_NAMES = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
@@ -48,11 +67,24 @@ SIZE_LIMIT = 64 * 2**20
 RANKS_LIMIT = 16 * 2**20  # of a rank file; Llama 3's has 2 MB
 PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 ESCAPED_LETTER = re.compile(rb"(?<!\\)(\\\\)*\\u00(5f|6[1-9a-f]|7[0-9a])", re.IGNORECASE)  # of its name
+# Code Llama's pieces for infilling, in the order of prefix_id, middle_id, suffix_id and eot_id, and its end of a turn.
+INFILLING = ("\u2581<PRE>", "\u2581<MID>", "\u2581<SUF>", "\u2581<EOT>")
+STEP = "<step>"
+MARK = "\N{WHITE SMILING FACE}"  # goes before a text that must get no space before it
 SPACES_LIMIT = 999_998  # tiktoken's pattern matcher panics at longer runs of white space
 
 
 class TokenizerError(ValueError):
     """The tokenizer file is missing, of an unknown kind, or does not belong to the checkpoint."""
+
+
+def __getattr__(name: str) -> Any:
+    """ChatFormat, which Meta's module has here, too; its own module imports this one."""
+    if name == "ChatFormat":
+        from llama.chat_format import ChatFormat
+
+        return ChatFormat
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Tokenizer:
@@ -65,7 +97,9 @@ class Tokenizer:
     n_words: rows of the embedding. Models may have more than the tokenizer has ids; those beyond give no text.
     bos_id, eos_id, pad_id: -1 where the tokenizer has none.
     adds_bos: whether texts start with BOS (Llama's do, SmolLM2's do not).
-    stop_tokens: ids that end a generation. special_ids: name -> id of the control tokens.
+    stop_tokens: ids that end a generation. special_ids, special_tokens: name -> id of the control tokens.
+    prefix_id, middle_id, suffix_id, eot_id: Code Llama's infilling ids; step_id: the id of `<step>`, which ends a turn
+    of Code Llama 70B-Instruct. None where the vocabulary lacks them.
     rstrip_ids: special ids behind which white space is dropped from a text.
     chat_format, default_system: the dialog format that belongs to the tokenizer and the system message it puts
     before a dialog without one; None where unknown. system_prefix: what it puts before every system message.
@@ -77,6 +111,9 @@ class Tokenizer:
 
     Raises TokenizerError.
     """
+
+    num_reserved_special_tokens = N_LLAMA3_SPECIAL
+    pat_str = LLAMA3_SPLIT
 
     def __init__(self, model_path: str | Path, *, use_scaled_rope: bool = False):
         path = Path(model_path)
@@ -92,6 +129,9 @@ class Tokenizer:
             backend = _TokenizerJson(path, config)
         self._backend, self._n_own = backend, backend.n_words
         self.special_ids, self.rstrip_ids = backend.special_ids, backend.rstrip_ids
+        self.special_tokens = self.special_ids
+        self.prefix_id, self.middle_id, self.suffix_id, self.eot_id = map(backend.find, INFILLING)
+        self.step_id = backend.find(STEP)
         self.bos_id, self.eos_id, self.pad_id = backend.bos_id, backend.eos_id, backend.pad_id
         self.adds_bos = backend.adds_bos and (self.kind != "sentencepiece" or config.get("add_bos_token") is not False)
         self.unsettled_ids = backend.unsettled_ids
@@ -111,17 +151,41 @@ class Tokenizer:
                 "correct the key or take it out"
             )
 
+    @property
+    def sp_model(self) -> Any:
+        """The SentencePieceProcessor. AttributeError for other kinds of tokenizer."""
+        if self.kind != "sentencepiece":
+            raise AttributeError(f"a {self.kind} tokenizer has no sp_model, only SentencePiece tokenizers have one")
+        return self._backend.model
+
+    @property
+    def model(self) -> Any:
+        """The tiktoken Encoding of Llama 3's ranks, special tokens included. AttributeError for other kinds."""
+        if self.kind != "tiktoken":
+            raise AttributeError(f"a {self.kind} tokenizer has no model, only tiktoken ranks have one")
+        return self._backend.model
+
     def encode(
-        self, s: str, bos: bool, eos: bool, *, allowed_special: Literal["all"] | Collection[str] = ()
+        self, s: str, bos: bool, eos: bool, *, allowed_special: Names = (), disallowed_special: Names = ()
     ) -> list[int]:
         """Ids of a text, with BOS before and EOS behind where asked for.
 
         allowed_special: names of special tokens, or "all", that become their ids where the text holds them. By default
         none does: text that users write cannot end a turn.
+        disallowed_special: names that the text must not hold; "all" is every special token that is not allowed.
 
-        Raises TypeError for what is no text, ValueError for one that the tokenizer cannot take.
+        Raises TypeError for what is no text, ValueError for one that the tokenizer cannot take or that holds a
+        disallowed name.
         """
         _check_text(s)
+        if disallowed_special == "all":
+            allowed = self.special_ids.keys() if allowed_special == "all" else allowed_special
+            disallowed_special = self.special_ids.keys() - set(allowed)
+        if found_name := next((name for name in disallowed_special if name in s), None):
+            raise ValueError(
+                f"the text holds {found_name!r}, which disallowed_special names: take it out of the text, or leave it "
+                "out of disallowed_special to encode it as text"
+            )
         ids = [self.bos_id] * bos
         for i, part in enumerate(self._split(s, allowed_special)):
             if i % 2:
@@ -137,7 +201,7 @@ class Tokenizer:
                 ids += found
         return ids + [self.eos_id] * eos
 
-    def _split(self, s: str, names: Literal["all"] | Collection[str]) -> list[str]:
+    def _split(self, s: str, names: Names) -> list[str]:
         """Texts and the special tokens between them, in turn."""
         names = self.special_ids.keys() if names == "all" else names
         if not names:
@@ -152,13 +216,48 @@ class Tokenizer:
         _check_text(s)
         return self._backend.normalize(s)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids. Special ids give nothing, bytes that are not UTF-8 give U+FFFD."""
-        return self._backend.decode([token for token in ids if token < self._n_own])
+    def decode(self, ids: int | Sequence[int]) -> str:
+        """Text of ids, or of one. Bytes that are not UTF-8 give U+FFFD. Special ids give their names in Llama 3's ranks
+        and nothing in other tokenizers, as Meta's do. Raises ValueError for ids outside the vocabulary."""
+        return self._backend.decode([token for token in self._read_ids(ids) if token < self._n_own])
 
     def decode_token(self, token: int) -> str:
-        """One id as people read it: leading spaces kept, special ids by name."""
+        """One id as people read it: leading spaces kept, special ids by name. Raises as `decode` does."""
+        (token,) = self._read_ids(token)
         return self._backend.piece(token) if token < self._n_own else ""
+
+    def token_piece(self, token: int) -> str:
+        """The vocabulary's own spelling of an id, with U+2581 for spaces in SentencePiece; other kinds have none and
+        give `decode_token`. Raises as `decode` does."""
+        (token,) = self._read_ids(token)
+        if self.kind == "sentencepiece" and token < self._n_own:
+            return self.sp_model.id_to_piece(token)
+        return self.decode_token(token)
+
+    def encode_infilling(self, s: str) -> list[int]:
+        """Ids of a text that continues another one: without the space that SentencePiece puts before a text. Raises as
+        `encode` does."""
+        mark, alone = (self.encode(text, bos=False, eos=False) for text in (MARK, s))
+        marked = self.encode(MARK + s, bos=False, eos=False)
+        return marked[len(mark) :] if marked[: len(mark)] == mark and self.kind != "tiktoken" else alone
+
+    def decode_infilling(self, ids: Sequence[int]) -> str:
+        """Text of ids that continue another text: with its leading space. Raises as `decode` does."""
+        mark = self.encode(MARK, bos=False, eos=False)
+        return self.decode([*mark, *ids])[len(self.decode(mark)) :]
+
+    def _read_ids(self, ids: Any) -> list[int]:
+        try:
+            found = [operator.index(ids)]
+        except TypeError:
+            found = list(map(operator.index, ids))
+        for token in found:
+            if not 0 <= token < self.n_words:
+                raise ValueError(
+                    f"id {token} is outside the vocabulary, whose ids are 0 to {self.n_words - 1}: take padding and "
+                    "other placeholders out before you decode"
+                )
+        return found
 
 
 def _check_text(s: object) -> None:
@@ -297,6 +396,7 @@ def _rust_errors(what: str) -> Iterator[None]:
 
 
 class _Backend(Protocol):
+    model: Any
     n_words: int
     unk_id: int
     bos_id: int
@@ -312,11 +412,10 @@ class _Backend(Protocol):
     def encode(self, s: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def piece(self, token: int) -> str: ...
+    def find(self, piece: str) -> int | None: ...
 
 
 class _SentencePiece:
-    chat_format: str | None = "llama2"
-
     def __init__(self, path: Path):
         from sentencepiece import SentencePieceProcessor
 
@@ -337,6 +436,7 @@ class _SentencePiece:
         self.unsettled_ids: set[int] = set()
         self.rstrip_ids: set[int] = set()
         self.special_ids: dict[str, int] = {name: i for i, name in enumerate(names) if self.model.is_control(i)}
+        self.chat_format: str | None = "llama2" if self.find(STEP) is None else "codellama-70b"
 
     def normalize(self, s: str) -> str:
         return self.model.normalize(s)
@@ -354,24 +454,29 @@ class _SentencePiece:
             return chr(byte) if byte < 128 else name
         return name.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
 
+    def find(self, piece: str) -> int | None:
+        found: int = self.model.piece_to_id(piece)  # the id for what is unknown where there is no such piece
+        return found if self.model.id_to_piece(found) == piece else None
+
 
 class _Tiktoken:
     chat_format: str | None = "llama3"
     adds_bos = True
 
     def __init__(self, path: Path, special: dict[int, str]):
-        self.tokens = read_ranks(path)
+        tokens = read_ranks(path)
         try:
             from tiktoken import Encoding
         except ImportError:
             raise TokenizerError(f"{path} needs the tiktoken package: pip install 'llama-runner[convert]'") from None
-        ranks = {token: rank for rank, token in enumerate(self.tokens)}
-        # It is not told of the special tokens, so that no text becomes one.
-        self.model = Encoding(path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
+        ranks = {token: rank for rank, token in enumerate(tokens)}
         reserved = iter(range(N_LLAMA3_SPECIAL))
-        self.names = [special.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(N_LLAMA3_SPECIAL)]
-        self.special_ids = {name: len(ranks) + i for i, name in enumerate(self.names)}
-        self.n_words = len(ranks) + N_LLAMA3_SPECIAL
+        names = [special.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(N_LLAMA3_SPECIAL)]
+        self.special_ids = {name: len(ranks) + i for i, name in enumerate(names)}
+        # No text becomes a special token in encode_ordinary, though the Encoding has them for those who use it.
+        self.model = Encoding(path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=self.special_ids)
+        self.bytes = [*tokens, *(name.encode() for name in names)]  # of each id
+        self.n_words = len(self.bytes)
         self.bos_id = self.special_ids["<|begin_of_text|>"]
         self.eos_id = self.special_ids["<|end_of_text|>"]
         self.pad_id = self.unk_id = -1
@@ -390,10 +495,13 @@ class _Tiktoken:
         return self.model.encode_ordinary(s)
 
     def decode(self, ids: list[int]) -> str:
-        return b"".join(self.tokens[i] for i in ids if i < len(self.tokens)).decode(errors="replace")
+        return b"".join(self.bytes[i] for i in ids).decode(errors="replace")
 
     def piece(self, token: int) -> str:
-        return self.decode([token]) if token < len(self.tokens) else self.names[token - len(self.tokens)]
+        return self.decode([token])
+
+    def find(self, piece: str) -> int | None:
+        return self.special_ids.get(piece)
 
 
 class _TokenizerJson:
@@ -471,3 +579,6 @@ class _TokenizerJson:
             if self._strips:  # the space before the first id: look at the second of two
                 return self.model.decode([token, token], skip_special_tokens=False)[len(alone) :]
         return alone
+
+    def find(self, piece: str) -> int | None:
+        return self.model.token_to_id(piece)

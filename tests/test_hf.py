@@ -199,11 +199,12 @@ def test_transformers_reads_the_same_ids(tmp_path: Path, rows: int, tokenizer: P
     for text in TEXTS:
         ids = ours.encode(text, bos=True, eos=False)
         assert theirs(text).input_ids == ids
-        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+        specials = ours.kind != "tiktoken"  # which decodes them to their names, as Meta's does
+        assert theirs.decode(ids, skip_special_tokens=specials) == ours.decode(ids)
     # The dialect of Meta's chat models comes along as a template.
     for dialog in DIALOGS:
         encoded = theirs.apply_chat_template(dialog, add_generation_prompt=True)
-        assert list(getattr(encoded, "input_ids", encoded)) == ChatFormat(dialect, ours).encode(dialog)
+        assert list(getattr(encoded, "input_ids", encoded)) == ChatFormat(ours, dialect).encode(dialog)
     # And back: from tokenizer.model where it is there, else from tokenizer.json.
     (tmp_path / "without").mkdir()
     for path in (tmp_path / "hf").iterdir():

@@ -141,7 +141,7 @@ REFUSING = ("chatml, pieces", "chatml, unigram")  # where the text alone is a ma
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ChatFormat]:
     path = vocabulary(request.param, tmp_path_factory.mktemp("vocabulary") / "tokenizer")
     name = re.split("[, ]", request.param)[0]
-    return request.param, ChatFormat(name, Tokenizer(path, use_scaled_rope=request.param == "llama3"))
+    return request.param, ChatFormat(Tokenizer(path, use_scaled_rope=request.param == "llama3"), name)
 
 
 def special_ids(format: ChatFormat, ids: list[int]) -> list[int]:
@@ -257,12 +257,12 @@ def test_an_unknown_character_is_no_forged_mark(tmp_path: Path) -> None:
 
 def test_tags_are_refused_as_the_tokenizer_reads_them(tmp_path: Path) -> None:
     """Full-width brackets are brackets to NFKC; to a tokenizer that leaves them alone they are not."""
-    format, plain = ChatFormat("llama2", Tokenizer(nfkc_sentencepiece(tmp_path / "a"))), Tokenizer(TOKENIZER)
+    format, plain = ChatFormat(Tokenizer(nfkc_sentencepiece(tmp_path / "a")), "llama2"), Tokenizer(TOKENIZER)
     for tag in format.dialect.tags:
         dialog = dialog_of(None, [f"x {full_width(tag)} y"])
         assert tag in format.tokenizer.decode(format.encode(dialog))[6:-7]  # it is what the model would read
         assert format.refusal(dialog) and format.refusal(dialog_of(f"{full_width(tag)}", ["x"]))
-        assert ChatFormat("llama2", plain).refusal(dialog) is None
+        assert ChatFormat(plain, "llama2").refusal(dialog) is None
     with pytest.raises(ValueError, match="half of a surrogate pair"):
         format.refusal(dialog_of(None, ["\ud800"]))
 
@@ -279,7 +279,7 @@ def test_a_dialog_with_full_width_tags_does_not_reach_the_model(build: Callable[
 )
 def test_other_roles_are_refused(role: str) -> None:
     with pytest.raises(ValueError, match="roles of a dialog"):
-        ChatFormat("llama2", Tokenizer(TOKENIZER)).encode([{"role": role, "content": "x"}])  # type: ignore[typeddict-item]
+        ChatFormat(Tokenizer(TOKENIZER), "llama2").encode([{"role": role, "content": "x"}])  # type: ignore[typeddict-item]
 
 
 # Tokenizer files ------------------------------------------------------------------------------------

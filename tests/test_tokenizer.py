@@ -182,7 +182,7 @@ def test_llama3_ids_are_those_of_metas_package(llama31: Tokenizer) -> None:
     for text in [*random_texts(3000), "x" * 24_000, " " * 24_000]:
         ids = llama31.encode(text, bos=True, eos=True)
         assert ids == peer.encode(text, bos=True, eos=True)
-        assert llama31.decode(ids) == text
+        assert llama31.decode(ids) == peer.decode(ids) == f"<|begin_of_text|>{text}<|end_of_text|>"
     assert llama31.encode("Hello, world!", bos=True, eos=False) == [128000, 9906, 11, 1917, 0]
 
 
@@ -217,8 +217,7 @@ PER_EXAMPLE = settings(max_examples=150, deadline=None, suppress_health_check=[H
 def test_ranks_decode_what_they_encoded(text: str, llama31: Tokenizer) -> None:
     ids = llama31.encode(text, bos=False, eos=False)
     assert max(ids, default=0) < 128000
-    assert llama31.decode(llama31.encode(text, bos=True, eos=True)) == text
-    assert joined(llama31, ids) == text
+    assert llama31.decode(ids) == joined(llama31, ids) == text
 
 
 @PER_EXAMPLE
@@ -226,7 +225,7 @@ def test_ranks_decode_what_they_encoded(text: str, llama31: Tokenizer) -> None:
 def test_pieces_of_any_ranks_joined_are_the_whole(data: st.DataObject, llama31: Tokenizer) -> None:
     """Half characters, and characters that end in the middle of an id, too."""
     bytes_ = st.integers(0, 255)  # the first ranks are the bytes
-    ids = data.draw(st.lists(bytes_ | st.integers(0, 128_300), max_size=30))
+    ids = data.draw(st.lists(bytes_ | st.integers(0, 128_255), max_size=30))
     assert joined(llama31, ids) == llama31.decode(ids)
 
 
@@ -234,7 +233,7 @@ def test_single_ranks(llama31: Tokenizer) -> None:
     assert [llama31.decode_token(i) for i in (9906, 1917, 128009)] == ["Hello", " world", "<|eot_id|>"]
     half = llama31.encode("\U0001f9a9", bos=False, eos=False)[0]
     assert llama31.decode_token(half) == llama31.decode([half]) == "\ufffd"
-    assert llama31.decode([128000, 9906, 128009]) == "Hello"
+    assert llama31.decode([128000, 9906, 128009]) == "<|begin_of_text|>Hello<|eot_id|>"
 
 
 def test_ranks_of_any_number(tmp_path: Path) -> None:
@@ -242,7 +241,7 @@ def test_ranks_of_any_number(tmp_path: Path) -> None:
     assert (tokenizer.n_words, tokenizer.bos_id, tokenizer.stop_tokens) == (259 + 256, 259, {260, 259 + 9})
     # Bytes are their own ranks, counted from above; " the" is a token, though no two tokens make it.
     assert tokenizer.encode("a the", bos=True, eos=True) == [259, 255 - ord("a"), 257, 260]
-    assert tokenizer.decode([259, 257, 256, 514]) == " theth"
+    assert tokenizer.decode([257, 256, 514]) == " theth<|reserved_special_token_250|>"
 
 
 def test_lines_may_end_in_crlf(tmp_path: Path) -> None:
@@ -310,7 +309,8 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 def test_any_text_comes_back(text: str, any_tokenizer: Tokenizer) -> None:
     if any_tokenizer.kind == "tokenizer.json":  # the demo's, which has no token for some bytes
         text = "".join(character for character in text if not NOT_IN_THE_DEMO & set(character.encode()))
-    ids = any_tokenizer.encode(text, bos=any_tokenizer.adds_bos, eos=True)
+    with_ends = any_tokenizer.kind != "tiktoken"  # which decodes them to their names
+    ids = any_tokenizer.encode(text, bos=any_tokenizer.adds_bos and with_ends, eos=with_ends)
     assert not any_tokenizer.stop_tokens & set(ids[:-1])
     if any_tokenizer.kind == "sentencepiece":
         text = text.replace("\u2581", " ")

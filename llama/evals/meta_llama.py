@@ -238,7 +238,7 @@ class MetaLlama(TemplateLM):
             return self._render(chat_history)
         # What the format writes between the end of a question and an answer.
         question = self._render(_examples()[0])
-        turn: Dialog = [*_examples()[0], {"role": "assistant", "content": MARK}, *_examples()[0]]
+        turn: Dialog = [*_examples()[0], self._format.answer(MARK), *_examples()[0]]
         between = self._render(turn).removeprefix(question).split(MARK)[0]
         return self._render(chat_history[:-1]) + between + chat_history[-1]["content"]
 
