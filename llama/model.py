@@ -106,16 +106,17 @@ def rope_table(args: ModelArgs, device: torch.device) -> tuple[torch.Tensor, tor
     """cos and sin of position * frequency, fp32 [max_seq_len, head_dim / 2] each.
 
     Pair i of a head turns by theta^(-2i / head_dim) radians a position (Su et al. 2021, arXiv:2104.09864), or by that
-    over the linear factor (arXiv:2306.15595). Scaling (Llama 3.1, arXiv:2407.21783): wavelengths above 8192 positions
-    are stretched by the factor, those under a fourth of that are kept, between them the two frequencies are blended.
+    over the linear factor (arXiv:2306.15595). Scaling (Llama 3.1, arXiv:2407.21783) goes by the turns within the
+    original context of 8192: below the low factor (1) a frequency is divided by the scaling factor, above the high one
+    (4) it is kept, between them the two are blended.
     """
     # On the CPU whatever the device, so that all devices turn by the same angles.
     pair = torch.arange(0, args.head_dim, 2, dtype=torch.float32)
     freqs = 1.0 / (args.rope_theta ** (pair / args.head_dim))  # [head_dim / 2]
     if args.use_scaled_rope:
-        low_factor, high_factor, old_ctx_len = 1.0, 4.0, 8192
-        periods = old_ctx_len * freqs / (2 * torch.pi)  # turns within the old context
-        keep = ((periods - low_factor) / (high_factor - low_factor)).clamp(0, 1)
+        low_factor, high_factor = args.rope_low_freq_factor, args.rope_high_freq_factor
+        periods = args.rope_original_context_length * freqs / (2 * torch.pi)  # turns within the original context
+        keep = ((periods - low_factor) / (high_factor - low_factor or 1e-30)).clamp(0, 1)  # equal factors: a step
         freqs = (1 - keep) * freqs / args.rope_factor + keep * freqs
     elif args.rope_linear_factor is not None:
         freqs = freqs / args.rope_linear_factor
