@@ -16,8 +16,8 @@ from llama.chat_format import FORMATS, ChatFormat, Dialog, Message, for_tokenize
 from llama.checkpoint import OUTPUT, Checkpoint, load_weights
 from llama.device import pick_device, pick_dtype, share_cores
 from llama.distributed import current_world, exchange, join, leave, meet, raising_together, say
-from llama.fast import SpeedUp, can_compile
 from llama.engine import Engine
+from llama.fast import SpeedUp, can_compile
 from llama.memory import Choice, check_room, explained
 from llama.model import Transformer
 from llama.native import memory_given_back
@@ -25,7 +25,9 @@ from llama.params import CheckpointError, check_world_size
 from llama.quantize import SCHEMES
 from llama.request import Each, Row, Settings, check_list, check_whole
 from llama.shortage import EXPLAIN, is_shortage
+from llama.sniff import as_path
 from llama.stream import Stop, TextPiece, TextStream, read_stops
+from llama.terminal import tell
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 from llama.verify import check_before_loading
 
@@ -130,7 +132,9 @@ class Llama(Engine):
             if compile:
                 compile = can_compile(where)
             with raising_together():
-                checkpoint = Checkpoint(Path(ckpt_dir))
+                checkpoint = Checkpoint(ckpt_dir)
+                for note in checkpoint.notes:
+                    tell(f"note: {note}")
                 args = checkpoint.params
                 args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
                 check_world_size(args, world.size)
@@ -139,7 +143,7 @@ class Llama(Engine):
                         f"max_seq_len {max_seq_len} goes beyond this model's sliding window of {args.sliding_window} "
                         f"positions, which is not implemented: give --max_seq_len {args.sliding_window} or less"
                     )
-                words = Path(tokenizer_path or find_tokenizer(Path(ckpt_dir)))
+                words = as_path(tokenizer_path or find_tokenizer(as_path(ckpt_dir)))
                 tokenizer = Tokenizer(words, use_scaled_rope=args.use_scaled_rope)
                 if tokenizer.n_words != args.vocab_size:
                     raise TokenizerError(
