@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 
 from llama.checkpoint import Checkpoint
-from llama.generation import Llama
 from llama.distributed import current_world, is_main_rank
 from llama.engine import read_back
+from llama.generation import Llama
 from llama.model import Transformer
 from llama.progress import progress
 from llama.request import check_whole
+from llama.sniff import as_path
 from llama.terminal import tell
 
 ROUNDS = 3  # runs that are timed, after one that warms up
@@ -87,8 +88,8 @@ def bench(
     check_whole("gen", gen, 2)  # one step at least
     if is_main_rank():
         if plot is not None:
-            _check_plot(Path(str(plot)), longest)
-        window = Checkpoint(Path(ckpt_dir)).params.sliding_window
+            _check_plot(as_path(plot), longest)
+        window = Checkpoint(ckpt_dir).params.sliding_window
         if window is not None and longest + gen > window:
             raise ValueError(
                 f"--prompt {longest} and --gen {gen} are more than the {window} positions of this model's sliding "
@@ -118,7 +119,7 @@ def bench(
             facts = [str(value) if name == "cpu" else f"{name} {value}" for name, value in machine.items() if value]
             print(f"{', '.join(facts)}, reads {rate / 1e9:.1f} GB/s", *table(found), sep="\n")
         if plot is not None:
-            draw(points, Path(str(plot)), f"{Path(ckpt_dir).resolve().name}, {machine['dtype']}, one row")
+            draw(points, as_path(plot), f"{as_path(ckpt_dir).resolve().name}, {machine['dtype']}, one row")
             tell(f"{plot}: steps at contexts of {points[0]['context']:,} to {points[-1]['context']:,}")
     llama.close()
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from llama.sniff import expect_file, what_is
+from llama.sniff import as_path, expect_file, what_is
 
 Kind = Literal["sentencepiece", "tiktoken", "tokenizer.json"]
 
@@ -79,7 +79,7 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str | Path, *, use_scaled_rope: bool = False):
-        path = Path(model_path)
+        path = as_path(model_path)
         self.kind = _kind(path)
         self.config_path = path.with_name("tokenizer_config.json")
         config = _read_config(self.config_path, needed=self.kind == "tokenizer.json")
