@@ -142,7 +142,9 @@ def _read_safetensors(path: Path, kind: str | None) -> Tensors:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise CheckpointError(f"{path} needs the Python package safetensors: pip install safetensors") from None
+        raise CheckpointError(
+            f"{path} needs the Python package safetensors: pip install 'llama-runner[convert]'"
+        ) from None
     if kind not in (None, SAFETENSORS):
         raise CheckpointError(f"{path} is {kind}, not a safetensors file: {way_out(kind)}")
     try:
