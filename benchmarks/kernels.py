@@ -10,10 +10,10 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from llama.fast import Packed
 from torch import nn
 
 from llama import native
-from llama.fast import Packed
 from llama.native import Plain
 from llama.quantize import Int4, Int8, PackedInt4
 

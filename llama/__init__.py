@@ -5,8 +5,8 @@ import sys
 
 try:
     from llama.chat_format import Dialog, Message
-    from llama.generation import LLaMA, Llama
     from llama.conversation import Conversation
+    from llama.generation import LLaMA, Llama
     from llama.model import Transformer
     from llama.params import ModelArgs
     from llama.tokenizer import Tokenizer

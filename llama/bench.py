@@ -21,14 +21,15 @@ import torch
 import torch.distributed as dist
 
 from llama.checkpoint import Checkpoint
-from llama.generation import Llama
 from llama.distributed import current_world, is_main_rank
 from llama.engine import read_back
 from llama.executor import Executor
-from llama.quantized_weight import held_bytes
+from llama.generation import Llama
 from llama.model import Transformer
 from llama.progress import progress
+from llama.quantized_weight import held_bytes
 from llama.request import check_whole
+from llama.sniff import as_path
 from llama.terminal import tell
 
 ROUNDS = 3  # runs that are timed, after one that warms up
@@ -89,8 +90,8 @@ def bench(
     check_whole("gen", gen, 2)  # one step at least
     if is_main_rank():
         if plot is not None:
-            _check_plot(Path(str(plot)), longest)
-        window = Checkpoint(Path(ckpt_dir)).params.sliding_window
+            _check_plot(as_path(plot), longest)
+        window = Checkpoint(ckpt_dir).params.sliding_window
         if window is not None and longest + gen > window:
             raise ValueError(
                 f"--prompt {longest} and --gen {gen} are more than the {window} positions of this model's sliding "
@@ -120,7 +121,7 @@ def bench(
             facts = [str(value) if name == "cpu" else f"{name} {value}" for name, value in machine.items() if value]
             print(f"{', '.join(facts)}, reads {rate / 1e9:.1f} GB/s", *table(found), sep="\n")
         if plot is not None:
-            draw(points, Path(str(plot)), f"{Path(ckpt_dir).resolve().name}, {machine['dtype']}, one row")
+            draw(points, as_path(plot), f"{as_path(ckpt_dir).resolve().name}, {machine['dtype']}, one row")
             tell(f"{plot}: steps at contexts of {points[0]['context']:,} to {points[-1]['context']:,}")
     llama.close()
 
@@ -186,7 +187,9 @@ def measure(
     _step_seconds(stream())
     with peak_memory(device) as memory:
         runs = [_step_seconds(stream()) for _ in range(ROUNDS)]
-        prefill = median(_seconds(lambda: executor.hidden(on_device[:, :length], 0, length)[:, -1]) for _ in range(ROUNDS))
+        prefill = median(
+            _seconds(lambda: executor.hidden(on_device[:, :length], 0, length)[:, -1]) for _ in range(ROUNDS)
+        )
     yield {
         **common,
         **steps([s for run in runs for s in run[1:]], memory, (length + gen / 2) * position_bytes(model)),
@@ -210,7 +213,9 @@ def measure_contexts(executor: Executor, longest: int, rate: float) -> list[dict
     The prompt is computed once, piece by piece. A step puts an id where it already is; the contexts take turns, so that
     what slows the machine for a while slows all of them.
     """
-    ids = torch.tensor([random.Random(1).choices(range(executor.model.params.vocab_size), k=longest)]).to(executor.device)
+    ids = torch.tensor([random.Random(1).choices(range(executor.model.params.vocab_size), k=longest)]).to(
+        executor.device
+    )
     contexts = [2**i for i in range(longest.bit_length()) if 2**i >= SHORTEST_CONTEXT]
     peaks: list[int | None] = []
     for before, n in pairwise(progress([0, *contexts], "filling")):

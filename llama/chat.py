@@ -5,15 +5,15 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from llama.chat_format import Message, base_model_note, split_system
-from llama.generation import Llama
 from llama.conversation import Conversation
 from llama.distributed import current_world, exchange, is_main_rank, say, told_by_rank_0
+from llama.generation import Llama
 from llama.memory import RoomError
 from llama.params import CheckpointError, read_params
 from llama.pulse import PeerError
+from llama.sniff import as_path
 from llama.terminal import dim, in_one_line, interrupts, read_line, session, visible, write
 from llama.textfile import read_on_rank_0
 
@@ -55,7 +55,7 @@ def chat(
     if max_seq_len is None:
         max_seq_len = 2048
         with contextlib.suppress(CheckpointError):  # build tells it better
-            max_seq_len = min(max_seq_len, read_params(Path(ckpt_dir)).sliding_window or max_seq_len)
+            max_seq_len = min(max_seq_len, read_params(ckpt_dir).sliding_window or max_seq_len)
     llama = Llama.build(
         ckpt_dir,
         tokenizer_path,
@@ -167,7 +167,7 @@ def _command(talk: Conversation, name: str = "", argument: str = "") -> None:
         note(f"error: /{name} needs a file name")
     elif name == "save":
         if is_main_rank():
-            Path(argument).expanduser().write_text(
+            as_path(argument).write_text(
                 json.dumps(talk.dialog(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )
         note(f"[saved to {argument}]")
@@ -188,7 +188,7 @@ def _system(talk: Conversation) -> str:
 
 def _load(talk: Conversation, path: str) -> None:
     try:
-        dialog = json.loads(read_on_rank_0(Path(path).expanduser()))
+        dialog = json.loads(read_on_rank_0(as_path(path)))
         whole: list[Message] = [*dialog, {"role": "user", "content": ""}]
         system, turns = split_system(whole)
         talk.llama.dialogs.encode(whole)  # else every later turn would fail

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama.sniff import as_path
 from llama.tokenizer import STEP, Dialog, Message, Tokenizer, TokenizerError, check_size
 from llama.tokenizer import Role as Role
 
@@ -330,7 +331,7 @@ def base_model_note(ckpt_dir: str | Path) -> str | None:
 
     Base models go by Meta's names, or have a tokenizer_config.json that records no chat format, for want of a template.
     """
-    folder = Path(os.path.abspath(ckpt_dir))  # a link is called as its user calls it
+    folder = Path(os.path.abspath(as_path(ckpt_dir)))  # a link is called as its user calls it
     name = folder.parent.name if folder.name == "original" else folder.name  # as the hub lays Meta's files out
     try:
         check_size(path := folder / "tokenizer_config.json")

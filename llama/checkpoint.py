@@ -4,10 +4,8 @@ A shard file holds one slice of every tensor. What matters here is the logical t
 which shards divide it (`shard_axis`), and rank r of N takes its part of that axis across whichever files hold it.
 """
 
-import pickle
 import re
-import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,10 +13,10 @@ from torch import nn
 
 from llama.distributed import model_parallel
 from llama.model import Transformer, TransformerBlock
-from llama.params import CheckpointError, ModelArgs, read_params
+from llama.params import CheckpointError, ModelArgs, load_params
 from llama.progress import progress
-from llama.shortage import is_shortage
-from llama.sniff import ZIP, is_plain, number_shards, what_instead, what_is
+from llama.shard import FLOAT_TYPES, first, is_read_whole, open_shard
+from llama.sniff import as_path, number_shards, what_instead
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 Finish = Callable[[nn.Module], None] | None  # what is done to each layer once its weights are there
@@ -46,9 +44,6 @@ JOINED = {
     "feed_forward.w13.weight": ("feed_forward.w1", "feed_forward.w3"),
     "feed_forward.w2.weight": ("feed_forward.w2",),
 }
-# Llama 1 stores the rotary frequencies, which are computed here.
-SKIPPED = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
-FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def without_layer(key: str) -> str:
@@ -94,25 +89,30 @@ def rank_slice(key: str, rows: int, args: ModelArgs, rank: int, world_size: int)
 
 
 class Checkpoint:
-    """A folder of consolidated.NN.pth files and their params.json.
+    """A folder of consolidated.NN.pth files (or what other tools call them, see `shard`) and their params.json.
 
-    Files are memory-mapped and checked when first asked for, so a rank opens only those it needs. Only tensors are
-    ever unpickled (weights_only): a file cannot run code.
+    Files are memory-mapped and checked when first asked for, so a rank opens only those it needs; those that cannot be
+    mapped are read at once, so that a look at the free memory counts them. Only tensors are ever unpickled
+    (weights_only): a file cannot run code.
 
     params: params.json, with the vocabulary filled in from the embedding where it says -1.
     embedding_axis: 0 where the files divide the vocabulary (Llama 3), 1 where they divide dim (Llama 2).
-    dtype: what the embedding is stored in.
+    dtype: what the embedding is stored in; float32 for float64.
     shapes: name -> logical shape of what the files hold: without output.weight in tied models, whose embedding serves.
+    notes: what was done to read a folder that is not as Meta writes them, a line each.
     """
 
-    def __init__(self, ckpt_dir: Path):
-        self.paths = find_shards(ckpt_dir)
-        self.params = read_params(ckpt_dir)
-        self._opened = {0: open_shard(self.paths[0])}
+    def __init__(self, ckpt_dir: str | Path):
+        folder = as_path(ckpt_dir)
+        self.paths = find_shards(folder)
+        params, self.notes = load_params(folder)
+        self.params = ModelArgs(**params)
+        self._opened: dict[int, dict[str, torch.Tensor]] = {}
+        self._open(0)
         if EMBEDDING not in self._opened[0] or self._opened[0][EMBEDDING].dim() != 2:
-            raise CheckpointError(f"{self.paths[0]} has no {EMBEDDING}: not a Llama checkpoint in Meta's layout")
+            raise CheckpointError(f"{self.paths[0]} has no {EMBEDDING}: {_names_instead(self._opened[0])}")
         rows, columns = self._opened[0][EMBEDDING].shape
-        self.dtype = self._opened[0][EMBEDDING].dtype
+        self.dtype = computed_dtype(self._opened[0][EMBEDDING].dtype)
         self.embedding_axis = 0 if columns == self.params.dim else 1
         if self.params.vocab_size == -1:
             self.params.vocab_size = rows * len(self.paths) if self.embedding_axis == 0 else rows
@@ -120,13 +120,31 @@ class Checkpoint:
         if OUTPUT not in self._opened[0]:
             del self.shapes[OUTPUT]
         self._check(0)
+        for index in range(len(self.paths)):
+            if self.is_read_whole(index):
+                self[index]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """The tensors of one file; none is read before it is copied."""
+        """The tensors of one file; none is read before it is copied, unless the file cannot be mapped."""
         if index not in self._opened:
-            self._opened[index] = open_shard(self.paths[index])
+            self._open(index)
             self._check(index)
         return self._opened[index]
+
+    def is_read_whole(self, index: int) -> bool:
+        """Whether the file is in memory, as it cannot be mapped."""
+        return is_read_whole(self.paths[index])
+
+    def _open(self, index: int) -> None:
+        shard = open_shard(self.paths[index])
+        self._opened[index] = shard.tensors
+        self.add_notes(shard.notes)
+
+    def add_notes(self, notes: list[str]) -> list[str]:
+        """Keep those that are new, and return them."""
+        new = [note for note in notes if note not in self.notes]
+        self.notes += new
+        return new
 
     def copy(self, key: str, start: int, stop: int, out: torch.Tensor) -> None:
         """Fill `out` with [start, stop) of a logical tensor's shard axis, from the files that hold it."""
@@ -170,47 +188,29 @@ def shard_faults(tensors: dict[str, torch.Tensor], shapes: Shapes, embedding_axi
         "wrong shape": {f"{key} {tuple(tensors[key].shape)}, expected {expected[key]}" for key in wrong},
         "wrong type": {f"{key} {t.dtype}" for key, t in tensors.items() if t.dtype not in FLOAT_TYPES},
     }
-    return [f"{fault}: {_first(names)}" for fault, names in faults.items() if names]
+    return [f"{fault}: {first(names)}" for fault, names in faults.items() if names]
+
+
+def computed_dtype(stored: torch.dtype) -> torch.dtype:
+    """What weights become when nobody names a type: nothing computes in float64."""
+    return torch.float32 if stored == torch.float64 else stored
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
-    """consolidated.00.pth, .01.pth ... in order; a gap or an empty folder is a CheckpointError with the way out."""
+    """The files of weights in order; a gap or an empty folder is a CheckpointError with the way out."""
     numbered, _ = number_shards(ckpt_dir)
     if not numbered:
         raise CheckpointError(f"{ckpt_dir} {what_instead(ckpt_dir)}")
     if missing := [f"consolidated.{i:02d}.pth" for i in range(max(numbered)) if i not in numbered]:
-        raise CheckpointError(f"{ckpt_dir} lacks {_first(missing)}: fetch it again")
+        raise CheckpointError(f"{ckpt_dir} lacks {first(missing)}: fetch what is missing")
     return [numbered[i] for i in range(len(numbered))]
 
 
-def open_shard(path: Path) -> dict[str, torch.Tensor]:
-    """Map one file into memory; nothing but tensors in a dict is accepted."""
-    try:
-        kind = what_is(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): mend that or fetch it again") from error
-    if kind != ZIP or not zipfile.is_zipfile(path):
-        kind = "cut off or damaged" if kind in (None, ZIP) else f"{kind}, not what torch.save (1.6 or later) writes"
-        raise CheckpointError(f"{path} is {kind}: fetch it again")
-    try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch.load raises a dozen kinds; all mean that this file is no checkpoint
-        if isinstance(error, pickle.UnpicklingError):
-            raise CheckpointError(f"{path} holds more than tensors, which could run code: it was not loaded") from error
-        # The first sentence: what torch says behind it are guesses.
-        reason = re.split(r"\n|(?<=\w)\. |  \(", str(error).strip())[0] or type(error).__name__
-        way = "raise the limit on memory (ulimit -v)" if is_shortage(error) else "fetch it again"
-        raise CheckpointError(f"{path} cannot be read ({reason}): {way}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
-        raise CheckpointError(f"{path} does not hold tensors by name: not a Llama checkpoint in Meta's layout")
-    if odd := _first(key for key, t in tensors.items() if not is_plain(t)):
-        raise CheckpointError(f"{path} holds {odd}, expected plain tensors with all their numbers: save those alone")
-    return {key: t.detach() for key, t in tensors.items() if not SKIPPED.fullmatch(key)}
-
-
-def _first(names: Iterable[str], limit: int = 4) -> str:
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _names_instead(tensors: dict[str, torch.Tensor]) -> str:
+    """What a file without an embedding under Meta's name holds, as the end of a sentence."""
+    if prefixes := [key.removesuffix(EMBEDDING) for key in tensors if key.endswith(f".{EMBEDDING}")]:
+        return f"its names begin with {first(prefixes)!r}, which is not known here: save the model's own state_dict"
+    return "not a Llama checkpoint in Meta's layout"
 
 
 # Loading ------------------------------------------------------------------------------------------

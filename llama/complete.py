@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from llama.chat_format import Message
-from llama.generation import Llama
 from llama.distributed import is_main_rank, raising_together
+from llama.generation import Llama
 from llama.params import ModelArgs
 from llama.request import check_whole
+from llama.sniff import as_path
 from llama.terminal import in_one_line, show, tell
 from llama.textfile import on_rank_0, read_pipe
 
@@ -99,7 +100,7 @@ def complete(
             text = read_pipe()
         show(llama.stream_text([text], seed=seed, **settings), [""], "\n")
     else:
-        _complete_file(llama, Path(file), Path(out), keep_going, batch_tokens, seed, settings)
+        _complete_file(llama, as_path(file), as_path(out), keep_going, batch_tokens, seed, settings)
     llama.close()
 
 

@@ -11,7 +11,7 @@ import stat
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -23,12 +23,13 @@ import torch
 
 import llama
 from llama.chat_format import Dialog
-from llama.generation import Llama
 from llama.distributed import current_world, say
 from llama.executor import score
+from llama.generation import Llama
 from llama.model import Transformer, TransformerBlock, apply_rotary_emb, rotary_angles
 from llama.params import LIMITS, ModelArgs
 from llama.progress import progress
+from llama.sniff import as_path
 from llama.textfile import read_text
 
 FORMAT, VERSION = "llama-conformance", 1
@@ -132,12 +133,12 @@ def export(
     _need_safetensors()
     if current_world().size > 1:
         raise ValueError(f"{current_world().size} ranks are running: vectors are exported by one, start it without")
-    target = Path(out)
+    target = as_path(out)
     if os.path.lexists(target):
         raise ValueError(f"{target} exists and is left as it is: name another folder")
     texts = [*PROMPTS]
     if prompts is not None:
-        texts += [line for line in read_text(Path(prompts)).replace("\r\n", "\n").split("\n") if line.strip()]
+        texts += [line for line in read_text(as_path(prompts)).replace("\r\n", "\n").split("\n") if line.strip()]
     model = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, 1, device=device, dtype=dtype, plain=True)
     try:
         _export(model, texts, target)
@@ -274,7 +275,7 @@ def compare(kit: str, other: str, *, json: bool = False) -> None:
         "errors": {quantity: {"error", "of_bound"}}, "not_compared": [quantities]}.
     """
     _need_safetensors()
-    ours, theirs = Kit(Path(kit)), Kit(Path(other))
+    ours, theirs = Kit(as_path(kit)), Kit(as_path(other))
     _check_kinship(ours, theirs)
     found = Comparison(ours, theirs)
     if json:
@@ -591,7 +592,8 @@ def _or_none(value: Any) -> Any:
 def _params(args: ModelArgs) -> dict[str, Any]:
     """What decides a model's numbers, every default filled in."""
     rope: dict[str, Any] = {"rope_theta": args.rope_theta, "use_scaled_rope": args.use_scaled_rope}
-    rope |= {"rope_scaling_factor": args.rope_factor, "rope_linear_factor": args.rope_linear_factor}
+    names = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_context_length", "rope_linear_factor")
+    rope |= {"rope_scaling_factor": args.rope_factor} | {name: getattr(args, name) for name in names}
     sizes: dict[str, Any] = {name: getattr(args, name) for name in SIZES} | {"n_kv_heads": args.kv_heads}
     return sizes | {"norm_eps": args.norm_eps} | rope
 

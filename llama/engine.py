@@ -226,7 +226,9 @@ class Engine:
                 # tokens:  t0  t1  t2  t3    one place to the left
                 places = [i * tokens.shape[1] + j for i, text in enumerate(group) for j in range(len(text) - 1)]
                 at = torch.tensor(places, dtype=torch.int64)  # no padding
-                values = read_back(executor.measured(h.flatten(0, 1)[at], tokens.flatten()[at + 1], partial(score, k=k)))
+                values = read_back(
+                    executor.measured(h.flatten(0, 1)[at], tokens.flatten()[at + 1], partial(score, k=k))
+                )
                 found = map(partial(alternatives, k=k), values)
                 scored |= {text: list(islice(found, len(text) - 1)) for text in group}
             last.append(h[range(len(group)), [len(text) - start - 1 for text in group]])

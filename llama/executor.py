@@ -34,7 +34,7 @@ from llama.model import (
     TransformerBlock,
     rotate,
 )
-from llama.quantize import FEW_ROWS, Quantized
+from llama.quantize import FEW_ROWS
 from llama.quantized_weight import QuantizedWeight
 from llama.terminal import tell
 
@@ -189,9 +189,23 @@ class FusedLayer:
         modules = list(block.modules())
         linears = [
             [getattr(owner, name, None) for name in names.split()]
-            for owner, names in ((attention, "wq wk wv"), (attention, "wo"), (feed_forward, "w1 w3"), (feed_forward, "w2"))
+            for owner, names in (
+                (attention, "wq wk wv"),
+                (attention, "wo"),
+                (feed_forward, "w1 w3"),
+                (feed_forward, "w2"),
+            )
         ]
-        kinds = [Attention, FeedForward, RMSNorm, RMSNorm, *[ColumnLinear] * 3, RowLinear, *[ColumnLinear] * 2, RowLinear]
+        kinds = [
+            Attention,
+            FeedForward,
+            RMSNorm,
+            RMSNorm,
+            *[ColumnLinear] * 3,
+            RowLinear,
+            *[ColumnLinear] * 2,
+            RowLinear,
+        ]
         parts = [attention, feed_forward, block.attention_norm, block.ffn_norm, *chain.from_iterable(linears)]
         if type(block) is not TransformerBlock or [type(part) for part in parts] != kinds or len(modules) != 12:
             return None

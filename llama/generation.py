@@ -40,7 +40,9 @@ from llama.quantized_weight import held_bytes, quantize_part
 from llama.request import Each, Row, Settings, check_list, check_whole
 from llama.sampling import sample_top_p
 from llama.shortage import EXPLAIN, is_shortage
+from llama.sniff import as_path
 from llama.stream import Stop, TextPiece, TextStream, read_stops
+from llama.terminal import tell
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 from llama.verify import check_before_loading
 
@@ -180,7 +182,9 @@ class Llama(Engine):
             if compile:
                 compile = can_compile(where)
             with raising_together():
-                checkpoint = Checkpoint(Path(ckpt_dir))
+                checkpoint = Checkpoint(ckpt_dir)
+                for note in checkpoint.notes:
+                    tell(f"note: {note}")
                 args = checkpoint.params
                 args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
                 check_world_size(args, world.size)
@@ -189,7 +193,7 @@ class Llama(Engine):
                         f"max_seq_len {max_seq_len} goes beyond this model's sliding window of {args.sliding_window} "
                         f"positions, which is not implemented: give --max_seq_len {args.sliding_window} or less"
                     )
-                words = Path(tokenizer_path or find_tokenizer(Path(ckpt_dir)))
+                words = as_path(tokenizer_path or find_tokenizer(as_path(ckpt_dir)))
                 tokenizer = Tokenizer(words, use_scaled_rope=args.use_scaled_rope)
                 if tokenizer.n_words != args.vocab_size:
                     raise TokenizerError(

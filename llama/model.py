@@ -173,7 +173,7 @@ def precompute_freqs_cis(
     scale_factor: float = 8.0,
     low_freq_factor: float = 1.0,
     high_freq_factor: float = 4.0,
-    original_max_position: int = 8192,
+    original_context_length: float = 8192,
     linear_factor: float | None = None,
 ) -> torch.Tensor:
     """cos + i sin of position * frequency, complex64 [end, dim / 2], on the CPU whatever the default device, so that
@@ -181,14 +181,16 @@ def precompute_freqs_cis(
 
     Pair i of a head turns by theta^(-2i / dim) radians a position (Su et al. 2021, arXiv:2104.09864), or by that over
     the linear factor (arXiv:2306.15595). use_scaled (Llama 3.1, arXiv:2407.21783): wavelengths above
-    original_max_position / low_freq_factor are stretched by scale_factor, those under original_max_position /
+    original_context_length / low_freq_factor are stretched by scale_factor, those under original_context_length /
     high_freq_factor are kept, between them the two frequencies are blended.
     """
     pair = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu")
     freqs = 1.0 / (theta ** (pair / dim))  # [dim / 2]
     if use_scaled:
-        periods = original_max_position * freqs / (2 * torch.pi)  # turns within the old context
-        keep = ((periods - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+        periods = original_context_length * freqs / (2 * torch.pi)  # turns within the old context
+        keep = ((periods - low_freq_factor) / (high_freq_factor - low_freq_factor or 1e-30)).clamp(
+            0, 1
+        )  # equal factors: a step
         freqs = (1 - keep) * freqs / scale_factor + keep * freqs
     elif linear_factor is not None:
         freqs = freqs / linear_factor
@@ -204,6 +206,9 @@ def rotary_angles(args: ModelArgs, positions: int) -> torch.Tensor:
         args.rope_theta,
         args.use_scaled_rope,
         scale_factor=args.rope_factor,
+        low_freq_factor=args.rope_low_freq_factor,
+        high_freq_factor=args.rope_high_freq_factor,
+        original_context_length=args.rope_original_context_length,
         linear_factor=args.rope_linear_factor,
     )
 
@@ -229,9 +234,7 @@ def rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     return turned.flatten(-2).type_as(x)
 
 
-def apply_rotary_emb(
-    xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn queries and keys [bsz, seqlen, heads, head_dim] by their positions' angles [seqlen, head_dim / 2]."""
     return rotate(xq, freqs_cis), rotate(xk, freqs_cis)
 

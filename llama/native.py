@@ -191,7 +191,9 @@ def attend(q: torch.Tensor, cache_: KVCache, start_pos: int | torch.Tensor) -> t
     starts = torch.as_tensor(start_pos).expand(bsz).contiguous()
     kv_heads, max_seq_len = cache_.k.shape[1:3]
     sizes = bsz, seqlen, heads, kv_heads, head_dim, max_seq_len
-    pointers = (tensor.data_ptr() for tensor in (q, cache_.k[cache_.first_row :], cache_.v[cache_.first_row :], out, starts))
+    pointers = (
+        tensor.data_ptr() for tensor in (q, cache_.k[cache_.first_row :], cache_.v[cache_.first_row :], out, starts)
+    )
     library().attend_all(Block(*sizes, *pointers), torch.get_num_threads())
     return out
 

@@ -23,10 +23,10 @@ from llama.checkpoint import (
 )
 from llama.device import DTYPES
 from llama.executor import PREFILL_CHUNK
-from llama.params import CheckpointError, ModelArgs, check_world_size, legal_world_sizes, read_params
+from llama.params import CheckpointError, ModelArgs, check_world_size, legal_world_sizes, load_params
 from llama.quantize import FEW_ROWS, SCHEMES, scheme_of, stored_bytes
 from llama.request import check_whole
-from llama.sniff import what_instead
+from llama.sniff import as_path, number_shards, what_instead
 
 LLAMA_2_VOCAB = 32000
 QUERIES, KEYS, GATES = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight", "layers.0.feed_forward.w1.weight"
@@ -188,7 +188,7 @@ def plan(
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device {device!r}: expected cpu or cuda")
     available = None if memory is None else read_bytes(memory)
-    args, tied, axis, notes = _read(Path(str(path)), vocab_size)
+    args, tied, axis, notes = _read(as_path(path), vocab_size)
     args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
     if args.sliding_window is not None and max_seq_len > args.sliding_window:
         notes.append(f"max_seq_len {max_seq_len} goes beyond the sliding window: {args.sliding_window} at most can run")
@@ -230,11 +230,14 @@ def _read(path: Path, vocab_size: int | None) -> tuple[ModelArgs, bool, int, lis
     folder = path.parent if path.name == "params.json" and path.is_file() else path
     if not (folder / "params.json").exists():
         raise CheckpointError(f"{path} {what_instead(path)}, or a file named params.json")
-    if folder == path and any(folder.glob("consolidated.*.pth")):
+    if folder == path and number_shards(folder)[0]:
         checkpoint = Checkpoint(folder)
         args, tied, axis = checkpoint.params, OUTPUT not in checkpoint.shapes, checkpoint.embedding_axis
+        notes += checkpoint.notes
     else:
-        args = read_params(folder)
+        params, found = load_params(folder)
+        args = ModelArgs(**params)
+        notes += found
     if args.vocab_size == -1:
         args.vocab_size = vocab_size or LLAMA_2_VOCAB
         if vocab_size is None:

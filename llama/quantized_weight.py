@@ -33,7 +33,12 @@ class QuantizedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, source: Quantized | NativeQuantized, start: int, shape: torch.Size, read: Callable[[], torch.Tensor], like: torch.Tensor
+        cls,
+        source: Quantized | NativeQuantized,
+        start: int,
+        shape: torch.Size,
+        read: Callable[[], torch.Tensor],
+        like: torch.Tensor,
     ) -> "QuantizedWeight":
         made: QuantizedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=like.dtype, device=like.device, requires_grad=False
@@ -107,7 +112,9 @@ def quantize_part(part: nn.Module, scheme: str | None, is_native: bool, key: str
     """Replace the weights of a block, or of the output layer (key OUTPUT), by quantized ones: those of layers with the
     same input as parts of one matrix. Returns how many a scheme leaves unchanged because of their width."""
     kept = 0
-    groups = {key: [part]} if key else {name: [part.get_submodule(n) for n in layers] for name, layers in JOINED.items()}
+    groups = (
+        {key: [part]} if key else {name: [part.get_submodule(n) for n in layers] for name, layers in JOINED.items()}
+    )
     for name, layers in groups.items():
         weights = [layer.get_parameter("weight") for layer in layers]
         kind = scheme_of(name, weights[0].shape[1], scheme)

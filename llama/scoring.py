@@ -315,7 +315,10 @@ def _measure_batch(llama: Engine, batch: list[Group], measure: Measure) -> list[
     states = {text: [h[slot, text.start - 1 : lengths[slot]]] for slot, _, text in rows}
     later = [(slot, group.rest(text), text) for slot, group, text in rows if group.rest(text)]
     # More rows than fit are texts of one group: what the first row holds of their prefix is not overwritten.
-    size = min(executor.model.params.max_batch_size, max(1, BATCH_TOKENS // max((len(rest) for _, rest, _ in later), default=1)))
+    size = min(
+        executor.model.params.max_batch_size,
+        max(1, BATCH_TOKENS // max((len(rest) for _, rest, _ in later), default=1)),
+    )
     for at in range(0, len(later), size):
         slots, rests, owners = zip(*later[at : at + size], strict=True)
         starts = [lengths[slot] for slot in slots]

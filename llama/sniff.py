@@ -1,6 +1,7 @@
-"""What a file is, told by its content: names and endings say little."""
+"""What a path is: `~` in it, the files that hold weights by their names, and a file's format by its content."""
 
 import errno
+import os
 import re
 import stat
 from pathlib import Path
@@ -15,11 +16,22 @@ WEB_PAGE = "an HTML or XML page"
 GGUF = "a GGUF file"
 SAFETENSORS = "a safetensors file"
 ZIP = "a zip file"  # torch.save's, since torch 1.6
-PICKLE = "a bare pickle"  # torch.save's before that
+OLD_TORCH = "a file of torch.save before 1.6"
+PICKLE = "a bare pickle"
 JSON = "a JSON text"
 
 TEXT_LIMIT = 2**20  # bytes of a params.json or a checklist: a few hundred are usual
-SHARD = re.compile(r"consolidated\.([0-9]{2,4})\.pth")
+# Meta writes consolidated.00.pth, other tools consolidated.0.pth or consolidated.pth, Mistral consolidated.safetensors.
+SHARD = re.compile(r"consolidated(?:\.([0-9]{1,4}))?\.(?:pth|safetensors)")
+OLD_TORCH_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # its magic number, pickled
+# org/name, as repositories on the Hugging Face hub are called.
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def as_path(value: str | Path) -> Path:
+    """The path that a user names, with `~` expanded as a shell does: `--ckpt_dir=~/x` reaches us as it is typed. On a
+    command line, 7 is a name too."""
+    return Path(os.path.expanduser(str(value)))
 
 
 def expect_file(path: Path) -> None:
@@ -39,15 +51,26 @@ def read_small(path: Path) -> bytes:
     return content
 
 
+def shard_number(path: Path) -> int | None:
+    """7 of consolidated.07.pth, 0 of consolidated.pth; None where the name is another. Numbers have up to four digits:
+    a name does not decide how much is counted."""
+    match = SHARD.fullmatch(path.name)
+    return int(match[1] or 0) if match else None
+
+
 def number_shards(folder: Path) -> tuple[dict[int, Path], list[Path]]:
-    """(number -> consolidated.NN.pth, those whose number another has). Numbers have two to four digits: a name does
-    not decide how much is counted."""
+    """(number -> file of weights, those whose number another has)."""
     shards: dict[int, Path] = {}
     twice = []
-    for path in sorted(folder.glob("consolidated.*.pth")):
-        if (match := SHARD.fullmatch(path.name)) and shards.setdefault(int(match[1]), path) != path:
+    for path in sorted(folder.glob("consolidated*")):
+        if (number := shard_number(path)) is not None and shards.setdefault(number, path) != path:
             twice.append(path)
     return shards, twice
+
+
+def other_shards(folder: Path) -> list[Path]:
+    """Files that are named almost as those with weights are."""
+    return [path for path in sorted(folder.glob("consolidated.*.pth")) if shard_number(path) is None]
 
 
 def what_is(path: Path) -> str | None:
@@ -70,6 +93,8 @@ def what_is(path: Path) -> str | None:
         return SAFETENSORS
     if start.startswith(b"PK\x03\x04"):
         return ZIP
+    if start.startswith(OLD_TORCH_START):
+        return OLD_TORCH
     if re.match(rb"\x80[\x02-\x05]", start):
         return PICKLE
     return JSON if re.match(rb"[{\[]", text) else None
@@ -100,7 +125,7 @@ def what_instead(ckpt_dir: Path) -> str:
 
 def _what_instead(ckpt_dir: Path) -> str:
     if not ckpt_dir.exists():
-        return "does not exist: give the folder with the consolidated.NN.pth files"
+        return f"does not exist: give the folder with the consolidated.NN.pth files{hub_command(ckpt_dir)}"
     convert = "convert it with: python -m llama convert"
     if ckpt_dir.is_file():
         kind = what_is(ckpt_dir)
@@ -111,6 +136,16 @@ def _what_instead(ckpt_dir: Path) -> str:
         return f"is a Hugging Face folder, not one in Meta's layout: {way}"
     if models := sorted((*ckpt_dir.glob("*.gguf"), *ckpt_dir.glob("*.bin"))):
         return f"holds {models[0].name}, no consolidated.NN.pth: {convert} {models[0]} DST"
-    if others := sorted(ckpt_dir.glob("consolidated.*.pth")):
-        return f"holds {others[0].name}, expected names with two to four digits, consolidated.00.pth first: rename it"
+    if others := other_shards(ckpt_dir):
+        return f"holds {others[0].name}, expected a number of up to four digits, consolidated.00.pth first: rename it"
     return "holds no consolidated.NN.pth: give the folder of one model"
+
+
+def hub_command(path: Path) -> str:
+    """How to fetch org/name, which may be a repository on the Hugging Face hub, as the end of a sentence; nothing where
+    there is a folder org, or the path is another."""
+    name = path.as_posix()
+    if not HUB_NAME.fullmatch(name) or path.parent.exists():
+        return ""
+    command = f"hf download {name} --local-dir checkpoints/{path.name}"
+    return f"; a repository on the Hugging Face hub is fetched with: {command}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from typing_extensions import NotRequired
 
-from llama.sniff import expect_file, what_is
+from llama.sniff import as_path, expect_file, what_is
 
 if TYPE_CHECKING:
     from llama.chat_format import ChatFormat as ChatFormat
@@ -116,7 +116,7 @@ class Tokenizer:
     pat_str = LLAMA3_SPLIT
 
     def __init__(self, model_path: str | Path, *, use_scaled_rope: bool = False):
-        path = Path(model_path)
+        path = as_path(model_path)
         self.kind = _kind(path)
         self.config_path = path.with_name("tokenizer_config.json")
         config = _read_config(self.config_path, needed=self.kind == "tokenizer.json")

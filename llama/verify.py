@@ -24,26 +24,29 @@ from llama.checkpoint import (
     SHARD_AXIS,
     Checkpoint,
     Shapes,
-    open_shard,
     shard_faults,
     tensor_shapes,
     without_layer,
 )
-from llama.params import CheckpointError, ModelArgs, read_params
+from llama.params import CheckpointError, ModelArgs, load_params
 from llama.progress import progress
+from llama.shard import Tensors, open_shard, way_out
 from llama.sniff import (
     JSON,
-    LFS_POINTER,
+    OLD_TORCH,
     PICKLE,
-    SHARD,
+    SAFETENSORS,
     ZIP,
+    as_path,
     expect_file,
     number_shards,
+    other_shards,
     read_small,
+    shard_number,
     what_instead,
     what_is,
 )
-from llama.terminal import in_one_line
+from llama.terminal import in_one_line, tell
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
 LONGEST_NAME = 255  # bytes of a file's name, in nearly every file system
@@ -51,7 +54,6 @@ BLOCK = 2**20  # files are read in blocks of so many bytes
 HASHES = {32: "md5", 64: "sha256"}  # by the digits of a sum
 # Norms stand in every file. One model's may differ by their last bit, 0.8 % in bfloat16; another model's by far more.
 SAME_NORMS = 0.01
-Tensors = dict[str, torch.Tensor]
 Listed = dict[Path, tuple[str, Path]]  # file -> (its sum, the checklist that says so)
 
 
@@ -61,9 +63,9 @@ def verify(ckpt_dir: str) -> None:
     Prints a line for each fault on stdout and ends with exit status 1 if there is any, else a line that says what was
     checked. Lines that begin with "note:" are no faults.
     """
-    folder = Path(str(ckpt_dir))  # on a command line, 7 is a name too
+    folder = as_path(ckpt_dir)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder: give the one with the consolidated.NN.pth files")
+        raise CheckpointError(f"{folder} {what_instead(folder)}")
     found = check(folder)
     for line in [*found.faults, *(f"note: {note}" for note in found.notes)]:
         print(in_one_line(line))
@@ -121,15 +123,20 @@ def check(folder: Path) -> Findings:
     args, opened = None, {}
     if params in readable:
         try:
-            args = read_params(folder)
+            keys, notes = load_params(folder)
+            args = ModelArgs(**keys)
+            found.notes += notes
         except CheckpointError as error:
             found.faults.append(str(error))
     for number, path in shards.items():
         if path in readable:
             try:
-                opened[number] = open_shard(path)
+                shard = open_shard(path)
             except CheckpointError as error:
                 found.faults.append(str(error))
+                continue
+            opened[number] = shard.tensors
+            found.notes += [note for note in shard.notes if note not in found.notes]
     args = _check_tensors(shards, opened, args, found)
     if tokenizer in readable:
         _check_tokenizer(tokenizer, args, found)
@@ -139,11 +146,11 @@ def check(folder: Path) -> Findings:
 def _number_shards(folder: Path, found: Findings) -> dict[int, Path]:
     shards, twice = number_shards(folder)
     for path in twice:
-        first = shards[int(path.name.split(".")[1])].name
+        first = shards[shard_number(path) or 0].name
         found.add(path, f"has the same number as {first}: remove the one that is too many")
-    others = [path.name for path in sorted(folder.glob("consolidated.*.pth")) if not SHARD.fullmatch(path.name)]
+    others = [path.name for path in other_shards(folder)]
     if shards and others:
-        found.notes.append(f"{folder}: {_some(others)} not looked at: numbers of shards have two to four digits")
+        found.notes.append(f"{folder}: {_some(others)} not looked at: numbers of shards have up to four digits")
     return shards
 
 
@@ -155,8 +162,16 @@ def check_before_loading(checkpoint: Checkpoint, part: int = 0, parts: int = 1) 
     found, folder = Findings(), checkpoint.paths[0].parent
     shards = _number_shards(folder, found)
     readable = check_bytes(list(shards.values()), {}, folder, found, part, parts)
-    # Mapped for this alone: the pages that are looked at here are not those of the slices that the rank loads.
-    opened = {number: open_shard(path) for number, path in shards.items() if path in readable}
+    opened = {}
+    for number, path in shards.items():
+        if checkpoint.is_read_whole(number):
+            opened[number] = checkpoint[number]
+        elif path in readable:
+            # Mapped for this alone: the pages that are looked at here are not those of the slices that the rank loads.
+            shard = open_shard(path)
+            opened[number] = shard.tensors
+            for note in checkpoint.add_notes(shard.notes):
+                tell(f"note: {note}")
     _check_tensors(shards, opened, checkpoint.params, found, part, parts)
     return found.faults, found.sums
 
@@ -175,7 +190,7 @@ def check_bytes(
     unordered = False  # shards of which nothing says which part they are
     for path in dict.fromkeys([*files, *listed]):
         digest, checklist = listed.get(path, ("", path))
-        is_shard = SHARD.fullmatch(path.name) is not None
+        is_shard = shard_number(path) is not None
         sum_ = torn = ""
         try:
             expect_file(path)
@@ -185,7 +200,7 @@ def check_bytes(
             if path in files and (fault := _wrong_kind(path, is_shard)):
                 found.add(path, fault)
                 continue
-            records = read_zip(path) if is_shard else []
+            records = read_zip(path) if is_shard and what_is(path) == ZIP else []
             if digest:
                 sum_ = _hash(path, HASHES[len(digest)])
             if not digest or sum_ != digest:
@@ -208,16 +223,22 @@ def check_bytes(
             way = "put each file in its place" if sum_ in named else "fetch it again"
             kind = HASHES[len(digest)]
             found.add(path, f"{what}: its {kind} is {sum_}, expected {digest}: {way}")
+        elif is_shard and not records:
+            found.sums[path.name] = f"{path.stat().st_size} bytes, {_start_sum(path)}"
+            if not digest:
+                found.notes.append(
+                    f"{path} holds no sums of its data: only a checklist could tell that it is undamaged"
+                )
         elif is_shard:
             data = tuple((r.name.partition("/")[2], r.stop - r.start, r.crc) for r in records if "/data/" in r.name)
             found.sums[path.name] = f"{zlib.crc32(repr(data).encode()):08x}"
-            inner = SHARD.fullmatch(records[0].name.partition("/")[0] + ".pth")
+            inner = re.fullmatch(r"consolidated\.(\d{1,4})", records[0].name.partition("/")[0], re.ASCII)
             if not any(r.crc for r in records):
                 found.notes.append(f"{path} was written without CRCs: only a checklist could tell that it is undamaged")
             elif data in seen:
                 found.add(path, f"holds the same tensors as {seen[data].name}: remove it, or fetch this part again")
-            elif not digest and inner and int(inner[1]) != int(path.stem.rpartition(".")[2]):
-                found.add(path, f"was saved as {inner[0]}, expected {path.name}: put each file in its place")
+            elif not digest and inner and int(inner[1]) != shard_number(path):
+                found.add(path, f"was saved as {inner[0]}.pth, expected {path.name}: put each file in its place")
             seen.setdefault(data, path)
             unordered |= not digest and not inner
     if listed:
@@ -234,14 +255,16 @@ def check_bytes(
 
 def _wrong_kind(path: Path, is_shard: bool) -> str | None:
     kind = what_is(path)
-    if kind == ZIP if is_shard else kind in (None, ZIP, PICKLE) or (kind == JSON and path.suffix != ".pth"):
+    if not is_shard:
+        right = kind in (None, ZIP, PICKLE) or (kind == JSON and path.suffix != ".pth")
+    else:
+        right = kind in ((SAFETENSORS,) if path.suffix == ".safetensors" else (ZIP, OLD_TORCH))
+    if right:
         return None
-    way = {
-        LFS_POINTER: "fetch the file that it stands for (git lfs pull)",
-        PICKLE: "load it with torch.load and write it with torch.save, 1.6 or later",
-    }
-    expected = "a file of torch.save" if is_shard else "the file itself"
-    return f"is {kind or 'of no known kind'}, expected {expected}: {way.get(kind or '', 'fetch it again')}"
+    expected = "the file itself"
+    if is_shard:
+        expected = "a safetensors file" if path.suffix == ".safetensors" else "a file of torch.save"
+    return f"is {kind or 'of no known kind'}, expected {expected}: {way_out(kind)}"
 
 
 def read_checklists(folder: Path, found: Findings) -> Listed:
@@ -380,6 +403,11 @@ def torn_records(path: Path, records: list[Record]) -> list[str]:
     return [f"{name} ({fault})" if fault else name for name, fault in torn.items()]
 
 
+def _start_sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"{zlib.crc32(file.read(BLOCK)):08x}"
+
+
 def _crc(path: Path, record: Record) -> int:
     crc, left, block = 0, record.stop - record.start, memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
@@ -431,14 +459,14 @@ def _check_tensors(
             for fault in faults[number]:
                 found.add(
                     shards[number],
-                    f"is not {what} of the model in params.json, {fault}: fetch it again, or the params.json it "
-                    "belongs to",
+                    f"is not {what} of the model in params.json, {fault}: put a file of that model there, or the "
+                    "params.json that this one belongs to",
                 )
     for number, tensors in opened.items():
         if shards[number] not in found.faulty:
             names, label = list(tensors)[part::parts], f"looking for NaN in {shards[number].name}"
             if bad := [name for name in progress(names, label) if not is_finite(tensors[name])]:
-                found.add(shards[number], f"holds NaN or infinity in {_some(bad)}: fetch it again")
+                found.add(shards[number], f"holds NaN or infinity in {_some(bad)}: take another checkpoint")
     check_kinship(
         shards, {n: t for n, t in opened.items() if n < count and shards[n] not in found.faulty}, shapes, found
     )
@@ -471,7 +499,7 @@ def _parts(tensors: Tensors, args: ModelArgs) -> int | None:
 def _check_count(shards: dict[int, Path], count: int, found: Findings) -> None:
     """Are the files those of a model in `count` parts?"""
     folder = next(iter(shards.values())).parent
-    told = shards.keys() | {int(match[1]) for path in found.faulty if (match := SHARD.fullmatch(path.name))}
+    told = shards.keys() | {number for path in found.faulty if (number := shard_number(path)) is not None}
     missing = count - sum(number < count for number in told)
     first = [folder / f"consolidated.{n:02d}.pth" for n in islice((n for n in range(count) if n not in told), 4)]
     if missing > len(first):  # a damaged params.json may ask for a million

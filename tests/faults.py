@@ -10,6 +10,7 @@ import pickle
 import random
 import shutil
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,6 +137,19 @@ def bomb(name: str) -> Damage:
     return lambda folder, rng: torch.save(torch.load(folder / name) | {"bomb": Bomb(folder / "marker")}, folder / name)
 
 
+def save_again(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    torch.save(change(torch.load(path, weights_only=True)), path)
+
+
+def wrap(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    return lambda folder, rng: save_again(folder / SECOND, change)
+
+
+def rename_all(folder: Path, rng: random.Random) -> None:
+    for name in (FIRST, SECOND):
+        save_again(folder / name, lambda t: {f"net.{key}": value for key, value in t.items()})
+
+
 def broken_link(folder: Path, rng: random.Random) -> None:
     (folder / SECOND).unlink()
     (folder / SECOND).symlink_to(folder / "nowhere")
@@ -190,9 +204,9 @@ def become_device(name: str) -> Damage:
     return become
 
 
-def one_digit(folder: Path, rng: random.Random) -> None:
+def five_digits(folder: Path, rng: random.Random) -> None:
     for i, name in enumerate((FIRST, SECOND)):
-        (folder / name).rename(folder / f"consolidated.{i}.pth")
+        (folder / name).rename(folder / f"consolidated.{i:05d}.pth")
 
 
 def flip_header(folder: Path, rng: random.Random) -> None:
@@ -302,7 +316,7 @@ FAULTS: dict[str, Fault] = {
         "is missing, one of 2 parts of the model: fetch it",
         "lacks consolidated.01.pth, consolidated.02.pth, consolidated.03.pth, consolidated.04.pth and 9994 more",
     ),
-    "numbers of one digit": Fault(one_digit, "", "holds consolidated.0.pth, expected names with two to four digits"),
+    "numbers of five digits": Fault(five_digits, "", "holds consolidated.00000.pth, expected a number of up to four"),
     "repeated": Fault(
         lambda folder, rng: shutil.copy(folder / FIRST, folder / SECOND), SECOND, "holds the same tensors"
     ),
@@ -310,7 +324,9 @@ FAULTS: dict[str, Fault] = {
     "another model's": Fault(foreign, SECOND, "has other norms than consolidated.00.pth"),
     "another type": Fault(edit(lambda t: t.update({WQ: t[WQ].bfloat16()})), SECOND, "has other types than"),
     "no float": Fault(edit(lambda t: t.update({WQ: t[WQ].to(torch.int8)})), SECOND, f"wrong type: {WQ} torch.int8"),
-    "float64": Fault(edit(lambda t: t.update({WQ: t[WQ].double()})), SECOND, f"wrong type: {WQ} torch.float64"),
+    "float64": Fault(
+        edit(lambda t: t.update({WQ: t[WQ].double()})), SECOND, "has other types than consolidated.00.pth"
+    ),
     "NaN": Fault(edit(lambda t: t[WQ][3].fill_(NAN)), SECOND, f"holds NaN or infinity in {WQ}"),
     "infinity": Fault(edit(lambda t: t["norm.weight"][0].fill_(-INFINITY)), SECOND, "holds NaN or infinity in norm"),
     "a shape": Fault(
@@ -331,10 +347,34 @@ FAULTS: dict[str, Fault] = {
         FIRST,
         f"holds {WQ}{HOLLOW}",
     ),
-    "one level down": Fault(
-        lambda folder, rng: torch.save({"model": torch.load(folder / SECOND)}, folder / SECOND),
+    "two entries that may be it": Fault(
+        wrap(lambda t: {"model": t, "state_dict": t}), SECOND, "holds the entries model and state_dict, which may both"
+    ),
+    "an entry of another name": Fault(wrap(lambda t: {"net": t, "step": 7}), SECOND, f"holds net, step{HOLLOW}"),
+    "weights beside an entry": Fault(
+        wrap(lambda t: {"model": t, WQ: t[WQ]}), SECOND, f"holds weights in the entry model and beside it ({WQ})"
+    ),
+    "arguments of a trainer": Fault(
+        wrap(lambda t: {"model": t, "args": Namespace(lr=1)}), SECOND, "it was not loaded (argparse.Namespace); where"
+    ),
+    "two prefixes": Fault(
+        wrap(lambda t: {("model." if key == WQ else "module.") + key: value for key, value in t.items()}),
         SECOND,
-        f"holds model{HOLLOW}",
+        "holds names with different prefixes (model.layers.1.attention.wq.weight, module.",
+    ),
+    "an unknown prefix": Fault(
+        rename_all,
+        FIRST,
+        "has no tok_embeddings.weight, expected a Llama checkpoint in Meta's layout",
+        "has no tok_embeddings.weight: its names begin with 'net.', which is not known here",
+    ),
+    "Hugging Face's names": Fault(
+        wrap(lambda t: {"model.embed_tokens.weight": t[WQ]}),
+        SECOND,
+        "holds tensors under Hugging Face's names: name it",
+    ),
+    "a name twice": Fault(
+        edit(lambda t: t.update({f"layers.1._orig_mod.{WQ[9:]}": t[WQ]})), SECOND, f"holds {WQ} twice, under names that"
     ),
     "a name too few": Fault(edit(lambda t: t.pop(WQ)), SECOND, f"missing: {WQ}"),
     "a name too many": Fault(edit(lambda t: t.update({"extra": torch.ones(1)})), SECOND, "unexpected: extra"),
@@ -363,7 +403,7 @@ FAULTS: dict[str, Fault] = {
     "params.json a list": Fault(write(PARAMS, b"[64]"), PARAMS, "holds a list, expected an object"),
     "a strange key": Fault(change(alpha=1), PARAMS, "unknown key 'alpha'; this runner knows dim"),
     "a missing key": Fault(change(n_heads="drop"), PARAMS, "n_heads is missing"),
-    "a text for a number": Fault(change(dim="64"), PARAMS, "dim is '64', expected a positive whole number"),
+    "a text for a number": Fault(change(dim="64x"), PARAMS, "dim is '64x', expected a positive whole number"),
     "a list for a number": Fault(change(dim=[64]), PARAMS, "dim is [64], expected a positive whole number"),
     "a number for a flag": Fault(change(use_scaled_rope=1), PARAMS, "use_scaled_rope is 1, expected true or false"),
     "a negative size": Fault(change(n_layers=-1), PARAMS, "n_layers is -1, expected a positive whole number"),
@@ -454,9 +494,9 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
     "yarn": ({"config.json": config(rope_scaling={"type": "yarn", "factor": 2})}, "rope scaling 'yarn' is not"),
     "dynamic": ({"config.json": config(rope_scaling={"type": "dynamic", "factor": 2})}, "rope scaling 'dynamic'"),
     "longrope": ({"config.json": config(rope_scaling={"rope_type": "longrope"})}, "rope scaling 'longrope'"),
-    "llama3 with other numbers": (
+    "llama3 without its numbers": (
         {"config.json": config(rope_scaling={"rope_type": "llama3", "factor": 8, "low_freq_factor": 2})},
-        "low_freq_factor is 2",
+        "high_freq_factor is missing",
     ),
     "linear without factor": ({"config.json": config(rope_scaling={"type": "linear"})}, "factor is missing"),
     "a scaling for each kind of layer": (

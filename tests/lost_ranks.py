@@ -16,7 +16,7 @@ from typing import Any
 
 from ranks import free_port
 
-from llama import Llama, cli, generation, distributed
+from llama import Llama, cli, distributed, generation
 from llama.model import Transformer
 
 EVER = 3600

@@ -7,11 +7,11 @@ import sys
 from typing import Any
 
 import torch
+from llama.fast import SpeedUp
 
 from llama import ModelArgs, Transformer, bench
 from llama.device import DTYPES
 from llama.distributed import current_world, join, meet
-from llama.fast import SpeedUp
 
 SHAPE: dict[str, Any] = {
     "dim": 576,

@@ -178,6 +178,7 @@ def test_a_kit_says_what_it_is(kit: Callable[..., Path]) -> None:
     assert (made["format"], made["version"], made["dtype"]) == ("llama-conformance", 1, "float32")
     sizes = {"dim": 128, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": 16, "vocab_size": 512}
     rope = {"rope_theta": 500000.0, "use_scaled_rope": True, "rope_scaling_factor": 8.0, "rope_linear_factor": None}
+    rope |= {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_context_length": 8192}
     # 1.3 * int(8 / 3 * 128) = 443.3, rounded up to a multiple of 64
     assert made["params"] == sizes | {"hidden_dim": 448, "norm_eps": 1e-5} | rope
     per_layer = {f"layers.{i}.{name}" for i in range(2) for name in LAYER}

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llama import Llama, Transformer, generation, distributed, engine, model, sampling, scoring
+from llama import Llama, Transformer, distributed, engine, generation, model, sampling, scoring
 from llama.device import pick_device
 from llama.distributed import World, current_world, join, leave, meet
 from llama.pulse import Stores

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from make_checkpoint import TOKENIZER
 from torch import nn
 
-from llama import Llama, ModelArgs, generation, fast, model, native
+from llama import Llama, ModelArgs, fast, generation, model, native
 from llama.cache import KVCache
 from llama.checkpoint import tensor_shapes
 from llama.model import Positions

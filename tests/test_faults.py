@@ -70,7 +70,7 @@ def builds(folders: list[Path]) -> list[str]:
         assert good, "memory was taken for a damaged checkpoint"
         return Transformer(*args)
 
-    before, generation.Transformer = completion.Transformer, begin  # type: ignore[assignment, misc]
+    before, generation.Transformer = generation.Transformer, begin  # type: ignore[assignment, misc]
     answers = []
     for folder in folders:
         good = folder.name in GOOD

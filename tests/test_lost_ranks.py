@@ -24,7 +24,7 @@ import torch.distributed as dist
 from faults import data_of, edit_params, edit_shard, flip
 from ranks import free_port, run_ranks
 
-from llama import Llama, Transformer, chat, generation, distributed, pulse
+from llama import Llama, Transformer, chat, distributed, generation, pulse
 from llama.distributed import current_world
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,19 @@ from llama.checkpoint import tensor_shapes
 from llama.convert import gguf, hf, llama2c, meta
 from llama.convert.meta import ConvertError, Source
 from llama.device import DTYPES
-from llama.sniff import GGUF, LFS_POINTER, PICKLE, SAFETENSORS, ZIP, what_is
+from llama.sniff import (
+    GGUF,
+    LFS_POINTER,
+    OLD_TORCH,
+    PICKLE,
+    SAFETENSORS,
+    ZIP,
+    as_path,
+    hub_command,
+    number_shards,
+    other_shards,
+    what_is,
+)
 from llama.terminal import tell
 
 __all__ = ["ConvertError", "convert"]
@@ -52,7 +64,7 @@ def convert(
 
     Raises ConvertError, CheckpointError or TokenizerError, in one line, where `src`, `dst` or the settings will not do.
     """
-    src, dst = Path(str(src)), Path(str(dst))  # on a command line, 7 is a name too
+    src, dst = as_path(src), as_path(dst)
     if dst.name in ("", ".."):
         dst = dst.resolve()  # "." has a name and a parent too
     if dtype not in ("auto", *DTYPES):
@@ -94,16 +106,18 @@ def convert(
 def _reader(src: Path) -> Callable[[Path], Source]:
     """Tell formats by content: names and endings say little. Raises ConvertError with what was found instead."""
     if not src.exists():
-        raise ConvertError(f"{src} does not exist: {SUPPORTED}")
+        raise ConvertError(f"{src} does not exist: {SUPPORTED}{hub_command(src)}")
     if src.is_dir():
-        if any(src.glob("consolidated.*.pth")):
+        has_config = (src / "config.json").is_file()
+        # Mistral's repositories hold both layouts.
+        if _holds_shards(src) and ((src / "params.json").exists() or not has_config):
             return meta.read
-        if (src / "config.json").is_file():
+        if has_config:
             return hf.read
         if (src / "adapter_config.json").is_file():
             base = _base_model(src / "adapter_config.json")
             raise ConvertError(f"{src} holds an adapter for {base}, no model: merge it into that one first")
-        if any((src / "original").glob("consolidated.*.pth")):
+        if _holds_shards(src / "original"):
             raise ConvertError(f"{src} holds Meta's files in its folder original: name that, {src / 'original'}")
         models = sorted(path for path in src.iterdir() if path.suffix in (".gguf", ".bin") and path.is_file())
         if models:
@@ -117,10 +131,14 @@ def _reader(src: Path) -> Callable[[Path], Source]:
             return llama2c.read
     except OSError as error:
         raise ConvertError(f"{src} cannot be read ({error.strerror})") from error
-    if kind in (SAFETENSORS, ZIP):
+    if kind in (SAFETENSORS, ZIP, OLD_TORCH):
         raise ConvertError(f"{src} is {kind}, a part of a model: name the folder it lies in, {src.parent}")
     way = "fetch the file that it stands for (git lfs pull)" if kind == LFS_POINTER else SUPPORTED
     raise ConvertError(f"{src} is {kind or 'of no known format'}: {way}")
+
+
+def _holds_shards(folder: Path) -> bool:
+    return bool(number_shards(folder)[0] or other_shards(folder))
 
 
 def _base_model(config: Path) -> str:

@@ -7,6 +7,7 @@ tokenizer_config.json beside it has what else there is to know.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,16 @@ import torch
 
 from llama.checkpoint import EMBEDDING, OUTPUT, tensor_shapes
 from llama.convert.meta import ConvertError, Source
-from llama.convert.params import MOST_LAYERS, check_shapes, decimal, feed_forward_params, head_params, shown, whole
+from llama.convert.params import (
+    MOST_LAYERS,
+    check_shapes,
+    decimal,
+    feed_forward_params,
+    head_params,
+    scaling_params,
+    shown,
+    whole,
+)
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import sentencepiece_model
 from llama.model import rope_table
@@ -95,7 +105,7 @@ def _read(path: Path) -> Source:
     params = _params(meta)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     if (divisors := stored.pop("rope_freqs.weight", None)) is not None:
-        params |= _llama3_scaling(np.array(divisors.data, np.float32), params)
+        params |= _llama3_scaling(np.array(divisors.data, np.float32), params, meta)
     tensors = {_name(name): tensor for name, tensor in stored.items()}
     if EMBEDDING not in tensors or len(tensors[EMBEDDING].shape) != 2:
         raise ConvertError("token_embd.weight is missing: the file holds no whole model")
@@ -178,17 +188,38 @@ def _linear_scaling(meta: dict[str, Any]) -> dict[str, float]:
     return {"rope_linear_factor": _decimal(meta, factor)} if kind == "linear" and meta.get(factor) else {}
 
 
-def _llama3_scaling(divisors: np.ndarray, params: dict[str, Any]) -> dict[str, Any]:
-    """rope_freqs.weight divides each frequency: Llama 3's scaling with the factor that it shows, or an error."""
-    scaling: dict[str, Any] = {"use_scaled_rope": True, "rope_scaling_factor": float(divisors.max())}
-    plain, scaled = ModelArgs(**params), ModelArgs(**params, **scaling)
+def _llama3_scaling(divisors: np.ndarray, params: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
+    """rope_freqs.weight divides each frequency: Llama 3's scaling with the numbers that it shows, or an error.
+
+    The factor is the largest. The file may name the original context; the two other numbers are 1 and 4, or those that
+    the divisors between 1 and the factor lie on.
+    """
+    plain = ModelArgs(**params)
     if divisors.shape != (plain.head_dim // 2,):
         raise ConvertError(f"rope_freqs.weight has shape {divisors.shape}, expected {(plain.head_dim // 2,)}")
-    # Position 1 turns by the frequencies themselves.
-    angles = [torch.atan2(sin[1], cos[1]) for cos, sin in (rope_table(a, torch.device("cpu")) for a in (plain, scaled))]
-    if not np.allclose((angles[0] / angles[1]).numpy(), divisors, rtol=1e-4):
-        raise ConvertError("rope_freqs.weight holds another scaling of frequencies than Llama 3's: not supported")
-    return scaling
+    factor, context = float(divisors.max()), whole(meta, "llama.rope.scaling.original_context_length", 8192)
+    freqs = _frequencies(plain)
+    candidates = [(1.0, 4.0)]
+    with np.errstate(all="ignore"):
+        kept = (1 / divisors - 1 / factor) / (1 - 1 / factor)  # the part of a frequency that is not scaled
+        blended = (kept > 1e-3) & (kept < 1 - 1e-3)
+    if blended.sum() > 1:
+        slope, low = np.polyfit(kept[blended], context * freqs[blended] / (2 * np.pi), 1)
+        candidates.append((float(f"{low:.4g}"), float(f"{low + slope:.4g}")))
+    for low, high in candidates:
+        if factor < 1 or not 0 < low <= high:
+            continue
+        scaling = scaling_params(factor, low, high, context)
+        # Divisors are float32, and frequencies were computed in it, too.
+        if np.allclose(freqs / _frequencies(ModelArgs(**params, **scaling)), divisors, rtol=1e-4):
+            return scaling
+    raise ConvertError("rope_freqs.weight holds another scaling of frequencies than Llama 3's: not supported")
+
+
+def _frequencies(args: ModelArgs) -> np.ndarray:
+    """By how many radians each pair turns from position 0 to 1."""
+    cos, sin = rope_table(replace(args, max_seq_len=2), torch.device("cpu"))
+    return torch.atan2(sin[1], cos[1]).numpy()
 
 
 def _decimal(meta: dict[str, Any], key: str, default: float | None = None) -> float:

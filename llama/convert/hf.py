@@ -18,13 +18,23 @@ from typing import Any, BinaryIO
 import torch
 
 from llama.chat_format import for_tokenizer
-from llama.checkpoint import EMBEDDING, OUTPUT, open_shard, tensor_shapes, without_layer
+from llama.checkpoint import EMBEDDING, OUTPUT, tensor_shapes, without_layer
 from llama.convert.meta import ConvertError, Source, raw
-from llama.convert.params import MOST_LAYERS, check_shapes, decimal, feed_forward_params, head_params, shown, whole
+from llama.convert.params import (
+    MOST_LAYERS,
+    check_shapes,
+    decimal,
+    feed_forward_params,
+    head_params,
+    scaling_params,
+    shown,
+    whole,
+)
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import hf_tokenizer
 from llama.params import ModelArgs
 from llama.progress import progress
+from llama.shard import open_tensors
 from llama.sniff import JSON, SAFETENSORS, ZIP, what_is
 from llama.tokenizer import Tokenizer, check_size, find_tokenizer, read_tokenizer_json
 from llama.verify import read_zip, torn_records
@@ -230,10 +240,12 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
         raise ConvertError(f"partial_rotary_factor is {shown(partial)}: only 1.0 is supported")
     kind = kinds[0] if kinds else "default"
     if kind == "llama3":
-        for key, value in (("low_freq_factor", 1), ("high_freq_factor", 4), ("original_max_position_embeddings", 8192)):
-            if rope.get(key) != value:
-                raise ConvertError(f"{key} is {shown(rope.get(key))}: rope scaling 'llama3' is supported with {value}")
-        return params | {"use_scaled_rope": True, "rope_scaling_factor": decimal(rope, "factor")}
+        return params | scaling_params(
+            factor=decimal(rope, "factor"),
+            low_freq_factor=decimal(rope, "low_freq_factor"),
+            high_freq_factor=decimal(rope, "high_freq_factor"),
+            original_context_length=whole(rope, "original_max_position_embeddings"),
+        )
     if kind == "linear":
         return params | {"rope_linear_factor": decimal(rope, "factor")}
     if kind != "default":
@@ -293,7 +305,7 @@ def _open_torch(path: Path) -> dict[str, Stored]:
     def stored(tensor: torch.Tensor) -> Stored:
         return Stored(tuple(tensor.shape), tensor.dtype, lambda start, stop: tensor[start:stop])
 
-    tensors = open_shard(path)
+    tensors = open_tensors(path)
     if torn := torn_records(path, read_zip(path)):
         raise ConvertError(f"{path.name} is damaged in {torn[0]}: fetch it again")
     return {name: stored(tensor) for name, tensor in tensors.items()}
@@ -455,8 +467,13 @@ def _config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     positions = {500000.0: 8192, 1000000.0: 16384}.get(args.rope_theta, 4096)
     if args.use_scaled_rope:
         positions = 131072
-        rope = {"rope_type": "llama3", "factor": args.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        rope["original_max_position_embeddings"] = 8192
+        rope = {
+            "rope_type": "llama3",
+            "factor": args.rope_factor,
+            "low_freq_factor": args.rope_low_freq_factor,
+            "high_freq_factor": args.rope_high_freq_factor,
+            "original_max_position_embeddings": args.rope_original_context_length,
+        }
     elif args.rope_linear_factor is not None:
         rope = {"rope_type": "linear", "factor": args.rope_linear_factor}
     positions = source.max_positions or positions

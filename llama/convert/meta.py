@@ -19,8 +19,8 @@ import torch
 from torch._utils import _rebuild_tensor_v2
 
 from llama.chat_format import base_model_note
-from llama.checkpoint import OUTPUT, Checkpoint, shard_axis
-from llama.params import ModelArgs, legal_world_sizes
+from llama.checkpoint import OUTPUT, Checkpoint, computed_dtype, shard_axis
+from llama.params import ModelArgs, legal_world_sizes, load_params
 from llama.progress import progress
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 from llama.verify import Findings, check_bytes, check_kinship, is_finite, read_checklists
@@ -96,12 +96,12 @@ def read(folder: Path) -> Source:
     listed = read_checklists(folder, findings)
     check_bytes([*checkpoint.paths, folder / "params.json"], listed, folder, findings)
     check_kinship(dict(enumerate(checkpoint.paths)), {i: checkpoint[i] for i in shards}, checkpoint.shapes, findings)
-    notes = []
+    notes = list(checkpoint.notes)
     for fault in findings.faults:
         if fault.startswith(tuple(map(str, checkpoint.paths))):
             raise ConvertError(fault)
         notes.append(fault)  # of a params.json that was edited since its sum was made, or a file that is not needed
-    params = json.loads((folder / "params.json").read_text()) | {"vocab_size": checkpoint.params.vocab_size}
+    params = load_params(folder)[0] | {"vocab_size": checkpoint.params.vocab_size}
     files = {}
     try:
         path = find_tokenizer(folder)
@@ -119,7 +119,7 @@ def read(folder: Path) -> Source:
     tensors: dict[str, Callable[[], torch.Tensor]] = {
         name: partial(_whole, checkpoint, name) for name in checkpoint.shapes
     }
-    dtypes = {name: checkpoint[0][name].dtype for name in checkpoint.shapes}
+    dtypes = {name: computed_dtype(checkpoint[0][name].dtype) for name in checkpoint.shapes}
     axis = -1 if len(checkpoint.paths) == 1 else checkpoint.embedding_axis  # one file divides nothing
     return Source(params, tensors, files, dtypes, axis, notes=notes)
 

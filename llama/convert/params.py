@@ -70,3 +70,25 @@ def feed_forward_params(dim: int, width: int) -> dict[str, int | float]:
             if fits(multiple_of=multiple_of, ffn_dim_multiplier=round(middle, digits)):
                 return {"multiple_of": multiple_of, "ffn_dim_multiplier": round(middle, digits)}
     return {"hidden_dim": width}
+
+
+def scaling_params(
+    factor: float, low_freq_factor: float, high_freq_factor: float, original_context_length: int
+) -> dict[str, Any]:
+    """The keys of Llama 3's rope scaling; those that have the numbers of Llama 3.1 are left out, but the factor.
+
+    Raises ConvertError for numbers that do not go together.
+    """
+    if factor < 1:
+        raise ConvertError(f"factor is {factor:g}: rope scaling 'llama3' is supported from 1 on")
+    if high_freq_factor < low_freq_factor:
+        raise ConvertError(
+            f"high_freq_factor {high_freq_factor:g} is below low_freq_factor {low_freq_factor:g}: correct them"
+        )
+    numbers = {
+        "rope_low_freq_factor": low_freq_factor,
+        "rope_high_freq_factor": high_freq_factor,
+        "rope_original_context_length": original_context_length,
+    }
+    others = {key: value for key, value in numbers.items() if value != getattr(ModelArgs, key)}
+    return {"use_scaled_rope": True, "rope_scaling_factor": factor, **others}

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from llama.generation import Llama
 from llama.distributed import is_main_rank, raising_together
-from llama.evals.page import Alternative, Look, Token, level, page, percent_text, shown, width
 from llama.engine import Engine
+from llama.evals.page import Alternative, Look, Token, level, page, percent_text, shown, width
 from llama.executor import log_norm, score
+from llama.generation import Llama
 from llama.request import Alternatives, alternatives, check_alternatives, check_whole, read_ids
 from llama.scoring import Text, check_bos, measure_texts, with_bos
+from llama.sniff import as_path
 from llama.stream import TextStream
 from llama.terminal import tell
 from llama.textfile import read_pipe
@@ -72,7 +73,7 @@ def inspect(
     if html == "":
         raise ValueError("--html names no file")
     if html is not None and is_main_rank():
-        _check_writable(Path(html))
+        _check_writable(as_path(html))
     llama = Llama.build(
         ckpt_dir,
         tokenizer_path,
@@ -107,8 +108,8 @@ def inspect(
                 print("\n".join(table(look, shutil.get_terminal_size((120, 24)).columns, coloured)))
                 print(summary(look))
             if html is not None:
-                content = page(look, Path(os.path.abspath(ckpt_dir)).name, summary(look))
-                Path(html).write_text(content, encoding="utf-8", newline="\n")
+                content = page(look, Path(os.path.abspath(as_path(ckpt_dir))).name, summary(look))
+                as_path(html).write_text(content, encoding="utf-8", newline="\n")
                 tell(f"{html}: {len(content.encode()) / 1000:,.1f} kB")
     llama.close()
 

@@ -3,12 +3,12 @@
 import math
 import re
 from json import dumps
-from pathlib import Path
 from typing import Any, TypedDict
 
-from llama.generation import Llama
 from llama.distributed import is_main_rank, told_by_rank_0
+from llama.generation import Llama
 from llama.scoring import check_bos, check_stride, rolling_loglikelihood, with_bos
+from llama.sniff import as_path
 from llama.terminal import in_one_line
 from llama.textfile import read_text
 
@@ -60,7 +60,7 @@ def perplexity(
     check_bos(bos)
     check_stride(stride, max_seq_len)
     # Before the model is loaded, and where the files are: on rank 0's host.
-    texts = [read_text(Path(file)) for file in files] if is_main_rank() else []
+    texts = [read_text(as_path(file)) for file in files] if is_main_rank() else []
     llama = Llama.build(
         ckpt_dir,
         tokenizer_path,

@@ -1,0 +1,556 @@
+"""Checkpoints as fine-tuners, trainers and other tools save them: each answers what the untouched folder answers."""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from faults import Bomb, edit_params
+from safetensors.torch import save_file
+from torch import nn
+
+from llama import Llama, Tokenizer
+from llama.checkpoint import Checkpoint
+from llama.cli import COMMANDS, run
+from llama.convert import ConvertError, convert
+from llama.params import CheckpointError, ModelArgs, read_params
+from llama.plan import plan
+from llama.verify import check, verify
+
+PROMPT = [1, 20, 300, 4, 77]
+Tensors = dict[str, Any]
+
+
+def single(folder: Path) -> Path:
+    return folder / "consolidated.00.pth"
+
+
+def every(change: Callable[[Tensors], Any], **options: Any) -> Callable[[Path], None]:
+    """Save each file again, as what `change` makes of its tensors."""
+
+    def save(folder: Path) -> None:
+        for path in folder.glob("consolidated.*.pth"):
+            torch.save(change(torch.load(path, weights_only=True)), path, **options)
+
+    return save
+
+
+def prefixed(prefix: str) -> Callable[[Path], None]:
+    return every(lambda tensors: {prefix + key: value for key, value in tensors.items()})
+
+
+def renamed(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "consolidated.00.pth").rename(folder / name)
+
+
+def unpadded(folder: Path) -> None:
+    for i, path in enumerate(sorted(folder.glob("*.pth"))):
+        path.rename(folder / f"consolidated.{i}.pth")
+
+
+def as_safetensors(name: str) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        save_file(torch.load(single(folder), weights_only=True), folder / name)
+        single(folder).unlink()
+
+    return save
+
+
+def params_text(change: Callable[[str], bytes]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        path = folder / "params.json"
+        path.write_bytes(change(json.dumps(json.loads(path.read_text()), indent=1)))
+
+    return write
+
+
+def params(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_params(folder, **changes)
+
+
+def numbers_as_text(folder: Path) -> None:
+    found = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").write_text(json.dumps({key: str(value) for key, value in found.items()}))
+
+
+def with_optimizer(tensors: Tensors) -> Tensors:
+    state = {i: {"exp_avg": torch.ones_like(t), "step": torch.tensor(7.0)} for i, t in enumerate(tensors.values())}
+    return {"model": tensors, "optimizer": {"state": state, "param_groups": [{"lr": 1e-4}]}, "step": 7}
+
+
+def with_buffers(tensors: Tensors) -> Tensors:
+    layers = {f"layers.{i}.attention.{name}": torch.zeros(2) for i in range(3) for name in ("cache_k", "mask")}
+    frequencies = {"freqs_cis": torch.ones(4, dtype=torch.complex64), "rope.freqs": torch.ones(4)}
+    return tensors | layers | frequencies | {"causal_mask": torch.full((4, 4), -torch.inf)}
+
+
+class Saved(NamedTuple):
+    """said: what the one note says, "" where nothing is to be said. shards: those of the untouched folder."""
+
+    save: Callable[[Path], Any]
+    said: str = ""
+    shards: int = 1
+
+
+WRAPPED = "the weights were taken from the entry"
+IGNORED = {"max_seq_len": 2048, "max_batch_size": 4, "model_parallel_size": 1, "use_kv_cache": True, "dropout": 0.1}
+WAYS: dict[str, Saved] = {
+    "model": Saved(every(lambda t: {"model": t}), f"{WRAPPED} 'model'"),
+    "state_dict and step": Saved(
+        every(lambda t: {"state_dict": t, "step": 7}), f"{WRAPPED} 'state_dict'; left unread beside it: step"
+    ),
+    "an optimizer beside": Saved(
+        every(with_optimizer), f"{WRAPPED} 'model'; left unread beside it: optimizer, step", 2
+    ),
+    "a wrapper in a wrapper": Saved(every(lambda t: {"state_dict": {"model": t}}), f"{WRAPPED} 'state_dict.model'"),
+    "DataParallel": Saved(prefixed("module."), "'module.' was taken out of the names of the weights", 2),
+    "torch.compile": Saved(prefixed("_orig_mod."), "'_orig_mod.' was taken out of"),
+    "Lightning": Saved(prefixed("model."), "'model.' was taken out of"),
+    "stacked prefixes": Saved(prefixed("module._orig_mod."), "'module._orig_mod.' was taken out of"),
+    "a compiled layer": Saved(
+        every(lambda t: {key.replace("layers.1.", "layers.1._orig_mod."): v for key, v in t.items()}),
+        "'_orig_mod.' was taken out of",
+    ),
+    "float64": Saved(every(lambda t: {key: v.double() for key, v in t.items()}), "stored as float64, and taken as", 2),
+    "parameters": Saved(every(lambda t: {key: nn.Parameter(v) for key, v in t.items()})),
+    "buffers": Saved(
+        every(with_buffers),
+        "buffers were left out, which are computed here: causal_mask, freqs_cis, layers.N.attention.cache_k, "
+        "layers.N.attention.mask and 1 more",
+        2,
+    ),
+    "consolidated.pth": Saved(renamed("consolidated.pth")),
+    "consolidated.0.pth": Saved(unpadded, shards=2),
+    "consolidated.safetensors": Saved(as_safetensors("consolidated.safetensors")),
+    "consolidated.00.safetensors": Saved(as_safetensors("consolidated.00.safetensors")),
+    "torch.save before 1.6": Saved(
+        every(lambda t: t, _use_new_zipfile_serialization=False), "every rank reads the files whole", 2
+    ),
+    "a byte order mark": Saved(params_text(lambda text: text.encode("utf-8-sig"))),
+    "CRLF": Saved(params_text(lambda text: text.replace("\n", "\r\n").encode())),
+    "UTF-16": Saved(params_text(lambda text: text.encode("utf-16"))),
+    "numbers as text": Saved(
+        numbers_as_text, "params.json: dim, multiple_of, n_heads, n_layers, norm_eps, vocab_size written as text"
+    ),
+    "keys of a run": Saved(
+        params(**IGNORED, weight_tying=False, use_biases=False, rope_scaling_factor=None),
+        "params.json: dropout, max_batch_size, max_seq_len, model_parallel_size, use_biases, use_kv_cache, "
+        "weight_tying ignored",
+    ),
+}
+
+
+def answer(folder: Path, **options: Any) -> tuple[list[list[int]], torch.Tensor]:
+    """(ids generated greedily, logits of the prompt)."""
+    llama = Llama.build(folder, max_seq_len=32, max_batch_size=1, device="cpu", **options)
+    try:
+        ids, _ = llama.generate([PROMPT], 12, temperature=0)
+        return ids, llama.model.forward(torch.tensor([PROMPT]), 0)
+    finally:
+        llama.close()
+
+
+@pytest.fixture
+def copy(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    return lambda shards=1: Path(shutil.copytree(checkpoint("mha", shards), tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_answers_are_those_of_the_untouched_folder(
+    name: str, copy: Callable[..., Path], checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    way = WAYS[name]
+    expected = answer(checkpoint("mha", way.shards))
+    folder = copy(way.shards)
+    way.save(folder)
+    capsys.readouterr()
+
+    ids, logits = answer(folder)
+    assert ids == expected[0] and torch.equal(logits, expected[1])
+    *notes, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("llama: 0.2M parameters")
+    assert len(notes) == bool(way.said) and all(line.startswith("note: ") and way.said in line for line in notes)
+
+    verify(str(folder))
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("OK: ")
+    assert [line for line in lines if line in notes] == notes, "verify says it, too"
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_convert_and_plan_take_them_too(
+    name: str, copy: Callable[..., Path], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    way = WAYS[name]
+    folder = copy(way.shards)
+    way.save(folder)
+    plan(str(folder))
+    convert(folder, tmp_path / "out")
+    found = torch.load(single(tmp_path / "out"), weights_only=True)
+    expected = torch.load(single(checkpoint("mha")), weights_only=True)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert read_params(tmp_path / "out") == Checkpoint(checkpoint("mha")).params
+
+
+def test_two_ranks_read_what_one_file_wraps(checkpoint: Callable[..., Path], copy: Callable[..., Path]) -> None:
+    from ranks import run_ranks
+
+    folder = copy()
+    every(lambda t: {"model": {f"module.{key}": value for key, value in t.items()}})(folder)
+    assert run_ranks(2, ids_of, folder) == [answer(checkpoint("mha"))[0]] * 2
+
+
+def ids_of(folder: Path) -> list[list[int]]:
+    llama = Llama.build(folder, max_seq_len=32, max_batch_size=1, device="cpu")
+    ids, _ = llama.generate([PROMPT], 12, temperature=0)
+    llama.close()
+    return ids
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_optimizer_is_mapped_and_not_read(copy: Callable[..., Path]) -> None:
+    """A file of 257 MB, of which the weights are 1 MB: the peak of a process that opens it."""
+    folder = copy()
+    every(lambda t: {"model": t, "optimizer": {"exp_avg": torch.ones(2**26)}})(folder)
+    script = """if True:
+        import re, sys
+        from pathlib import Path
+        from llama.shard import open_shard
+        peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+        before = peak()
+        tensors = open_shard(Path(sys.argv[1])).tensors
+        print(len(tensors), peak() - before)
+    """
+    words = [sys.executable, "-c", script, str(single(folder))]
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    count, kilobytes = map(int, ended.stdout.split())
+    assert count == 30 and kilobytes < 64_000
+
+
+def test_mistrals_own_release(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """consolidated.safetensors beside a Hugging Face config.json, and params.json with hidden_dim and head_dim."""
+    folder = Path(shutil.copytree(checkpoint("gqa"), tmp_path / "mistral"))
+    expected = answer(folder)
+    as_safetensors("consolidated.safetensors")(folder)
+    (folder / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}')
+    width = Checkpoint(folder).params.hidden_dim
+    written: dict[str, Any] = {
+        "dim": 128,
+        "n_layers": 2,
+        "head_dim": 16,
+        "hidden_dim": width,
+        "n_heads": 8,
+        "n_kv_heads": 2,
+    }
+    written |= {"norm_eps": 1e-6, "vocab_size": 512, "rope_theta": 10000.0, "sliding_window": 4096}
+    (folder / "params.json").write_text(json.dumps(written))
+    ids, logits = answer(folder)
+    assert ids == expected[0] and torch.equal(logits, expected[1])
+    assert not check(folder).faults
+    edit_params(folder, hidden_dim=width - 8)  # multiple_of would give the width above
+    with pytest.raises(CheckpointError, match=r"consolidated.safetensors is not the whole of .*wrong shape"):
+        Llama.build(folder)
+    edit_params(folder, hidden_dim=width)
+    convert(folder, tmp_path / "hf", to="hf")
+    convert(tmp_path / "hf", tmp_path / "meta")
+    assert answer(tmp_path / "meta")[0] == expected[0]
+
+
+def test_hugging_faces_folder_with_a_stray_shard_is_still_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "consolidated.safetensors").write_bytes(b"")
+    with pytest.raises(ConvertError, match="names no architecture"):
+        convert(tmp_path, tmp_path / "out")
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "two wrappers": (
+        every(lambda t: {"model": t, "model_state_dict": t}),
+        "holds the entries model and model_state_dict",
+    ),
+    "two prefixes": (
+        every(lambda t: {(("a" in key and "model.") or "module.") + key: v for key, v in t.items()}),
+        "holds names with different prefixes (",
+    ),
+    "a prefix on some": (
+        every(lambda t: {key if key == "norm.weight" else f"module.{key}": v for key, v in t.items()}),
+        "holds names with different prefixes (module.",
+    ),
+    "an unknown prefix": (prefixed("student."), "its names begin with 'student.', which is not known here"),
+    "an unknown wrapper": (every(lambda t: {"weights": t}), "holds weights, expected plain tensors"),
+    "wrappers without end": (
+        every(lambda t: {"model": {"model": {"model": {"model": {"model": t}}}}}),
+        "holds model, expected plain tensors",
+    ),
+    "a trainer's arguments": (
+        every(lambda t: {"model": t, "args": argparse.Namespace(lr=1)}),
+        "it was not loaded (argparse.Namespace); where you trust it, save the weights alone: torch.save(torch.load('",
+    ),
+    "a whole module": (every(lambda t: nn.Linear(2, 2)), "it was not loaded (torch.nn.modules.linear.Linear)"),
+    "an unknown tensor": (every(lambda t: t | {"lora.weight": torch.ones(2)}), "unexpected: lora.weight"),
+    "a bias called mask": (every(lambda t: t | {"maskless": torch.ones(2)}), "unexpected: maskless"),
+    "an unknown key": (params(norm_type="layernorm"), "unknown key 'norm_type'"),
+    "biases": (params(use_biases=True), "unknown key 'use_biases'"),
+    "a text that is no number": (params(dim="many"), "dim is 'many', expected a positive whole number"),
+    "a wrong number as text": (params(n_layers="3.5"), "n_layers is 3.5, expected"),
+    "two names for one number": (
+        lambda folder: shutil.copy(single(folder), folder / "consolidated.pth"),
+        "has the same number as",
+    ),
+    "two formats": (
+        lambda folder: save_file(torch.load(single(folder)), folder / "consolidated.safetensors"),
+        "has the same number as",
+    ),
+    "safetensors under another name": (
+        lambda folder: save_file(torch.load(single(folder)), single(folder)),
+        "is a safetensors file, not what torch.save writes: rename it to end in .safetensors",
+    ),
+    "a pickle called safetensors": (
+        renamed("consolidated.safetensors"),
+        "is a zip file, not a safetensors file: rename it to end in .pth",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_ambiguous_is_refused_by_name(name: str, copy: Callable[..., Path]) -> None:
+    folder = copy()
+    damage, expected = REFUSED[name]
+    damage(folder)
+    with pytest.raises(CheckpointError) as caught:
+        Llama.build(folder, max_seq_len=8)
+    line = str(caught.value)
+    assert expected in line and "\n" not in line and "fetch it again" not in line
+    faults = check(folder).faults
+    assert faults and not any("fetch it again" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("consolidated.safetensors", lambda content: content[:-100]),
+        ("consolidated.safetensors", lambda content: content[:100]),
+        ("consolidated.00.pth", lambda content: content[:-100]),
+        ("consolidated.00.pth", lambda content: content[:60]),
+    ],
+)
+def test_files_cut_short_without_sums(name: str, damage: Callable[[bytes], bytes], copy: Callable[..., Path]) -> None:
+    folder = copy()
+    if name.endswith("pth"):
+        every(lambda t: t, _use_new_zipfile_serialization=False)(folder)
+    else:
+        as_safetensors(name)(folder)
+    path = folder / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match="fetch it again"):
+        Llama.build(folder)
+    (fault,) = check(folder).faults
+    assert fault.startswith(str(path)) and fault.endswith("fetch it again")
+
+
+def test_files_without_sums_are_noted_and_checked_by_a_list(copy: Callable[..., Path]) -> None:
+    from faults import write_list
+
+    folder = copy()
+    as_safetensors("consolidated.safetensors")(folder)
+    path = folder / "consolidated.safetensors"
+    assert any("holds no sums of its data" in note for note in check(folder).notes)
+    write_list(folder)
+    assert not any("sums of its data" in note for note in check(folder).notes)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    (fault,) = check(folder).faults
+    assert fault.startswith(str(path)) and "is not the listed file" in fault
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_old_files_cannot_run_code(wrapped: bool, copy: Callable[..., Path], tmp_path: Path) -> None:
+    folder, marker = copy(), tmp_path / "marker"
+    every(
+        lambda t: {"model": t, "extra": Bomb(marker)} if wrapped else t | {"extra": Bomb(marker)},
+        _use_new_zipfile_serialization=not wrapped,
+    )(folder)
+    with pytest.raises(CheckpointError, match="could run code: it was not loaded"):
+        Llama.build(folder)
+    assert check(folder).faults and not marker.exists()
+
+
+def test_a_wrapper_that_holds_itself(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    ring: dict[str, Any] = {}
+    ring["model"] = ring
+    torch.save(ring, single(folder))
+    with pytest.raises(CheckpointError, match="holds model, expected plain tensors"):
+        Llama.build(folder)
+
+
+def test_safetensors_without_its_package(copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy()
+    as_safetensors("consolidated.safetensors")(folder)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(CheckpointError, match=r"needs the Python package safetensors: pip install 'llama-runner"):
+        Llama.build(folder)
+
+
+# Rope scaling -------------------------------------------------------------------------------------
+
+
+NUMBERS = [(8.0, 1.0, 4.0, 8192), (16.0, 1.0, 2.0, 4096), (32.0, 2.0, 8.0, 16384), (4.0, 1.0, 1.0, 512)]
+
+
+@pytest.mark.parametrize(("factor", "low", "high", "context"), NUMBERS)
+def test_rope_scaling_is_that_of_transformers(
+    factor: float, low: float, high: float, context: int, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Frequencies of any four numbers, and there and back through config.json."""
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from llama.model import rope_table
+
+    folder = Path(shutil.copytree(checkpoint("llama31"), tmp_path / "meta"))
+    numbers = {"rope_low_freq_factor": low, "rope_high_freq_factor": high, "rope_original_context_length": context}
+    edit_params(folder, rope_scaling_factor=factor, **numbers)
+    args = read_params(folder)
+    convert(folder, tmp_path / "hf", to="hf")
+    config = AutoConfig.from_pretrained(tmp_path / "hf")
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    args.max_seq_len = 2
+    cos, sin = rope_table(args, torch.device("cpu"))
+    torch.testing.assert_close(torch.atan2(sin[1], cos[1]), theirs, rtol=1e-5, atol=1e-9)
+    convert(tmp_path / "hf", tmp_path / "back")
+    back = read_params(tmp_path / "back")
+    names = ("rope_factor", *numbers)
+    assert [getattr(back, name) for name in names] == [factor, low, high, context]
+    assert answer(tmp_path / "back")[0] == answer(folder)[0]
+
+
+@pytest.mark.parametrize(("low", "high", "context"), [(1.0, 4.0, 8192), (1.0, 4.0, 2048), (2.0, 6.0, 8192)])
+def test_gguf_carries_the_numbers_in_its_divisors(
+    low: float, high: float, context: int, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Only their ratios show: 1 and 4 of 2,048 are 4 and 16 of 8,192."""
+    import formats
+    import numpy as np
+
+    from llama.model import rope_table
+
+    def divisors(theta: float, head_dim: int, factor: float) -> Any:
+        turns = context * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return (1 / ((1 - kept) / factor + kept)).astype(np.float32)
+
+    folder = Path(shutil.copytree(checkpoint("llama31"), tmp_path / "meta"))
+    edit_params(folder, n_heads=2, n_kv_heads=1)  # wide heads: some of their 32 pairs lie between the two factors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "llama3_divisors", divisors)
+        formats.write_gguf(folder, tmp_path / "model.gguf")
+    convert(tmp_path / "model.gguf", tmp_path / "out")
+    found = read_params(tmp_path / "out")
+    expected = ModelArgs(**vars(found) | {"rope_low_freq_factor": low, "rope_high_freq_factor": high})
+    expected.rope_original_context_length = context
+    assert found.rope_factor == 8
+    for ours, theirs in zip(
+        rope_table(found, torch.device("cpu")), rope_table(expected, torch.device("cpu")), strict=True
+    ):
+        torch.testing.assert_close(ours[:16], theirs[:16], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rope_low_freq_factor": 5.0}, "rope_high_freq_factor is 4, expected rope_low_freq_factor (5) or more"),
+        ({"rope_original_context_length": 0}, "rope_original_context_length is 0, expected a positive whole number"),
+        ({"rope_high_freq_factor": "x"}, "rope_high_freq_factor is 'x', expected a positive number"),
+    ],
+)
+def test_scaling_that_makes_no_sense(changes: dict[str, Any], expected: str, copy: Callable[..., Path]) -> None:
+    folder = copy()
+    edit_params(folder, use_scaled_rope=True, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        read_params(folder)
+    assert expected in str(caught.value)
+
+
+# Paths --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(checkpoint("mha"), tmp_path / "x")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_a_tilde_in_python(home: Path) -> None:
+    llama = Llama.build("~/x", tokenizer_path="~/x/tokenizer.model", max_seq_len=16)
+    llama.close()
+    assert Tokenizer("~/x/tokenizer.model").n_words == 512
+    assert Checkpoint("~/x").params.dim == read_params("~/x").dim == 64
+    convert("~/x", "~/y")
+    assert (home / "y" / "params.json").exists()
+    with pytest.raises(CheckpointError, match="~nobody-of-this-name/x does not exist"):
+        Llama.build("~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["complete", "--ckpt_dir=~/x", "--tokenizer_path=~/x/tokenizer.model", "a", "--max_gen_len=1"],
+        ["complete", "--ckpt_dir=~/x", "--file=~/p.jsonl", "--out=~/o.jsonl", "--max_gen_len=1"],
+        ["inspect", "--ckpt_dir=~/x", "a b", "--html=~/page.html"],
+        ["perplexity", "--ckpt_dir=~/x", "~/p.jsonl", "--max_seq_len=64"],
+        ["convert", "--src=~/x", "--dst=~/z"],
+        ["verify", "--ckpt_dir=~/x"],
+        ["plan", "--path=~/x"],
+        ["plan", "--path=~/x/params.json"],
+        ["conformance", "export", "--ckpt_dir=~/x", "--out=~/kit", "--max_seq_len=64"],
+    ],
+    ids=" ".join,
+)
+def test_a_tilde_on_the_command_line(
+    words: list[str], home: Path, built: list[Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "p.jsonl").write_text('{"prompt": "Hello"}\n')
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "argv", ["llama", *words])
+    run(COMMANDS)
+    assert not (home / "~").exists()
+    for word in words:
+        name, _, path = word.partition("=~/")
+        if name in ("--out", "--html", "--dst"):
+            assert (home / path).exists()
+
+
+def test_examples_take_a_tilde(home: Path, monkeypatch: pytest.MonkeyPatch, built: list[Llama]) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    import example_text_completion
+
+    monkeypatch.setattr(sys, "argv", ["example", "--ckpt_dir=~/x", "--max_gen_len=1"])
+    run(example_text_completion.main)
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-1B-Instruct", "mistralai/Mistral-7B-v0.3"])
+def test_a_name_on_the_hub_is_answered_with_its_command(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = f"hf download {name} --local-dir checkpoints/{name.split('/')[1]}"
+    for ask in (lambda: Llama.build(name), lambda: verify(name), lambda: plan(name), lambda: convert(name, "out")):
+        with pytest.raises(ValueError) as caught:
+            ask()
+        assert f"{name} does not exist" in str(caught.value) and str(caught.value).count(command) == 1
+    (tmp_path / name).parent.mkdir()
+    with pytest.raises(CheckpointError) as caught_path:  # a folder of that name is there: a path with a slip in it
+        Llama.build(name)
+    assert "hf download" not in str(caught_path.value)
