@@ -81,13 +81,13 @@ def join(world: World, device: torch.device) -> None:
     """Enter the process group and fairscale's model-parallel group, making them if this is the first model."""
     global _ours, _our_groups, _hooks
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
-    patience = timedelta(seconds=PATIENCE * timeout(device.type))
     if not dist.is_initialized():
         if device.type == "cuda" and backend == "gloo":
             say("warning: this torch has no NCCL, ranks talk over gloo (slower)")
         hook = sys.excepthook  # torch puts the rank before each line of it
         store = _stores.group(_rounds) if _stores and world.size > 1 else dist.HashStore()
-        dist.init_process_group(backend, store=store, timeout=patience, rank=world.rank, world_size=world.size)
+        # With torch's own timeout, as the default group is the program's, too: it may wait for hours there.
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
         _ours, _hooks = True, (hook, short_of_losses(sys.excepthook) if world.size > 1 else hook)
         sys.excepthook = _hooks[1]
     elif world.size > 1 and _ours and dist.get_backend() != backend:
@@ -97,7 +97,8 @@ def join(world: World, device: torch.device) -> None:
     if not fairscale_groups.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines there
             fairscale_groups.initialize_model_parallel(world.size)
-        distributed_c10d._set_pg_timeout(patience, fairscale_groups.get_model_parallel_group())  # not given on
+        patience = timedelta(seconds=PATIENCE * timeout(device.type))
+        distributed_c10d._set_pg_timeout(patience, our_group())
         _our_groups = True
     if fairscale_groups.get_model_parallel_world_size() != world.size:
         raise ValueError(f"fairscale is initialised with another model-parallel size than the {world.size} ranks here")
@@ -133,10 +134,18 @@ def model_parallel() -> tuple[int, int]:
     return fairscale_groups.get_model_parallel_rank(), fairscale_groups.get_model_parallel_world_size()
 
 
+def our_group() -> dist.ProcessGroup:
+    """fairscale's model-parallel group, which holds all ranks and is the one group that this package talks over.
+
+    A rank that keeps the others waiting there for more than a third of LLAMA_TIMEOUT counts as lost.
+    """
+    return fairscale_groups.get_model_parallel_group()
+
+
 def from_rank_0(ids: torch.Tensor) -> torch.Tensor:
     """Replace `ids` by rank 0's, in place, so that ranks cannot drift apart."""
     if dist.get_world_size() > 1:
-        dist.broadcast(ids, src=0)
+        dist.broadcast(ids, src=0, group=our_group())
     return ids
 
 
@@ -151,7 +160,7 @@ def told_by_rank_0(value: Any = None) -> Any:
         return value
     exchange(None)
     values = [value]  # a store takes 8 MB at most
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=our_group())
     return values[0]
 
 
