@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,7 @@ _our_groups = False  # the same for fairscale's groups
 _stores: Stores | None = None  # one per process: torchrun's port can be bound once
 _pulse: Pulse | None = None  # of this rank, among several
 _rounds = 0  # meetings so far; each uses its own keys of the store
+_devnull: TextIO | None = None  # what sys.stdout is on ranks that print nothing; made once
 _hooks = (sys.excepthook, sys.excepthook)  # before and after it was wrapped
 
 
@@ -102,6 +103,21 @@ def join(world: World, device: torch.device) -> None:
         _our_groups = True
     if fairscale_groups.get_model_parallel_world_size() != world.size:
         raise ValueError(f"fairscale is initialised with another model-parallel size than the {world.size} ranks here")
+    if world.local_rank > 0:
+        _mute_stdout()
+
+
+def _mute_stdout() -> None:
+    """Send print() to os.devnull until the last model is closed; `sys.__stdout__` and stderr still print.
+
+    Meta's build does it on these ranks, and programs written for it print() on all of them and mean one. A program that
+    has redirected sys.stdout itself keeps that.
+    """
+    global _devnull
+    if sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
+        sys.__stdout__.flush()
+        _devnull = _devnull or open(os.devnull, "w")  # noqa: SIM115  (a program may hold it: it is never closed)
+        sys.stdout = _devnull
 
 
 def leave() -> None:
@@ -118,6 +134,8 @@ def _part() -> None:
     pulse, _pulse = _pulse, None
     if pulse is not None:
         pulse.stop()
+    if _devnull is not None and sys.stdout is _devnull:
+        sys.stdout = sys.__stdout__
     if _our_groups:
         fairscale_groups.destroy_model_parallel()
         _our_groups = False
