@@ -16,8 +16,8 @@ from llama.chat_format import FORMATS, ChatFormat, Dialog, Message, for_tokenize
 from llama.checkpoint import OUTPUT, Checkpoint, load_weights
 from llama.device import pick_device, pick_dtype, share_cores
 from llama.distributed import current_world, exchange, join, leave, meet, raising_together, say
-from llama.fast import SpeedUp, can_compile
 from llama.engine import Engine
+from llama.fast import SpeedUp, can_compile
 from llama.memory import Choice, check_room, explained
 from llama.model import Transformer
 from llama.native import memory_given_back
@@ -53,8 +53,8 @@ class Llama(Engine):
     Under torchrun every rank holds one and makes the same calls.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, chat_format: ChatFormat | None = None, seed: int = 1):
-        super().__init__(model, tokenizer, seed)
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, chat_format: ChatFormat | None = None):
+        super().__init__(model, tokenizer)
         self.chat_format = chat_format or for_tokenizer(tokenizer)
 
     @staticmethod
@@ -78,7 +78,7 @@ class Llama(Engine):
         tokenizer_path: default is tokenizer.model or tokenizer.json in `ckpt_dir` or beside it.
         max_seq_len, max_batch_size: positions (prompt and answer) and rows that the KV cache has room for.
         model_parallel_size: the number of ranks, which is known anyway; another number is an error.
-        seed: where the random streams of calls without a seed come from.
+        seed: given to torch.manual_seed, as in Meta's code; calls without a seed of their own draw from there.
         device: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:N" or "mps".
         dtype: "auto" (the checkpoint's, where the device computes in it), "float32", "bfloat16" or "float16".
         quantize: hold the weights as "int8" or "int4" (`llama.quantize` has what that means).
@@ -101,6 +101,8 @@ class Llama(Engine):
                 check_whole("max_seq_len", max_seq_len, 1)
                 check_whole("max_batch_size", max_batch_size, 1)
                 check_whole("seed", seed, 0)
+                if seed >= 2**64:
+                    raise ValueError(f"seed is {seed}, expected a whole number below 2**64, as torch takes them")
                 if model_parallel_size not in (None, world.size):
                     raise ValueError(
                         f"model_parallel_size is {model_parallel_size}, but {world.size} ranks are running: leave it "
@@ -165,7 +167,8 @@ class Llama(Engine):
             leave()
             raise
         say(_summary(model, checkpoint, world.size, kind, note, time.perf_counter() - started))
-        return Llama(model, tokenizer, dialogs, seed)
+        torch.manual_seed(seed)  # of every rank, and last: nothing that loads draws from it
+        return Llama(model, tokenizer, dialogs)
 
     @property
     def dialogs(self) -> ChatFormat:
