@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from llama.checkpoint import Checkpoint
-from llama.distributed import current_world, is_main_rank
+from llama.distributed import current_world, is_main_rank, our_group
 from llama.engine import read_back
 from llama.executor import Executor
 from llama.generation import Llama
@@ -261,7 +261,7 @@ def bandwidth(device: torch.device) -> float:
     numbers, best = torch.ones(READ_BYTES // 4, device=device), math.inf
     for _ in range(5):
         if current_world().size > 1:
-            dist.barrier()
+            dist.barrier(group=our_group())
         best = min(best, _seconds(numbers.sum))
     return READ_BYTES / best
 

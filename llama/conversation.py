@@ -1,6 +1,5 @@
 """A dialog that goes on: the cache keeps what was said, so a turn computes only what is new."""
 
-import random
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -74,7 +73,7 @@ class Conversation:
         }
         # Mistakes are told now, not at the first question; so is a model without a chat format.
         self._format = llama.dialogs
-        read_rows(llama.model.params, random.Random(), (), [[0]], **self.settings)
+        read_rows(llama.model.params, lambda: 0, (), [[0]], **self.settings)
         read_stops(stop, 1)
         self._room = llama.model.params.max_seq_len // 4 if max_gen_len is None else max_gen_len
         self.messages: list[Message] = []

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,7 @@ _our_groups = False  # the same for fairscale's groups
 _stores: Stores | None = None  # one per process: torchrun's port can be bound once
 _pulse: Pulse | None = None  # of this rank, among several
 _rounds = 0  # meetings so far; each uses its own keys of the store
+_devnull: TextIO | None = None  # what sys.stdout is on ranks that print nothing; made once
 _hooks = (sys.excepthook, sys.excepthook)  # before and after it was wrapped
 
 
@@ -81,13 +82,13 @@ def join(world: World, device: torch.device) -> None:
     """Enter the process group and fairscale's model-parallel group, making them if this is the first model."""
     global _ours, _our_groups, _hooks
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
-    patience = timedelta(seconds=PATIENCE * timeout(device.type))
     if not dist.is_initialized():
         if device.type == "cuda" and backend == "gloo":
             say("warning: this torch has no NCCL, ranks talk over gloo (slower)")
         hook = sys.excepthook  # torch puts the rank before each line of it
         store = _stores.group(_rounds) if _stores and world.size > 1 else dist.HashStore()
-        dist.init_process_group(backend, store=store, timeout=patience, rank=world.rank, world_size=world.size)
+        # With torch's own timeout, as the default group is the program's, too: it may wait for hours there.
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
         _ours, _hooks = True, (hook, short_of_losses(sys.excepthook) if world.size > 1 else hook)
         sys.excepthook = _hooks[1]
     elif world.size > 1 and _ours and dist.get_backend() != backend:
@@ -97,10 +98,26 @@ def join(world: World, device: torch.device) -> None:
     if not fairscale_groups.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines there
             fairscale_groups.initialize_model_parallel(world.size)
-        distributed_c10d._set_pg_timeout(patience, fairscale_groups.get_model_parallel_group())  # not given on
+        patience = timedelta(seconds=PATIENCE * timeout(device.type))
+        distributed_c10d._set_pg_timeout(patience, our_group())
         _our_groups = True
     if fairscale_groups.get_model_parallel_world_size() != world.size:
         raise ValueError(f"fairscale is initialised with another model-parallel size than the {world.size} ranks here")
+    if world.local_rank > 0:
+        _mute_stdout()
+
+
+def _mute_stdout() -> None:
+    """Send print() to os.devnull until the last model is closed; `sys.__stdout__` and stderr still print.
+
+    Meta's build does it on these ranks, and programs written for it print() on all of them and mean one. A program that
+    has redirected sys.stdout itself keeps that.
+    """
+    global _devnull
+    if sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
+        sys.__stdout__.flush()
+        _devnull = _devnull or open(os.devnull, "w")  # noqa: SIM115  (a program may hold it: it is never closed)
+        sys.stdout = _devnull
 
 
 def leave() -> None:
@@ -117,6 +134,8 @@ def _part() -> None:
     pulse, _pulse = _pulse, None
     if pulse is not None:
         pulse.stop()
+    if _devnull is not None and sys.stdout is _devnull:
+        sys.stdout = sys.__stdout__
     if _our_groups:
         fairscale_groups.destroy_model_parallel()
         _our_groups = False
@@ -135,10 +154,18 @@ def model_parallel() -> tuple[int, int]:
     return fairscale_groups.get_model_parallel_rank(), fairscale_groups.get_model_parallel_world_size()
 
 
+def our_group() -> dist.ProcessGroup:
+    """fairscale's model-parallel group, which holds all ranks and is the one group that this package talks over.
+
+    A rank that keeps the others waiting there for more than a third of LLAMA_TIMEOUT counts as lost.
+    """
+    return fairscale_groups.get_model_parallel_group()
+
+
 def from_rank_0(ids: torch.Tensor) -> torch.Tensor:
     """Replace `ids` by rank 0's, in place, so that ranks cannot drift apart."""
     if model_parallel()[1] > 1:
-        dist.broadcast(ids, src=0)
+        dist.broadcast(ids, src=0, group=our_group())
     return ids
 
 
@@ -153,7 +180,7 @@ def told_by_rank_0(value: Any = None) -> Any:
         return value
     exchange(None)
     values = [value]  # a store takes 8 MB at most
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=our_group())
     return values[0]
 
 

@@ -1,7 +1,6 @@
 """The engine: prompts of ids in, continuations and their log-probabilities out."""
 
 import math
-import random
 from collections.abc import Generator, Sequence
 from functools import partial
 from itertools import groupby, islice
@@ -9,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from llama.distributed import current_world, exchange, from_rank_0, is_main_rank, leave
 from llama.executor import Executor, score
@@ -19,13 +18,13 @@ from llama.request import (
     Each,
     Generation,
     Ids,
+    Prompts,
     Row,
     Settings,
     StopIds,
     Token,
     alternatives,
     check_alternatives,
-    check_whole,
     in_common,
     of_about_one_length,
     read_rows,
@@ -38,12 +37,10 @@ from llama.tokenizer import Tokenizer
 class Engine:
     """A model that continues lists of ids. Text stays outside; the tokenizer only names its stop ids."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1, *, executor: Executor | None = None):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, executor: Executor | None = None):
         self._executor = executor or Executor(_checked(model))
         self._is_closed = False
         self.tokenizer = tokenizer
-        check_whole("seed", seed, 0)
-        self._seeds = random.Random(seed)  # the seeds of rows that are given none
         # The ids whose keys and values each row of the cache holds, as long as the model's count of passes is this.
         self._held: list[list[int]] = []
         self._held_at = -1
@@ -70,6 +67,12 @@ class Engine:
             self._executor = Executor(_checked(model), fused=old.fused, native=old.native, graph=old.graph)
             self._held_at = -1
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Free the memory and, with the last open model, the process group. Closing twice is harmless."""
         if self._is_closed:
@@ -83,7 +86,7 @@ class Engine:
 
     def generate(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: Prompts,
         max_gen_len: Each[int | None],
         temperature: Each[float] = 0.6,
         top_p: Each[float] = 0.9,
@@ -99,6 +102,7 @@ class Engine:
     ) -> Generation:
         """Continue each prompt, all rows in one batch. `request.Settings` has the meanings of the settings.
 
+        prompt_tokens: lists of ids, or an integer tensor [bsz, seqlen], each row a prompt.
         A row ends before its first stop id, after `max_gen_len` ids, or where prompt and answer fill max_seq_len.
         logprobs: also return the natural log-probability of every returned id under the raw logits; a number K asks
             for the K best alternatives at each position, too.
@@ -131,7 +135,7 @@ class Engine:
         return result
 
     def stream(
-        self, prompt_tokens: Sequence[Sequence[int]], *, logprobs: bool | int = True, **settings: Unpack[Settings]
+        self, prompt_tokens: Prompts, *, logprobs: bool | int = True, **settings: Unpack[Settings]
     ) -> Generator[list[Token], None, None]:
         """`generate` step by step: each gives a `Token` for every row that was still running.
 
@@ -140,13 +144,13 @@ class Engine:
         """
         return self._run(self._one_batch(self._rows(prompt_tokens, **settings)), self._alternatives(logprobs))
 
-    def _rows(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[Row]:
+    def _rows(self, prompts: Prompts, **settings: Any) -> list[Row]:
         """Rows that end at the tokenizer's stop ids, or in their place at the one that `stop_token` names."""
         stop_token, stop = settings.pop("stop_token", None), self.tokenizer.stop_tokens
         if stop_token is not None:
             check_whole("stop_token", stop_token, 0)
             stop = {int(stop_token)}
-        return read_rows(self.model.params, self._seeds, stop, prompts, **settings)
+        return read_rows(self.model.params, draw_seed, stop, prompts, **settings)
 
     def _one_batch(self, rows: list[Row]) -> list[Row]:
         limit = self.model.params.max_batch_size
@@ -331,6 +335,14 @@ def _checked(model: Transformer) -> Transformer:
             "that is called as model(tokens, start_pos)"
         )
     return model
+
+
+def draw_seed() -> int:
+    """The next seed from torch's default CPU generator, which `torch.manual_seed` sets: one draw of torch.randint.
+
+    Every rank draws, so that the generators of ranks that were seeded alike stay alike; only rank 0 samples with it.
+    """
+    return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
 
 
 def read_back(values: torch.Tensor) -> list[list[Any]]:

@@ -102,11 +102,10 @@ class Llama(Engine):
         model: Transformer,
         tokenizer: Tokenizer,
         chat_format: ChatFormat | None = None,
-        seed: int = 1,
         *,
         executor: Executor | None = None,
     ):
-        super().__init__(model, tokenizer, seed, executor=executor)
+        super().__init__(model, tokenizer, executor=executor)
         self.chat_format = chat_format or for_tokenizer(tokenizer)
 
     @staticmethod
@@ -130,7 +129,7 @@ class Llama(Engine):
         tokenizer_path: default is tokenizer.model or tokenizer.json in `ckpt_dir` or beside it.
         max_seq_len, max_batch_size: positions (prompt and answer) and rows that the KV cache has room for.
         model_parallel_size: the number of ranks, which is known anyway; another number is an error.
-        seed: where the random streams of calls without a seed come from.
+        seed: given to torch.manual_seed, as in Meta's code; calls without a seed of their own draw from there.
         device: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:N" or "mps".
         dtype: "auto" (the checkpoint's, where the device computes in it), "float32", "bfloat16" or "float16".
         quantize: hold the weights as "int8" or "int4" (`llama.quantize` has what that means).
@@ -153,6 +152,8 @@ class Llama(Engine):
                 check_whole("max_seq_len", max_seq_len, 1)
                 check_whole("max_batch_size", max_batch_size, 1)
                 check_whole("seed", seed, 0)
+                if seed >= 2**64:
+                    raise ValueError(f"seed is {seed}, expected a whole number below 2**64, as torch takes them")
                 if model_parallel_size not in (None, world.size):
                     raise ValueError(
                         f"model_parallel_size is {model_parallel_size}, but {world.size} ranks are running: leave it "
@@ -220,7 +221,8 @@ class Llama(Engine):
             raise
         model = executor.model
         say(_summary(model, checkpoint, world.size, kind, note, time.perf_counter() - started))
-        return Llama(model, tokenizer, dialogs, seed, executor=executor)
+        torch.manual_seed(seed)  # of every rank, and last: nothing that loads draws from it
+        return Llama(model, tokenizer, dialogs, executor=executor)
 
     @property
     def dialogs(self) -> ChatFormat:

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict, TypeVar
 
+import torch
+
 from llama.params import ModelArgs
 
 T = TypeVar("T")
 Ids: TypeAlias = tuple[int, ...]
+Prompts: TypeAlias = Sequence[Sequence[int]] | torch.Tensor  # lists of ids, or an integer tensor [bsz, seqlen]
 Each: TypeAlias = T | Sequence[T]  # one value for all prompts, or a list with one for each
 StopIds = Sequence[int] | Sequence[Sequence[int] | None] | None
 # A pass takes about as long as so many more ids in another one: it reads all weights.
@@ -28,8 +31,9 @@ class Settings(TypedDict, total=False):
     temperature: divides the logits; 0 takes the most probable id.
     top_p: keep ids whose more probable ids sum to at most this; 1 keeps all.
     stop_token_ids: ids that end a row, beside the tokenizer's own.
-    seed: the row's random stream; sample j of a prompt draws with seed + j. None takes the next of the streams that
-        `build`'s seed begins.
+    seed: the row's random stream; sample j of a prompt draws with seed + j. With None each sampled row draws its seed
+        from torch's default generator, so `torch.manual_seed`, which `build` calls, too, makes a call repeat. Rows of
+        temperature 0 draw none.
     n: samples of each prompt, one after another in the results; they share the prompt's computation.
     """
 
@@ -103,9 +107,9 @@ class Generation(tuple[list[list[int]], list[list[float]] | None]):
 
 def read_rows(
     args: ModelArgs,
-    seeds: random.Random,
+    draw_seed: Callable[[], int],
     model_stop: Iterable[int],
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     max_gen_len: Each[int | None] = None,
     temperature: Each[float] = 0.6,
@@ -118,12 +122,15 @@ def read_rows(
 ) -> list[Row]:
     """Rows in the order of the prompts, `n` for each.
 
-    seeds: gives rows without a seed theirs. model_stop: the tokenizer's stop ids, in force beside `stop_token_ids`.
+    draw_seed: called once for each sampled row without a seed. model_stop: the tokenizer's stop ids, in force beside
+        `stop_token_ids`.
 
     Raises ValueError or TypeError for settings out of range and for prompts that are empty, longer than max_seq_len,
     or hold ids outside the vocabulary.
     """
     check_whole("n", n, 1)
+    if isinstance(prompts, torch.Tensor):
+        prompts = _rows_of(prompts)
     check_list("prompts of ids", "lists", prompts)
 
     def each(name: str, value: Any, check: Callable[[str, Any], Any]) -> list[Any]:
@@ -144,9 +151,23 @@ def read_rows(
     for ids, (most, heat, p, k, penalty, stop, first_seed) in zip(texts, settings, strict=True):
         limit = args.max_seq_len if most is None else min(len(ids) + most, args.max_seq_len)
         for j in range(n):
-            stream = random.Random(seeds.getrandbits(63) if first_seed is None else first_seed + j)
+            if first_seed is not None:
+                stream = random.Random(first_seed + j)
+            else:
+                stream = random.Random(draw_seed() if heat else 0)
             rows.append(Row(len(rows), ids, limit, heat, p, k or 0, penalty, stop.union(model_stop), stream))
     return rows
+
+
+def _rows_of(prompts: torch.Tensor) -> list[list[int]]:
+    if prompts.dim() != 2:
+        raise ValueError(
+            f"prompts of ids are a tensor of shape {list(prompts.shape)}, expected [bsz, seqlen]: "
+            "a single prompt is tensor[None]"
+        )
+    if prompts.is_floating_point() or prompts.is_complex() or prompts.dtype == torch.bool:
+        raise TypeError(f"prompts of ids are a tensor of {prompts.dtype}, expected integers: tensor.long()")
+    return prompts.tolist()
 
 
 def per_prompt(name: str, value: Any, count: int) -> list[Any]:

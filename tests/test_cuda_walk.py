@@ -113,6 +113,7 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     patch.setattr(generation, "check_before_loading", lambda *arguments: ([], {}))  # looks for NaN in the files
     for module in (engine, scoring):
         patch.setattr(module, "read_back", lambda values: np.ones(values.shape).tolist())
+    patch.setattr(engine, "draw_seed", lambda: 1)  # a number that is read from a tensor, of the CPU
     here = torch.device("cuda", rank % hosts_gpus)  # torch's class cannot be made inside the mode
     patch.setattr(model, "causal_mask", lambda n, m, on: torch.ones(n, m, device=here).tril(m - n) > 0)
     patch.setattr(FakeTensorMode, "avoid_device_init", True)  # else it looks for the pretended GPU

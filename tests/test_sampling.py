@@ -22,7 +22,7 @@ def sample(logits: torch.Tensor, uniform: float | list[float], prompts: Any = No
     """One id for each row of logits, by settings as `generate` takes them."""
     bsz, vocab = logits.shape
     args = ModelArgs(vocab_size=vocab, max_seq_len=10_000)
-    rows = read_rows(args, random.Random(1), (), prompts or [[0]] * bsz, **settings)
+    rows = read_rows(args, lambda: 1, (), prompts or [[0]] * bsz, **settings)
     uniforms = torch.tensor(uniform if isinstance(uniform, list) else [uniform] * bsz, dtype=torch.float64)
     return Sampler(rows, vocab, logits.device).sample(logits, uniforms).tolist()
 
@@ -124,7 +124,7 @@ def test_settings_of_rows_do_not_mix() -> None:
 def test_penalized_rows_see_what_they_have_drawn() -> None:
     """Ids are seen in the prompt and once they are drawn, each in its own row."""
     args = ModelArgs(vocab_size=4, max_seq_len=10)
-    rows = read_rows(args, random.Random(1), (), [[0], [1]], temperature=0, repetition_penalty=[10.0, 1.0])
+    rows = read_rows(args, lambda: 1, (), [[0], [1]], temperature=0, repetition_penalty=[10.0, 1.0])
     sampler, uniform = Sampler(rows, 4, torch.device("cpu")), torch.zeros(2, dtype=torch.float64)
     logits = torch.tensor([[4.0, 3.0, 2.0, -1.0]] * 2)
     assert [sampler.sample(logits, uniform).tolist() for _ in range(4)] == [[1, 0], [2, 0], [0, 0], [0, 0]]
