@@ -6,28 +6,26 @@ One row is a decode step, 512 a prompt. torchao's column is left out where it is
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
-from llama.fast import Packed
 from torch import nn
 
 from llama import native
-from llama.native import Plain
+from llama.executor import Dense
 from llama.quantize import Int4, Int8, PackedInt4
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # wqkv, wo, w13, w2
 LAYERS, ROUNDS = 30, 9
 
-KERNELS: dict[str, Callable[[torch.Tensor], nn.Module]] = {
-    "bfloat16, F.linear": Plain,
-    "bfloat16, oneDNN's packed": Packed,
-    "bfloat16, native.c": lambda weight: native.Linear(Plain(weight)),
+KERNELS: dict[str, Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "bfloat16, F.linear": lambda weight: Dense(weight, False),
+    "bfloat16, native.c": lambda weight: Dense(weight, True),
     "int8, torch's _weight_int8pack_mm": Int8,
-    "int8, native.c": lambda weight: native.Linear(Int8(weight)),
+    "int8, native.c": lambda weight: native.NativeQuantized(Int8(weight)),
     "int4, torch's _weight_int4pack_mm_for_cpu": PackedInt4,
-    "int4, native.c": lambda weight: native.Linear(Int4(weight)),
+    "int4, native.c": lambda weight: native.NativeQuantized(Int4(weight)),
 }
 
 
@@ -40,7 +38,7 @@ def with_torchao(weight: torch.Tensor) -> nn.Module:
     return holder
 
 
-def milliseconds(layers: list[nn.Module], rows: int) -> float:
+def milliseconds(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], rows: int) -> float:
     inputs = [torch.randn(rows, k).bfloat16() for _, k in SHAPES] * LAYERS
     taken = []
     for _ in range(ROUNDS):

@@ -267,8 +267,8 @@ def bandwidth(device: torch.device) -> float:
 
 
 def weight_bytes(model: Transformer) -> int:
-    """Bytes of weights that a step reads on this rank: of all parameters but an embedding that is not the output, too, as
-    a step reads only its rows."""
+    """Bytes of weights that a step reads on this rank: all but those of an embedding that is not the output, too, of
+    which a step reads only rows."""
     return held_bytes(p for p in model.parameters() if p is not model.tok_embeddings.weight or p is model.output.weight)
 
 

@@ -226,10 +226,10 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype,
     layers = [(f"layers.{i}", layer) for i, layer in enumerate(model.layers)]
     parts = [("tok_embeddings", model.tok_embeddings), *layers, ("norm", model.norm), ("output", model.output)]
     for name, part in progress(parts, "loading"):
-        if part is model.output and OUTPUT not in checkpoint.shapes:
-            if part.weight.shape == model.tok_embeddings.weight.shape:
-                model.output.weight = model.tok_embeddings.weight  # tied, and the same rows here: held once
-                continue
+        embedding = model.tok_embeddings.weight
+        if part is model.output and OUTPUT not in checkpoint.shapes and part.weight.shape == embedding.shape:
+            model.output.weight = embedding  # tied, and the same rows here: held once
+            continue
         _allocate(part, dtype, device)
         for key, parameter in part.named_parameters(name):
             axis = shard_axis(key, checkpoint.embedding_axis)

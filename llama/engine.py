@@ -25,6 +25,7 @@ from llama.request import (
     Token,
     alternatives,
     check_alternatives,
+    check_whole,
     in_common,
     of_about_one_length,
     read_rows,

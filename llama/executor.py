@@ -49,8 +49,9 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 # What Meta's programs replace in `llama.model` to change a forward, as it is when nobody has.
 FUNCTIONS = ("apply_rotary_emb", "rotate", "reshape_for_broadcast", "causal_mask")
 ORIGINALS = [getattr(plain, name) for name in FUNCTIONS]
-CLASSES = (Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, ColumnLinear, RowLinear)
-FORWARDS = [kind.forward for kind in CLASSES]
+LINEARS = [ColumnLinear, ColumnLinear, ColumnLinear, RowLinear, ColumnLinear, ColumnLinear, RowLinear]
+CLASSES: tuple[Any, ...] = (Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, ColumnLinear, RowLinear)
+FORWARDS: list[Any] = [kind.forward for kind in CLASSES]
 
 
 # Products -----------------------------------------------------------------------------------------
@@ -171,13 +172,13 @@ class FusedLayer:
     """A block with one product for queries, keys and values, and one for gates and values."""
 
     def __init__(self, block: TransformerBlock, products: Sequence[Product], is_native: bool):
-        self.attention_norm = cast(RMSNorm, block.attention_norm)
-        self.ffn_norm = cast(RMSNorm, block.ffn_norm)
-        attention = cast(Attention, block.attention)
+        self.attention_norm = block.attention_norm
+        self.ffn_norm = block.ffn_norm
+        attention = block.attention
         self.cache, self.head_dim = attention.cache, attention.head_dim
         self.n_local_heads, self.n_local_kv_heads = attention.n_local_heads, attention.n_local_kv_heads
         self.wqkv, self.wo, self.w13, self.w2 = products
-        self.shape = [layer.weight.shape for layer in (attention.wo, cast(FeedForward, block.feed_forward).w2)]
+        self.shape = [layer.weight.shape for layer in (attention.wo, block.feed_forward.w2)]
         self.is_native = is_native
 
     @staticmethod
@@ -206,14 +207,20 @@ class FusedLayer:
             *[ColumnLinear] * 2,
             RowLinear,
         ]
-        parts = [attention, feed_forward, block.attention_norm, block.ffn_norm, *chain.from_iterable(linears)]
+        parts: list[Any] = [
+            attention,
+            feed_forward,
+            block.attention_norm,
+            block.ffn_norm,
+            *chain.from_iterable(linears),
+        ]
         if type(block) is not TransformerBlock or [type(part) for part in parts] != kinds or len(modules) != 12:
             return None
         if any(map(is_hooked, modules)) or any(len(module._parameters) != 1 for module in parts[2:4]):
             return None
         if any(set(module._parameters) - {"weight", "bias"} or module.bias is not None for module in parts[4:]):
             return None
-        made = [product(layers, is_native) for layers in linears]
+        made = [product(cast(list[nn.Module], layers), is_native) for layers in linears]
         if any(one is None for one in made):
             return None
         layer = FusedLayer(block, cast(list[Product], made), is_native)
@@ -277,7 +284,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def _is_patched() -> bool:
-    """Whether somebody changed what all modules do: functions of `llama.model`, forwards of its classes, global hooks."""
+    """Whether somebody changed what all modules do: functions of `llama.model`, its forwards, or global hooks."""
     return (
         any(map(lambda a, b: a is not b, map(plain.__dict__.get, FUNCTIONS), ORIGINALS))
         or any(kind.forward is not original for kind, original in zip(CLASSES, FORWARDS, strict=True))
@@ -294,7 +301,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module):
         self.modules = list(model.modules())
-        self.dicts = [d for m in self.modules for d in (m._modules, m._parameters)]
+        self.dicts: list[dict[str, Any]] = [d for m in self.modules for d in (m._modules, m._parameters)]
         self.attributes = [m.__dict__ for m in self.modules]
         self.hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.norms = [m for m in self.modules if isinstance(m, RMSNorm)]
@@ -357,7 +364,7 @@ class Executor:
 
     @property
     def aligned(self) -> bool:
-        """Whether all rows must be at one position: parts of the model take start_pos as Meta's code gives it, one int."""
+        """Whether all rows must be at one position: somebody's code gets start_pos, which is one int in Meta's code."""
         self._follow()
         return self._is_aligned
 

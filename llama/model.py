@@ -215,7 +215,7 @@ def rotary_angles(args: ModelArgs, positions: int) -> torch.Tensor:
 
 def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """freqs_cis [seqlen, head_dim / 2], or [bsz, ..] where rows have positions of their own, against
-    x [bsz, seqlen, heads, head_dim / 2]: a view with an axis of 1 for what it has not. ValueError if they do not fit."""
+    x [bsz, seqlen, heads, head_dim / 2]: a view with axes of 1 for the others. ValueError where they do not fit."""
     if freqs_cis.shape[-2:] != (x.shape[1], x.shape[-1]) or freqs_cis.dim() > 3:
         raise ValueError(
             f"freqs_cis has shape {tuple(freqs_cis.shape)}, expected {(x.shape[1], x.shape[-1])} for x {tuple(x.shape)}"
@@ -314,7 +314,7 @@ class Attention(nn.Module):
 
         start_pos: one int, or an int64 tensor [bsz] for rows at positions of their own.
         freqs_cis: the angles of these positions, [seqlen, head_dim / 2] or [bsz, seqlen, head_dim / 2].
-        mask: what is added to the scores, [.., seqlen, ctx_len]; None for one query, which sees all positions to its own.
+        mask: what is added to the scores, [.., seqlen, ctx_len]; None: all positions to the last.
         """
         bsz, seqlen, _ = x.shape
         xq, xk, xv = self.wq(x), self.wk(x), self.wv(x)
@@ -450,8 +450,8 @@ class Transformer(nn.Module):
     def angles_and_mask(
         self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, h: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The angles of these positions, and what is added to scores, as `Attention.forward` takes them; the mask in the
-        dtype and on the device of the embeddings `h`."""
+        """The angles of these positions, and what is added to scores, as `Attention.forward` takes them, on the device
+        of the embeddings `h`."""
         seqlen = tokens.shape[1]
         self.freqs_cis = self.freqs_cis.to(h.device)
         if isinstance(start_pos, int):
@@ -479,7 +479,7 @@ class Transformer(nn.Module):
         return [module.cache for module in self.modules() if isinstance(module, Attention)]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """`to`, `float`, `cuda` ... of all weights. Quantized ones stay what they are: refused before anything moves."""
+        """`to`, `float`, `cuda` ... of all weights. Quantized ones cannot: refused before anything moves."""
         if (weight := next((w for w in self.parameters() if hasattr(w, "source")), None)) is not None:
             probe = torch.empty(1, dtype=weight.dtype, device=weight.device)
             moved = fn(probe)
@@ -496,7 +496,10 @@ class Transformer(nn.Module):
         _, world_size = model_parallel()
         if weight is not None and world_size > 1 and weight.shape != self.tok_embeddings.weight.shape:
             vocab, dim = self.params.vocab_size, self.params.dim
-            axes = {(vocab // world_size, dim): VocabEmbedding, (vocab, dim // world_size): DimEmbedding}
+            axes: dict[tuple[int, int], type[VocabEmbedding | DimEmbedding]] = {
+                (vocab // world_size, dim): VocabEmbedding,
+                (vocab, dim // world_size): DimEmbedding,
+            }
             if (kind := axes.get(tuple(weight.shape))) is not None:
                 old = self.tok_embeddings.weight
                 with torch.device(old.device):

@@ -269,7 +269,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any, layers: Sequence[Any]):
-        args, first = model.params, layers[0]
+        first = layers[0]
         heads, kv_heads, head_dim = first.n_local_heads, first.n_local_kv_heads, first.head_dim
         dim, width = len(model.norm.weight), _matrix_of(first.w2).k
         max_rows, _, max_seq_len, _ = first.cache.k.shape

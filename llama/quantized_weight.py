@@ -1,7 +1,7 @@
 """A weight that is stored in 8 or 4 bits and read as the tensor that it stands for."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class QuantizedWeight(torch.Tensor):
         read: Callable[[], torch.Tensor],
         like: torch.Tensor,
     ) -> "QuantizedWeight":
-        made: QuantizedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: QuantizedWeight = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=like.dtype, device=like.device, requires_grad=False
         )
         made.source, made.start, made.read = source, start, read
@@ -49,7 +49,7 @@ class QuantizedWeight(torch.Tensor):
     @staticmethod
     def of(source: Quantized | NativeQuantized, start: int, stop: int) -> nn.Parameter:
         """The parameter for some rows of a quantized matrix."""
-        like = torch.empty(0, dtype=source.dtype, device=source.data.device)
+        like = torch.empty(0, dtype=source.dtype, device=cast(torch.Tensor, source.data).device)
         shape = torch.Size((stop - start, source.k))
         weight = QuantizedWeight(source, start, shape, lambda: source.dequantize()[start:stop], like)
         return nn.Parameter(weight, requires_grad=False)
@@ -67,7 +67,7 @@ class QuantizedWeight(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}

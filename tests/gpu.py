@@ -140,7 +140,7 @@ def quantize(asked: Asked) -> Answer:
         llama = Llama.build(asked.demo, None, 1024, 1, device=asked.device, dtype="bfloat16", quantize=scheme)
         text = (HERE / "golden" / "text.txt").read_text()
         ids = llama.tokenizer.encode(text, bos=False, eos=False)[:1024]
-        on_device = torch.tensor([ids]).to(llama.model.cos.device)
+        on_device = torch.tensor([ids]).to(llama.executor.device)
         best[scheme or "bfloat16"] = llama.model.forward(on_device, 0)[0].argmax(dim=-1).cpu()
         llama.close()
     exact = best.pop("bfloat16")
@@ -177,7 +177,7 @@ def logits_off(llama: Llama, cases: list[dict[str, Any]]) -> float:
     """How far the logits that were best for Meta's code are from ours, over the largest of them."""
     off = 0.0
     for case in cases:
-        last = llama.model.forward(torch.tensor([case["prompt_tokens"]]).to(llama.model.cos.device), 0)[0, -1].cpu()
+        last = llama.model.forward(torch.tensor([case["prompt_tokens"]]).to(llama.executor.device), 0)[0, -1].cpu()
         expected = torch.tensor(case["last_top8_logits"])
         off = max(off, ((last[case["last_top8_ids"]] - expected).abs().max() / expected.abs().max()).item())
     return off

@@ -26,9 +26,9 @@ def main(tokenizer: str, dtype: torch.dtype) -> None:
     args = ModelArgs(
         dim=128, n_layers=1, n_heads=2, vocab_size=32000, multiple_of=64, max_seq_len=LENGTH, max_batch_size=ROWS
     )
-    model = Transformer(args, dtype, torch.device("cpu"))
-    weights = {name: torch.randn(w.shape).mul_(0.02).to(dtype) for name, w in model.named_parameters()}
-    model.load_state_dict(weights, assign=True)
+    torch.set_default_dtype(dtype)
+    model = Transformer(args).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
     llama = Engine(model, Tokenizer(tokenizer))
     texts = [[(row + 7 * i) % 32000 for i in range(LENGTH)] for row in range(ROWS)]
     for text in texts:

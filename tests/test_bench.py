@@ -229,10 +229,11 @@ def test_the_plot(command: Callable[..., Ended], tmp_path: Path) -> None:
 
 def test_steps_of_the_plot_are_those_of_the_whole_text(build: Callable[..., Llama]) -> None:
     """The cache, filled piece by piece, answers at each context as one pass over the text does."""
-    model = build("gqa", max_seq_len=300).model
-    bench.measure_contexts(model, 256, 1e9)
+    llama = build("gqa", max_seq_len=300)
+    model, executor = llama.model, llama.executor
+    bench.measure_contexts(executor, 256, 1e9)
     ids = torch.tensor([bench.random.Random(1).choices(range(512), k=256)])
-    after = [model.logits(model.hidden(ids[:, n - 1 : n], n - 1, n))[0, 0] for n in (128, 256)]
+    after = [executor.logits(executor.hidden(ids[:, n - 1 : n], n - 1, n))[0, 0] for n in (128, 256)]
     whole = model.forward(ids, 0)[0]
     torch.testing.assert_close(torch.stack(after), whole[[127, 255]], atol=1e-4, rtol=1e-4)
 

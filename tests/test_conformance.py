@@ -155,8 +155,8 @@ def test_rope_rows_are_the_models_own(kit: Callable[..., Path], build: Callable[
     model = build("llama31", max_seq_len=8192).model
     positions = [p for p in about(kit("llama31"))["rope_positions"] if p < 8192]
     rows = load_file(kit("llama31") / "rope.safetensors")
-    assert torch.equal(rows["rope.cos"][: len(positions)], model.cos[positions])
-    assert torch.equal(rows["rope.sin"][: len(positions)], model.sin[positions])
+    assert torch.equal(rows["rope.cos"][: len(positions)], model.freqs_cis.real[positions])
+    assert torch.equal(rows["rope.sin"][: len(positions)], model.freqs_cis.imag[positions])
 
 
 def test_ids_of_texts_and_dialogs(kit: Callable[..., Path]) -> None:

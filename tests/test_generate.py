@@ -287,7 +287,7 @@ def test_a_batch_is_prefilled_in_passes_of_about_one_length(
 def test_prompts_are_scored_in_chunks(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build("gqa", max_seq_len=64, max_batch_size=5)
     _, expected = llama.generate(PROMPTS, 0, logprobs=True, echo=True)
-    monkeypatch.setattr("llama.model.SCORING_CHUNK", 5 * 512 * 7)  # 7 positions at a time, of 57
+    monkeypatch.setattr("llama.executor.SCORING_CHUNK", 5 * 512 * 7)  # 7 positions at a time, of 57
     _, found = llama.generate(PROMPTS, 0, logprobs=True, echo=True)
     assert expected is not None and found is not None
     for ours, theirs in zip(found, expected, strict=True):

@@ -17,11 +17,11 @@ from ranks import run_ranks
 
 import llama as package
 from llama import Llama, ModelArgs, cli
-from llama.cache import KVCache
 from llama.checkpoint import Checkpoint, tensor_shapes
 from llama.device import DTYPES
 from llama.params import CheckpointError, legal_world_sizes
 from llama.plan import Sizes, count_parameters, plan, read_bytes, sizes
+from llama.quantized_weight import QuantizedWeight
 
 SEVEN_B = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
 SEVENTY_B = {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8}
@@ -43,12 +43,15 @@ MIB = 2**20
 def held(llama: Llama) -> Sizes:
     """What this rank really holds between calls: the bytes of tensors, each once."""
     model = llama.model
-    caches = [buffer for m in model.modules() if isinstance(m, KVCache) for buffer in m.buffers()]
-    others = [*model.parameters(), *model.buffers()]
-    # Weights in oneDNN's order have no address.
-    found = {id(w) if w.is_mkldnn else w.untyped_storage().data_ptr(): w.nbytes for w in others}
-    cache, rope = sum(buffer.nbytes for buffer in caches), model.cos.nbytes + model.sin.nbytes
-    return Sizes(sum(found.values()) - cache - rope, cache, rope, 0)
+    weights: dict[int, int] = {}
+    for weight in model.parameters():
+        if isinstance(weight, QuantizedWeight):
+            weights[id(weight.source)] = sum(buffer.nbytes for buffer in weight.source.buffers())
+        else:
+            storage = weight.untyped_storage()  # that of a merged matrix has several weights
+            weights[storage.data_ptr()] = storage.nbytes()
+    cache = sum(cache.k.nbytes + cache.v.nbytes for cache in model.caches)
+    return Sizes(sum(weights.values()), cache, model.freqs_cis.nbytes, 0)
 
 
 def planned(

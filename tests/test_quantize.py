@@ -1,4 +1,4 @@
-"""int8 and int4: the rounding against its definition, the kernels against the widened weights, the model's answers."""
+"""int8 and int4: the rounding against its definition, the kernels against dequantized weights, the model's answers."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def test_int8_is_the_nearest_of_255_steps() -> None:
     scale = (weight.abs().amax(dim=1) / 127).bfloat16().float()
     assert torch.equal(layer.scale.float(), scale)
     # The largest of a row may lie half a rounding of the scale (2^-9) beyond step 127.
-    error = (layer.widened() - weight).abs()
+    error = (layer.dequantize() - weight).abs()
     assert (error <= scale[:, None] * (0.5 + 127 * 2**-9)).all()
     inside = weight.abs() < 126 * scale[:, None]
     assert (error[inside] <= (scale[:, None].expand_as(weight) * 0.5001)[inside]).all()
@@ -43,11 +43,11 @@ def test_int4_is_the_nearest_of_16_steps() -> None:
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
     step = (high - low) / 15
     assert torch.equal(layer.scale, step.bfloat16())
-    error = (layer.widened().view_as(groups) - groups).abs()
+    error = (layer.dequantize().view_as(groups) - groups).abs()
     # Half a step, and what scale (15 steps of it) and zero lose to bfloat16.
     allowed = step * (0.5 + 15 * 2**-9) + torch.maximum(low.abs(), high.abs()) * 2**-8
     assert (error <= allowed[..., None]).all()
-    assert (layer.widened() - weight).pow(2).mean().sqrt() < 0.09  # of a standard deviation of 1
+    assert (layer.dequantize() - weight).pow(2).mean().sqrt() < 0.09  # of a standard deviation of 1
 
 
 def test_a_grid_of_16_steps_is_kept() -> None:
@@ -55,13 +55,13 @@ def test_a_grid_of_16_steps_is_kept() -> None:
     q = torch.randint(0, 16, (40, 64), generator=torch.Generator().manual_seed(0))
     q[:, ::GROUP], q[:, 1::GROUP] = 0, 15
     weight = (q.float() - 8) * 0.125 + 0.5
-    assert torch.equal(Int4(weight).widened(), weight)
+    assert torch.equal(Int4(weight).dequantize(), weight)
 
 
 @pytest.mark.parametrize("kind", [Int8, Int4])
 def test_rows_of_one_value(kind: type[Int8 | Int4]) -> None:
     weight = torch.tensor([0.0, 1.0, -3.0])[:, None].expand(3, 64)
-    torch.testing.assert_close(kind(weight).widened(), weight, rtol=2**-8, atol=0)
+    torch.testing.assert_close(kind(weight).dequantize(), weight, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("kind", [Int8, Int4])
@@ -69,7 +69,7 @@ def test_rows_of_one_value(kind: type[Int8 | Int4]) -> None:
 def test_damage_is_not_rounded_away(kind: type[Int8 | Int4], damage: float) -> None:
     weight = random(4, 64)
     weight[2, 33] = damage
-    assert kind(weight).widened().isfinite().all(dim=1).tolist() == [True, True, False, True]
+    assert kind(weight).dequantize().isfinite().all(dim=1).tolist() == [True, True, False, True]
 
 
 # Storage ------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_stored_bytes(kind: str, native: bool) -> None:
 def test_torchs_order_holds_the_same_weights() -> None:
     weight = random(192, 544, torch.bfloat16)
     packed, rows = PackedInt4(weight), Int4(weight)
-    assert torch.equal(packed.widened(), rows.widened())
+    assert torch.equal(packed.dequantize(), rows.dequantize())
     assert isinstance(quantized("int4", False, weight), PackedInt4)
     assert isinstance(quantized("int4", False, weight, weight[:70]), Int4)  # no whole number of blocks
 
@@ -118,11 +118,11 @@ def test_torchs_order_holds_the_same_weights() -> None:
 def test_products_with_few_and_many_rows(kind: type[quantize.Quantized], m: int) -> None:
     layer = kind(random(128, 96, torch.bfloat16))
     x = random(m, 96, torch.bfloat16)
-    expected = x.double() @ layer.widened().double().T
+    expected = x.double() @ layer.dequantize().double().T
     found = layer(x[None])
     assert found.shape == (1, m, 128) and found.dtype == torch.bfloat16
     # The kernels round the scaled weight, the sum or both to bfloat16.
-    sums = x.double().abs() @ layer.widened().double().abs().T
+    sums = x.double().abs() @ layer.dequantize().double().abs().T
     assert ((found[0].double() - expected).abs() <= expected.abs() * 2**-8 + sums * 2**-9).all()
 
 

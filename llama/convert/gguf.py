@@ -7,7 +7,6 @@ tokenizer_config.json beside it has what else there is to know.
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from llama.convert.params import (
 )
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import sentencepiece_model
-from llama.model import rope_table
+from llama.model import rotary_angles
 from llama.params import ModelArgs
 from llama.tokenizer import LLAMA3_SPLIT
 
@@ -218,8 +217,8 @@ def _llama3_scaling(divisors: np.ndarray, params: dict[str, Any], meta: dict[str
 
 def _frequencies(args: ModelArgs) -> np.ndarray:
     """By how many radians each pair turns from position 0 to 1."""
-    cos, sin = rope_table(replace(args, max_seq_len=2), torch.device("cpu"))
-    return torch.atan2(sin[1], cos[1]).numpy()
+    frequencies: np.ndarray = rotary_angles(args, 2)[1].angle().numpy()
+    return frequencies
 
 
 def _decimal(meta: dict[str, Any], key: str, default: float | None = None) -> float:

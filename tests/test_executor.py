@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from make_checkpoint import TOKENIZER
 from torch import nn
 
-from llama import Llama, ModelArgs, fast, generation, model, native
+from llama import Llama, ModelArgs, executor, generation, model, native
 from llama.cache import KVCache
 from llama.checkpoint import tensor_shapes
-from llama.model import Positions
+from llama.executor import Dense
 from llama.quantize import FEW_ROWS, Int4, Int8
 
 BFLOAT16 = 2**-8  # the rounding of one number
@@ -46,15 +46,15 @@ def test_steps_at_any_positions(form: str, name: str, dtype: str, build: Callabl
     bsz, lengths = 7, [1, 2, 17, 255, 256, 257, 600]
     plain = build(name, max_seq_len=640, max_batch_size=bsz, dtype=dtype, plain=True)
     texts = ids(bsz, 600)
-    expected = plain.model.hidden(texts, 0, 600)[range(bsz), [n - 1 for n in lengths]].float()
+    expected = plain.executor.hidden(texts, 0, 600)[range(bsz), [n - 1 for n in lengths]].float()
 
     llama = build(name, max_seq_len=640, max_batch_size=bsz, dtype=dtype, **{form: True} if form == "compile" else {})
-    assert (llama.model.step is not None) == (form == "compile")
-    llama.model.hidden(texts[:, :-1], 0, 599)
+    assert (llama.executor._decoder is not None) == (form == "compile")
+    llama.executor.hidden(texts[:, :-1], 0, 599)
     last = torch.tensor(lengths) - 1
     for rows in (1, 3, 4, bsz):  # kernels take four rows at a time
         newest, at = texts[range(rows), last[:rows]], last[:rows]
-        found = llama.model.hidden(newest[:, None], at, int(at.max()) + 1)[:, 0].float()
+        found = llama.executor.hidden(newest[:, None], at, int(at.max()) + 1)[:, 0].float()
         error = (found - expected[:rows]).abs().max() / expected.abs().max()
         assert error < (2e-6 if dtype == "float32" else 6 * BFLOAT16), f"{rows} rows: {error}"
 
@@ -72,8 +72,8 @@ def test_steps_of_heads_that_share_keys(heads: int, kv_heads: int, tmp_path: Pat
     for plain in (True, False):
         sizes: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 2, "dtype": "float32"}
         llama = Llama.build(tmp_path, TOKENIZER, **sizes, plain=plain, compile=not plain)
-        llama.model.hidden(texts[:, :-1], 0, 39)
-        found.append(llama.model.hidden(texts[:, -1:], 39, 40))
+        llama.executor.hidden(texts[:, :-1], 0, 39)
+        found.append(llama.executor.hidden(texts[:, -1:], 39, 40).float())
         llama.close()
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
@@ -81,9 +81,10 @@ def test_steps_of_heads_that_share_keys(heads: int, kv_heads: int, tmp_path: Pat
 def test_a_cache_takes_rows_at_their_place() -> None:
     cache = KVCache((4, 2, 8, 4), torch.float32, torch.device("cpu"))
     k, v = torch.randn(2, 2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    cache.first_row = 1
     for start_pos in (2, torch.tensor([2, 2])):
         cache.clear()
-        keys, values = cache.update(k, v, start_pos, 5, first_row=1)
+        keys, values = cache.update(k, v, start_pos, 5)
         for buffer, seen, new in ((cache.k, keys, k), (cache.v, values, v)):
             assert torch.equal(buffer[1:3, :, 2:5], new) and torch.equal(seen[:, :, 2:], new)
             assert buffer.count_nonzero() == new.numel()
@@ -120,8 +121,8 @@ def test_a_rank_that_fails_in_the_middle_of_a_step(
 ) -> None:
     """An exception cannot pass through native.c: it is kept and raised behind it."""
     llama = build("gqa", max_seq_len=32, max_batch_size=1, compile=True)
-    step = llama.model.step
-    assert isinstance(step, native.Step)
+    step = llama.executor._decoder
+    assert isinstance(step, native.Decoder)
     step.struct.reduce = native.REDUCE(step._reduce)
 
     def broken(*args: Any, **kwargs: Any) -> None:
@@ -143,10 +144,12 @@ def test_products(kind: str, m: int) -> None:
     for n, k in ((1, 32), (6, 96), (50, 544), (33, 64), narrow):
         weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n))
         dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-        layer = {"int8": Int8, "int4": Int4}.get(kind, native.Plain)(weight.to(dtype))
-        full = layer.weight if isinstance(layer, native.Plain) else layer.widened()
+        quantized = {"int8": Int8, "int4": Int4}.get(kind)
+        layer = quantized(weight) if quantized else None
+        full = layer.dequantize() if layer else weight.to(dtype)
         x = torch.randn(1, m, k, generator=torch.Generator().manual_seed(m))
-        found = native.Linear(layer)(x.to(dtype))
+        product = native.NativeQuantized(layer) if layer else Dense(full, True)
+        found = product(x.to(dtype))
         assert found.shape == (1, m, n) and found.dtype == dtype
         x, full = x.to(dtype).double(), full.double()
         # What the roundings of a sum are measured by. int4 adds up q from 0 to 15 and takes 8 off behind: larger terms.
@@ -164,8 +167,8 @@ def test_products_of_whole_numbers(kind: type[Int8 | Int4], m: int) -> None:
         weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).bfloat16()
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
         x[:, 5] *= 100  # one number that makes the steps of all others large
-        exact = kind(weight.float()).widened().double()
-        found = native.Linear(kind(weight))(x).double()
+        exact = kind(weight.float()).dequantize().double()
+        found = native.NativeQuantized(kind(weight))(x).double()
         step = x.abs().amax(dim=1, keepdim=True).double() / 32767
         sums = x.double().abs() @ exact.abs().T
         error = found - x.double() @ exact.T
@@ -181,7 +184,7 @@ def test_the_largest_whole_numbers(kind: type[Int8 | Int4]) -> None:
     native.compile_library()
     weight = torch.ones(20, 4096)
     weight[::2] = -1
-    layer = native.Linear(kind(weight.bfloat16()))
+    layer = native.NativeQuantized(kind(weight.bfloat16()))
     x = torch.full((6, 4096), -3.0)
     x[1], x[2, 7], x[3, 8], x[4, 9], x[5] = 0, float("nan"), float("inf"), -float("inf"), 1e-36
     for rows in (x, x[:1]):
@@ -212,7 +215,8 @@ def test_attention_over_a_cache(heads: int, kv_heads: int, head_dim: int, starts
         buffer[:, :, end:] = float("nan")
     q = torch.randn(len(starts), seqlen, heads, head_dim, generator=stream).mul(3).bfloat16()
     start_pos = starts[0] if len(starts) == 1 else torch.tensor(starts)
-    found = native.attend(q, cache, Positions(start_pos, end, q, q, None, first_row))
+    cache.first_row = first_row
+    found = native.attend(q, cache, start_pos)
     for row, start in enumerate(starts):
         mask = torch.ones(seqlen, end, dtype=torch.bool).tril(start)
         keys, values = (x[first_row + row, :, :end].double() for x in (cache.k, cache.v))
@@ -232,28 +236,32 @@ def test_the_parts_of_a_layer(seqlen: int, dtype: str) -> None:
     plain = model.RMSNorm(96, 1e-5)
     plain.weight = nn.Parameter(torch.randn(96, generator=stream).to(kind))
     close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6} if dtype == "float32" else {"rtol": 2 * BFLOAT16, "atol": 0.01}
-    torch.testing.assert_close(fast.FastNorm(plain)(x), plain(x), **close)
+    with torch.no_grad():
+        torch.testing.assert_close(executor.norm(plain, x), plain(x), **close)
 
     angles = torch.rand(seqlen, 1, 16, generator=stream) * 7
-    at = Positions(0, seqlen, angles.cos(), angles.sin(), None)
+    freqs_cis = torch.polar(torch.ones_like(angles), angles).squeeze(1)  # [seqlen, 16]
     heads = x.unflatten(-1, (-1, 32))
     close["atol"] *= 100  # the size of x
-    torch.testing.assert_close(fast.rotated(heads, at), model.apply_rope(heads, at.cos, at.sin), **close)
+    even, odd = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angles.cos(), angles.sin()
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(kind)
+    torch.testing.assert_close(model.rotate(heads, freqs_cis), turned, **close)
 
     for vocab in (96, 50):
         weight = torch.randn(vocab, 96, generator=stream).to(kind)
         for rows in (x[:1], x):
-            torch.testing.assert_close(fast.TiedOutput(weight)(rows), F.linear(rows, weight), **close)
+            torch.testing.assert_close(Dense(weight, False)(rows), F.linear(rows, weight), **close)
 
 
 @pytest.mark.parametrize("kind", [Int8, Int4])
 @pytest.mark.parametrize("to", [torch.float32, torch.bfloat16])
-def test_widened(kind: type[Int8 | Int4], to: torch.dtype) -> None:
+def test_dequantize(kind: type[Int8 | Int4], to: torch.dtype) -> None:
     native.compile_library()
     layer = kind(torch.randn(37, 96, generator=torch.Generator().manual_seed(1)))
-    found = native.Linear(layer).widened(to)
+    found = native.NativeQuantized(layer).dequantize(to)
     torch.testing.assert_close(
-        found.float(), layer.widened(), rtol=BFLOAT16 if to == torch.bfloat16 else 1e-6, atol=1e-6
+        found.float(), layer.dequantize(), rtol=BFLOAT16 if to == torch.bfloat16 else 1e-6, atol=1e-6
     )
 
 
@@ -264,7 +272,7 @@ def test_narrower_vectors(flags: str, tmp_path: Path) -> None:
     compiler = tmp_path / "cc"
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC") or "cc"} "$@" {flags}\n')
     compiler.chmod(0o755)
-    which = "products or whole_numbers or over_a_cache or widened or (any_positions and compile)"
+    which = "products or whole_numbers or over_a_cache or dequantize or (any_positions and compile)"
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", which, __file__],
         env=os.environ | {"CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path)},
@@ -375,7 +383,7 @@ def test_a_closed_model_is_gone(form: dict[str, Any], build: Callable[..., Llama
 
 def test_float16_is_not_compiled(build: Callable[..., Llama], capfd: pytest.CaptureFixture[str]) -> None:
     llama = build("mha", max_seq_len=16, max_batch_size=1, dtype="float16", compile=True)
-    assert "float16 is not compiled on CPUs" in capfd.readouterr().err and llama.model.step is None
+    assert "float16 is not compiled on CPUs" in capfd.readouterr().err and llama.executor._decoder is None
 
 
 @pytest.fixture
@@ -386,7 +394,7 @@ def graph(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiler(f, backend=counter, fullgraph=fullgraph))
     torch._dynamo.reset()
     llama = build("gqa", max_seq_len=64, max_batch_size=4)
-    llama.model.step = fast.GraphStep(llama.model)
+    llama._executor = executor.Executor(llama.model, graph=True)
     yield llama, counter
     torch._dynamo.reset()
 
@@ -404,24 +412,26 @@ def test_graphs_are_compiled_once_for_a_number_of_rows(
     assert capfd.readouterr().err.count("compiled in") == 2
 
 
-# Packed weights -----------------------------------------------------------------------------------
-
-
-def test_where_nothing_can_be_packed(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = build("gqa", max_seq_len=32, max_batch_size=2)
-    assert any(isinstance(module, fast.Packed) for module in expected.model.modules())
-    monkeypatch.setattr(fast, "can_pack", lambda dtype: False)
-    llama = build("gqa", max_seq_len=32, max_batch_size=2)
-    assert not any(isinstance(module, fast.Packed) for module in llama.model.modules())
-    prompts = [[5, 6, 7], [8, 9]]
-    assert llama.generate(prompts, 16, temperature=0) == expected.generate(prompts, 16, temperature=0)
+# Options ------------------------------------------------------------------------------------------
 
 
 def test_the_switch(build: Callable[..., Llama]) -> None:
-    kinds = {
-        type(module).__name__ for module in build("gqa", max_seq_len=32, max_batch_size=2, plain=True).model.modules()
-    }
-    assert {"Attention", "FeedForward", "ColumnLinear", "RowLinear"} <= kinds and not any("Fast" in k for k in kinds)
+    llama = build("gqa", max_seq_len=32, max_batch_size=2, plain=True)
+    layer = llama.model.layers[0]
+    forward: Any = type(layer).forward
+    calls = 0
+
+    def counted(self: nn.Module, *args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return forward(self, *args)
+
+    type(layer).forward = counted
+    try:
+        llama.generate([[5, 6]], 1, temperature=0)
+    finally:
+        type(layer).forward = forward
+    assert calls == len(llama.model.layers)
     for other in ({"quantize": "int8"}, {"compile": True}):
         with pytest.raises(ValueError, match="plain excludes quantize and compile"):
             build("gqa", plain=True, **other)
@@ -432,15 +442,19 @@ def test_the_switch(build: Callable[..., Llama]) -> None:
 # Prefill in parts ---------------------------------------------------------------------------------
 
 
+def logits(llama: Llama, tokens: torch.Tensor) -> torch.Tensor:
+    return llama.executor.logits(llama.executor.hidden(tokens, 0, tokens.shape[1]))
+
+
 @pytest.mark.parametrize("form", ["plain", "default", "compile"])
 def test_a_prefill_in_parts(form: str, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build("gqa", max_seq_len=128, max_batch_size=3, **{} if form == "default" else {form: True})
     prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 100, 65)]
-    whole = llama.model.forward(ids(2, 100), 0)
+    whole = logits(llama, ids(2, 100))
     expected, scores = llama.generate(prompts, 16, temperature=0, logprobs=True, echo=True)
     for part in (1, 7, 64):
-        monkeypatch.setattr(model, "PREFILL_CHUNK", part)
-        torch.testing.assert_close(llama.model.forward(ids(2, 100), 0), whole, rtol=0, atol=3e-5)
+        monkeypatch.setattr(executor, "PREFILL_CHUNK", part)
+        torch.testing.assert_close(logits(llama, ids(2, 100)), whole, rtol=0, atol=3e-5)
         found, logprobs = llama.generate(prompts, 16, temperature=0, logprobs=True, echo=True)
         assert found == expected
         for ours, theirs in zip(logprobs or [], scores or [], strict=True):
@@ -450,9 +464,9 @@ def test_a_prefill_in_parts(form: str, build: Callable[..., Llama], monkeypatch:
 def test_what_cuda_gets_for_a_mask() -> None:
     """torch's own name for lower-right causality, as SDPA reads it, is the mask that CPUs get."""
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 12, 8)
-    masks = [model.causal_mask(5, 12, torch.device(device)) for device in ("cuda", "cpu")]
+    masks = [executor.causal_mask(5, 12, torch.device(device)) for device in ("cuda", "cpu")]
     found, expected = (F.scaled_dot_product_attention(q, k, k, attn_mask=mask, enable_gqa=True) for mask in masks)
-    assert torch.equal(found, expected) and model.causal_mask(5, 12, torch.device("cpu"))[0].sum() == 8
+    assert torch.equal(found, expected) and executor.causal_mask(5, 12, torch.device("cpu"))[0].sum() == 8
 
 
 def test_import_is_light() -> None:
