@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fairscale.nn.model_parallel.initialize import model_parallel_is_initialized
 from fairscale.nn.model_parallel.layers import (
     ColumnParallelLinear,
     ParallelEmbedding,
@@ -53,7 +54,7 @@ class ColumnLinear(ColumnParallelLinear):
         return _rows(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.world_size == 1:
+        if not model_parallel_is_initialized():
             return F.linear(x, self.weight, self.bias)
         y: torch.Tensor = super().forward(x)
         return y
@@ -75,7 +76,7 @@ class RowLinear(RowParallelLinear):
         return _rows(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.world_size == 1:
+        if not model_parallel_is_initialized():
             return F.linear(x, self.weight, self.bias)
         y: torch.Tensor = super().forward(x)
         return y
@@ -98,7 +99,7 @@ class VocabEmbedding(VocabParallelEmbedding):
         return _rows(self.weight)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self.world_size == 1:
+        if not model_parallel_is_initialized():
             return F.embedding(tokens, self.weight)
         h: torch.Tensor = super().forward(tokens)
         return h
@@ -119,7 +120,7 @@ class DimEmbedding(ParallelEmbedding):
         return _rows(self.weight)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self.world_size == 1:
+        if not model_parallel_is_initialized():
             return F.embedding(tokens, self.weight)
         h: torch.Tensor = super().forward(tokens)
         return h
@@ -152,13 +153,19 @@ def _drawn(shape: tuple[int, int], axis: int, copies: int = 1) -> torch.Tensor:
     parts = world_size // copies
     full = list(shape)
     full[axis] *= parts
-    weight = torch.empty(full).normal_(0, INIT_STD)
+    weight = torch.empty(full)
+    if not weight.is_meta:  # where torch would import a symbolic algebra
+        weight.normal_(0, INIT_STD)
     return weight if parts == 1 else weight.chunk(parts, dim=axis)[rank // copies].clone()
 
 
 def _joined(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The same weights, one below the other in one storage: one product can then use all of them."""
-    return torch.cat(parts).split([len(part) for part in parts])
+    joined = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1]).split([len(part) for part in parts])
+    for weight, part in zip(joined, parts, strict=True):
+        if not part.is_meta:
+            weight.copy_(part)
+    return joined
 
 
 # Positions ----------------------------------------------------------------------------------------

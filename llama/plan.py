@@ -42,7 +42,7 @@ LEFT_OUT = (
 # What a full draw of ids takes for each logit: 4 bytes for itself, and float64 numbers and ids sorted by probability.
 SAMPLED = 60
 # Buffers of torch's kernels and the like, measured on a CPU with two threads.
-KERNELS = 6_000_000
+KERNELS = 8_000_000
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from ranks import free_port
 
 from llama import Llama, cli, distributed, generation
-from llama.model import Transformer
+from llama.executor import Executor
 
 EVER = 3600
 
@@ -43,7 +43,7 @@ def go(how: str) -> None:
 
 def rank(folder: str, phase: str, how: str | None) -> None:
     """Build, then wait for rank 0 in the phase "wait", or generate for ever. `how` is set on the rank that goes."""
-    load, hidden, calls = generation.load_weights, Transformer.hidden, 0
+    load, hidden, calls = generation.load_weights, Executor.hidden, 0
 
     def loading(*args: object) -> None:
         meet("load")
@@ -52,7 +52,7 @@ def rank(folder: str, phase: str, how: str | None) -> None:
         time.sleep(1)
         load(*args)  # type: ignore[arg-type]
 
-    def passing(self: Transformer, *args: Any) -> Any:
+    def passing(self: Executor, *args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
@@ -62,7 +62,7 @@ def rank(folder: str, phase: str, how: str | None) -> None:
         time.sleep(0.01)  # forty ranks share the cores
         return hidden(self, *args)
 
-    generation.load_weights, Transformer.hidden = loading, passing  # type: ignore[assignment, method-assign]
+    generation.load_weights, Executor.hidden = loading, passing  # type: ignore[assignment, method-assign]
     llama = Llama.build(folder, max_seq_len=512)
     if phase == "wait":
         if how:

@@ -16,10 +16,9 @@ import torch.distributed as dist
 from commands import Ended
 from faults import edit_params, edit_shard
 from ranks import run_ranks
-from torch import nn
 
 from llama import Llama, bench
-from llama.model import Transformer
+from llama.executor import Executor
 
 CPU = torch.device("cpu")
 KEYS = {*bench.COLUMNS, "steps"}
@@ -43,7 +42,7 @@ def run_json(command: Callable[..., Ended], *words: str) -> dict[str, Any]:
 def test_every_pair_runs_to_its_end(command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
     streams: list[tuple[list[list[int]], dict[str, Any], int]] = []
     passes: list[tuple[tuple[int, ...], Any, int]] = []
-    build, stream, hidden = Llama.build, Llama.stream, Transformer.hidden
+    build, stream, hidden = Llama.build, Llama.stream, Executor.hidden
 
     def eager_to_stop(*args: Any, **kwargs: Any) -> Llama:
         llama = build(*args, **kwargs)
@@ -57,13 +56,13 @@ def test_every_pair_runs_to_its_end(command: Callable[..., Ended], monkeypatch: 
             yield step
         streams.append((prompts, settings, count))
 
-    def watched_hidden(self: Transformer, tokens: torch.Tensor, start: Any, ctx_len: int, *row: int) -> torch.Tensor:
+    def watched_hidden(self: Executor, tokens: torch.Tensor, start: Any, ctx_len: int, *row: int) -> torch.Tensor:
         passes.append((tuple(tokens.shape), start, ctx_len))
         return hidden(self, tokens, start, ctx_len, *row)
 
     monkeypatch.setattr(Llama, "build", staticmethod(eager_to_stop))
     monkeypatch.setattr(Llama, "stream", watched_stream)
-    monkeypatch.setattr(Transformer, "hidden", watched_hidden)
+    monkeypatch.setattr(Executor, "hidden", watched_hidden)
     found = run_json(command, "--batch", "1,3", "--prompt", "5,9", "--gen", "6", "--no_cache")
 
     rows = found["rows"]
@@ -150,20 +149,12 @@ def test_bytes_a_token(
     assert row["bytes_per_token"] == pytest.approx(4 * (weights / 3 + positions * layers * 2 * kv_dim))
 
 
-def test_weights_that_modules_hold_as_buffers_count(build: Callable[..., Llama]) -> None:
-    class Rounded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("data", torch.zeros(64, 192, dtype=torch.int8))
-            self.register_buffer("same", self.get_buffer("data"))
-            self.register_buffer("scale", torch.zeros(64, dtype=torch.bfloat16), persistent=False)
-
-    model = build("mha", plain=True).model
-    before = bench.weight_bytes(model)
-    model.layers[1].add_module("feed_forward", Rounded())
-    assert bench.weight_bytes(model) == before - 3 * 4 * 64 * 192 + 64 * 192 + 2 * 64
-    model.add_module("tok_embeddings", Rounded())
-    assert bench.weight_bytes(model) == before - 3 * 4 * 64 * 192 + 64 * 192 + 2 * 64
+def test_weights_of_one_quantized_matrix_count_once(build: Callable[..., Llama]) -> None:
+    model = build("gqa", dtype="bfloat16", quantize="int8").model
+    norms, layers = 5 * 128, sum(w.numel() for name, w in model.named_parameters() if "feed_forward" in name)
+    layers += sum(w.numel() for name, w in model.named_parameters() if "attention.w" in name)
+    rows = sum(len(w) for name, w in model.named_parameters() if ".w" in name and w.dim() == 2 and "layers" in name)
+    assert bench.weight_bytes(model) == 2 * norms + layers + 2 * rows + 2 * 512 * 128
 
 
 def test_peak_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

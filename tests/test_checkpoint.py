@@ -347,7 +347,7 @@ def tied_answers(*folders: Path) -> list[Any]:
     found = []
     for folder in folders:
         llama = Llama.build(folder, max_seq_len=32, max_batch_size=1, device="cpu")
-        shared = llama.model.get_submodule("output.linear").weight is llama.model.tok_embeddings.weight
+        shared = llama.model.output.weight is llama.model.tok_embeddings.weight
         found.append((llama.model.forward(torch.tensor([[1, 70, 400]]), 0).numpy(), shared))
         llama.close()
     return found

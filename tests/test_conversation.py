@@ -54,7 +54,7 @@ def test_answers_equal_a_fresh_run(
 def test_a_turn_computes_only_what_is_new(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build("mha", max_seq_len=512, max_batch_size=1)
     talk = Conversation(llama, temperature=0, max_gen_len=6)
-    hidden, passes = llama.model.hidden, []
+    hidden, passes = llama.executor.hidden, []
     cached: list[int] = []  # the ids whose keys and values stand in the cache
 
     def watched(tokens: torch.Tensor, start_pos: Any, *rest: int) -> torch.Tensor:
@@ -62,7 +62,7 @@ def test_a_turn_computes_only_what_is_new(build: Callable[..., Llama], monkeypat
         cached[start_pos:] = tokens[0].tolist()
         return hidden(tokens, start_pos, *rest)
 
-    monkeypatch.setattr(llama.model, "hidden", watched)
+    monkeypatch.setattr(llama.executor, "hidden", watched)
     for question in QUESTIONS:
         passes.clear()
         prompt = llama.dialogs.encode([*talk.messages, {"role": "user", "content": question}])

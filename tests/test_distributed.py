@@ -86,7 +86,7 @@ def memory_of_a_model(folder: Path) -> tuple[int, int, int]:
     Llama.build(folder, max_seq_len=64).close()
     before = anonymous_bytes()
     llama = Llama.build(folder, max_seq_len=8192, max_batch_size=64)
-    caches = [buffer for name, buffer in llama.model.named_buffers() if "cache" in name]
+    caches = [buffer for cache in llama.model.caches for buffer in (cache.k, cache.v)]
     size = sum(cache.fill_(1).nbytes for cache in caches)
     del caches
     growth = anonymous_bytes() - before

@@ -66,9 +66,9 @@ def test_verify_names_a_fault(
 def builds(folders: list[Path]) -> list[str]:
     """What `build` answers to each folder on this rank; no model may be begun."""
 
-    def begin(*args: Any) -> Transformer:
+    def begin(*args: Any, **options: Any) -> Transformer:
         assert good, "memory was taken for a damaged checkpoint"
-        return Transformer(*args)
+        return Transformer(*args, **options)
 
     before, generation.Transformer = generation.Transformer, begin  # type: ignore[assignment, misc]
     answers = []

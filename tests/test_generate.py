@@ -239,9 +239,9 @@ def test_logits_that_are_not_finite_raise(value: float, logprobs: bool, build: C
 
 def test_logits_are_checked_at_every_step(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build("mha", max_seq_len=32)
-    logits, steps = llama.model.logits, iter(range(100))
+    logits, steps = llama.executor.logits, iter(range(100))
     spoilt = lambda h: logits(h) + (float("nan") if next(steps) == 2 else 0) * torch.eye(2, 512)[:, :1]  # noqa: E731
-    monkeypatch.setattr(llama.model, "logits", spoilt)
+    monkeypatch.setattr(llama.executor, "logits", spoilt)
     with pytest.raises(FloatingPointError, match="at step 2, row 0, rank 0"):
         llama.generate([[1, 5], [1, 6]], 6)
 
@@ -264,13 +264,13 @@ def test_a_batch_is_prefilled_in_passes_of_about_one_length(
     build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llama = build("mha", max_seq_len=96, max_batch_size=5)
-    hidden, shapes = llama.model.hidden, []
+    hidden, shapes = llama.executor.hidden, []
 
     def watched(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
         shapes.append(tuple(tokens.shape))
         return hidden(tokens, *rest)
 
-    monkeypatch.setattr(llama.model, "hidden", watched)
+    monkeypatch.setattr(llama.executor, "hidden", watched)
     llama.generate(PROMPTS, 4, temperature=0)
     assert shapes == [(5, 58), (5, 1), (5, 1), (5, 1)]  # and no pass for the last id, which nothing follows
     expected = llama.generate(PROMPTS, 4, temperature=0, logprobs=True, echo=True)

@@ -87,13 +87,13 @@ def test_a_refused_dialog_never_reaches_the_model(build: Callable[..., Llama], m
     llama = build("gqa", max_seq_len=128)
     alone = llama.chat_completion([GOOD], temperature=0, max_gen_len=5)
     seen: list[torch.Tensor] = []
-    hidden = llama.model.hidden
+    hidden = llama.executor.hidden
 
     def watched(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(tokens)
         return hidden(tokens, *rest)
 
-    monkeypatch.setattr(llama.model, "hidden", watched)
+    monkeypatch.setattr(llama.executor, "hidden", watched)
     refused = {"generation": {"role": "assistant", "content": REFUSAL}, "finish_reason": "stop"}
     assert llama.chat_completion([FORGED], logprobs=True) == [refused | {"tokens": [], "logprobs": []}]
     assert not seen

@@ -187,7 +187,8 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MetaLlama]:
         stub = SimpleNamespace(
             tokenizer=tokenizer,
             chat_format=for_tokenizer(tokenizer, name),
-            model=SimpleNamespace(cos=torch.zeros(1), params=SimpleNamespace(max_seq_len=64)),
+            model=SimpleNamespace(params=SimpleNamespace(max_seq_len=64)),
+            executor=SimpleNamespace(device=torch.device("cpu")),
         )
         monkeypatch.setattr(meta_llama.Llama, "build", lambda *_, **__: stub)
         return MetaLlama(ckpt_dir="none")

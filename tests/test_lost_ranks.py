@@ -24,8 +24,9 @@ import torch.distributed as dist
 from faults import data_of, edit_params, edit_shard, flip
 from ranks import free_port, run_ranks
 
-from llama import Llama, Transformer, chat, distributed, generation, pulse
+from llama import Llama, chat, distributed, generation, pulse
 from llama.distributed import current_world
+from llama.executor import Executor
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
@@ -239,9 +240,9 @@ def test_hosts_that_compute_in_other_types_are_named(checkpoint: Callable[..., P
 
 def run_short(folder: Path) -> tuple[str, str]:
     """A chat in which rank 1 alone runs out of memory: what each rank ends with."""
-    hidden, calls = Transformer.hidden, 0
+    hidden, calls = Executor.hidden, 0
 
-    def short(self: Transformer, *args: Any) -> Any:
+    def short(self: Executor, *args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 5 and current_world().rank == 1:
@@ -250,7 +251,7 @@ def run_short(folder: Path) -> tuple[str, str]:
             )
         return hidden(self, *args)
 
-    Transformer.hidden = short  # type: ignore[method-assign, assignment]
+    Executor.hidden = short  # type: ignore[method-assign, assignment]
     sys.stdin = io.StringIO("go on\nand on\n")
     try:
         chat.chat(str(folder), chat_format="llama2", device="cpu", max_seq_len=256)

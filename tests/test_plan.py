@@ -156,7 +156,7 @@ def test_bytes_of_the_7b() -> None:
     size = sizes(args, 1, torch.float16)
     assert round(size.weights / MIB, 1) == 12_852.5
     assert size.cache == 1024 * MIB
-    assert size.rope == 2 * 2048 * 64 * 4
+    assert size.rope == 2 * 2048 * 64 * 8
     assert size.total == size.weights + size.cache + size.rope + size.prefill
 
 
@@ -381,7 +381,7 @@ def test_the_table_on_the_command_line(
     table = lines[head : head + 7]
     assert len({len(line) for line in table}) == 1 and max(map(len, lines[: head + 7])) <= 120
     row = table[1].split()
-    assert row[:5] == ["float16", "1", "12,852.5", "1,024.0", "1.0"] and row[7] == "yes"
+    assert row[:5] == ["float16", "1", "12,852.5", "1,024.0", "2.0"] and row[7] == "yes"
     size = sizes(ModelArgs(**PUBLISHED["llama-2-7b"][0], max_seq_len=2048, max_batch_size=1), 1, torch.float16)
     assert row[5:7] == [f"{size.prefill / MIB:,.1f}", f"{size.total / MIB:,.1f}"]
     assert lines[-1].startswith("Prefill is the peak") and lines[-2].startswith("note: params.json")

@@ -291,8 +291,8 @@ def test_a_card_that_others_have_filled(
     prompts = [[5, 6, 7], [8, 9]]
     before = llama.generate(prompts, 8, temperature=0)[0]
     calls, made = iter(range(100)), list[Any]()
-    plain = type(llama.model.layers[0]).forward if step == "hidden" else type(llama.model).logits
-    owner = type(llama.model.layers[0]) if step == "hidden" else type(llama.model)
+    plain = type(llama.model.layers[0]).forward if step == "hidden" else type(llama.executor).logits
+    owner = type(llama.model.layers[0]) if step == "hidden" else type(llama.executor)
 
     def short(*args: Any, **kwargs: Any) -> Any:
         if step == "hidden":

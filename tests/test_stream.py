@@ -445,13 +445,13 @@ def test_samples_of_a_prompt_share_its_prefill(build: Callable[..., Llama], monk
         for p, first in ((PROMPTS[0], 4), (PROMPTS[2], 9))
         for s in range(first, first + 3)
     ]
-    hidden, shapes = llama.model.hidden, []
+    hidden, shapes = llama.executor.hidden, []
 
     def watched(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
         shapes.append(tuple(tokens.shape))
         return hidden(tokens, *rest)
 
-    monkeypatch.setattr(llama.model, "hidden", watched)
+    monkeypatch.setattr(llama.executor, "hidden", watched)
     ids, logprobs = llama.generate([PROMPTS[0], PROMPTS[2]], 8, seed=[4, 9], n=3, **hot)
     assert shapes == [(2, 58), *[(6, 1)] * 7]
     assert logprobs is not None
@@ -468,13 +468,13 @@ def test_samples_share_their_prefill_across_chunks(
     arguments: dict[str, Any] = {"max_gen_len": 6, "temperature": 1.0, "seed": 3}
     expected = large.text_completion(TEXTS[:1], n=5, **arguments)
     expected += large.text_completion(TEXTS[1:2], n=2, **arguments)
-    hidden, shapes = llama.model.hidden, []
+    hidden, shapes = llama.executor.hidden, []
 
     def watched(tokens: torch.Tensor, start_pos: Any, *rest: Any) -> torch.Tensor:
         shapes.append((tokens.shape[0], tokens.shape[1], start_pos))
         return hidden(tokens, start_pos, *rest)
 
-    monkeypatch.setattr(llama.model, "hidden", watched)
+    monkeypatch.setattr(llama.executor, "hidden", watched)
     found = llama.text_completion(TEXTS[:1], n=5, **arguments)
     length = len(llama.tokenizer.encode(TEXTS[0], bos=True, eos=False))
     # Each chunk begins with a prefill of one row: the first of the whole prompt, the others of its last id.
