@@ -153,10 +153,10 @@ def _drawn(shape: tuple[int, int], axis: int, copies: int = 1) -> torch.Tensor:
     parts = world_size // copies
     full = list(shape)
     full[axis] *= parts
-    weight = torch.empty(full)
-    if not weight.is_meta:  # where torch would import a symbolic algebra
-        weight.normal_(0, INIT_STD)
-    return weight if parts == 1 else weight.chunk(parts, dim=axis)[rank // copies].clone()
+    if (part := torch.empty(shape)).is_meta:  # where some operators would import a symbolic algebra
+        return part
+    weight = torch.empty(full).normal_(0, INIT_STD)
+    return weight if parts == 1 else part.copy_(weight.chunk(parts, dim=axis)[rank // copies])
 
 
 def _joined(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
