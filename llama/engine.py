@@ -1,6 +1,8 @@
 """The engine: prompts of ids in, continuations and their log-probabilities out."""
 
 import math
+import threading
+import zlib
 from collections.abc import Generator, Sequence
 from functools import partial
 from itertools import groupby, islice
@@ -45,6 +47,9 @@ class Engine:
         # The ids whose keys and values each row of the cache holds, as long as the model's count of passes is this.
         self._held: list[list[int]] = []
         self._held_at = -1
+        # Any thread may call: what touches the model or its cache holds this, a step of a stream at a time.
+        self.lock = threading.RLock()
+        self._turn: object = None  # the call that computed last
 
     @property
     def executor(self) -> Executor:
@@ -62,7 +67,9 @@ class Engine:
     @model.setter
     def model(self, model: Transformer) -> None:
         old = self.executor
-        if model is not old.model:
+        with self.lock:
+            if model is old.model:
+                return
             if isinstance(model, torch.nn.Module) and (explain := EXPLAIN.get(old.model)):
                 EXPLAIN[model] = explain
             self._executor = Executor(_checked(model), fused=old.fused, native=old.native, graph=old.graph)
@@ -78,9 +85,10 @@ class Engine:
         """Free the memory and, with the last open model, the process group. Closing twice is harmless."""
         if self._is_closed:
             return
-        on_gpu = self._executor.device.type == "cuda"
-        self._is_closed = True
-        del self._executor
+        with self.lock:
+            on_gpu = self._executor.device.type == "cuda"
+            self._is_closed = True
+            del self._executor
         if on_gpu:
             torch.cuda.empty_cache()
         leave()
@@ -166,7 +174,33 @@ class Engine:
         check_alternatives("logprobs", logprobs, 0, self.model.params)
         return int(logprobs)
 
+    def take_turn(self, call: object, ids: object) -> None:
+        """Before a call computes, where another one did last: all ranks must be about to compute the same.
+
+        ids: what it computes from. Raises RuntimeError on every rank where threads reached the ranks in several orders.
+        """
+        if call is not self._turn:
+            self._turn = None
+            if len(set(exchange(zlib.crc32(repr(ids).encode())))) > 1:
+                raise RuntimeError(
+                    "calls of several threads reached the ranks in different orders: make all calls "
+                    "from one thread where there are several ranks"
+                )
+            self._turn = call
+
     def _run(
+        self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False
+    ) -> Generator[list[Token], None, None]:
+        """`_steps`, of which each holds the lock: other threads' calls come in between."""
+        steps = self._steps(rows, k, echo, reuse)
+        while True:
+            with self.lock:
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
+    def _steps(
         self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False
     ) -> Generator[list[Token], None, None]:
         """The one loop: prefill all rows, then an id a step for each until all are finished.
@@ -177,9 +211,10 @@ class Engine:
         """
         if len({len(row.prompt) for row in rows}) > 1 and self.executor.aligned:
             for _, group in groupby(sorted(rows, key=lambda row: len(row.prompt)), key=lambda row: len(row.prompt)):
-                yield from self._run(list(group), k, echo)
+                yield from self._steps(list(group), k, echo)
             return
-        exchange(None)  # between two calls a rank may take its time
+        prompts = [row.prompt for row in rows]
+        self.take_turn(rows, prompts)  # also waits: between two calls a rank may take its time
         full = [row for row in rows if row.length >= row.limit]
         for row in full:
             row.finish_reason = "length"
@@ -192,6 +227,7 @@ class Engine:
         sampler = Sampler(rows, self.model.params.vocab_size, self.executor.device) if is_main_rank() else None
         step = 0
         while not all(row.finish_reason for row in rows):
+            self.take_turn(rows, (prompts, step))
             if h is None:
                 if passes == self.executor.passes:
                     h = self._decode(rows, step)

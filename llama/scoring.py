@@ -13,7 +13,6 @@ from itertools import islice
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llama.distributed import exchange
 from llama.engine import Engine, read_back
 from llama.executor import Executor, Measure, log_norm, score
 from llama.params import ModelArgs
@@ -162,7 +161,9 @@ def hidden_states(llama: Engine, ids: Sequence[int]) -> torch.Tensor:
     `llama.executor.logits(hidden_states(llama, ids))` are the logits. Errors as in `top_logprobs`.
     """
     text = read_ids("the text", ids, llama.model.params)
-    return llama.executor.hidden(torch.tensor([text], device=llama.executor.device), 0, len(text))
+    with llama.lock:
+        llama.take_turn(text, text)
+        return llama.executor.hidden(torch.tensor([text], device=llama.executor.device), 0, len(text))
 
 
 def check_bos(bos: bool | None) -> None:
@@ -241,12 +242,14 @@ def measure_texts(llama: Engine, texts: Sequence[Text], measure: Measure) -> lis
 
     Equal texts are computed once. Raises FloatingPointError where a number is not finite.
     """
-    exchange(None)  # between two calls a rank may take its time
     found: dict[Text, list[list[float]]] = {text: [] for text in texts}
     measured = [text for text in found if text.start < len(text.ids)]
     groups = [Group(text.ids[:-1], [text]) for text in measured] if llama.executor.aligned else _groups(measured)
     for batch in progress(list(_batches(groups, llama.model.params)), "scoring"):
-        for text, values in _measure_batch(llama, batch, measure):
+        with llama.lock:
+            llama.take_turn(batch, batch)  # also waits: between two calls a rank may take its time
+            measured_batch = _measure_batch(llama, batch, measure)
+        for text, values in measured_batch:
             found[text] = values
             if not all(math.isfinite(number) for row in values for number in row):
                 begin = ", ".join(map(str, text.ids[:8]))
