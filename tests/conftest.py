@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is fetched: the packages of Hugging Face would try, again and again, where there is no network.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
+
+# A parent that ignores SIGINT or SIGHUP (`nohup make test &`, a script's background job, some CI runners) passes that
+# on to every program that tests start and send these signals to. With a handler here, a program starts with the
+# default again. pytest-xdist's workers are such programs, and import this file, too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)  # pytest itself outlives the terminal, as nohup promises
 
 from commands import Ended, run_command
 
