@@ -21,6 +21,7 @@ from llama.distributed import current_world, is_main_rank
 from llama.evals.harness import lm_eval
 from llama.evals.inspect import inspect
 from llama.evals.perplexity import perplexity
+from llama.interrupt import restore_interrupt
 from llama.plan import plan
 from llama.pulse import PeerError, last_words, tell_torchrun
 from llama.shortage import is_shortage
@@ -45,6 +46,7 @@ def run(command: Command | Commands) -> None:
 def ending_in_one_line() -> Iterator[None]:
     """A mistake of the user's ends in one line on stderr and exit status 1 or 2, Ctrl-C in 130; anything else is a
     fault of the program and keeps its traceback."""
+    restore_interrupt()
     try:
         yield
     except BrokenPipeError:  # `| head` has seen enough; nothing may be flushed there at exit
