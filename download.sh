@@ -6,6 +6,36 @@ set -euo pipefail
 export LC_ALL=C # files are bytes, whatever the user's language
 unset CDPATH    # with it, cd goes elsewhere and says so
 
+# A shell cannot trap or reset SIGINT if it was ignored when the shell started, as it is for a script's background job
+# and all that it starts. In the terminal's foreground Ctrl-C must still end this script, so a program that can reset
+# SIGINT starts it again, once. Without such a program Ctrl-C stays ignored.
+in_foreground() {
+  local stat
+  if { read -r stat < "/proc/$$/stat"; } 2> /dev/null; then
+    # shellcheck disable=SC2086  # fields: state, parent, group, session, terminal, its foreground group
+    set -- ${stat##*) }
+    [ "$3" = "$6" ]
+  else # macOS
+    # shellcheck disable=SC2046
+    set -- $(ps -o pgid= -o tpgid= -p $$ 2> /dev/null)
+    [ $# = 2 ] && [ "$1" = "$2" ]
+  fi
+}
+
+if [ -z "${DOWNLOAD_SH_RESTARTED:-}" ] && [ "$(trap -p INT)" = "trap -- '' SIGINT" ] && in_foreground; then
+  export DOWNLOAD_SH_RESTARTED=yes
+  if env --default-signal=INT true 2> /dev/null; then # GNU coreutils 8.31
+    exec env --default-signal=INT "$BASH" "$0" "$@"
+  elif perl -e 1 2> /dev/null; then
+    exec perl -e '$SIG{INT} = "DEFAULT"; exec @ARGV' "$BASH" "$0" "$@"
+  elif python3 -c '' 2> /dev/null; then
+    exec python3 -c 'import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])' "$BASH" "$0" "$@"
+  fi
+fi
+unset DOWNLOAD_SH_RESTARTED
+
 usage() {
   cat << 'END'
 ./download.sh demo                   the demo model SmolLM2-135M-Instruct (93 MB)

@@ -755,10 +755,17 @@ def test_ctrl_c(fetching: Bench) -> None:
     assert fetching.server.starts(SHARD) != [None, None], "it went on where it stopped"
 
 
-def on_a_terminal(bench: Bench, steps: list[tuple[str, bytes | Callable[[], None]]], *words: str) -> tuple[int, str]:
+def on_a_terminal(
+    bench: Bench, steps: list[tuple[str, bytes | Callable[[], None]]], *words: str, sigint_ignored: bool = False
+) -> tuple[int, str]:
     """A run whose streams are a terminal: its status and what was shown. A step is typed, or called, when its text is
     shown after the one before. At the end the terminal shows again what is typed."""
     ours, theirs = pty.openpty()
+
+    def prepare() -> None:
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        if sigint_ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def shows() -> str:
         ready = select.select([ours], [], [], 0.05)[0]
@@ -769,7 +776,7 @@ def on_a_terminal(bench: Bench, steps: list[tuple[str, bytes | Callable[[], None
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),
+        preexec_fn=prepare,
     )
     shown, new, limit = "", "", time.monotonic() + 30
     while process.poll() is None and time.monotonic() < limit:
@@ -814,6 +821,37 @@ def test_on_a_terminal(fetching: Bench) -> None:
     server.faults[SHARD] = [hold(100)]
     status, shown = on_a_terminal(fetching, [question, link, ("0.0 of 13.5 GB", server.released.set)])
     assert status == 0 and shown.splitlines()[-1].startswith("\x1b[Kdownload.sh: ready"), shown
+
+
+@pytest.mark.parametrize("tool", ["env", "perl", "python3"])
+def test_ctrl_c_where_sigint_was_ignored(bench: Callable[..., Bench], tmp_path: Path, tool: str) -> None:
+    """On a terminal the script resets it with whichever tool there is, and keeps its words and its number."""
+    with_tool = bench()
+    found = sys.executable if tool == "python3" else shutil.which(tool)
+    probe = [str(found), "--default-signal=INT", "true"]
+    if not found or (tool == "env" and subprocess.run(probe, capture_output=True).returncode):
+        pytest.skip(f"no {tool} that can do it")
+    executable_path = tmp_path / "reset"
+    executable_path.mkdir()
+    executable(executable_path / tool, f'#!/bin/sh\nexec {found} "$@"\n')
+    (executable_path / "true").symlink_to(shutil.which("true") or "true")
+    with_tool.environment["PATH"] = f"{executable_path}:{with_tool.environment['PATH']}"
+    with_tool.all_but_weights()
+    with_tool.server.faults[SHARD] = [hold(HALF)]
+    steps: list[tuple[str, bytes | Callable[[], None]]] = [("0.0 of 13.5 GB", b"\x03")]
+    status, shown = on_a_terminal(with_tool, steps, "7B", sigint_ignored=True)
+    assert status == 130 and shown.splitlines()[-1].startswith("download.sh: stopped"), shown
+    assert not os.path.lexists(with_tool.target / LOCK)
+
+
+def test_ctrl_c_stays_ignored_without_a_terminal(fetching: Bench, tmp_path: Path) -> None:
+    fetching.all_but_weights()
+    fetching.server.faults[SHARD] = [hold(HALF)]
+    process = fetching.start("7B", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert fetching.server.held.wait(30)
+    os.killpg(process.pid, signal.SIGINT)
+    fetching.server.released.set()
+    assert fetching.finish(process).status == 0
 
 
 # ---- disks
