@@ -1,5 +1,5 @@
 """Speed of this runner beside Meta's implementation, `transformers` and llama.cpp: same weights, prompts and dtype, in
-one process, in turn.
+turn. Each of the others runs in a process of its own: where one crashes, the table names the signal or the exception.
 
     python benchmarks/compare.py --ckpt_dir checkpoints/smollm2-135m-instruct --out compare.json --plot compare.png
     python benchmarks/compare.py --random_1b --tokenizer ../shared/tokenizers/llama2.model
@@ -21,24 +21,21 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import partial
 from importlib import import_module, metadata
-from itertools import islice
 from pathlib import Path
 from statistics import median
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # nothing is fetched
 
 import torch
-from sides import CONTEXT, FILE_TYPES, THREADS, Ours, Side, meta_folder, sides_of, write_random
+from sides import CONTEXT, FILE_TYPES, THREADS, Ours, PeerFailed, Side, clock, meta_folder, sides_of, write_random
 
 from llama import Llama
 from llama.convert import convert
-from llama.distributed import current_world, join, meet
 from llama.params import ModelArgs
 
 COLUMNS = ("ours", "ours, compile", "ours, plain", "Meta", "transformers", "llama.cpp")
@@ -55,13 +52,20 @@ Runs = dict[str, Callable[[], float]]  # name -> a run that gives its seconds
 class Case:
     """A row of the table. seconds: of each round, by implementation and by what else was timed.
 
-    unit: "tokens/s" (of `amount` tokens a run), "ms" or "s".
+    unit: "tokens/s" (of `amount` tokens a run), "ms" or "s". failed: why an implementation has no figure here.
     """
 
     name: str
     unit: str
     amount: int = 1
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def fail(self, name: str, reason: str) -> None:
+        """Keep the reason instead of the rounds before it: fewer rounds are no figure of this table."""
+        self.failed[name] = reason
+        self.seconds.pop(name, None)
+        print(f"{self.name}: {name} failed: {reason}", file=sys.stderr, flush=True)
 
     def value(self, name: str) -> float:
         seconds = median(self.seconds[name])
@@ -76,40 +80,31 @@ class Case:
         return f"{median(found):.2f}x, {min(found):.2f} to {max(found):.2f}"
 
     def cell(self, name: str) -> str:
+        if name in self.failed:
+            return self.failed[name].replace("|", "\\|")
         if name not in self.seconds:
             return ""
         return self.text(name) + ("" if name == "ours" else f" ({self.multiple(name)})")
 
 
 def timed(case: Case, runs: Runs, rounds: int, once: Iterable[str] = ()) -> Case:
-    """Fill a case: all in turn, first a round that does not count. once: names that run in one round only, cold."""
+    """Fill a case: all in turn, first a round that does not count. once: names that run in one round only, cold.
+
+    A peer that fails is not asked again; the others are.
+    """
     for n in range(rounds + 1):
         for name, run in runs.items():
-            if name in once and n != 1:
+            if name in case.failed or (name in once and n != 1):
                 continue
-            seconds = run()
+            try:
+                seconds = run()
+            except PeerFailed as error:
+                case.fail(name, str(error))
+                continue
             if n:
                 case.seconds.setdefault(name, []).append(seconds)
     print(f"{case.name}, s:", *(f"{k} {median(v):.3g};" for k, v in case.seconds.items()), file=sys.stderr, flush=True)
     return case
-
-
-def clock(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def prefill(greedy: Callable[[], Iterator[int]]) -> float:
-    """Seconds to the first id."""
-    return clock(lambda: next(greedy()))
-
-
-def decode(greedy: Callable[[], Iterator[int]], steps: int) -> float:
-    """Seconds for `steps` ids after the first."""
-    ids = greedy()
-    next(ids)
-    return clock(lambda: [next(ids) for _ in range(steps)])
 
 
 def matmul(dtype: torch.dtype) -> float:
@@ -122,32 +117,44 @@ def random_ids(n: int, vocab: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(vocab), k=n)
 
 
-def check(sides: list[Side], kind: str, vocab: int) -> None:
+def check(sides: list[Side], kind: str, vocab: int, failed: Callable[[str, str], None]) -> list[Side]:
     """The same model in all: in float32 the same 24 greedy ids after each text; in bfloat16, where rounding may decide,
-    the same first id after half of 16 random prompts or more. Quantized weights differ, and are only counted."""
+    the same first id after half of 16 random prompts or more. Quantized weights differ, and are only counted.
+
+    Returns the sides that answered; `failed` is called with the name and the reason for each of the others.
+    """
     prompts, new = [random_ids(16, vocab, seed) for seed in range(16)], 1
     if kind == "float32" and isinstance(sides[0], Ours):
         tokenizer, new = sides[0].llama.tokenizer, 24
         prompts = [tokenizer.encode(text, bos=tokenizer.adds_bos, eos=False) for text in TEXTS]
-    found = [[list(islice(side.greedy(prompt), new)) for prompt in prompts] for side in sides]
     needed = len(prompts) * {"float32": 1, "bfloat16": 0.5}.get(kind, 0)
-    for side, ids in zip(sides[1:], found[1:], strict=True):
-        equal = [a == b for a, b in zip(ids, found[0], strict=True)]
-        told = f"{kind}: {side.name} goes on like ours after {sum(equal)} of {len(equal)} prompts"
+    expected = [sides[0].first(prompt, new) for prompt in prompts]
+    answered = sides[:1]
+    for side in sides[1:]:
+        try:
+            ids = [side.first(prompt, new) for prompt in prompts]
+        except PeerFailed as error:
+            failed(side.name, str(error))
+            side.close()
+            continue
+        answered.append(side)
+        equal = [a == b for a, b in zip(ids, expected, strict=True)]
+        line = f"{kind}: {side.name} continues like ours after {sum(equal)} of {len(equal)} prompts"
         if sum(equal) < needed:
             n = equal.index(False)
-            raise SystemExit(f"{told}: these are two models; prompt {n}: {ids[n]}, ours {found[0][n]}")
-        print(told, file=sys.stderr)
+            raise SystemExit(f"{line}: these are two models; prompt {n}: {ids[n]}, ours {expected[n]}")
+        print(line, file=sys.stderr)
+    return answered
 
 
 def measure(kind: str, sides: list[Side], vocab: int, steps: int, rounds: int) -> list[Case]:
     """Decode and prefill of one row; with the prefill of 512, the product of two matrices in the same dtype."""
     label = f"{kind} (llama.cpp {FILE_TYPES[kind][0]})" if kind.startswith("int") else kind
-    starts = {n: {side.name: partial(side.greedy, random_ids(n, vocab)) for side in sides} for n in (128, 512)}
-    runs: Runs = {name: partial(decode, start, steps) for name, start in starts[128].items()}
+    ids = {n: random_ids(n, vocab) for n in (128, 512)}
+    runs: Runs = {side.name: partial(side.time_decode, ids[128], steps) for side in sides}
     cases = [timed(Case(f"decode after 128, {label}", "tokens/s", steps), runs, rounds)]
     for n in (128, 512) if kind == "bfloat16" else (512,):
-        runs = {name: partial(prefill, start) for name, start in starts[n].items()}
+        runs = {side.name: partial(side.time_prefill, ids[n]) for side in sides}
         if n == 512:
             runs["matmul"] = partial(matmul, torch.float32 if kind == "float32" else torch.bfloat16)
         cases.append(timed(Case(f"prefill of {n}, {label}", "ms"), runs, rounds))
@@ -159,12 +166,12 @@ def measure_batches(sides: list[Side], vocab: int, steps: int, rounds: int, with
     prompts = [random_ids(n, vocab) for n in RAGGED]
     names = ["ours", "ours, compile", "transformers", *["Meta"] * with_meta]
     chosen = [side for side in sides if side.name in names]
-    ragged: Runs = {side.name: partial(clock, partial(side.ragged, prompts, NEW)) for side in chosen}
+    ragged: Runs = {side.name: partial(side.time_ragged, prompts, NEW) for side in chosen}
     batch: Runs = {}
     for side in chosen:
         if isinstance(side, Ours):
-            batch[side.name] = partial(decode, partial(side.greedy, random_ids(128, vocab), ROWS), steps)
-            batch[f"{side.name}, 1 row"] = partial(decode, partial(side.greedy, random_ids(128, vocab)), steps)
+            batch[side.name] = partial(side.time_rows, random_ids(128, vocab), ROWS, steps)
+            batch[f"{side.name}, 1 row"] = partial(side.time_rows, random_ids(128, vocab), 1, steps)
     label = f"prompts of {'/'.join(map(str, RAGGED))}, {NEW} new ids each, bfloat16"
     return [
         timed(Case(label, "s"), ragged, rounds if with_meta else 1, once=["Meta"]),
@@ -202,12 +209,12 @@ def operations(args: ModelArgs, n: int) -> float:
 
 def report(cases: list[Case], args: ModelArgs) -> str:
     """Markdown: the table, the prefills' shares of the matrix product's rate, and a line for each other figure."""
-    names = [name for name in COLUMNS if any(name in case.seconds for case in cases)]
+    names = [name for name in COLUMNS if any(name in case.seconds or name in case.failed for case in cases)]
     lines = [f"| case | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     shares = [f"| prefill of 512, share of | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     notes = []
     for case in cases:
-        if "ours" in case.seconds:
+        if "ours" in case.seconds or case.failed:
             lines.append(f"| {case.name}, {case.unit} | {' | '.join(map(case.cell, names))} |")
         if products := case.seconds.get("matmul"):
             rates = [2 * MATMUL**3 / seconds for seconds in products]
@@ -260,8 +267,6 @@ def processor() -> str:
 
 def run(asked: argparse.Namespace) -> None:
     torch.set_num_threads(THREADS)
-    meet(current_world())
-    join(current_world(), torch.device("cpu"))  # Meta's layers need fairscale's groups as long as they live
     rounds, steps = (2, 16) if asked.quick else (asked.rounds, 64)
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}, expected 1 or more")
@@ -286,13 +291,19 @@ def run(asked: argparse.Namespace) -> None:
         for kind in list(FILE_TYPES)[asked.random_1b :]:
             batches = kind == "bfloat16" and not asked.random_1b
             place = wide if kind == "float32" else folder
-            sides = sides_of(kind, place, asked.gguf, ROWS if batches else 1, skip)
-            if [side.name for side in sides[:1]] == ["ours"]:
-                check(sides, kind, args.vocab_size)
+            start = Case(f"start, {kind}", "s")  # a row of the table where something crashes in it
+            sides = sides_of(kind, place, asked.gguf, ROWS if batches else 1, skip, start.fail)
+            ours_too = [side.name for side in sides[:1]] == ["ours"]
+            if ours_too:
+                sides = check(sides, kind, args.vocab_size, start.fail)
+            if start.failed:
+                cases.append(start)
+            if ours_too:
                 cases += measure(kind, sides, args.vocab_size, steps, rounds)
                 if batches:
                     cases += measure_batches(sides, args.vocab_size, steps, rounds, with_meta=not asked.quick)
-            sides.clear()
+            while sides:
+                sides.pop().close()
             gc.collect()  # the models of one kind in memory at a time
         cases += measure_loading(folder, rounds)
     versions = {"python": platform.python_version()}

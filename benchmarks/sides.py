@@ -2,17 +2,24 @@
 `transformers` and llama.cpp (llama-cpp-python). For benchmarks/compare.py.
 
 All run on the CPU and choose greedily. Packages of the peers are imported where they are used, so that what is not
-installed can be left out.
+installed can be left out. Each peer runs in a process of its own (`Peer`): its crash does not end the comparison.
 """
 
+import contextlib
 import ctypes
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
+from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -21,12 +28,20 @@ from llama.checkpoint import OUTPUT, tensor_shapes, without_layer
 from llama.convert import convert
 from llama.convert.gguf import LAYER_NAMES, NAMES
 from llama.device import DTYPES
+from llama.distributed import current_world, join, meet
 from llama.params import ModelArgs
 
 CONTEXT = 1024  # positions that each side has room for
 THREADS = os.cpu_count() or 1
 # llama.cpp's type of file for each kind of weights, and its number in llama.h.
 FILE_TYPES = {"float32": ("F32", 0), "bfloat16": ("BF16", 32), "int8": ("Q8_0", 7), "int4": ("Q4_0", 2)}
+
+
+def clock(work: Callable[[], object]) -> float:
+    """Seconds that it takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 class Side:
@@ -42,6 +57,26 @@ class Side:
         """Continue prompts of different lengths in one batch by `new` ids each -> those, in its own way."""
         raise NotImplementedError  # each side's own
 
+    def first(self, prompt: list[int], n: int) -> list[int]:
+        """The first `n` greedy ids."""
+        return list(islice(self.greedy(prompt), n))
+
+    def time_prefill(self, prompt: list[int]) -> float:
+        """Seconds to the first id."""
+        return clock(lambda: next(self.greedy(prompt)))
+
+    def time_decode(self, prompt: list[int], steps: int) -> float:
+        """Seconds for `steps` ids after the first."""
+        ids = self.greedy(prompt)
+        next(ids)
+        return clock(lambda: [next(ids) for _ in range(steps)])
+
+    def time_ragged(self, prompts: list[list[int]], new: int) -> float:
+        return clock(lambda: self.ragged(prompts, new))
+
+    def close(self) -> None:
+        """Free the model, where that takes more than dropping it."""
+
 
 class Ours(Side):
     """rows: the cache's. variant: other arguments of `build`."""
@@ -53,9 +88,16 @@ class Ours(Side):
         self.llama.tokenizer.stop_tokens = set()  # all sides take the same number of steps
 
     def greedy(self, prompt: list[int], rows: int = 1) -> Iterator[int]:
+        """`rows` rows of the same prompt -> the first row's ids."""
         for step in self.llama.stream([prompt] * rows, max_gen_len=None, temperature=0, logprobs=False):
             assert step[0].id is not None
             yield step[0].id
+
+    def time_rows(self, prompt: list[int], rows: int, steps: int) -> float:
+        """Seconds for `steps` steps of `rows` rows after the first."""
+        ids = self.greedy(prompt, rows)
+        next(ids)
+        return clock(lambda: [next(ids) for _ in range(steps)])
 
     def ragged(self, prompts: list[list[int]], new: int) -> list[list[int]]:
         return self.llama.generate(prompts, new, temperature=0)[0]
@@ -226,10 +268,143 @@ def write_random(folder: Path, tokenizer: Path, params: dict[str, Any], dtype: s
     torch.save(weights, folder / "consolidated.00.pth")
 
 
-def sides_of(kind: str, folder: Path, gguf: Path | None, rows: int, skip: Callable[[str], None]) -> list[Side]:
-    """Every implementation that there is for float32, bfloat16, int8 or int4, ours first; `skip` is told the others.
+class PeerFailed(Exception):
+    """A peer's process has ended, or the peer raised an exception; the message names the signal or the exception."""
 
-    rows: the most that our batches have.
+
+class Peer(Side):
+    """A side in a process of its own, which runs and times it on request over a pipe.
+
+    make: makes the side there; it is pickled. Raises PeerFailed where the peer fails: one that raised an exception can
+    be asked again, one whose process has ended cannot. Raises ImportError if the peer's package is not installed.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Side]):
+        self.name = name
+        self._ended = ""
+        context = multiprocessing.get_context("spawn")  # a fork would lack the threads that torch believes it has
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, torch.get_num_threads()), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the pipe ends with the process
+        try:
+            if missing := self._receive():
+                raise ImportError(missing)
+        except BaseException:
+            self.close()
+            raise
+
+    def first(self, prompt: list[int], n: int) -> list[int]:
+        return self._call("first", prompt, n)
+
+    def ragged(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        return self._call("ragged", prompts, new)
+
+    def time_prefill(self, prompt: list[int]) -> float:
+        return self._call("time_prefill", prompt)
+
+    def time_decode(self, prompt: list[int], steps: int) -> float:
+        return self._call("time_decode", prompt, steps)
+
+    def time_ragged(self, prompts: list[list[int]], new: int) -> float:
+        return self._call("time_ragged", prompts, new)
+
+    def close(self) -> None:
+        """End the process, which frees its memory."""
+        self._pipe.close()
+        self._process.join(5)
+        self._process.kill()
+        self._process.join()
+        self._ended = self._ended or "closed"
+
+    def _call(self, method: str, *args: Any) -> Any:
+        if self._ended:
+            raise PeerFailed(f"had ended: {self._ended}")
+        try:
+            self._pipe.send((method, args))
+        except OSError:
+            self._fail()
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            answer, error = self._pipe.recv()
+        except (EOFError, OSError):
+            self._fail()
+        if error:
+            raise PeerFailed(error)
+        return answer
+
+    def _fail(self) -> NoReturn:
+        self._process.join()
+        self._ended = _how_it_ended(self._process.exitcode or 0)
+        raise PeerFailed(self._ended)
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-code}"
+    return f"{name} (out of memory?)" if name == "SIGKILL" else name
+
+
+def _serve(pipe: Connection, make: Callable[[], Side], threads: int) -> None:
+    """A peer's process, until the pipe is closed. Sends pairs: an answer and "", or None and what was raised."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
+    torch.set_num_threads(threads)
+    with contextlib.suppress(EOFError, OSError):
+        try:
+            side = make()
+        except ImportError as error:
+            return pipe.send((str(error) or "not installed", ""))
+        except Exception as error:
+            return pipe.send((None, _in_short(error)))
+        pipe.send((None, ""))
+        while True:
+            method, args = pipe.recv()
+            try:
+                answer = getattr(side, method)(*args), ""
+            except Exception as error:
+                answer = None, _in_short(error)
+            pipe.send(answer)
+
+
+def _in_short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+
+
+def in_meta_groups(folder: Path, dtype: str) -> Side:
+    """Meta's side, in a process without a model of ours: its layers need fairscale's groups as long as they live."""
+    meet(current_world())
+    join(current_world(), torch.device("cpu"))
+    return Meta(folder, dtype)
+
+
+def peers_of(kind: str, folder: Path, gguf: Path | None) -> dict[str, Callable[[], Side]]:
+    """What makes each peer that has weights of this kind, by name."""
+    makers: dict[str, Callable[[], Side]] = {}
+    if not kind.startswith("int"):
+        makers["Meta"] = partial(in_meta_groups, folder, kind)
+        makers["transformers"] = partial(Transformers, folder, kind)
+    return makers | {"llama.cpp": partial(LlamaCpp, folder, kind, gguf)}
+
+
+def sides_of(
+    kind: str,
+    folder: Path,
+    gguf: Path | None,
+    rows: int,
+    skip: Callable[[str], None],
+    failed: Callable[[str, str], None],
+) -> list[Side]:
+    """Every implementation that there is for float32, bfloat16, int8 or int4, ours first, each peer in its process.
+
+    rows: the most that our batches have. skip: called with a line for each that is left out. failed: called with the
+    name and the reason for each peer that failed while it was made.
     """
     dtype = "float32" if kind == "float32" else "bfloat16"
     quantized: dict[str, Any] = {"quantize": kind} if kind.startswith("int") else {}
@@ -239,13 +414,14 @@ def sides_of(kind: str, folder: Path, gguf: Path | None, rows: int, skip: Callab
     }
     if not quantized:
         makers["ours, plain"] = lambda: Ours("ours, plain", folder, dtype, rows, plain=True)
-        makers["Meta"] = lambda: Meta(folder, dtype)
-        makers["transformers"] = lambda: Transformers(folder, dtype)
-    makers["llama.cpp"] = lambda: LlamaCpp(folder, kind, gguf)
+    for name, make in peers_of(kind, folder, gguf).items():
+        makers[name] = partial(Peer, name, make)
     found = []
     for name, make in makers.items():
         try:
             found.append(make())
+        except PeerFailed as error:
+            failed(name, str(error))
         except (ImportError, TypeError, ValueError, RuntimeError) as error:
             if name == "ours" and not quantized:
                 raise
