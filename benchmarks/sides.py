@@ -285,7 +285,10 @@ class Peer(Side):
         context = multiprocessing.get_context("spawn")  # a fork would lack the threads that torch believes it has
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, torch.get_num_threads()), daemon=True)
-        self._process.start()
+        try:
+            self._process.start()
+        except OSError as error:  # no memory for another process
+            raise PeerFailed(_in_short(error)) from error
         theirs.close()  # so that the pipe ends with the process
         try:
             if missing := self._receive():

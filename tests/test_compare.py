@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import compare
 import sides
 from fake_sides import Faulty, fails_to_start
 
-SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "hidden_dim": 256, "vocab_size": 512}
+SHAPE: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "hidden_dim": 256, "vocab_size": 512}
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
