@@ -43,6 +43,7 @@ class Engine:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, executor: Executor | None = None):
         self._executor = executor or Executor(_checked(model))
         self._is_closed = False
+        self._has_joined = executor is not None  # `build` has joined the ranks for it, which `close` leaves
         self.tokenizer = tokenizer
         # The ids whose keys and values each row of the cache holds, as long as the model's count of passes is this.
         self._held: list[list[int]] = []
@@ -91,7 +92,8 @@ class Engine:
             del self._executor
         if on_gpu:
             torch.cuda.empty_cache()
-        leave()
+        if self._has_joined:
+            leave()
 
     def generate(
         self,

@@ -385,6 +385,9 @@ def test_a_model_is_built_loaded_and_run_without_build(
     model.load_state_dict(torch.load(checkpoint("gqa") / "consolidated.00.pth", weights_only=True), strict=False)
     llama = Llama(model, expected.tokenizer)
     assert llama.generate([IDS, IDS[:2]], 6, temperature=0) == expected.generate([IDS, IDS[:2]], 6, temperature=0)
+    llama.close()
+    assert torch.distributed.is_initialized()  # the other model's, which stays open
+    expected.generate([IDS], 2)
 
 
 def test_parts_are_made_with_metas_arguments() -> None:
