@@ -1,9 +1,10 @@
 """The engine: prompts of ids in, continuations and their log-probabilities out."""
 
+import contextlib
 import math
 import threading
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from itertools import groupby, islice
 from typing import Any, cast
@@ -12,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Self, Unpack
 
-from llama.distributed import current_world, exchange, from_rank_0, is_main_rank, leave
+from llama.distributed import current_world, exchange, from_rank_0, is_main_rank, leave, model_parallel
 from llama.executor import Executor, score
 from llama.model import Transformer
 from llama.request import (
@@ -51,6 +52,8 @@ class Engine:
         # Any thread may call: what touches the model or its cache holds this, a step of a stream at a time.
         self.lock = threading.RLock()
         self._turn: object = None  # the call that computed last
+        self._open: dict[object, int] = {}  # calls that have begun -> the thread that began them
+        self._ended = threading.Condition(self.lock)
 
     @property
     def executor(self) -> Executor:
@@ -176,6 +179,22 @@ class Engine:
         check_alternatives("logprobs", logprobs, 0, self.model.params)
         return int(logprobs)
 
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Around all steps of a call. With several ranks, where steps of two threads' calls could come in another order
+        on each rank, it waits until other threads' calls have ended, streams among them."""
+        key, me = object(), threading.get_ident()
+        with self.lock:
+            if model_parallel()[1] > 1:
+                self._ended.wait_for(lambda: all(owner == me for owner in self._open.values()))
+            self._open[key] = me
+        try:
+            yield
+        finally:
+            with self.lock:
+                del self._open[key]
+                self._ended.notify_all()
+
     def take_turn(self, call: object, ids: object) -> None:
         """Before a call computes, where another one did last: all ranks must be about to compute the same.
 
@@ -194,13 +213,14 @@ class Engine:
         self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False
     ) -> Generator[list[Token], None, None]:
         """`_steps`, of which each holds the lock: other threads' calls come in between."""
-        steps = self._steps(rows, k, echo, reuse)
-        while True:
-            with self.lock:
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step
+        with self.call():
+            steps = self._steps(rows, k, echo, reuse)
+            while True:
+                with self.lock:
+                    step = next(steps, None)
+                if step is None:
+                    return
+                yield step
 
     def _steps(
         self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False

@@ -161,7 +161,7 @@ def hidden_states(llama: Engine, ids: Sequence[int]) -> torch.Tensor:
     `llama.executor.logits(hidden_states(llama, ids))` are the logits. Errors as in `top_logprobs`.
     """
     text = read_ids("the text", ids, llama.model.params)
-    with llama.lock:
+    with llama.call(), llama.lock:
         llama.take_turn(text, text)
         return llama.executor.hidden(torch.tensor([text], device=llama.executor.device), 0, len(text))
 
@@ -245,15 +245,16 @@ def measure_texts(llama: Engine, texts: Sequence[Text], measure: Measure) -> lis
     found: dict[Text, list[list[float]]] = {text: [] for text in texts}
     measured = [text for text in found if text.start < len(text.ids)]
     groups = [Group(text.ids[:-1], [text]) for text in measured] if llama.executor.aligned else _groups(measured)
-    for batch in progress(list(_batches(groups, llama.model.params)), "scoring"):
-        with llama.lock:
-            llama.take_turn(batch, batch)  # also waits: between two calls a rank may take its time
-            measured_batch = _measure_batch(llama, batch, measure)
-        for text, values in measured_batch:
-            found[text] = values
-            if not all(math.isfinite(number) for row in values for number in row):
-                begin = ", ".join(map(str, text.ids[:8]))
-                raise llama.damaged(f"in a text that begins with ids {begin}")
+    with llama.call():
+        for batch in progress(list(_batches(groups, llama.model.params)), "scoring"):
+            with llama.lock:
+                llama.take_turn(batch, batch)  # also waits: between two calls a rank may take its time
+                measured_batch = _measure_batch(llama, batch, measure)
+            for text, values in measured_batch:
+                found[text] = values
+                if not all(math.isfinite(number) for row in values for number in row):
+                    begin = ", ".join(map(str, text.ids[:8]))
+                    raise llama.damaged(f"in a text that begins with ids {begin}")
     return [found[text] for text in texts]
 
 
