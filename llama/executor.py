@@ -8,6 +8,7 @@ derived from. Where they are not, it is derived anew, and a layer that was chang
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import Any, cast
@@ -46,8 +47,8 @@ PREFILL_CHUNK = 1024
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Product = Callable[[torch.Tensor], torch.Tensor]
 
-# What Meta's programs replace in `llama.model` to change a forward, as it is when nobody has.
-FUNCTIONS = ("apply_rotary_emb", "rotate", "reshape_for_broadcast", "causal_mask")
+# What programs replace in `llama.model` to change a forward, before anybody has.
+FUNCTIONS = ("apply_rotary_emb", "rotate", "reshape_for_broadcast", "repeat_kv", "causal_mask")
 ORIGINALS = [getattr(plain, name) for name in FUNCTIONS]
 LINEARS = [ColumnLinear, ColumnLinear, ColumnLinear, RowLinear, ColumnLinear, ColumnLinear, RowLinear]
 CLASSES: tuple[Any, ...] = (Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, ColumnLinear, RowLinear)
@@ -129,6 +130,7 @@ def norm(module: RMSNorm, x: torch.Tensor) -> torch.Tensor:
     return (wide * mean.add_(module.eps).rsqrt_()).mul_(weight).to(x.dtype)
 
 
+@dataclass(frozen=True)
 class Positions:
     """Where the ids of one forward are, the same for all layers.
 
@@ -137,14 +139,10 @@ class Positions:
     mask: True where a query may look, [.., seqlen, ctx_len]; None where causality alone says so.
     """
 
-    def __init__(
-        self,
-        start_pos: int | torch.Tensor,
-        ctx_len: int,
-        freqs_cis: torch.Tensor,
-        mask: torch.Tensor | None,
-    ):
-        self.start_pos, self.ctx_len, self.freqs_cis, self.mask = start_pos, ctx_len, freqs_cis, mask
+    start_pos: int | torch.Tensor
+    ctx_len: int
+    freqs_cis: torch.Tensor
+    mask: torch.Tensor | None
 
     @staticmethod
     def of(tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, freqs_cis: torch.Tensor) -> "Positions":

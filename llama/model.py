@@ -8,7 +8,7 @@ The modules and their weights are the user's to read, hook, write and replace. W
 them elsewhere (`llama.executor`) and never takes their place.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +34,23 @@ INIT_STD = 0.02  # of a new model's weights, as in GPT-2 and Llama's successors
 # and compute without fairscale's groups where there is one rank.
 
 
-def _rows(weight: nn.Parameter) -> str:
-    return " x ".join(map(str, weight.shape))
+class Local(nn.Module):
+    """Named before one of fairscale's classes among the bases: prints the shape of this rank's weight, and computes
+    without fairscale's groups where there are none."""
+
+    def extra_repr(self) -> str:
+        return " x ".join(map(str, self.get_parameter("weight").shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = super().forward(x) if model_parallel_is_initialized() else self.alone(x)
+        return y
+
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        """The forward of one rank."""
+        return F.linear(x, self.get_parameter("weight"), cast(torch.Tensor | None, self.bias))
 
 
-class ColumnLinear(ColumnParallelLinear):
+class ColumnLinear(Local, ColumnParallelLinear):
     """x @ weight.T with the output features split: [.., in] -> [.., local_out], or [.., out] when gathered."""
 
     def __init__(self, weight: torch.Tensor, gather_output: bool = False):
@@ -47,20 +59,10 @@ class ColumnLinear(ColumnParallelLinear):
         self.bias = None
         self.gather_output = gather_output
         self.output_size_per_partition, self.in_features = weight.shape
-        self.world_size = model_parallel()[1]
-        self.out_features = self.output_size_per_partition * self.world_size
-
-    def extra_repr(self) -> str:
-        return _rows(self.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not model_parallel_is_initialized():
-            return F.linear(x, self.weight, self.bias)
-        y: torch.Tensor = super().forward(x)
-        return y
+        self.out_features = self.output_size_per_partition * model_parallel()[1]
 
 
-class RowLinear(RowParallelLinear):
+class RowLinear(Local, RowParallelLinear):
     """x @ weight.T with the input features split, summed over the ranks: [.., local_in] -> [.., out]."""
 
     def __init__(self, weight: torch.Tensor):
@@ -69,61 +71,38 @@ class RowLinear(RowParallelLinear):
         self.bias = None
         self.input_is_parallel = True
         self.out_features, self.input_size_per_partition = weight.shape
-        self.world_size = model_parallel()[1]
-        self.in_features = self.input_size_per_partition * self.world_size
-
-    def extra_repr(self) -> str:
-        return _rows(self.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not model_parallel_is_initialized():
-            return F.linear(x, self.weight, self.bias)
-        y: torch.Tensor = super().forward(x)
-        return y
+        self.in_features = self.input_size_per_partition * model_parallel()[1]
 
 
-class VocabEmbedding(VocabParallelEmbedding):
-    """Rows of a table that is split on the vocabulary, as in Llama 3's files: [bsz, seqlen] -> [bsz, seqlen, dim]."""
+class LocalEmbedding(Local):
+    """Rows of a table: [bsz, seqlen] -> [bsz, seqlen, dim]."""
+
+    def __init__(self, vocab_size: int, dim: int, weight: torch.Tensor):
+        nn.Module.__init__(self)
+        self.weight = nn.Parameter(weight)
+        self.num_embeddings, self.embedding_dim = vocab_size, dim
+        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
+        self.scale_grad_by_freq, self.sparse = False, False
+
+    def alone(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class VocabEmbedding(LocalEmbedding, VocabParallelEmbedding):
+    """A table that is split on the vocabulary, as in Llama 3's files."""
 
     def __init__(self, vocab_size: int, dim: int):
-        nn.Module.__init__(self)
-        rank, self.world_size = model_parallel()
-        local_vocab = vocab_size // self.world_size
-        self.weight = nn.Parameter(_drawn((local_vocab, dim), 0))
+        rank, world_size = model_parallel()
+        local_vocab = vocab_size // world_size
+        super().__init__(vocab_size, dim, _drawn((local_vocab, dim), 0))
         self.vocab_start_index, self.vocab_end_index = rank * local_vocab, (rank + 1) * local_vocab
-        self.num_embeddings, self.embedding_dim = vocab_size, dim
-        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
-        self.scale_grad_by_freq, self.sparse = False, False
-
-    def extra_repr(self) -> str:
-        return _rows(self.weight)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        if not model_parallel_is_initialized():
-            return F.embedding(tokens, self.weight)
-        h: torch.Tensor = super().forward(tokens)
-        return h
 
 
-class DimEmbedding(ParallelEmbedding):
-    """Rows of a table that is split on dim, as in Llama 2's files: [bsz, seqlen] -> [bsz, seqlen, dim]."""
+class DimEmbedding(LocalEmbedding, ParallelEmbedding):
+    """A table that is split on dim, as in Llama 2's files."""
 
     def __init__(self, vocab_size: int, dim: int):
-        nn.Module.__init__(self)
-        self.world_size = model_parallel()[1]
-        self.weight = nn.Parameter(_drawn((vocab_size, dim // self.world_size), 1))
-        self.num_embeddings, self.embedding_dim = vocab_size, dim
-        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
-        self.scale_grad_by_freq, self.sparse = False, False
-
-    def extra_repr(self) -> str:
-        return _rows(self.weight)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        if not model_parallel_is_initialized():
-            return F.embedding(tokens, self.weight)
-        h: torch.Tensor = super().forward(tokens)
-        return h
+        super().__init__(vocab_size, dim, _drawn((vocab_size, dim // model_parallel()[1]), 1))
 
 
 class RMSNorm(nn.Module):
@@ -135,7 +114,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def extra_repr(self) -> str:
-        return _rows(self.weight)
+        return " x ".join(map(str, self.weight.shape))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == self.weight.dtype:
@@ -248,7 +227,7 @@ def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor
 
 def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
     """Each KV head n_rep times: [bsz, seqlen, n_kv_heads, head_dim] -> [bsz, seqlen, n_kv_heads * n_rep, head_dim]."""
-    return x.repeat_interleave(n_rep, dim=2)
+    return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=2)
 
 
 def causal_mask(seqlen: int, start_pos: int, like: torch.Tensor) -> torch.Tensor | None:
@@ -339,12 +318,10 @@ class Attention(nn.Module):
             # overwrite the cache's copy.
             before = ctx_len - seqlen
             keys, values = torch.cat((keys[:, :, :before], k), dim=2), torch.cat((values[:, :, :before], v), dim=2)
-        # [bsz, n_local_kv_heads, n_rep * seqlen, head_dim]: the queries that share a KV head, and nothing is repeated.
-        q = q.unflatten(1, (self.n_local_kv_heads, -1)).flatten(2, 3)
-        if mask is not None:
-            mask = mask.to(q.dtype).repeat(*[1] * (mask.dim() - 2), q.shape[2] // seqlen, 1)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        out = out.reshape(bsz, -1, seqlen, self.head_dim).transpose(1, 2)  # [bsz, seqlen, n_local_heads, head_dim]
+        keys, values = (repeat_kv(y.transpose(1, 2), self.n_rep).transpose(1, 2) for y in (keys, values))
+        mask = None if mask is None else mask.to(q.dtype)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)  # [bsz, n_local_heads, seqlen, head_dim]
+        out = out.transpose(1, 2)  # [bsz, seqlen, n_local_heads, head_dim]
         return self.wo(out.reshape(bsz, seqlen, -1))
 
 

@@ -21,7 +21,7 @@ NO_ORIGINAL = (
 class QuantizedWeight(torch.Tensor):
     """Rows [start, start + n) of a quantized matrix, as a tensor of the model's dtype.
 
-    Reading it in any way gives the dequantized numbers, made anew each time. Writing, also through a view, and asking
+    Reading it in any way gives the dequantized numbers, computed each time. Writing, also through a view, and asking
     for gradients raise RuntimeError, which names the way. Saved and copied, it becomes an ordinary tensor.
 
     source: the matrix, of which several weights may be parts. read: what gives the numbers of this tensor.
