@@ -6,8 +6,10 @@ Llama, with the same change made to its weights, is the oracle."""
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import torch
 from peers import transformers_model
 from ranks import run_ranks
 from torch import nn
+from torch.nn.utils import prune
 
 from llama import Llama, ModelArgs, Transformer
+from llama import model as llama_model
 from llama.model import Attention, FeedForward, RMSNorm, TransformerBlock
 
 IDS = [1, 70, 400, 33, 9, 250, 8, 77]
@@ -311,6 +315,47 @@ def test_quantized_weights_are_read_and_refuse_to_be_written(
     hook.remove()
 
 
+def changed_on_a_rank(folder: Path, form: dict[str, Any]) -> list[tuple[list[float], list[list[int]]]]:
+    """The answers of one model after each of several changes, made on every rank to its slices."""
+    llama = Llama.build(folder, max_seq_len=32, max_batch_size=2, **form)
+    model: Any = llama.model
+    found = []
+
+    def note() -> None:
+        found.append((logprobs(llama).tolist(), llama.generate([IDS, IDS[:3]], 5, temperature=0)[0]))
+
+    note()
+    model.layers[0].attention.wo.weight.data.zero_()
+    note()
+    model.layers[1].feed_forward.w1.weight.data.mul_(2)
+    note()
+    model.load_state_dict({name: w * 1.25 for name, w in model.state_dict().items() if "wv" in name}, strict=False)
+    note()
+    model.layers[0].feed_forward.w3.weight = nn.Parameter(model.layers[0].feed_forward.w3.weight * 0.5)
+    note()
+    hook = model.layers[1].attention.wq.register_forward_hook(halve)
+    note()
+    model.layers[0] = Own(model.layers[0])
+    note()
+    hook.remove()
+    del model.layers[0]
+    note()
+    llama.close()
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_changes_on_two_ranks_are_those_on_one(form: dict[str, Any], checkpoint: Callable[..., Path]) -> None:
+    """Those on one rank in the plain form, each of which other tests compare with transformers."""
+    expected = changed_on_a_rank(checkpoint("gqa"), {"plain": True})
+    for before, after in pairwise(expected[:-2]):  # the two that follow wrap a layer, and then drop it with its hook
+        assert max(abs(a - b) for a, b in zip(before[0], after[0], strict=True)) > 1e-3
+    for found in run_ranks(2, changed_on_a_rank, checkpoint("gqa"), form):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.tensor(ours[0]), torch.tensor(theirs[0]), rtol=0, atol=1e-4)
+            assert ours[1] == theirs[1]
+
+
 # A model that the user builds -----------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32}
@@ -444,3 +489,81 @@ def test_threads_get_their_own_answers(build: Callable[..., Llama]) -> None:
     assert [future.result()[0] for future in whole] == expected
     assert [future.result() for future in streams] == expected
     assert all(isinstance(future.exception(), KeyError) for future in leaving)
+
+
+def call_in_orders(folder: Path) -> tuple[str, str, bool]:
+    """Rank 1's threads are first with another call than rank 0's: what both get, and whether the model is usable."""
+    llama = Llama.build(folder, max_seq_len=32, max_batch_size=2)
+    rank = torch.distributed.get_rank()
+    calls = [[IDS], [IDS[:3]]]
+    errors = []
+    for prompts in calls if rank == 0 else calls[::-1]:
+        try:
+            llama.generate(prompts, 3, temperature=0)
+            errors.append("")
+        except RuntimeError as error:
+            errors.append(str(error))
+    usable = llama.generate([IDS], 3, temperature=0)[0] == llama.generate([IDS], 3, temperature=0)[0]
+    llama.close()
+    return errors[0], errors[1], usable
+
+
+def test_calls_in_different_orders_are_refused_on_every_rank(checkpoint: Callable[..., Path]) -> None:
+    for first, second, usable in run_ranks(2, call_in_orders, checkpoint("gqa")):
+        for error in (first, second):
+            assert error.startswith(
+                "calls of several threads reached the ranks in different orders: make all calls from"
+            )
+            assert "\n" not in error
+        assert usable
+
+
+def call_during_a_stream(folder: Path) -> tuple[bool, bool, bool]:
+    """Another thread's call, while a stream is read: (it waits, the stream's answer, its own answer)."""
+    llama = Llama.build(folder, max_seq_len=32, max_batch_size=2)
+    alone = [llama.generate([ids], 6, temperature=0)[0] for ids in (IDS, IDS[:3])]
+    steps = llama.stream([IDS], max_gen_len=6, temperature=0)
+    ids = [next(steps)[0].id]
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(llama.generate, [IDS[:3]], 6, temperature=0)
+        time.sleep(0.3)
+        waits = not other.done()
+        ids += [token.id for step in steps for token in step]
+        found = other.result()[0]
+    llama.close()
+    return waits, [ids] == alone[0], found == alone[1]
+
+
+def test_on_two_ranks_a_call_waits_for_other_threads_streams(checkpoint: Callable[..., Path]) -> None:
+    assert run_ranks(2, call_during_a_stream, checkpoint("gqa")) == [(True, True, True)] * 2
+
+
+@pytest.mark.parametrize("name", ["repeat_kv", "apply_rotary_emb"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_functions_of_the_module_may_be_replaced(
+    name: str, form: dict[str, Any], build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = build("gqa", max_seq_len=32, max_batch_size=2, **form)
+    before, original, calls = decoded(llama), getattr(llama_model, name), 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(*args)
+
+    monkeypatch.setattr(llama_model, name, counted)
+    ids, scores = decoded(llama)
+    assert ids == before[0] and calls
+    torch.testing.assert_close(scores, before[1], rtol=0, atol=1e-4)
+
+
+def test_pruning_acts(build: Callable[..., Llama]) -> None:
+    """torch's own, which replaces the parameter and computes the weight in a pre-hook."""
+    llama = build("gqa", max_seq_len=32, max_batch_size=2, compile=True)
+    before = logprobs(llama)
+    llama.model.requires_grad_(False)
+    prune.ln_structured(llama.model.layers[0].feed_forward.w2, "weight", amount=0.5, n=2, dim=0)
+    pruned = logprobs(llama)
+    assert (pruned - before).abs().max() > 1e-3
+    prune.remove(llama.model.layers[0].feed_forward.w2, "weight")
+    torch.testing.assert_close(logprobs(llama), pruned, rtol=0, atol=1e-4)
