@@ -35,7 +35,7 @@ def main(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
-    compile: bool = False,
+    compile: bool | str = "auto",
     plain: bool = False,
     chat_format: str | None = None,
     seed: int = 1,

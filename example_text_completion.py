@@ -29,7 +29,7 @@ def main(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
-    compile: bool = False,
+    compile: bool | str = "auto",
     plain: bool = False,
     seed: int = 1,
 ) -> None:

@@ -55,7 +55,7 @@ Forward = Callable[[list[int], int], torch.Tensor]  # ids [n] from a position on
 
 @dataclass
 class Case:
-    """A way of computing. layers: merged (the default), plain or compiled here; transformers or Meta."""
+    """A way of computing. layers: compiled (the default), merged or plain here; transformers or Meta."""
 
     dtype: str
     quantize: str | None
@@ -305,7 +305,7 @@ float64 says greedily, one at a time through the KV cache. Cells with two figure
 steps'. Logits: all of the vocabulary. Log-probabilities: of the ids that follow. Perplexity: of the prompts, beside
 {perplexity:.4f} in float64. First other id: the first step, of any text, at which greedy decoding leaves float64's ids.
 
-"plain" are the layers of `llama/model.py`; "merged" those that run by default; "compiled" has `--compile`, which is
+"plain" are the layers of `llama/model.py`; "merged" those of `--no-compile`; "compiled", the default, is
 about steps, and not for float16. Quantized weights are those of `--quantize`: their error is that of fewer bits, not of
 computing. This model's matrices were on a grid of 4 bits before, which flatters int4; `benchmarks/accuracy.py` has
 random weights, too.

@@ -38,7 +38,7 @@ from llama import Llama
 from llama.convert import convert
 from llama.params import ModelArgs
 
-COLUMNS = ("ours", "ours, compile", "ours, plain", "Meta", "transformers", "llama.cpp")
+COLUMNS = ("ours", "ours, eager", "ours, plain", "Meta", "transformers", "llama.cpp")
 TEXTS = ("The capital of France is", "Once upon a time there was a miller who had", "Iron melts at")
 MATMUL = 2048  # rows and columns of the product whose rate prefills are measured by
 RAGGED, NEW, ROWS = (8, 64, 256, 512), 32, 16  # prompt lengths, new ids for each; rows of the other batch
@@ -164,7 +164,7 @@ def measure(kind: str, sides: list[Side], vocab: int, steps: int, rounds: int) -
 def measure_batches(sides: list[Side], vocab: int, steps: int, rounds: int, with_meta: bool) -> list[Case]:
     """Many rows, bfloat16. The ragged batch in Meta's way takes about a minute: once, and not to warm up."""
     prompts = [random_ids(n, vocab) for n in RAGGED]
-    names = ["ours", "ours, compile", "transformers", *["Meta"] * with_meta]
+    names = ["ours", "ours, eager", "transformers", *["Meta"] * with_meta]
     chosen = [side for side in sides if side.name in names]
     ragged: Runs = {side.name: partial(side.time_ragged, prompts, NEW) for side in chosen}
     batch: Runs = {}

@@ -413,7 +413,7 @@ def sides_of(
     quantized: dict[str, Any] = {"quantize": kind} if kind.startswith("int") else {}
     makers: dict[str, Callable[[], Side]] = {
         "ours": lambda: Ours("ours", folder, dtype, rows, **quantized),
-        "ours, compile": lambda: Ours("ours, compile", folder, dtype, rows, compile=True, **quantized),
+        "ours, eager": lambda: Ours("ours, eager", folder, dtype, rows, compile=False, **quantized),
     }
     if not quantized:
         makers["ours, plain"] = lambda: Ours("ours, plain", folder, dtype, rows, plain=True)

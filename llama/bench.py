@@ -72,7 +72,7 @@ def bench(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
-    compile: bool = False,
+    compile: bool | str = "auto",
     plain: bool = False,
 ) -> None:
     """Measure prefill, decoding, memory and bandwidth, for every batch size with every prompt length.
@@ -98,10 +98,11 @@ def bench(
                 "window: give less"
             )
     options: dict[str, Any] = {"quantize": quantize, "compile": compile, "plain": plain}
-    given = {name: value for name, value in options.items() if value}
     points: list[dict[str, Any]] = []
     try:
-        llama = Llama.build(ckpt_dir, tokenizer_path, longest + gen, max(batches), device=device, dtype=dtype, **given)
+        llama = Llama.build(
+            ckpt_dir, tokenizer_path, longest + gen, max(batches), device=device, dtype=dtype, **options
+        )
         rate = bandwidth(llama.executor.device)
         if plot is not None:
             points = measure_contexts(llama.executor, longest, rate)
@@ -113,7 +114,7 @@ def bench(
         raise ValueError(
             f"--batch {max(batches)} with --prompt {longest} needs more memory than there is: give smaller ones"
         ) from error
-    machine = _machine(llama) | options
+    machine = _machine(llama) | options | {"compile": llama.executor.is_compiled}
     if is_main_rank():
         if json:
             print(dumps({"machine": machine, "bandwidth": rate, "rows": found, "contexts": points}))

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, NoReturn
 
 import fire
@@ -95,10 +95,17 @@ def _read_words(command: Command | Commands, words: list[str]) -> list[str]:
         if name is None:
             free.append(word)
             continue
+        if (
+            value is None
+            and (off := re.sub("^no_?", "", name)) != name
+            and off in parameters
+            and _is_switch(parameters[off])
+        ):
+            name, value = off, "False"
         if name not in parameters:
             _refuse(f"unknown flag --{name}; there are {', '.join(f'--{name}' for name in parameters)}")
-        if value is None and parameters[name].annotation is bool:
-            value = rest.pop(0) if rest and rest[0] in ("True", "False") else "True"
+        if value is None and _is_switch(parameters[name]):
+            value = rest.pop(0) if rest and rest[0] in ("True", "False", "auto") else "True"
         elif value is None and rest and _flag(rest[0], list(parameters))[0] not in parameters:
             value = rest.pop(0)
         if value is None:
@@ -118,6 +125,11 @@ def _read_words(command: Command | Commands, words: list[str]) -> list[str]:
         what = "FILE..." if parameters[name].annotation == list[str] else f"--{name}"
         _refuse(f"{what} is missing; --help tells more")
     return [f"--{name}={_as_python(values, str(parameters[name].annotation))}" for name, values in given.items()]
+
+
+def _is_switch(parameter: Parameter) -> bool:
+    """Whether --name alone means True, and --no-name False."""
+    return parameter.annotation in (bool, bool | str)
 
 
 def _flag(word: str, names: list[str]) -> tuple[str | None, str | None]:

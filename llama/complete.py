@@ -49,7 +49,7 @@ def complete(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
-    compile: bool = False,
+    compile: bool | str = "auto",
     plain: bool = False,
     chat_format: str | None = None,
     seed: int = 1,

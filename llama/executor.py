@@ -8,6 +8,7 @@ derived from. Where they are not, it is derived anew, and a layer that was chang
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import attrgetter, is_
@@ -332,7 +333,7 @@ class Snapshot:
 class Executor:
     """Computes a model's forwards for the engine: the interface of `Transformer.hidden` and `logits`, on any model.
 
-    fused: by merged products where layers allow it. native: by native.c, which `can_compile` found possible.
+    fused: by merged products where layers allow it. native: by native.c, which is compiled.
     graph: decode on CUDA by torch.compile's kernels in a CUDA graph.
 
     A model of another class, or with a forward or hooks of its own, is called as Meta's engine calls it,
@@ -351,6 +352,11 @@ class Executor:
     def passes(self) -> int:
         """Forwards so far: who remembers the count knows whether the cache is unchanged."""
         return int(getattr(self.model, "passes", 0)) + self._own_passes
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether one call of compiled code computes a whole decode step."""
+        return self._decoder is not None
 
     @property
     def device(self) -> torch.device:
@@ -548,23 +554,49 @@ def score(logits: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
 # Compiled steps -----------------------------------------------------------------------------------
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether decode steps can be compiled here, on all ranks; says so where not. Compiles native.c for CPUs."""
-    if device.type == "mps":
-        say("llama: nothing is compiled on mps: the decode step runs uncompiled")
-    if device.type != "cpu":
-        return device.type == "cuda"
-    started, made, problem = time.perf_counter(), False, ""
-    try:
-        made = native.compile_library()
-    except native.NoCompilerError as error:
-        problem = str(error)
-    if problems := list(filter(None, exchange(problem))):  # ranks that compile and others would add up different things
-        tell(f"llama: {problem or f'another rank: {problems[0]}'}: the decode step runs uncompiled")
-        return False
-    how = f"compiled in {time.perf_counter() - started:.1f} s, kept in" if made else "compiled earlier, taken from"
-    tell(f"llama: decode step {how} {native.cache_folder()}")
-    return True
+class Compilation:
+    """Finds out whether decode steps can be compiled: native.c, for CPUs, in a thread while the files are read.
+
+    compile: True, False, or "auto", which is native.c on CPUs where it can be, and says nothing where it cannot.
+    """
+
+    def __init__(self, compile: bool | str, device: torch.device):
+        self.compile, self.device = compile, device
+        self._library: Future[float] | None = None
+        if compile and device.type == "cpu":
+            self._library = ThreadPoolExecutor(1, "compile native.c").submit(_seconds_to_compile)
+
+    def ended(self, dtype: torch.dtype) -> bool:
+        """Whether the steps of this device and dtype are compiled, the same on all ranks, which must all call it."""
+        is_asked = self.compile is True
+        if self._library is None:
+            if self.device.type == "mps" and is_asked:
+                say("llama: nothing is compiled on mps: the decode step runs uncompiled")
+            return self.device.type == "cuda" and is_asked
+        seconds, problem = 0.0, ""
+        try:
+            seconds = self._library.result()
+        except native.NoCompilerError as error:
+            problem = str(error)
+        if problems := list(filter(None, exchange(problem))):  # ranks would add up different things
+            why = problem or f"another rank: {problems[0]}"
+            tell(f"llama: {why}: the decode step runs uncompiled, which is slower (--no-compile leaves this line out)")
+            return False
+        if dtype not in native.KINDS:
+            if is_asked:
+                say("llama: float16 is not compiled on CPUs, bfloat16 and float32 are: the decode step runs uncompiled")
+            return False
+        if seconds:
+            say(f"llama: decode step compiled in {seconds:.1f} s, kept in {native.cache_folder()}")
+        elif is_asked:
+            say(f"llama: decode step compiled earlier, taken from {native.cache_folder()}")
+        return True
+
+
+def _seconds_to_compile() -> float:
+    """Compile native.c; 0 where that was done before."""
+    started = time.perf_counter()
+    return time.perf_counter() - started if native.compile_library() else 0.0
 
 
 class GraphDecoder:

@@ -30,10 +30,10 @@ from llama.checkpoint import OUTPUT, Checkpoint, load_weights
 from llama.device import pick_device, pick_dtype, share_cores
 from llama.distributed import current_world, exchange, join, leave, meet, raising_together, say
 from llama.engine import Engine
-from llama.executor import Executor, can_compile
+from llama.executor import Compilation, Executor
 from llama.memory import Choice, check_room, explained
 from llama.model import Transformer, TransformerBlock
-from llama.native import KINDS, memory_given_back
+from llama.native import memory_given_back
 from llama.params import CheckpointError, check_world_size
 from llama.quantize import SCHEMES
 from llama.quantized_weight import held_bytes, quantize_part
@@ -120,7 +120,7 @@ class Llama(Engine):
         device: str = "auto",
         dtype: str = "auto",
         quantize: str | None = None,
-        compile: bool = False,
+        compile: bool | str = "auto",
         plain: bool = False,
         chat_format: str | None = None,
     ) -> "Llama":
@@ -133,7 +133,8 @@ class Llama(Engine):
         device: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:N" or "mps".
         dtype: "auto" (the checkpoint's, where the device computes in it), "float32", "bfloat16" or "float16".
         quantize: hold the weights as "int8" or "int4" (`llama.quantize` has what that means).
-        compile: compile the decode step, once: on a CPU with the C compiler of the machine, on CUDA with torch.compile.
+        compile: the decode step, once: on a CPU by the machine's C compiler, on CUDA by torch.compile, which takes
+            minutes. "auto" compiles on CPUs where there is a compiler; True and False say so.
         plain: compute as the modules are written in `llama.model`, nothing merged or compiled.
         chat_format: how dialogs are written, a name of `chat_format.FORMATS`; default is what the tokenizer says.
 
@@ -161,7 +162,9 @@ class Llama(Engine):
                     )
                 if quantize not in (None, *SCHEMES):
                     raise ValueError(f"quantize {quantize!r}: expected {' or '.join(SCHEMES)}")
-                if plain and (quantize or compile):
+                if compile not in (True, False, "auto"):
+                    raise ValueError(f"compile is {compile!r}, expected True, False or 'auto'")
+                if plain and (quantize or compile is True):
                     raise ValueError("plain excludes quantize and compile: leave one of them out")
                 where = pick_device(device, world)
             check_same(
@@ -180,8 +183,7 @@ class Llama(Engine):
             )
             share_cores(world)
             join(world, where)
-            if compile:
-                compile = can_compile(where)
+            compilation = Compilation(False if plain else compile, where)
             with raising_together():
                 checkpoint = Checkpoint(ckpt_dir)
                 for note in checkpoint.notes:
@@ -214,8 +216,9 @@ class Llama(Engine):
             check_same({"--dtype": _name(kind)}, "name one that all hosts can compute in")
             check_same(vars(args), "give all hosts the same params.json")
             check_same(sums, "these are their sums, give all hosts the same files")
+            is_compiled = compilation.ended(kind)
             with raising_together():
-                executor, note = _load(checkpoint, kind, where, room, None if plain else compile)
+                executor, note = _load(checkpoint, kind, where, room, None if plain else is_compiled)
         except BaseException:
             leave()
             raise
@@ -497,9 +500,7 @@ def _load(
 ) -> tuple[Executor, str]:
     """The model and what computes it, and what `build` says of its form; `compile` is None for plain layers."""
     model: Transformer | None = None
-    is_native = bool(compile) and device.type == "cpu" and dtype in KINDS
-    if compile and device.type == "cpu" and not is_native:
-        say("llama: float16 is not compiled on CPUs, bfloat16 and float32 are: the decode step runs uncompiled")
+    is_native = bool(compile) and device.type == "cpu"
     kept = 0
 
     def finish(part: torch.nn.Module) -> None:

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,26 @@ def quantize(asked: Asked) -> Answer:
     ]
 
 
+def dropin(asked: Asked) -> Answer:
+    """Changes of modules and weights, beside transformers with the same: tests/dropin/test_model.py on this device."""
+    if find_spec("pytest") is None or find_spec("transformers") is None:
+        return {"left out": "pytest and transformers are needed"}, []
+    words = ["-q", "--no-header", "-p", "no:cacheprovider", "-k", "not ranks", str(HERE / "dropin" / "test_model.py")]
+    done = subprocess.run([sys.executable, "-m", "pytest", *words], capture_output=True, text=True, cwd=HERE.parent)
+    lines = done.stdout.splitlines()
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode and not failures:
+        failures = [f"pytest ended with status {done.returncode}: {lines[-1] if lines else done.stderr[-200:]}"]
+    return {"pytest": lines[-1] if lines else ""}, failures
+
+
 CASES: dict[str, Callable[[Asked], Answer]] = {
     "golden": golden,
     "bfloat16": bfloat16,
     "memory": memory,
     "compile": compile,
     "quantize": quantize,
+    "dropin": dropin,
 }
 
 

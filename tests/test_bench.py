@@ -93,7 +93,7 @@ def test_every_pair_runs_to_its_end(command: Callable[..., Ended], monkeypatch: 
         >= {
             "dtype": "float32",
             "quantize": None,
-            "compile": False,
+            "compile": True,
             "plain": False,
             "ranks": 1,
             "threads": torch.get_num_threads(),
@@ -194,7 +194,7 @@ def test_ranks_tell_their_collectives(checkpoint: Callable[..., Path]) -> None:
 def test_the_table(command: Callable[..., Ended]) -> None:
     ended = command("bench", "--batch", "2", "--prompt", "5", "--gen", "3")
     facts, head, row = ended.out.splitlines()
-    assert re.search(r"dtype float32, reads \d+\.\d GB/s$", facts) and "quantize" not in facts
+    assert re.search(r"dtype float32, compile True, reads \d+\.\d GB/s$", facts) and "quantize" not in facts
     assert len(head) == len(row) and head.startswith("batch  prompt  prefill tok/s  first ms  decode tok/s  step ms")
     assert row.split()[:2] == ["2", "5"] and head.endswith("bandwidth")
     both = command("bench", "--batch", "2", "--prompt", "5", "--gen", "3", "--no_cache").out.splitlines()

@@ -60,6 +60,29 @@ def test_words_without_flags_fill_what_is_left(words: list[str], monkeypatch: py
         cli.run(command)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "auto"),
+        (["--compile"], True),
+        (["--compile", "auto"], "auto"),
+        (["--compile=False"], False),
+        (["--no-compile"], False),
+        (["--no_compile", "--quiet"], False),
+        (["--nocompile"], False),
+    ],
+)
+def test_switches(words: list[str], expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+
+    def switched(compile: bool | str = "auto", quiet: bool = False) -> None:
+        given.append((compile, quiet))
+
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    cli.run(switched)
+    assert given == [(expected, "--quiet" in words)]
+
+
 @pytest.mark.parametrize("error", [ValueError("no such shard"), TypeError("no number"), FileNotFoundError("nothing")])
 def test_a_users_mistake_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["program"])

@@ -40,7 +40,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "llama31"])
-@pytest.mark.parametrize("form", ["default", "compile"])
+@pytest.mark.parametrize("form", ["eager", "compile"])
 def test_steps_at_any_positions(form: str, name: str, dtype: str, build: Callable[..., Llama]) -> None:
     """Rows that decode at positions of their own, some far beyond one block of keys, against a plain prefill."""
     bsz, lengths = 7, [1, 2, 17, 255, 256, 257, 600]
@@ -48,8 +48,8 @@ def test_steps_at_any_positions(form: str, name: str, dtype: str, build: Callabl
     texts = ids(bsz, 600)
     expected = plain.executor.hidden(texts, 0, 600)[range(bsz), [n - 1 for n in lengths]].float()
 
-    llama = build(name, max_seq_len=640, max_batch_size=bsz, dtype=dtype, **{form: True} if form == "compile" else {})
-    assert (llama.executor._decoder is not None) == (form == "compile")
+    llama = build(name, max_seq_len=640, max_batch_size=bsz, dtype=dtype, compile=form == "compile")
+    assert llama.executor.is_compiled == (form == "compile")
     llama.executor.hidden(texts[:, :-1], 0, 599)
     last = torch.tensor(lengths) - 1
     for rows in (1, 3, 4, bsz):  # kernels take four rows at a time
@@ -90,7 +90,7 @@ def test_a_cache_takes_rows_at_their_place() -> None:
             assert buffer.count_nonzero() == new.numel()
 
 
-@pytest.mark.parametrize("form", [{}, {"compile": True}, {"quantize": "int8"}, {"quantize": "int4", "compile": True}])
+@pytest.mark.parametrize("form", [{}, {"compile": False}, {"quantize": "int8", "compile": False}, {"quantize": "int4"}])
 def test_a_batch_is_its_rows_alone(form: dict[str, Any], build: Callable[..., Llama]) -> None:
     llama = build("gqa", max_seq_len=128, max_batch_size=6, **form)
     prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 90, 17, 5, 64, 40)]
@@ -101,7 +101,7 @@ def test_a_batch_is_its_rows_alone(form: dict[str, Any], build: Callable[..., Ll
         torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(logprobs), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", [{"compile": True}, {"quantize": "int8"}, {"quantize": "int4", "compile": True}])
+@pytest.mark.parametrize("form", [{}, {"quantize": "int8", "compile": False}, {"quantize": "int4"}])
 def test_weights_damaged_behind_the_check_are_told(
     form: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,8 +300,12 @@ def test_compiled_once_and_kept(
     native.library.cache_clear()
     before = os.umask(0o002)  # with which a linker lets the group write
     try:
-        for told in ("llama: decode step compiled in ", "llama: decode step compiled earlier, taken from "):
-            build("mha", max_seq_len=16, max_batch_size=1, compile=True)
+        for form, told in (
+            ("auto", "llama: decode step compiled in "),
+            ("auto", "llama: 0.2M parameters, "),
+            (True, "llama: decode step compiled earlier, taken from "),
+        ):
+            assert build("mha", max_seq_len=16, max_batch_size=1, compile=form).executor.is_compiled
             assert capfd.readouterr().err.startswith(told)
     finally:
         os.umask(before)
@@ -346,7 +350,7 @@ def test_code_is_taken_from_a_folder_that_is_ours_alone(
     assert not compiled
     build("mha", max_seq_len=16, max_batch_size=1, compile=True)  # it runs without
     line = capfd.readouterr().err.splitlines()[0]
-    assert "can be written by others" in line and line.endswith("the decode step runs uncompiled")
+    assert "can be written by others" in line and "the decode step runs uncompiled" in line
 
 
 @pytest.mark.parametrize(
@@ -370,13 +374,16 @@ def test_without_a_compiler(
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", folder or str(tmp_path))
     capfd.readouterr()
-    llama = build("mha", max_seq_len=16, max_batch_size=1, compile=True)
+    llama = build("mha", max_seq_len=16, max_batch_size=1)
     line = capfd.readouterr().err.splitlines()[0]
-    assert told in line and line.endswith("the decode step runs uncompiled")
-    assert llama.generate([[5, 6]], 8, temperature=0) == expected
+    assert told in line and "the decode step runs uncompiled, which is slower (--no-compile" in line
+    assert not llama.executor.is_compiled and llama.generate([[5, 6]], 8, temperature=0) == expected
+    capfd.readouterr()
+    build("mha", max_seq_len=16, max_batch_size=1, compile=False)
+    assert "compile" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("form", [{}, {"plain": True}, {"compile": True}, {"quantize": "int4", "compile": True}])
+@pytest.mark.parametrize("form", [{}, {"plain": True}, {"compile": False}, {"quantize": "int4"}])
 def test_a_closed_model_is_gone(form: dict[str, Any], build: Callable[..., Llama]) -> None:
     llama = build("gqa", max_seq_len=16, max_batch_size=1, **form)
     llama.generate([[5, 6]], 4, temperature=0)
@@ -389,7 +396,9 @@ def test_a_closed_model_is_gone(form: dict[str, Any], build: Callable[..., Llama
 
 def test_float16_is_not_compiled(build: Callable[..., Llama], capfd: pytest.CaptureFixture[str]) -> None:
     llama = build("mha", max_seq_len=16, max_batch_size=1, dtype="float16", compile=True)
-    assert "float16 is not compiled on CPUs" in capfd.readouterr().err and llama.executor._decoder is None
+    assert "float16 is not compiled on CPUs" in capfd.readouterr().err and not llama.executor.is_compiled
+    assert not build("mha", max_seq_len=16, max_batch_size=1, dtype="float16").executor.is_compiled
+    assert "compiled" not in capfd.readouterr().err
 
 
 @pytest.fixture
@@ -452,9 +461,9 @@ def logits(llama: Llama, tokens: torch.Tensor) -> torch.Tensor:
     return llama.executor.logits(llama.executor.hidden(tokens, 0, tokens.shape[1]))
 
 
-@pytest.mark.parametrize("form", ["plain", "default", "compile"])
-def test_a_prefill_in_parts(form: str, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
-    llama = build("gqa", max_seq_len=128, max_batch_size=3, **{} if form == "default" else {form: True})
+@pytest.mark.parametrize("form", [{}, {"compile": False}, {"plain": True}], ids=str)
+def test_a_prefill_in_parts(form: dict[str, Any], build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = build("gqa", max_seq_len=128, max_batch_size=3, **form)
     prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 100, 65)]
     whole = logits(llama, ids(2, 100))
     expected, scores = llama.generate(prompts, 16, temperature=0, logprobs=True, echo=True)

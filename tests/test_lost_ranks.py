@@ -176,7 +176,7 @@ def test_other_arguments_are_named(checkpoint: Callable[..., Path]) -> None:
         "seed": (1, 2),
         "dtype": ("auto", "bfloat16"),
         "quantize": (None, "int8"),
-        "compile": (False, True),
+        "compile": ("auto", False),
         "plain": (False, True),
         "chat_format": (None, "chatml"),
     }
