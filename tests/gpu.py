@@ -158,7 +158,7 @@ def dropin(asked: Asked) -> Answer:
     """Changes of modules and weights, beside transformers with the same: tests/dropin/test_model.py on this device."""
     if find_spec("pytest") is None or find_spec("transformers") is None:
         return {"left out": "pytest and transformers are needed"}, []
-    words = ["-q", "--no-header", "-p", "no:cacheprovider", "-k", "not ranks", str(HERE / "dropin" / "test_model.py")]
+    words = ["-q", "--no-header", "-p", "no:cacheprovider", "-k", "not rank", str(HERE / "dropin" / "test_model.py")]
     done = subprocess.run([sys.executable, "-m", "pytest", *words], capture_output=True, text=True, cwd=HERE.parent)
     lines = done.stdout.splitlines()
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
