@@ -177,7 +177,7 @@ def test_top_logprobs_are_what_the_model_would_say_after_each_prefix(
 
 
 def test_hidden_states_are_what_the_output_layer_reads(build: Callable[..., Llama]) -> None:
-    llama = build("mha", max_seq_len=16)
+    llama = build("mha", max_seq_len=16, compile=False)  # native.c's products of few rows round otherwise
     ids = some_ids(random.Random(6), 16)
     states = hidden_states(llama, ids)
     assert states.shape == (1, 16, 64) and states.dtype == torch.float32
