@@ -8,7 +8,6 @@ derived from. Where they are not, it is derived anew, and a layer that was chang
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import attrgetter, is_
@@ -554,49 +553,35 @@ def score(logits: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
 # Compiled steps -----------------------------------------------------------------------------------
 
 
-class Compilation:
-    """Finds out whether decode steps can be compiled: native.c, for CPUs, in a thread while the files are read.
+def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether decode steps are compiled, the same on all ranks, which must all call it. Compiles native.c for CPUs.
 
-    compile: True, False, or "auto", which is native.c on CPUs where it can be, and says nothing where it cannot.
+    compile: as in `Llama.build`. What was asked for with True and cannot be is said, as is a missing C compiler.
     """
-
-    def __init__(self, compile: bool | str, device: torch.device):
-        self.compile, self.device = compile, device
-        self._library: Future[float] | None = None
-        if compile and device.type == "cpu":
-            self._library = ThreadPoolExecutor(1, "compile native.c").submit(_seconds_to_compile)
-
-    def ended(self, dtype: torch.dtype) -> bool:
-        """Whether the steps of this device and dtype are compiled, the same on all ranks, which must all call it."""
-        is_asked = self.compile is True
-        if self._library is None:
-            if self.device.type == "mps" and is_asked:
-                say("llama: nothing is compiled on mps: the decode step runs uncompiled")
-            return self.device.type == "cuda" and is_asked
-        seconds, problem = 0.0, ""
-        try:
-            seconds = self._library.result()
-        except native.NoCompilerError as error:
-            problem = str(error)
-        if problems := list(filter(None, exchange(problem))):  # ranks would add up different things
-            why = problem or f"another rank: {problems[0]}"
-            tell(f"llama: {why}: the decode step runs uncompiled, which is slower (--no-compile leaves this line out)")
-            return False
-        if dtype not in native.KINDS:
-            if is_asked:
-                say("llama: float16 is not compiled on CPUs, bfloat16 and float32 are: the decode step runs uncompiled")
-            return False
-        if seconds:
-            say(f"llama: decode step compiled in {seconds:.1f} s, kept in {native.cache_folder()}")
-        elif is_asked:
-            say(f"llama: decode step compiled earlier, taken from {native.cache_folder()}")
-        return True
-
-
-def _seconds_to_compile() -> float:
-    """Compile native.c; 0 where that was done before."""
-    started = time.perf_counter()
-    return time.perf_counter() - started if native.compile_library() else 0.0
+    if device.type == "cuda":
+        return compile is True
+    if not compile or (compile == "auto" and (device.type != "cpu" or dtype not in native.KINDS)):
+        return False
+    if device.type != "cpu":
+        say(f"llama: nothing is compiled on {device.type}: the decode step runs uncompiled")
+        return False
+    if dtype not in native.KINDS:
+        say("llama: float16 is not compiled on CPUs, bfloat16 and float32 are: the decode step runs uncompiled")
+        return False
+    started, is_new, problem = time.perf_counter(), False, ""
+    try:
+        is_new = native.compile_library()
+    except native.NoCompilerError as error:
+        problem = str(error)
+    if problems := list(filter(None, exchange(problem))):  # ranks that compile and others would add up different things
+        why = problem or f"another rank: {problems[0]}"
+        tell(f"llama: {why}: the decode step runs uncompiled, which is slower (--no-compile leaves this line out)")
+        return False
+    if is_new:
+        tell(f"llama: decode step compiled in {time.perf_counter() - started:.1f} s, kept in {native.cache_folder()}")
+    elif compile is True:
+        tell(f"llama: decode step compiled earlier, taken from {native.cache_folder()}")
+    return True
 
 
 class GraphDecoder:

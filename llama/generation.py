@@ -30,7 +30,7 @@ from llama.checkpoint import OUTPUT, Checkpoint, load_weights
 from llama.device import pick_device, pick_dtype, share_cores
 from llama.distributed import current_world, exchange, join, leave, meet, raising_together, say
 from llama.engine import Engine
-from llama.executor import Compilation, Executor
+from llama.executor import Executor, can_compile
 from llama.memory import Choice, check_room, explained
 from llama.model import Transformer, TransformerBlock
 from llama.native import memory_given_back
@@ -162,7 +162,7 @@ class Llama(Engine):
                     )
                 if quantize not in (None, *SCHEMES):
                     raise ValueError(f"quantize {quantize!r}: expected {' or '.join(SCHEMES)}")
-                if compile not in (True, False, "auto"):
+                if compile != "auto" and not isinstance(compile, bool):
                     raise ValueError(f"compile is {compile!r}, expected True, False or 'auto'")
                 if plain and (quantize or compile is True):
                     raise ValueError("plain excludes quantize and compile: leave one of them out")
@@ -183,7 +183,6 @@ class Llama(Engine):
             )
             share_cores(world)
             join(world, where)
-            compilation = Compilation(False if plain else compile, where)
             with raising_together():
                 checkpoint = Checkpoint(ckpt_dir)
                 for note in checkpoint.notes:
@@ -216,7 +215,7 @@ class Llama(Engine):
             check_same({"--dtype": _name(kind)}, "name one that all hosts can compute in")
             check_same(vars(args), "give all hosts the same params.json")
             check_same(sums, "these are their sums, give all hosts the same files")
-            is_compiled = compilation.ended(kind)
+            is_compiled = can_compile(False if plain else compile, where, kind)
             with raising_together():
                 executor, note = _load(checkpoint, kind, where, room, None if plain else is_compiled)
         except BaseException:

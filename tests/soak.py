@@ -1,4 +1,4 @@
-"""soak.py CKPT_DIR [--tokens N] [--compile]: does a process that generates for ever stay as it was?
+"""soak.py CKPT_DIR [--tokens N] [--no-compile]: does a process that generates for ever stay as it was?
 
 Texts of random length in batches, with stop texts, log-probabilities and streams in turn. After each tenth a line with
 tokens, tokens a second and anonymous memory: what the process holds, and of this what is in use, once the C library has
@@ -27,7 +27,7 @@ def memory() -> dict[str, int]:
     return {"held": held, "in_use": anonymous_bytes()}
 
 
-def soak(folder: str, tokens: int, compile: bool = False) -> dict:
+def soak(folder: str, tokens: int, compile: bool | str = "auto") -> dict:
     llama = Llama.build(folder, max_seq_len=512, max_batch_size=ROWS, compile=compile)
     rng, done, tenths = random.Random(1), 0, []
     words = Path(__file__).read_text().split()
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ckpt_dir")
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--no-compile", dest="compile", action="store_const", const=False, default="auto")
     words = parser.parse_args()
     found = soak(words.ckpt_dir, words.tokens, words.compile)
     print(json.dumps(found))

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama import cli
+from llama import Llama, cli
+from llama.evals.meta_llama import MetaLlama
 
 
 def command(source: str, count: int = 1, verbose: bool = False) -> None:
@@ -81,6 +83,13 @@ def test_switches(words: list[str], expected: object, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", ["program", *words])
     cli.run(switched)
     assert given == [(expected, "--quiet" in words)]
+
+
+def test_every_command_compiles_by_default() -> None:
+    """As `build` does: `signature` sees what fire and the harness call."""
+    takers: list[Callable[..., Any]] = [Llama.build, MetaLlama.__init__, *(each for each in cli.COMMANDS.values() if callable(each))]
+    found = [p["compile"].default for taker in takers if "compile" in (p := signature(taker).parameters)]
+    assert found == ["auto"] * 7
 
 
 @pytest.mark.parametrize("error", [ValueError("no such shard"), TypeError("no number"), FileNotFoundError("nothing")])

@@ -394,11 +394,20 @@ def test_a_closed_model_is_gone(form: dict[str, Any], build: Callable[..., Llama
     assert held() is None
 
 
-def test_float16_is_not_compiled(build: Callable[..., Llama], capfd: pytest.CaptureFixture[str]) -> None:
+def test_float16_is_not_compiled(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     llama = build("mha", max_seq_len=16, max_batch_size=1, dtype="float16", compile=True)
     assert "float16 is not compiled on CPUs" in capfd.readouterr().err and not llama.executor.is_compiled
+    monkeypatch.setenv("CC", "not-there")
     assert not build("mha", max_seq_len=16, max_batch_size=1, dtype="float16").executor.is_compiled
-    assert "compiled" not in capfd.readouterr().err
+    assert "compile" not in capfd.readouterr().err  # the missing compiler changes nothing
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_compile_takes_three_values(value: Any, build: Callable[..., Llama]) -> None:
+    with pytest.raises(ValueError, match=f"compile is {value!r}, expected True, False or 'auto'"):
+        build("mha", compile=value)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def inspect(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
-    compile: bool = False,
+    compile: bool | str = "auto",
     plain: bool = False,
 ) -> None:
     """Show a text token by token, with what the model expected in each place.

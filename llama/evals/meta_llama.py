@@ -45,7 +45,7 @@ class MetaLlama(TemplateLM):
         device: str = "auto",
         dtype: str = "auto",
         quantize: str | None = None,
-        compile: bool = False,
+        compile: bool | str = "auto",
         plain: bool = False,
         chat_format: str | None = None,
         **unknown: Any,

@@ -43,7 +43,7 @@ def perplexity(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
-    compile: bool = False,
+    compile: bool | str = "auto",
     plain: bool = False,
 ) -> None:
     """Score text files: perplexity by token, word and byte, and bits a byte.
