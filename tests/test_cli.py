@@ -87,7 +87,11 @@ def test_switches(words: list[str], expected: object, monkeypatch: pytest.Monkey
 
 def test_every_command_compiles_by_default() -> None:
     """As `build` does: `signature` sees what fire and the harness call."""
-    takers: list[Callable[..., Any]] = [Llama.build, MetaLlama.__init__, *(each for each in cli.COMMANDS.values() if callable(each))]
+    takers: list[Callable[..., Any]] = [
+        Llama.build,
+        MetaLlama.__init__,
+        *(each for each in cli.COMMANDS.values() if callable(each)),
+    ]
     found = [p["compile"].default for taker in takers if "compile" in (p := signature(taker).parameters)]
     assert found == ["auto"] * 7
 
