@@ -304,9 +304,9 @@ class Attention(nn.Module):
         """
         bsz, seqlen, _ = x.shape
         xq, xk, xv = self.wq(x), self.wk(x), self.wv(x)
-        xq = xq.view(bsz, seqlen, -1, self.head_dim)
-        xk = xk.view(bsz, seqlen, -1, self.head_dim)
-        xv = xv.view(bsz, seqlen, -1, self.head_dim)
+        xq = xq.view(bsz, seqlen, self.n_local_heads, self.head_dim)
+        xk = xk.view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
+        xv = xv.view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
         q, k, v = (y.transpose(1, 2) for y in (xq, xk, xv))  # [bsz, heads, seqlen, head_dim]
 

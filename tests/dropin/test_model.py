@@ -279,6 +279,22 @@ def test_a_model_that_cannot_run_is_usable_after_the_change_is_undone(build: Cal
     assert after[0] == before[0] and torch.equal(after[1], before[1])
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("name", ["n_local_heads", "n_local_kv_heads", "head_dim"])
+def test_numbers_of_heads_that_the_weights_lack_are_refused(
+    name: str, form: dict[str, Any], build: Callable[..., Llama]
+) -> None:
+    """In the words of Meta's code, whose views have these numbers."""
+    llama = build("gqa", max_seq_len=32, max_batch_size=2, **form)
+    before, attention = decoded(llama), llama.model.layers[1].attention
+    setattr(attention, name, getattr(attention, name) // 2)
+    with pytest.raises(RuntimeError, match=r"shape .* is invalid for input of size"):
+        decoded(llama)
+    setattr(attention, name, getattr(attention, name) * 2)
+    after = decoded(llama)
+    assert after[0] == before[0] and torch.equal(after[1], before[1])
+
+
 @pytest.mark.parametrize("form", [{}, {"compile": False}], ids=str)
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_quantized_weights_are_read_and_refuse_to_be_written(
