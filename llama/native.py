@@ -251,7 +251,7 @@ def _panels(rows: torch.Tensor, width: int) -> torch.Tensor:
     """[n, k] -> [n / panel, k / width, panel, width], with rows of zeros where the rows of a panel do not divide n."""
     n, k = rows.shape
     panel = library().panel_rows()
-    filled = F.pad(rows, (0, 0, 0, -n % panel))
+    filled = F.pad(rows, (0, 0, 0, -n % panel)) if n % panel else rows
     return filled.view(-1, panel, k // width, width).transpose(1, 2).contiguous()
 
 

@@ -1,6 +1,7 @@
 """A weight that is stored in 8 or 4 bits and read as the tensor that it stands for."""
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -121,12 +122,15 @@ def quantize_part(part: nn.Module, scheme: str | None, is_native: bool, key: str
         if kind is None:
             kept += len(weights) * (should_quantize(name, scheme) is not None)
             continue
+        rows = [len(weight) for weight in weights]
         matrix = quantized(kind, is_native, *weights)
+        del weights
+        for layer in layers:  # frees the originals before native.c's order is made
+            layer.register_parameter("weight", None)
         source = NativeQuantized(matrix) if is_native else matrix
-        start = 0
-        for layer, weight in zip(layers, weights, strict=True):
-            layer.weight = QuantizedWeight.of(source, start, start + len(weight))
-            start += len(weight)
+        del matrix
+        for layer, stop, n in zip(layers, accumulate(rows), rows, strict=True):
+            layer.weight = QuantizedWeight.of(source, stop - n, stop)
     return kept
 
 

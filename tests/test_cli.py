@@ -1,5 +1,6 @@
 """Command lines: every mistake is one line, and nothing runs before it is told."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -145,8 +146,17 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("library", ["libtorch_python", "libtorch_python then 0.4 s"])
 def test_ctrl_c_while_packages_are_imported(library: str, tmp_path: Path) -> None:
     library, _, later = library.partition(" then ")
+    # The last import but one waits, so that the program is still in its imports, however fast the machine is.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "class Waits:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'llama.evals.perplexity': time.sleep(30)\n"
+        "sys.meta_path.insert(0, Waits())\n"
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "llama", "plan", str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
