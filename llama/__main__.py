@@ -1,8 +1,6 @@
-import sys
+from llama.interrupt import exit_on_interrupt
 
-try:
+with exit_on_interrupt():
     from llama.cli import main
-except KeyboardInterrupt:
-    sys.exit(130)
 
 main()

@@ -1,8 +1,10 @@
 """Ctrl-C for programs that were started with SIGINT ignored. Imports nothing heavy: it runs before torch is there."""
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 
 def restore_interrupt() -> None:
@@ -15,6 +17,21 @@ def restore_interrupt() -> None:
         and _in_foreground()
     ):
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def exit_on_interrupt() -> Iterator[None]:
+    """Around imports: Ctrl-C ends the process with status 130. An exception raised there may abort torch's C++ code, or
+    be swallowed: torch goes on without numpy, and the next import of numpy fails."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _in_foreground() -> bool:
