@@ -16,15 +16,15 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from make_checkpoint import TOKENIZER
+from tolerance import BFLOAT16, LOGPROB, gamma
 from torch import nn
 
 from llama import Llama, ModelArgs, executor, generation, model, native
 from llama.cache import KVCache
 from llama.checkpoint import tensor_shapes
+from llama.conformance import bound_of
 from llama.executor import Dense
 from llama.quantize import FEW_ROWS, Int4, Int8
-
-BFLOAT16 = 2**-8  # the rounding of one number
 
 
 def ids(bsz: int, seqlen: int, seed: int = 0) -> torch.Tensor:
@@ -45,7 +45,7 @@ def test_steps_at_any_positions(form: str, name: str, dtype: str, build: Callabl
     """Rows that decode at positions of their own, some far beyond one block of keys, against a plain prefill."""
     bsz, lengths = 7, [1, 2, 17, 255, 256, 257, 600]
     plain = build(name, max_seq_len=640, max_batch_size=bsz, dtype=dtype, plain=True)
-    texts = ids(bsz, 600)
+    texts, width = ids(bsz, 600), plain.model.layers[0].feed_forward.w2.weight.shape[1]
     expected = plain.executor.hidden(texts, 0, 600)[range(bsz), [n - 1 for n in lengths]].float()
 
     llama = build(name, max_seq_len=640, max_batch_size=bsz, dtype=dtype, compile=form == "compile")
@@ -55,8 +55,8 @@ def test_steps_at_any_positions(form: str, name: str, dtype: str, build: Callabl
     for rows in (1, 3, 4, bsz):  # kernels take four rows at a time
         newest, at = texts[range(rows), last[:rows]], last[:rows]
         found = llama.executor.hidden(newest[:, None], at, int(at.max()) + 1)[:, 0].float()
-        error = (found - expected[:rows]).abs().max() / expected.abs().max()
-        assert error < (2e-6 if dtype == "float32" else 6 * BFLOAT16), f"{rows} rows: {error}"
+        bound = bound_of("norm", plain.model.n_layers, dtype, width) * expected.abs().max()
+        assert (found - expected[:rows]).abs().max() <= bound, f"{rows} rows"
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (5, 1), (7, 1), (8, 1)])
@@ -75,7 +75,8 @@ def test_steps_of_heads_that_share_keys(heads: int, kv_heads: int, tmp_path: Pat
         llama.executor.hidden(texts[:, :-1], 0, 39)
         found.append(llama.executor.hidden(texts[:, -1:], 39, 40).float())
         llama.close()
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    bound = bound_of("norm", params["n_layers"], "float32", params["hidden_dim"]) * float(found[0].abs().max())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=bound)
 
 
 def test_a_cache_takes_rows_at_their_place() -> None:
@@ -98,7 +99,7 @@ def test_a_batch_is_its_rows_alone(form: dict[str, Any], build: Callable[..., Ll
     for prompt, tokens, logprobs in zip(prompts, together, scores or [], strict=True):
         (alone,), found = llama.generate([prompt], 12, temperature=0, logprobs=True)
         assert alone == tokens and found is not None
-        torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(logprobs), rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(logprobs), rtol=0, atol=LOGPROB)
 
 
 @pytest.mark.parametrize("form", [{}, {"quantize": "int8", "compile": False}, {"quantize": "int4"}])
@@ -152,10 +153,24 @@ def test_products(kind: str, m: int) -> None:
         found = product(x.to(dtype))
         assert found.shape == (1, m, n) and found.dtype == dtype
         x, full = x.to(dtype).double(), full.double()
-        # What the roundings of a sum are measured by. int4 adds up q from 0 to 15 and takes 8 off behind: larger terms.
-        sums = (x.abs() @ full.abs().T).max().item() * (4 if kind == "int4" else 1)
-        within = BFLOAT16 if kind == "bfloat16" else 0
-        torch.testing.assert_close(found.double(), x @ full.T, rtol=within, atol=4 * 2**-24 * sums)
+        exact, bound = x @ full.T, gamma(k + ROUNDINGS.get(kind, 0)) * sizes(x, full, layer)
+        if kind == "bfloat16":  # the result is rounded to it
+            bound += BFLOAT16 * (exact.abs() + bound)
+        assert ((found.double() - exact).abs() <= bound).all()
+
+
+# What a term of a sum goes through besides additions: int8 the scale and that of x; int4 these, the weight's own
+# rounding, and the sum of x, times what zero and 8 scales make, which is added to the sum of the products.
+ROUNDINGS = {"int8": 2, "int4": 6}
+
+
+def sizes(x: torch.Tensor, full: torch.Tensor, layer: Int8 | Int4 | None) -> torch.Tensor:
+    """The sum of the sizes of what is added up, [m, n]. int4 multiplies q, 0 to 15, and takes 8 off afterwards."""
+    weight = full.abs()
+    if isinstance(layer, Int4):
+        terms = 2 * layer.zero.double().abs() + 16 * layer.scale.double()
+        weight = weight + terms.repeat_interleave(32, dim=1)
+    return x.abs() @ weight.T
 
 
 @pytest.mark.parametrize("m", [1, 2, 4, 7, 13, FEW_ROWS])
@@ -167,12 +182,14 @@ def test_products_of_whole_numbers(kind: type[Int8 | Int4], m: int) -> None:
         weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).bfloat16()
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
         x[:, 5] *= 100  # one number that makes the steps of all others large
-        exact = kind(weight.float()).dequantize().double()
-        found = native.NativeQuantized(kind(weight))(x).double()
-        step = x.abs().amax(dim=1, keepdim=True).double() / 32767
-        sums = x.double().abs() @ exact.abs().T
-        error = found - x.double() @ exact.T
-        assert (error.abs() <= step / 2 * exact.abs().sum(dim=1) + 2**-20 * sums).all()
+        layer, x = kind(weight.float()), x.double()
+        exact = layer.dequantize().double()
+        found = native.NativeQuantized(kind(weight))(x.float()).double()
+        step = x.abs().amax(dim=1, keepdim=True) / 32767
+        error = found - x @ exact.T
+        # Half a step of each x; and float32's: two additions for each group of 32, twelve for scales and conversions.
+        bound = step / 2 * exact.abs().sum(dim=1) + gamma(k // 16 + 12) * sizes(x, exact, layer)
+        assert (error.abs() <= bound).all()
         if n > 10:  # enough of them: steps of one, evenly rounded, have this deviation
             expected = step / 12**0.5 * exact.norm(dim=1)
             assert 0.6 < (error / expected).square().mean().sqrt() < 1.4
@@ -189,7 +206,8 @@ def test_the_largest_whole_numbers(kind: type[Int8 | Int4]) -> None:
     x[1], x[2, 7], x[3, 8], x[4, 9], x[5] = 0, float("nan"), float("inf"), -float("inf"), 1e-36
     for rows in (x, x[:1]):
         found = layer(rows)
-        torch.testing.assert_close(found[0], -3 * 4096 * weight[:, 0], rtol=0.004, atol=0)  # the scale is a bfloat16
+        near = BFLOAT16 + 2 * gamma(4096 // 16 + 12)  # the scale is a bfloat16
+        torch.testing.assert_close(found[0], -3 * 4096 * weight[:, 0], rtol=near, atol=0)
         assert (found[1:2] == 0).all() and not found[2:5].isfinite().any() and (found[5:].abs() < 1e-30).all()
 
 
@@ -220,11 +238,18 @@ def test_attention_over_a_cache(heads: int, kv_heads: int, head_dim: int, starts
     for row, start in enumerate(starts):
         mask = torch.ones(seqlen, end, dtype=torch.bool).tril(start)
         keys, values = (x[first_row + row, :, :end].double() for x in (cache.k, cache.v))
-        expected = F.scaled_dot_product_attention(
-            q[row].transpose(0, 1).double(), keys, values, attn_mask=mask, enable_gqa=True
-        ).transpose(0, 1)
-        # Shares are rounded to bfloat16 before they meet the values, the result after.
-        torch.testing.assert_close(found[row].double(), expected, rtol=BFLOAT16, atol=BFLOAT16)
+        queries = q[row].transpose(0, 1).double()
+        exact, size = (
+            F.scaled_dot_product_attention(queries, keys, each, attn_mask=mask, enable_gqa=True).transpose(0, 1)
+            for each in (values, values.abs())
+        )
+        # A score errs by its sum of products and three roundings more, which its share has as a factor, as their total
+        # has; exponentials are within two units (2^-22). Shares are rounded to bfloat16 before they meet the values,
+        # the result after.
+        score = queries.abs() @ keys.abs().repeat_interleave(heads // kv_heads, dim=0).mT / head_dim**0.5
+        share = BFLOAT16 + 2 * (gamma(head_dim + 3) * score.max() + 2**-22) + gamma(end)
+        bound = share * size * (1 + BFLOAT16) + BFLOAT16 * exact.abs()
+        assert ((found[row].double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("seqlen", [1, 40])
@@ -235,27 +260,31 @@ def test_the_parts_of_a_layer(seqlen: int, dtype: str) -> None:
     x = torch.randn(2, seqlen, 96, generator=stream).mul(50).to(kind)
     plain = model.RMSNorm(96, 1e-5)
     plain.weight = nn.Parameter(torch.randn(96, generator=stream).to(kind))
-    close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6} if dtype == "float32" else {"rtol": 2 * BFLOAT16, "atol": 0.01}
+    last = 0.0 if dtype == "float32" else BFLOAT16  # the result is rounded to its dtype
+    wide, weight = x.double(), plain.weight.double()
+    exact = wide / (wide.square().mean(dim=-1, keepdim=True) + plain.eps).sqrt() * weight
     with torch.no_grad():
-        torch.testing.assert_close(executor.norm(plain, x), plain(x), **close)
+        for found in (executor.norm(plain, x), plain(x)):
+            # A sum of 96 squares, and a dozen operations: mean, eps, root, its inverse, products.
+            assert ((found.double() - exact).abs() <= (gamma(96 + 12) + last) * exact.abs()).all()
 
     angles = torch.rand(seqlen, 1, 16, generator=stream) * 7
     freqs_cis = torch.polar(torch.ones_like(angles), angles).squeeze(1)  # [seqlen, 16]
     heads = x.unflatten(-1, (-1, 32))
-    close["atol"] *= 100  # the size of x
-    even, odd = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angles.cos(), angles.sin()
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(kind)
-    torch.testing.assert_close(model.rotate(heads, freqs_cis), turned, **close)
+    even, odd = heads.double().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = (part.double()[:, None] for part in (freqs_cis.real, freqs_cis.imag))
+    exact = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    size = torch.stack(((even * cos).abs() + (odd * sin).abs(), (even * sin).abs() + (odd * cos).abs()), dim=-1)
+    bound = gamma(2) * size.flatten(-2)
+    bound += last * (exact.abs() + bound)
+    assert ((model.rotate(heads, freqs_cis).double() - exact).abs() <= bound).all()
 
     for vocab in (96, 50):
         weight = torch.randn(vocab, 96, generator=stream).to(kind)
         for rows in (x[:1], x):
             exact = rows.double() @ weight.double().T
-            # A sum of n terms in any order errs by at most n roundings of the sum of their sizes (Higham 2002, 3.1);
-            # the result is rounded to its dtype.
-            bound = 96 * 2**-24 * (rows.double().abs() @ weight.double().abs().T)
-            bound += exact.abs() * (0 if dtype == "float32" else BFLOAT16)
+            bound = gamma(96) * (rows.double().abs() @ weight.double().abs().T)
+            bound += last * (exact.abs() + bound)
             for found in (Dense(weight, False)(rows), F.linear(rows, weight)):
                 assert ((found.double() - exact).abs() <= bound).all()
 
@@ -266,9 +295,8 @@ def test_dequantize(kind: type[Int8 | Int4], to: torch.dtype) -> None:
     native.compile_library()
     layer = kind(torch.randn(37, 96, generator=torch.Generator().manual_seed(1)))
     found = native.NativeQuantized(layer).dequantize(to)
-    torch.testing.assert_close(
-        found.float(), layer.dequantize(), rtol=BFLOAT16 if to == torch.bfloat16 else 1e-6, atol=1e-6
-    )
+    # Bit for bit: (q - 8) * scale has 12 bits and is exact, so that float32 rounds once, and bfloat16 once more.
+    assert torch.equal(found, layer.dequantize().to(to))
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are vectors of x86")
@@ -478,11 +506,13 @@ def test_a_prefill_in_parts(form: dict[str, Any], build: Callable[..., Llama], m
     expected, scores = llama.generate(prompts, 16, temperature=0, logprobs=True, echo=True)
     for part in (1, 7, 64):
         monkeypatch.setattr(executor, "PREFILL_CHUNK", part)
-        torch.testing.assert_close(logits(llama, ids(2, 100)), whole, rtol=0, atol=3e-5)
+        width = llama.model.layers[0].feed_forward.w2.weight.shape[1]
+        bound = bound_of("logits", llama.model.n_layers, "float32", width) * float(whole.abs().max())
+        torch.testing.assert_close(logits(llama, ids(2, 100)), whole, rtol=0, atol=bound)
         found, logprobs = llama.generate(prompts, 16, temperature=0, logprobs=True, echo=True)
         assert found == expected
         for ours, theirs in zip(logprobs or [], scores or [], strict=True):
-            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-4)
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=LOGPROB)
 
 
 def test_what_cuda_gets_for_a_mask() -> None:

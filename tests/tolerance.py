@@ -1,0 +1,26 @@
+"""How far two right computations may lie apart: it follows from the number of terms and the rounding of the dtype.
+
+Kernels: `gamma`, which is proven. Vectors inside a model: `bound_of` of llama/conformance.py, which docs/conformance.md
+derives. Log-probabilities in float32: LOGPROB, which the project promises (README, "Numbers"), and `total` for sums.
+"""
+
+import math
+
+BFLOAT16 = 2.0**-8  # the largest error that rounding makes of a number of size 1
+FLOAT32 = 2.0**-24
+
+LOGPROB = 1e-4  # of one token, float32
+
+
+def gamma(roundings: int) -> float:
+    """The largest error in float32 of a sum of products, added up in any order, as a part of the sum of their sizes.
+
+    roundings: as many as one term goes through, at most; the number of terms is always enough. Higham, Accuracy and
+    Stability of Numerical Algorithms, 2002, lemma 3.1 and section 3.5.
+    """
+    return roundings * FLOAT32 / (1 - roundings * FLOAT32)
+
+
+def total(tokens: int) -> float:
+    """Of the sum of so many log-probabilities, whose errors have either sign."""
+    return LOGPROB * math.sqrt(tokens)
