@@ -25,7 +25,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from llama import Llama
-from llama.conformance import DIALOGS, LAYER, PROMPTS, STEPS, export
+from llama.conformance import DIALOGS, LAYER, PROMPTS, STEPS, bound_of, export
 from llama.convert import convert
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
@@ -117,9 +117,9 @@ def change(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], promp
 def test_every_number_equals_a_plain_float64_forward(
     name: str, kit: Callable[..., Path], checkpoint: Callable[..., Path], measured: Callable[[str, object], None]
 ) -> None:
-    """tests/plain.py shares no code with the package; rounding leaves 1e-6 of a quantity's largest number."""
+    """tests/plain.py shares no code with the package."""
     params, weights = plain.load(checkpoint(name))
-    made, worst = about(kit(name)), 0.0
+    made, worst, width = about(kit(name)), 0.0, weights["layers.0.feed_forward.w2.weight"].shape[1]
     assert len(made["prompts"]) == len(PROMPTS) == 3
     for number, prompt in enumerate(made["prompts"]):
         vectors = load_file(kit(name) / f"prompt-{number:02d}.safetensors")
@@ -133,9 +133,12 @@ def test_every_number_equals_a_plain_float64_forward(
         assert vectors.keys() == exact.keys()
         for key, found in vectors.items():
             assert found.dtype == torch.float32 and found.shape == exact[key].shape
-            worst = max(worst, float(np.abs(found.double().numpy() - exact[key]).max() / np.abs(exact[key]).max()))
-    measured(f"kit to float64, {name}, worst / largest", worst)
-    assert worst < 2e-6
+            layer, quantity = (int(key.split(".")[1]), key.split(".")[2]) if "." in key else (params["n_layers"], key)
+            largest = np.abs(exact[key]).max() + (np.abs(exact["logits"]).max() if key == "logprobs" else 0)
+            bound = bound_of(quantity, layer, "float32", width) * largest
+            worst = max(worst, float(np.abs(found.double().numpy() - exact[key]).max() / bound))
+    measured(f"kit to float64, {name}, worst part of a bound", worst)
+    assert worst <= 1
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -280,7 +283,7 @@ def test_transformers_agrees(
     worst = max(found["errors"], key=lambda key: found["errors"][key]["of_bound"])
     part = found["errors"][worst]["of_bound"]
     measured(f"transformers in {dtype} to a kit in {of}, {name}, worst part of a bound ({worst})", part)
-    assert part < 0.5
+    assert part <= 1
     assert dtype == "float32" or found["errors"]["logits"]["error"] > 1e-5  # it did run in 16 bits
 
 
@@ -311,7 +314,7 @@ def test_llama_models_agrees(
     errors = json.loads(conformance("compare", kit(name), tmp_path, "--json").out)["errors"]
     worst = max(error["of_bound"] for error in errors.values())
     measured(f"llama-models to a kit, {name}, float32, worst part of a bound", worst)
-    assert worst < 0.5
+    assert worst <= 1
 
 
 def test_the_demo_model_through_the_example_as_a_script(
@@ -330,7 +333,7 @@ def test_the_demo_model_through_the_example_as_a_script(
     assert ended.status == 0 and found["ok"] and found["not_compared"] == []
     worst = max(error["of_bound"] for error in found["errors"].values())
     measured("transformers, demo, float32, worst part of a bound", worst)
-    assert worst < 0.5
+    assert worst <= 1
 
 
 # Implementations that are wrong -------------------------------------------------------------------

@@ -1,10 +1,16 @@
 """How far two right computations may lie apart: it follows from the number of terms and the rounding of the dtype.
 
-Kernels: `gamma`, which is proven. Vectors inside a model: `bound_of` of llama/conformance.py, which docs/conformance.md
-derives. Log-probabilities in float32: LOGPROB, which the project promises (README, "Numbers"), and `total` for sums.
+Kernels: `gamma`, which is proven. What a model computes on the way: `near`, derived in docs/conformance.md.
+Log-probabilities in float32: LOGPROB, which the README promises, and `logprob_sum`.
 """
 
 import math
+from typing import Any
+
+import torch
+
+from llama import Llama
+from llama.conformance import bound_of
 
 BFLOAT16 = 2.0**-8  # the largest error that rounding makes of a number of size 1
 FLOAT32 = 2.0**-24
@@ -21,6 +27,13 @@ def gamma(roundings: int) -> float:
     return roundings * FLOAT32 / (1 - roundings * FLOAT32)
 
 
-def total(tokens: int) -> float:
+def logprob_sum(tokens: int) -> float:
     """Of the sum of so many log-probabilities, whose errors have either sign."""
     return LOGPROB * math.sqrt(tokens)
+
+
+def near(llama: Llama, expected: torch.Tensor, dtype: str = "float32") -> float:
+    """Of final states or logits of a model that was computed in this dtype."""
+    layers: Any = llama.model.layers
+    hidden_dim = layers[0].feed_forward.w2.weight.shape[1]
+    return bound_of("logits", len(layers), dtype, hidden_dim) * float(expected.abs().max())
