@@ -1,7 +1,10 @@
 """What a rank computes on: device, dtype, threads."""
 
 import os
+import platform
 import re
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -83,3 +86,18 @@ def share_cores(world: World) -> None:
     if world.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // world.local_size))
+
+
+def cache_folder() -> Path:
+    """Where compiled code and measurements of this machine are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-runner"
+
+
+@cache
+def processor() -> str:
+    """What -march=native stands for: a home folder may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"

@@ -231,7 +231,8 @@ class Engine:
         one prompt, keep what the cache holds of its beginning; the last bits then depend on what ran before.
         Whoever reads may finish a row between two steps (`Row.cut`).
         """
-        if len({len(row.prompt) for row in rows}) > 1 and self.executor.aligned:
+        self.executor.follow()
+        if len({len(row.prompt) for row in rows}) > 1 and self.executor.is_aligned:
             for _, group in groupby(sorted(rows, key=lambda row: len(row.prompt)), key=lambda row: len(row.prompt)):
                 yield from self._steps(list(group), k, echo)
             return
@@ -271,15 +272,16 @@ class Engine:
         k: also score the prompts, with so many alternatives. Equal prompts are computed once.
         """
         executor = self.executor
+        executor.follow()
         texts = [tuple(row.prompt) for row in rows]
         start = 0
-        if reuse and len(set(texts)) == 1 and self._held_at == executor.passes and not executor.aligned:
+        if reuse and len(set(texts)) == 1 and self._held_at == executor.passes and not executor.is_aligned:
             start = in_common(self._held[0], texts[0][:-1])  # the last id is computed in any case: we need its state
         pad_id = max(self.tokenizer.pad_id, 0)  # -1 is no row of the embedding
         slots, last = dict[Ids, int](), []  # each text's row of the cache, and the states of the last ids
         scored: dict[Ids, list[tuple[float, Alternatives]]] = {}
         # A model that takes all rows at one position may have a cache of its own, whose rows nobody else can copy.
-        for group in [texts] if executor.aligned else of_about_one_length(texts):
+        for group in [texts] if executor.is_aligned else of_about_one_length(texts):
             # Left-aligned and padded on the right: causality hides the padding from every position before it, and each
             # padded cache slot is overwritten by the row's own id before a query of that row can see it.
             tokens = pad_sequence([torch.tensor(text[start:]) for text in group], True, pad_id).to(executor.device)
@@ -304,7 +306,7 @@ class Engine:
         for row in rows:
             row.reused = start
         order, h = [slots[text] for text in texts], torch.cat(last)
-        if order != list(range(len(rows))) and not executor.aligned:
+        if order != list(range(len(rows))) and not executor.is_aligned:
             h = h[order]
             for cache in executor.caches:
                 cache.spread(order, max(map(len, texts)))
@@ -321,11 +323,12 @@ class Engine:
         executor = self.executor
         newest = [(row.tokens[:n] or row.prompt)[-1] for row in rows]
         positions = [len(row.prompt) + len(row.tokens[:n]) - 1 for row in rows]
-        if executor.aligned:
+        if executor.is_aligned:
             positions = [max(positions)] * len(rows)
         ids, start_pos = torch.tensor([newest, positions]).to(executor.device)
         same = len(set(positions)) == 1
-        h = executor.hidden(ids[:, None], positions[0] if same else start_pos, max(positions) + 1)
+        at = positions[0] if same else start_pos
+        h = executor.hidden(ids[:, None], at, max(positions) + 1, follow=False)
         for held, token, position in zip(self._held, newest, positions, strict=True):
             held[position:] = [token]
         self._held_at = executor.passes

@@ -5,7 +5,6 @@ parameters are views of. Before each forward it looks whether modules, parameter
 derived from. Where they are not, it is derived anew, and a layer that was changed runs as its modules are written.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,9 @@ from torch.nn.modules import module as global_hooks
 from llama import model as plain
 from llama import native
 from llama.cache import KVCache
+from llama.device import cache_folder
 from llama.distributed import exchange, model_parallel, say
+from llama.linear import kernel_for, kernels
 from llama.model import (
     Attention,
     ColumnLinear,
@@ -70,18 +71,14 @@ class Dense:
 
     def __init__(self, weight: torch.Tensor, is_native: bool):
         self.weight, self.is_native = weight, is_native and weight.dtype in native.KINDS
-        self.parts = math.gcd(16, len(weight)) if weight.is_cpu and weight.dtype == torch.float32 else 1
+        self.kernels = kernels(weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         m = x.numel() // x.shape[-1]
         if self.is_native and m <= FEW_ROWS:
             return native.multiply(native.matrix(self.weight), x, self.weight.dtype)
         x = x.to(self.weight.dtype)
-        if m == 1 and self.parts > 1:
-            # In parts, which torch computes side by side: the whole it would read at a third of the memory's speed.
-            parts = self.weight.unflatten(0, (self.parts, -1))  # [parts, n / parts, k]
-            return (parts @ x.reshape(1, -1, 1).expand(self.parts, -1, 1)).reshape(*x.shape[:-1], -1)
-        return F.linear(x, self.weight)
+        return kernel_for(self.kernels, x)(x, self.weight)
 
 
 def merged(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -295,7 +292,10 @@ def _is_patched() -> bool:
 
 class Snapshot:
     """Everything that a derivation relied on, and whether it is still so. In-place writes change none of it, as weights
-    are read where they are; `.data = ...` changes the address or the shape."""
+    are read where they are; `.data = ...` changes the address, the shape or the dtype.
+
+    Keeps the storage of weights and caches: what was derived points there until it is derived anew.
+    """
 
     def __init__(self, model: nn.Module):
         self.modules = list(model.modules())
@@ -305,7 +305,9 @@ class Snapshot:
         self.norms = [m for m in self.modules if isinstance(m, RMSNorm)]
         self.attentions = [m for m in self.modules if isinstance(m, Attention)]
         self.children = list(chain.from_iterable(map(dict.values, self.dicts)))
+        self.caches = self._caches()
         self.tensors = [t for t in model.parameters() if not isinstance(t, QuantizedWeight)]
+        self.storage = [t.detach() for t in self.tensors]
         self.model = model
         self.state = self._state()
 
@@ -318,15 +320,23 @@ class Snapshot:
             list(map(torch.Tensor.data_ptr, t)),
             list(map(torch.Tensor.size, t)),
             list(map(torch.Tensor.stride, t)),
+            list(map(attrgetter("dtype"), t)),
             [m.eps for m in self.norms],
             list(map(attrgetter("n_local_heads", "n_local_kv_heads", "head_dim"), self.attentions)),
-            [(id(m.cache.k), id(m.cache.v)) for m in self.attentions],
             _is_patched(),
         )
 
     def holds(self) -> bool:
-        now = list(chain.from_iterable(map(dict.values, self.dicts)))
-        return len(now) == len(self.children) and all(map(is_, now, self.children)) and self._state() == self.state
+        now, caches = list(chain.from_iterable(map(dict.values, self.dicts))), self._caches()
+        return (
+            len(now) == len(self.children)
+            and all(map(is_, now, self.children))
+            and all(map(is_, caches, self.caches))
+            and self._state() == self.state
+        )
+
+    def _caches(self) -> list[torch.Tensor]:
+        return [each for m in self.attentions for each in (m.cache.k, m.cache.v)]
 
 
 class Executor:
@@ -365,15 +375,9 @@ class Executor:
     def caches(self) -> list[KVCache]:
         return [module.cache for module in self.model.modules() if isinstance(module, Attention)]
 
-    @property
-    def aligned(self) -> bool:
-        """Whether all rows must be at one position: somebody's code gets start_pos, which is one int in Meta's code."""
-        self._follow()
-        return self._is_aligned
-
     # Following the model
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
         """Derive everything anew where the model is no longer what it was."""
         if self._snapshot is None or not self._snapshot.holds():
             self._derive()
@@ -387,7 +391,8 @@ class Executor:
         self._is_foreign = (
             not isinstance(model, Transformer) or type(model).forward is not FORWARDS[0] or is_hooked(model)
         )
-        self._is_aligned = self._is_foreign or patched or not all(map(_takes_rows, model.layers))
+        # Whether all rows must be at one position: somebody's code gets start_pos, which is one int in Meta's code.
+        self.is_aligned = self._is_foreign or patched or not all(map(_takes_rows, model.layers))
         if self._is_foreign:
             self._decoder, self._output_sees_all = None, False
         else:
@@ -401,6 +406,13 @@ class Executor:
             if (left := [i for i, each in enumerate(fused) if each is None]) and not self._said and model.layers:
                 self._said = True
                 say(f"llama: {_named(left)} changed: computed as the modules are written, which is slower")
+        self._is_untouched = (
+            not self._is_foreign
+            and all(layer is not None for _, layer in self._runs)
+            and self._norm_is_ours
+            and self._output is not None
+            and not is_hooked(model.tok_embeddings)
+        )
         self._snapshot = Snapshot(model)
 
     def _output_product(self) -> Product | None:
@@ -432,16 +444,25 @@ class Executor:
 
     @torch.inference_mode()
     def hidden(
-        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, first_row: int = 0
+        self,
+        tokens: torch.Tensor,
+        start_pos: int | torch.Tensor,
+        ctx_len: int,
+        first_row: int = 0,
+        *,
+        follow: bool = True,
     ) -> torch.Tensor:
         """States before the output layer: ids [bsz, seqlen] -> [bsz, seqlen, dim], and fill the cache.
 
         start_pos: position of each row's first id, one int for all rows or an int64 tensor [bsz].
         ctx_len: positions from 0 that queries may look at; larger than every position of `tokens`.
         first_row: of the cache, the others follow it.
+        follow: look whether the model was changed. Between the steps of a call that takes longer than it is worth, so
+            there only models that run somebody's code are looked at.
         Of models whose output layer is to see all positions these are their logits, [bsz, seqlen, vocab].
         """
-        self._follow()
+        if follow or not self._is_untouched:
+            self.follow()
         if self._is_foreign:
             return self._called(tokens, start_pos, first_row)
         h = self._hidden(tokens, start_pos, ctx_len, first_row)
@@ -489,7 +510,7 @@ class Executor:
                 cache.first_row = 0
 
     def _snapshot_caches(self) -> Iterable[KVCache]:
-        assert self._snapshot is not None  # `_follow` made it
+        assert self._snapshot is not None  # `follow` made it
         return [attention.cache for attention in self._snapshot.attentions]
 
     @torch.inference_mode()
@@ -578,9 +599,9 @@ def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype) -
         tell(f"llama: {why}: the decode step runs uncompiled, which is slower (--no-compile leaves this line out)")
         return False
     if is_new:
-        tell(f"llama: decode step compiled in {time.perf_counter() - started:.1f} s, kept in {native.cache_folder()}")
+        tell(f"llama: decode step compiled in {time.perf_counter() - started:.1f} s, kept in {cache_folder()}")
     elif compile is True:
-        tell(f"llama: decode step compiled earlier, taken from {native.cache_folder()}")
+        tell(f"llama: decode step compiled earlier, taken from {cache_folder()}")
     return True
 
 

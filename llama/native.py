@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import stat
 import subprocess
@@ -25,7 +24,9 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from torch import nn
 
 from llama.cache import KVCache
+from llama.device import cache_folder, processor
 from llama.distributed import model_parallel
+from llama.linear import linear
 from llama.quantize import FEW_ROWS, GROUP, Int4, Quantized
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -75,10 +76,6 @@ class NoCompilerError(RuntimeError):
     which."""
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-runner"
-
-
 def compile_library() -> bool:
     """Compile native.c unless that was done before; True if it was not. Raises NoCompilerError."""
     path, compiler = _place()
@@ -112,7 +109,7 @@ def _place() -> tuple[Path, str]:
     if compiler is None:
         raise NoCompilerError(f"no C compiler here ({', '.join(names)})")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), compiler, version, _processor()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), compiler, version, processor()]).encode()).hexdigest()[:16]
     return cache_folder() / f"native-{key}.so", compiler
 
 
@@ -125,15 +122,6 @@ def library() -> ctypes.CDLL:
     loaded.attend_all.argtypes = [ctypes.POINTER(Block), ctypes.c_int]
     loaded.dequantize.argtypes = [ctypes.POINTER(Matrix), ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     return loaded
-
-
-def _processor() -> str:
-    """What -march=native stands for: a home folder may be shared by machines that differ."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.lower().startswith(("flags", "features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"
 
 
 def _compile(compiler: str, path: Path) -> None:
@@ -236,7 +224,7 @@ class NativeQuantized(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() // self.k > FEW_ROWS:
-            return F.linear(x, self.dequantize(x.dtype))
+            return linear(x, self.dequantize(x.dtype))
         return multiply(self.at, x, self.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:

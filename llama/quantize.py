@@ -12,10 +12,10 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from llama.checkpoint import EMBEDDING, OUTPUT
+from llama.linear import linear
 
 SCHEMES = ("int8", "int4")
 GROUP = 32
@@ -98,7 +98,7 @@ class Quantized(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.k)
         if len(rows) > FEW_ROWS or (y := self.gemv(rows)) is None:
-            y = F.linear(rows, self.dequantize())
+            y = linear(rows, self.dequantize())
         return y.view(*x.shape[:-1], self.n)
 
     def gemv(self, x: torch.Tensor) -> torch.Tensor | None:

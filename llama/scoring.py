@@ -244,7 +244,8 @@ def measure_texts(llama: Engine, texts: Sequence[Text], measure: Measure) -> lis
     """
     found: dict[Text, list[list[float]]] = {text: [] for text in texts}
     measured = [text for text in found if text.start < len(text.ids)]
-    groups = [Group(text.ids[:-1], [text]) for text in measured] if llama.executor.aligned else _groups(measured)
+    llama.executor.follow()
+    groups = [Group(text.ids[:-1], [text]) for text in measured] if llama.executor.is_aligned else _groups(measured)
     with llama.call():
         for batch in progress(list(_batches(groups, llama.model.params)), "scoring"):
             with llama.lock:

@@ -133,8 +133,8 @@ def spy(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...
     calls: list[tuple[Any, ...]] = []
     original = getattr(owner, name)
 
-    def call(*arguments: Any) -> Any:
-        calls.append((*arguments, original(*arguments)))
+    def call(*arguments: Any, **named: Any) -> Any:
+        calls.append((*arguments, original(*arguments, **named)))
         return calls[-1][-1]
 
     patch.setattr(owner, name, call)

@@ -4,6 +4,7 @@ Llama, with the same change made to its weights, is the oracle."""
 # Programs reach into modules by name, which nn.Module types as Tensor | Module.
 # mypy: disable-error-code="union-attr,index,arg-type,operator,call-overload"
 
+import gc
 import json
 import shutil
 import time
@@ -202,6 +203,25 @@ def test_hooks_act_and_go(
     hook.remove()
     after = decoded(llama)
     assert after[0] == before[0] and torch.equal(after[1], before[1])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_weights_are_replaced_while_a_stream_is_read(form: dict[str, Any], build: Callable[..., Llama]) -> None:
+    """A stream is one call: it may go on with the weights that it began with, and the next call has the new ones."""
+    llama = build("gqa", max_seq_len=32, max_batch_size=2, **form)
+    steps = llama.stream([IDS], max_gen_len=20, temperature=0)
+    next(steps)
+    for layer in llama.model.layers:
+        layer.attention.wo.weight.data = torch.zeros_like(layer.attention.wo.weight)
+        layer.feed_forward.w1.weight = nn.Parameter(torch.zeros_like(layer.feed_forward.w1.weight))
+        layer.attention.cache.k = layer.attention.cache.k.clone()
+    gc.collect()
+    assert len(list(steps)) == 19
+    with torch.inference_mode():  # no layer adds anything now
+        model = llama.model
+        expected = model.output(model.norm(model.tok_embeddings(torch.tensor(IDS)))).float().log_softmax(-1)
+    expected = expected[:-1].gather(-1, torch.tensor(IDS[1:])[:, None])[:, 0]
+    torch.testing.assert_close(logprobs(llama), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
