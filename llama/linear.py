@@ -11,6 +11,8 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,10 @@ Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [.., k] and w
 
 # Numbers of rows of x that are measured; other numbers use the kernel of the next larger one, or of the last.
 ROWS = (1, 16, 128)
-SIZE = 2048  # of the square weights that are measured
-WEIGHTS = 8  # of them in turn, so that a product of few rows reads its weight from memory as in a model
-REPEATS = 7
+COPIES, COPIED = 8, 2**26  # of a weight, and bytes of all, so that few rows read it from memory as they do in a model
+REPEATS, ENOUGH = 15, 0.3  # of a product; and after so many seconds, two
 GAIN = 0.95  # of the time of torch's own kernel: what another must stay below
+BLOCK = 2**22  # numbers of a weight that are in float32 at a time
 
 
 def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -35,16 +37,15 @@ def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def widened(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The product in float32, rounded once."""
-    return F.linear(x.float(), weight.float()).to(x.dtype)
+    wide = x.float()
+    blocks = weight.split(max(1, BLOCK // weight.shape[1]))
+    return torch.cat([F.linear(wide, block.float()).to(x.dtype) for block in blocks], dim=-1)
 
 
 def candidates(dtype: torch.dtype) -> dict[str, Kernel]:
+    """Kernels by name, torch's own first."""
     found: dict[str, Kernel] = {"torch": F.linear}
-    if (
-        dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
+    if dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # which some builds lack
         found["onednn"] = onednn
     if dtype in (torch.bfloat16, torch.float16):
         found["widened"] = widened
@@ -56,54 +57,73 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return kernel_for(kernels(weight), x)(x, weight)
 
 
-def kernels(weight: torch.Tensor) -> tuple[Kernel, ...]:
-    """A kernel for each of ROWS."""
-    if not weight.is_cpu or len(candidates(weight.dtype)) == 1:
-        return (F.linear,) * len(ROWS)
-    return _chosen(weight.dtype, torch.get_num_threads())
-
-
 def kernel_for(kernels: tuple[Kernel, ...], x: torch.Tensor) -> Kernel:
     m = x.numel() // x.shape[-1]
     return kernels[next((i for i, rows in enumerate(ROWS) if m <= rows), -1)]
 
 
-@cache
-def _chosen(dtype: torch.dtype, threads: int) -> tuple[Kernel, ...]:
-    known = candidates(dtype)
-    key = hashlib.sha256("\0".join([processor(), torch.__version__, str(threads), str(dtype)]).encode()).hexdigest()
-    path = cache_folder() / f"linear-{key[:16]}.json"
-    try:
-        names = json.loads(path.read_text())
-        if len(names) == len(ROWS):
-            return tuple(known[name] for name in names)
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # not measured yet, or by another version of this file
-    names = measure(dtype)
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        written = path.with_suffix(f".{os.getpid()}")
-        written.write_text(json.dumps(names))
-        written.replace(path)
-    except OSError:
-        pass  # measured again by the next process
+def kernels(weight: torch.Tensor) -> tuple[Kernel, ...]:
+    """A kernel for each of ROWS."""
+    known = candidates(weight.dtype)
+    if not weight.is_cpu or len(known) == 1:
+        return (F.linear,) * len(ROWS)
+    choices, key = _choices(torch.get_num_threads()), f"{weight.dtype} {len(weight)}x{weight.shape[1]}"
+    names = choices.get(key)
+    if (
+        not isinstance(names, list)
+        or len(names) != len(ROWS)
+        or not all(isinstance(name, str) and name in known for name in names)
+    ):
+        choices[key] = names = measure(weight)
+        _keep(choices, torch.get_num_threads())
     return tuple(known[name] for name in names)
 
 
 @torch.inference_mode()
-def measure(dtype: torch.dtype) -> list[str]:
+def measure(weight: torch.Tensor) -> list[str]:
     """The name of the fastest kernel for each of ROWS: torch's own unless another is clearly faster."""
-    weights = [torch.ones(SIZE, SIZE, dtype=dtype) for _ in range(WEIGHTS)]
-    names = []
-    for rows in ROWS:
-        x = torch.ones(rows, SIZE, dtype=dtype)
-        seconds: dict[str, list[float]] = {name: [] for name in candidates(dtype)}
-        for i in range(REPEATS):
-            for name, kernel in candidates(dtype).items():
-                started = time.perf_counter()
-                kernel(x, weights[i % WEIGHTS])
-                seconds[name].append(time.perf_counter() - started)
-        medians = {name: statistics.median(each[1:]) for name, each in seconds.items()}
-        best = min(medians, key=lambda name: medians[name])
-        names.append(best if medians[best] < GAIN * medians["torch"] else "torch")
-    return names
+    weights = [weight, *(weight.clone() for _ in range(min(COPIES, COPIED // weight.nbytes) - 1))]
+    return [_fastest(torch.ones(rows, weight.shape[1], dtype=weight.dtype), weights) for rows in ROWS]
+
+
+def _fastest(x: torch.Tensor, weights: list[torch.Tensor]) -> str:
+    seconds: dict[str, list[float]] = {name: [] for name in candidates(x.dtype)}
+    for i in range(REPEATS):
+        for name, kernel in candidates(x.dtype).items():
+            started = time.perf_counter()
+            kernel(x, weights[i % len(weights)])
+            seconds[name].append(time.perf_counter() - started)
+        if i and sum(map(sum, seconds.values())) > ENOUGH:
+            break
+    medians = {name: statistics.median(each[1:]) for name, each in seconds.items()}  # the first one warms up
+    best = min(medians, key=lambda name: medians[name])
+    return best if medians[best] < GAIN * medians["torch"] else "torch"
+
+
+# What was measured --------------------------------------------------------------------------------
+
+
+def _path(threads: int) -> Path:
+    key = hashlib.sha256("\0".join([processor(), torch.__version__, str(threads)]).encode()).hexdigest()
+    return cache_folder() / f"linear-{key[:16]}.json"
+
+
+@cache
+def _choices(threads: int) -> dict[str, Any]:
+    """Names of kernels by dtype and shape."""
+    try:
+        found = json.loads(_path(threads).read_text())
+    except (OSError, ValueError):
+        return {}  # nothing was measured yet
+    return found if isinstance(found, dict) else {}
+
+
+def _keep(choices: dict[str, Any], threads: int) -> None:
+    path = _path(threads)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        written = path.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps(choices, indent=0))
+        written.replace(path)
+    except OSError:
+        pass  # measured again by the next process

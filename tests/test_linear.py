@@ -15,8 +15,7 @@ from llama import linear
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(linear, "SIZE", 32)
-    linear._chosen.cache_clear()
+    linear._choices.cache_clear()
     return tmp_path / "llama-runner"
 
 
@@ -48,24 +47,33 @@ def test_the_fastest_is_kept_in_a_file(folder: Path, monkeypatch: pytest.MonkeyP
     weight = torch.ones(8, 8)
     assert linear.kernels(weight) == (kernel,) * 3
     (file,) = folder.iterdir()
-    assert json.loads(file.read_text()) == ["other"] * 3
-    # Read, not measured again; by another number of threads there is another file.
-    file.write_text('["torch", "other", "torch"]')
-    linear._chosen.cache_clear()
+    assert json.loads(file.read_text()) == {"torch.float32 8x8": ["other"] * 3}
+    # Read, not measured again; other shapes are added.
+    file.write_text('{"torch.float32 8x8": ["torch", "other", "torch"]}')
+    linear._choices.cache_clear()
     assert linear.kernels(weight) == (slow, kernel, slow)
-    assert [linear.kernel_for((slow, kernel, slow), torch.ones(n, 8)) for n in (1, 2, 16, 17, 500)] == [
-        slow, kernel, kernel, slow, slow,
-    ]  # fmt: skip
+    assert linear.kernels(torch.ones(9, 8)) == (kernel,) * 3
+    assert len(json.loads(file.read_text())) == 2
+    found = [linear.kernel_for((slow, kernel, slow), torch.ones(n, 8)) for n in (1, 2, 16, 17, 500)]
+    assert found == [slow, kernel, kernel, slow, slow]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "7", '["torch"]', '["nonsense", "torch", "torch"]', "[[], 1, null]"])
-def test_a_file_that_is_something_else_is_replaced(text: str, folder: Path) -> None:
+@pytest.mark.parametrize("names", ["[]", "7", '["torch"]', '["nonsense", "torch", "torch"]', "[[], 1, null]", "{}"])
+@pytest.mark.parametrize("text", ["", "[]", "7", '{"torch.float32 8x8": %s}'])
+def test_a_file_that_holds_something_else_is_replaced(text: str, names: str, folder: Path) -> None:
     linear.kernels(torch.ones(8, 8))
     (file,) = folder.iterdir()
-    file.write_text(text)
-    linear._chosen.cache_clear()
+    file.write_text(text.replace("%s", names))
+    linear._choices.cache_clear()
     linear.kernels(torch.ones(8, 8))
-    assert set(json.loads(file.read_text())) <= set(linear.candidates(torch.float32))
+    (found,) = json.loads(file.read_text()).values()
+    assert len(found) == 3 and set(found) <= set(linear.candidates(torch.float32))
+
+
+def test_a_wide_weight_is_widened_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "BLOCK", 100)
+    x, weight = torch.randn(2, 3, 48).bfloat16(), torch.randn(11, 48).bfloat16()
+    assert torch.equal(linear.widened(x, weight), F.linear(x.float(), weight.float()).bfloat16())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
