@@ -23,10 +23,10 @@ Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [.., k] and w
 
 # Numbers of rows of x that are measured; other numbers use the kernel of the next larger one, or of the last.
 ROWS = (1, 16, 128)
-COPIES, COPIED = 8, 2**26  # of a weight, and bytes of all, so that few rows read it from memory as they do in a model
 REPEATS, ENOUGH = 15, 0.3  # of a product; and after so many seconds, two
 GAIN = 0.95  # of the time of torch's own kernel: what another must stay below
-BLOCK = 2**22  # numbers of a weight that are in float32 at a time
+MEASURED = 2**22  # numbers of a weight, so that measuring takes little time and memory
+BLOCK, X_ROWS = 2**19, 256  # numbers of a weight, and rows of x, that are widened at a time
 
 
 def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -36,10 +36,16 @@ def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def widened(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The product in float32, rounded once."""
-    wide = x.float()
-    blocks = weight.split(max(1, BLOCK // weight.shape[1]))
-    return torch.cat([F.linear(wide, block.float()).to(x.dtype) for block in blocks], dim=-1)
+    """The product in float32, rounded once. Block by block: what is widened stays in the processor's cache."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows.new_empty(len(rows), len(weight))
+    at = 0
+    for block in weight.split(max(1, BLOCK // weight.shape[1])):
+        wide = block.float()
+        for some, out in zip(rows.split(X_ROWS), y[:, at : at + len(block)].split(X_ROWS), strict=True):
+            out.copy_(F.linear(some.float(), wide))
+        at += len(block)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def candidates(dtype: torch.dtype) -> dict[str, Kernel]:
@@ -82,16 +88,16 @@ def kernels(weight: torch.Tensor) -> tuple[Kernel, ...]:
 @torch.inference_mode()
 def measure(weight: torch.Tensor) -> list[str]:
     """The name of the fastest kernel for each of ROWS: torch's own unless another is clearly faster."""
-    weights = [weight, *(weight.clone() for _ in range(min(COPIES, COPIED // weight.nbytes) - 1))]
-    return [_fastest(torch.ones(rows, weight.shape[1], dtype=weight.dtype), weights) for rows in ROWS]
+    weight = weight[: max(1, MEASURED // weight.shape[1])]
+    return [_fastest(torch.ones(rows, weight.shape[1], dtype=weight.dtype), weight) for rows in ROWS]
 
 
-def _fastest(x: torch.Tensor, weights: list[torch.Tensor]) -> str:
+def _fastest(x: torch.Tensor, weight: torch.Tensor) -> str:
     seconds: dict[str, list[float]] = {name: [] for name in candidates(x.dtype)}
     for i in range(REPEATS):
         for name, kernel in candidates(x.dtype).items():
             started = time.perf_counter()
-            kernel(x, weights[i % len(weights)])
+            kernel(x, weight)
             seconds[name].append(time.perf_counter() - started)
         if i and sum(map(sum, seconds.values())) > ENOUGH:
             break

@@ -52,7 +52,7 @@ def rank(folder: str, phase: str, how: str | None) -> None:
         time.sleep(1)
         load(*args)  # type: ignore[arg-type]
 
-    def passing(self: Executor, *args: Any) -> Any:
+    def passing(self: Executor, *args: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
@@ -60,7 +60,7 @@ def rank(folder: str, phase: str, how: str | None) -> None:
         if how and phase == {1: "prefill", 20: "decode"}.get(calls):
             go(how)
         time.sleep(0.01)  # forty ranks share the cores
-        return hidden(self, *args)
+        return hidden(self, *args, **named)
 
     generation.load_weights, Executor.hidden = loading, passing  # type: ignore[assignment, method-assign]
     llama = Llama.build(folder, max_seq_len=512)

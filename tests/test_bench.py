@@ -56,9 +56,11 @@ def test_every_pair_runs_to_its_end(command: Callable[..., Ended], monkeypatch: 
             yield step
         streams.append((prompts, settings, count))
 
-    def watched_hidden(self: Executor, tokens: torch.Tensor, start: Any, ctx_len: int, *row: int) -> torch.Tensor:
+    def watched_hidden(
+        self: Executor, tokens: torch.Tensor, start: Any, ctx_len: int, *row: int, **named: Any
+    ) -> torch.Tensor:
         passes.append((tuple(tokens.shape), start, ctx_len))
-        return hidden(self, tokens, start, ctx_len, *row)
+        return hidden(self, tokens, start, ctx_len, *row, **named)
 
     monkeypatch.setattr(Llama, "build", staticmethod(eager_to_stop))
     monkeypatch.setattr(Llama, "stream", watched_stream)

@@ -266,9 +266,9 @@ def test_a_batch_is_prefilled_in_passes_of_about_one_length(
     llama = build("mha", max_seq_len=96, max_batch_size=5)
     hidden, shapes = llama.executor.hidden, []
 
-    def watched(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def watched(tokens: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
         shapes.append(tuple(tokens.shape))
-        return hidden(tokens, *rest)
+        return hidden(tokens, *rest, **named)
 
     monkeypatch.setattr(llama.executor, "hidden", watched)
     llama.generate(PROMPTS, 4, temperature=0)

@@ -89,9 +89,9 @@ def test_a_refused_dialog_never_reaches_the_model(build: Callable[..., Llama], m
     seen: list[torch.Tensor] = []
     hidden = llama.executor.hidden
 
-    def watched(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def watched(tokens: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
         seen.append(tokens)
-        return hidden(tokens, *rest)
+        return hidden(tokens, *rest, **named)
 
     monkeypatch.setattr(llama.executor, "hidden", watched)
     refused = {"generation": {"role": "assistant", "content": REFUSAL}, "finish_reason": "stop"}

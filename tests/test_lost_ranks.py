@@ -242,16 +242,16 @@ def run_short(folder: Path) -> tuple[str, str]:
     """A chat in which rank 1 alone runs out of memory: what each rank ends with."""
     hidden, calls = Executor.hidden, 0
 
-    def short(self: Executor, *args: Any) -> Any:
+    def short(self: Executor, *args: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 5 and current_world().rank == 1:
             raise RuntimeError(
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
             )
-        return hidden(self, *args)
+        return hidden(self, *args, **named)
 
-    Executor.hidden = short  # type: ignore[method-assign, assignment]
+    Executor.hidden = short  # type: ignore[method-assign]
     sys.stdin = io.StringIO("go on\nand on\n")
     try:
         chat.chat(str(folder), chat_format="llama2", device="cpu", max_seq_len=256)

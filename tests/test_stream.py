@@ -447,9 +447,9 @@ def test_samples_of_a_prompt_share_its_prefill(build: Callable[..., Llama], monk
     ]
     hidden, shapes = llama.executor.hidden, []
 
-    def watched(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def watched(tokens: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
         shapes.append(tuple(tokens.shape))
-        return hidden(tokens, *rest)
+        return hidden(tokens, *rest, **named)
 
     monkeypatch.setattr(llama.executor, "hidden", watched)
     ids, logprobs = llama.generate([PROMPTS[0], PROMPTS[2]], 8, seed=[4, 9], n=3, **hot)
@@ -470,9 +470,9 @@ def test_samples_share_their_prefill_across_chunks(
     expected += large.text_completion(TEXTS[1:2], n=2, **arguments)
     hidden, shapes = llama.executor.hidden, []
 
-    def watched(tokens: torch.Tensor, start_pos: Any, *rest: Any) -> torch.Tensor:
+    def watched(tokens: torch.Tensor, start_pos: Any, *rest: Any, **named: Any) -> torch.Tensor:
         shapes.append((tokens.shape[0], tokens.shape[1], start_pos))
-        return hidden(tokens, start_pos, *rest)
+        return hidden(tokens, start_pos, *rest, **named)
 
     monkeypatch.setattr(llama.executor, "hidden", watched)
     found = llama.text_completion(TEXTS[:1], n=5, **arguments)
