@@ -48,6 +48,8 @@ class KVCache:
         Returns views of the buffers' rows from first_row on, [bsz, n_local_kv_heads, ctx_len, head_dim].
         """
         bsz, _, seqlen, _ = k.shape
+        if ctx_len > self.k.shape[2]:
+            raise ValueError(f"position {ctx_len - 1}, but the cache has {self.k.shape[2]}: raise max_seq_len")
         first_row, end = self.first_row, self.first_row + bsz
         if isinstance(start_pos, int):
             self.k[first_row:end, :, start_pos : start_pos + seqlen] = k

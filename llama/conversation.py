@@ -122,7 +122,7 @@ class Conversation:
     def _answer(self, messages: list[Message], row: Row, text: TextStream, turn: Turn) -> Generator[str, None, None]:
         answer = self._format.answer("")
         dialog = [*messages, answer]
-        for piece in self.llama._pieces([row], [text], reuse=True):
+        for piece in self.llama._pieces([row], [text], reuse=True, is_read=True):
             turn.reused, turn.new_tokens, turn.finish_reason = row.reused, len(row.tokens), piece.finish_reason
             answer["content"] += piece.text
             accepted = self._format.refusal(dialog) is None

@@ -89,8 +89,11 @@ def share_cores(world: World) -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled code and measurements of this machine are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-runner"
+    """Where compiled code and measurements of this machine are kept. Raises FileNotFoundError where nobody said."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-runner"
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise FileNotFoundError("this user has no home folder: set XDG_CACHE_HOME") from error
 
 
 @cache

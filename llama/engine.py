@@ -156,7 +156,8 @@ class Engine:
         Other calls may come in between, and it may be closed early: neither changes what any of them returns.
         Arguments and errors (at the call, not at the first step) as in `generate`.
         """
-        return self._run(self._one_batch(self._rows(prompt_tokens, **settings)), self._alternatives(logprobs))
+        rows = self._one_batch(self._rows(prompt_tokens, **settings))
+        return self._run(rows, self._alternatives(logprobs), is_read=True)
 
     def _rows(self, prompts: Prompts, **settings: Any) -> list[Row]:
         """Rows that end at the tokenizer's stop ids, or in their place at the one that `stop_token` names."""
@@ -210,11 +211,11 @@ class Engine:
             self._turn = call
 
     def _run(
-        self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False
+        self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False, is_read: bool = False
     ) -> Generator[list[Token], None, None]:
         """`_steps`, of which each holds the lock: other threads' calls come in between."""
         with self.call():
-            steps = self._steps(rows, k, echo, reuse)
+            steps = self._steps(rows, k, echo, reuse, is_read)
             while True:
                 with self.lock:
                     step = next(steps, None)
@@ -223,18 +224,19 @@ class Engine:
                 yield step
 
     def _steps(
-        self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False
+        self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False, is_read: bool = False
     ) -> Generator[list[Token], None, None]:
         """The one loop: prefill all rows, then an id a step for each until all are finished.
 
         k: alternatives a position; None for no log-probabilities. echo: give the prompts theirs too. reuse: for rows of
         one prompt, keep what the cache holds of its beginning; the last bits then depend on what ran before.
+        is_read: somebody reads the steps as they come, and may change the model in between.
         Whoever reads may finish a row between two steps (`Row.cut`).
         """
         self.executor.follow()
         if len({len(row.prompt) for row in rows}) > 1 and self.executor.is_aligned:
             for _, group in groupby(sorted(rows, key=lambda row: len(row.prompt)), key=lambda row: len(row.prompt)):
-                yield from self._steps(list(group), k, echo)
+                yield from self._steps(list(group), k, echo, is_read=is_read)
             return
         prompts = [row.prompt for row in rows]
         self.take_turn(rows, prompts)  # also waits: between two calls a rank may take its time
@@ -242,9 +244,9 @@ class Engine:
         for row in full:
             row.finish_reason = "length"
         h: torch.Tensor | None = None
-        passes = -1
+        at: tuple[Executor, int] | None = None  # what computed last, and after how many passes
         if rows and echo and k is not None:
-            h, passes = self._prefill(rows, k=k), self.executor.passes
+            h, at = self._prefill(rows, k=k), (self.executor, self.executor.passes)
         if full:
             yield [Token(row.index, finish_reason="length") for row in full]
         sampler = Sampler(rows, self.model.params.vocab_size, self.executor.device) if is_main_rank() else None
@@ -252,15 +254,15 @@ class Engine:
         while not all(row.finish_reason for row in rows):
             self.take_turn(rows, (prompts, step))
             if h is None:
-                if passes == self.executor.passes:
-                    h = self._decode(rows, step)
+                if at == (self.executor, self.executor.passes):
+                    h = self._decode(rows, step, is_read)
                 else:
                     # The first step, or another call has taken the cache: filled in the same steps as before, it is
                     # the same to the last bit.
                     h = self._prefill(rows, reuse)
                     for n in range(1, step + 1):
                         h = self._decode(rows, n)
-                passes = self.executor.passes
+                at = (self.executor, self.executor.passes)
             yield self._choose(rows, h, sampler, k, step)
             h, step = None, step + 1
 
@@ -315,12 +317,14 @@ class Engine:
 
     @telling_shortage
     @torch.inference_mode()
-    def _decode(self, rows: list[Row], n: int) -> torch.Tensor:
+    def _decode(self, rows: list[Row], n: int, follow: bool = False) -> torch.Tensor:
         """Add the n-th generated id of each row to the cache -> hidden states [bsz, dim].
 
         A row that has fewer computes its last position once more, which changes nothing.
         """
         executor = self.executor
+        if follow:
+            executor.follow()
         newest = [(row.tokens[:n] or row.prompt)[-1] for row in rows]
         positions = [len(row.prompt) + len(row.tokens[:n]) - 1 for row in rows]
         if executor.is_aligned:

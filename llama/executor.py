@@ -25,7 +25,7 @@ from llama import native
 from llama.cache import KVCache
 from llama.device import cache_folder
 from llama.distributed import exchange, model_parallel, say
-from llama.linear import kernel_for, kernels
+from llama.linear import MANY, ROWS, kernel
 from llama.model import (
     Attention,
     ColumnLinear,
@@ -71,14 +71,15 @@ class Dense:
 
     def __init__(self, weight: torch.Tensor, is_native: bool):
         self.weight, self.is_native = weight, is_native and weight.dtype in native.KINDS
-        self.kernels = kernels(weight)
+        # native.c computes all but prompts.
+        self.kernels = {rows: kernel(weight, rows) for rows in ((MANY,) if self.is_native else ROWS)}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         m = x.numel() // x.shape[-1]
         if self.is_native and m <= FEW_ROWS:
             return native.multiply(native.matrix(self.weight), x, self.weight.dtype)
         x = x.to(self.weight.dtype)
-        return kernel_for(self.kernels, x)(x, self.weight)
+        return next((each for rows, each in self.kernels.items() if m <= rows), self.kernels[MANY])(x, self.weight)
 
 
 def merged(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -457,8 +458,8 @@ class Executor:
         start_pos: position of each row's first id, one int for all rows or an int64 tensor [bsz].
         ctx_len: positions from 0 that queries may look at; larger than every position of `tokens`.
         first_row: of the cache, the others follow it.
-        follow: look whether the model was changed. Between the steps of a call that takes longer than it is worth, so
-            there only models that run somebody's code are looked at.
+        follow: look whether the model was changed, which takes a millisecond. Not needed between the steps of a call
+            that nobody reads as they come, unless the model runs somebody's code.
         Of models whose output layer is to see all positions these are their logits, [bsz, seqlen, vocab].
         """
         if follow or not self._is_untouched:

@@ -296,7 +296,7 @@ class Llama(Engine):
     ) -> Generator[TextPiece, None, None]:
         """`text_completion` as it comes: pieces (row, text, finish_reason), in which each row's texts, joined, are
         its "generation". Bytes that may become a character and the beginning of a stop text are held back."""
-        return self._pieces(*self._text_rows(prompts, stop, echo, **settings), echo=echo)
+        return self._pieces(*self._text_rows(prompts, stop, echo, **settings), echo=echo, is_read=True)
 
     def chat_completion(
         self,
@@ -388,7 +388,7 @@ class Llama(Engine):
         self, dialogs: Sequence[Dialog], *, stop: Stop = None, **settings: Unpack[Settings]
     ) -> Generator[TextPiece, None, None]:
         """`chat_completion` as it comes, in pieces like `stream_text`'s."""
-        return self._pieces(*self._chat_rows(dialogs, stop, **settings))
+        return self._pieces(*self._chat_rows(dialogs, stop, **settings), is_read=True)
 
     def _text_rows(
         self, prompts: Sequence[str], stop: Stop, echo: bool = False, **settings: Unpack[Settings]
@@ -422,7 +422,13 @@ class Llama(Engine):
         return rows, texts
 
     def _pieces(
-        self, rows: list[Row], texts: list[TextStream], k: int | None = None, echo: bool = False, reuse: bool = False
+        self,
+        rows: list[Row],
+        texts: list[TextStream],
+        k: int | None = None,
+        echo: bool = False,
+        reuse: bool = False,
+        is_read: bool = False,
     ) -> Generator[TextPiece, None, None]:
         """Run any number of rows, max_batch_size at a time, and give their texts as they become certain."""
         for row in rows:
@@ -433,7 +439,7 @@ class Llama(Engine):
             chunk = waiting[at : at + size]
             # More samples of one prompt than fit a chunk: the cache still begins with it.
             samples = at > 0 and all(row.prompt == waiting[at - size].prompt for row in waiting[at - size : at + size])
-            for step in self._run(chunk, k, echo, reuse or samples):
+            for step in self._run(chunk, k, echo, reuse or samples, is_read):
                 for token in step:
                     row, text = rows[token.row], texts[token.row]
                     if token.id is not None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from functools import cache
@@ -19,11 +20,13 @@ import torch.nn.functional as F
 
 from llama.device import cache_folder, processor
 
+_lock = threading.Lock()
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [.., k] and weight [n, k] -> [.., n]
 
 # Numbers of rows of x that are measured; other numbers use the kernel of the next larger one, or of the last.
 ROWS = (1, 16, 128)
-REPEATS, ENOUGH = 15, 0.3  # of a product; and after so many seconds, two
+MANY = ROWS[-1]
+REPEATS, ENOUGH = 15, 0.3  # of a product; and after so many seconds, three
 GAIN = 0.95  # of the time of torch's own kernel: what another must stay below
 MEASURED = 2**22  # numbers of a weight, so that measuring takes little time and memory
 BLOCK, X_ROWS = 2**19, 256  # numbers of a weight, and rows of x, that are widened at a time
@@ -60,46 +63,38 @@ def candidates(dtype: torch.dtype) -> dict[str, Kernel]:
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [.., k] times weight [n, k] -> [.., n], both of one dtype."""
-    return kernel_for(kernels(weight), x)(x, weight)
-
-
-def kernel_for(kernels: tuple[Kernel, ...], x: torch.Tensor) -> Kernel:
     m = x.numel() // x.shape[-1]
-    return kernels[next((i for i, rows in enumerate(ROWS) if m <= rows), -1)]
+    return kernel(weight, next((rows for rows in ROWS if m <= rows), ROWS[-1]))(x, weight)
 
 
-def kernels(weight: torch.Tensor) -> tuple[Kernel, ...]:
-    """A kernel for each of ROWS."""
+def kernel(weight: torch.Tensor, rows: int) -> Kernel:
+    """What multiplies by a weight of this dtype and shape fastest. rows: one of ROWS."""
     known = candidates(weight.dtype)
     if not weight.is_cpu or len(known) == 1:
-        return (F.linear,) * len(ROWS)
-    choices, key = _choices(torch.get_num_threads()), f"{weight.dtype} {len(weight)}x{weight.shape[1]}"
-    names = choices.get(key)
-    if (
-        not isinstance(names, list)
-        or len(names) != len(ROWS)
-        or not all(isinstance(name, str) and name in known for name in names)
-    ):
-        choices[key] = names = measure(weight)
-        _keep(choices, torch.get_num_threads())
-    return tuple(known[name] for name in names)
+        return F.linear
+    threads, key = torch.get_num_threads(), f"{weight.dtype} {len(weight)}x{weight.shape[1]} {rows}"
+    with _lock:
+        choices = _choices(threads)
+        name = choices.get(key)
+        if not isinstance(name, str) or name not in known:
+            choices[key] = name = measure(weight, rows)
+            _keep(choices, threads)
+    return known[name]
 
 
 @torch.inference_mode()
-def measure(weight: torch.Tensor) -> list[str]:
-    """The name of the fastest kernel for each of ROWS: torch's own unless another is clearly faster."""
-    weight = weight[: max(1, MEASURED // weight.shape[1])]
-    return [_fastest(torch.ones(rows, weight.shape[1], dtype=weight.dtype), weight) for rows in ROWS]
-
-
-def _fastest(x: torch.Tensor, weight: torch.Tensor) -> str:
+def measure(weight: torch.Tensor, rows: int) -> str:
+    """The name of the fastest kernel for so many rows: torch's own unless another is clearly faster."""
+    if rows > 1:  # one row reads its weight from memory, where a part could be in the processor's cache
+        weight = weight[: max(1, MEASURED // weight.shape[1])]
+    x = torch.ones(rows, weight.shape[1], dtype=weight.dtype)
     seconds: dict[str, list[float]] = {name: [] for name in candidates(x.dtype)}
     for i in range(REPEATS):
-        for name, kernel in candidates(x.dtype).items():
+        for name, compute in candidates(x.dtype).items():
             started = time.perf_counter()
-            kernel(x, weight)
+            compute(x, weight)
             seconds[name].append(time.perf_counter() - started)
-        if i and sum(map(sum, seconds.values())) > ENOUGH:
+        if i > 1 and sum(map(sum, seconds.values())) > ENOUGH:
             break
     medians = {name: statistics.median(each[1:]) for name, each in seconds.items()}  # the first one warms up
     best = min(medians, key=lambda name: medians[name])
@@ -125,8 +120,8 @@ def _choices(threads: int) -> dict[str, Any]:
 
 
 def _keep(choices: dict[str, Any], threads: int) -> None:
-    path = _path(threads)
     try:
+        path = _path(threads)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         written = path.with_suffix(f".{os.getpid()}")
         written.write_text(json.dumps(choices, indent=0))

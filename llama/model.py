@@ -56,7 +56,7 @@ class ColumnLinear(Local, ColumnParallelLinear):
     def __init__(self, weight: torch.Tensor, gather_output: bool = False):
         nn.Module.__init__(self)
         self.weight = nn.Parameter(weight)
-        self.bias = None
+        self.register_parameter("bias", None)
         self.gather_output = gather_output
         self.output_size_per_partition, self.in_features = weight.shape
         self.out_features = self.output_size_per_partition * model_parallel()[1]
@@ -68,7 +68,7 @@ class RowLinear(Local, RowParallelLinear):
     def __init__(self, weight: torch.Tensor):
         nn.Module.__init__(self)
         self.weight = nn.Parameter(weight)
-        self.bias = None
+        self.register_parameter("bias", None)
         self.input_is_parallel = True
         self.out_features, self.input_size_per_partition = weight.shape
         self.in_features = self.input_size_per_partition * model_parallel()[1]

@@ -78,7 +78,10 @@ class NoCompilerError(RuntimeError):
 
 def compile_library() -> bool:
     """Compile native.c unless that was done before; True if it was not. Raises NoCompilerError."""
-    path, compiler = _place()
+    try:
+        path, compiler = _place()
+    except FileNotFoundError as error:
+        raise NoCompilerError(str(error)) from error
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         safe = _ours_alone(path.parent)
@@ -295,7 +298,15 @@ class Decoder:
         self.rows = len(tokens)
         x = self.model.tok_embeddings(tokens).float().contiguous()  # [bsz, 1, dim]
         positions = torch.as_tensor(start_pos).expand(self.rows).contiguous()
-        angles = self.model.freqs_cis.contiguous()
+        angles = self.model.freqs_cis.to(torch.complex64).contiguous()
+        # What native.c reads without knowing its size, and the user can replace at any time.
+        newest, capacity, pairs = int(positions.max()), self.struct.max_seq_len, self.struct.head_dim // 2
+        if newest >= capacity:
+            raise ValueError(f"position {newest}, but the cache has {capacity}: raise max_seq_len")
+        if x.shape[-1] != self.struct.dim:
+            raise ValueError(f"embeddings of {x.shape[-1]} numbers, but the layers take {self.struct.dim}")
+        if angles.dim() != 2 or len(angles) <= newest or angles.shape[1] != pairs:
+            raise ValueError(f"freqs_cis has shape {tuple(angles.shape)}, expected [over {newest}, {pairs}]")
         self.struct.freqs_cis = angles.data_ptr()
         threads = torch.get_num_threads()
         if library().decode(self.struct, x.data_ptr(), positions.data_ptr(), self.rows, threads) and self.failure:

@@ -63,7 +63,10 @@ class QuantizedWeight(torch.Tensor):
         if func in WRITES and isinstance(args[0], QuantizedWeight) and not (args[1:] and args[1] is False):
             raise RuntimeError(NO_ORIGINAL.format(args[0].source.bits))
         if func in READS:
-            return func(*tree_map_only(QuantizedWeight, lambda w: w.read(), args), **kwargs)
+            found = func(*tree_map_only(QuantizedWeight, lambda w: w.read(), args), **kwargs)
+            if func is torch.Tensor.numpy:
+                found.setflags(write=False)  # numbers that were just made: what is written to them would be lost
+            return found
         with torch._C.DisableTorchFunctionSubclass():  # the default would make results of this class
             return func(*args, **kwargs)
 
@@ -77,8 +80,9 @@ class QuantizedWeight(torch.Tensor):
             named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
             for argument in func._schema.arguments:
                 given = named.get(argument.name)
-                if isinstance(given, QuantizedWeight) and argument.alias_info and argument.alias_info.is_write:
-                    raise RuntimeError(NO_ORIGINAL.format(given.source.bits))
+                for each in given if isinstance(given, list | tuple) else [given]:  # lists: torch._foreach_zero_
+                    if isinstance(each, QuantizedWeight) and argument.alias_info and argument.alias_info.is_write:
+                        raise RuntimeError(NO_ORIGINAL.format(each.source.bits))
         if isinstance(first, QuantizedWeight) and func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return QuantizedWeight(first.source, first.start, first.shape, first.read, first)
         found = func(*tree_map_only(QuantizedWeight, lambda w: w.read(), args), **kwargs)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import BFLOAT16, gamma
 
-from llama import linear
+from llama import linear, native
 
 
 @pytest.fixture(autouse=True)
@@ -45,29 +46,44 @@ def test_the_fastest_is_kept_in_a_file(folder: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(linear, "candidates", lambda dtype: {"torch": slow, "other": kernel})
     weight = torch.ones(8, 8)
-    assert linear.kernels(weight) == (kernel,) * 3
+    assert linear.kernel(weight, 16) is kernel
     (file,) = folder.iterdir()
-    assert json.loads(file.read_text()) == {"torch.float32 8x8": ["other"] * 3}
-    # Read, not measured again; other shapes are added.
-    file.write_text('{"torch.float32 8x8": ["torch", "other", "torch"]}')
+    assert json.loads(file.read_text()) == {"torch.float32 8x8 16": "other"}
+    # Read, not measured again; others are added.
+    file.write_text('{"torch.float32 8x8 16": "torch"}')
     linear._choices.cache_clear()
-    assert linear.kernels(weight) == (slow, kernel, slow)
-    assert linear.kernels(torch.ones(9, 8)) == (kernel,) * 3
+    assert linear.kernel(weight, 16) is slow and linear.kernel(torch.ones(9, 8), 1) is kernel
     assert len(json.loads(file.read_text())) == 2
-    found = [linear.kernel_for((slow, kernel, slow), torch.ones(n, 8)) for n in (1, 2, 16, 17, 500)]
-    assert found == [slow, kernel, kernel, slow, slow]
 
 
-@pytest.mark.parametrize("names", ["[]", "7", '["torch"]', '["nonsense", "torch", "torch"]', "[[], 1, null]", "{}"])
-@pytest.mark.parametrize("text", ["", "[]", "7", '{"torch.float32 8x8": %s}'])
-def test_a_file_that_holds_something_else_is_replaced(text: str, names: str, folder: Path) -> None:
-    linear.kernels(torch.ones(8, 8))
+def test_the_number_of_rows_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def kernel(weight: torch.Tensor, rows: int) -> linear.Kernel:
+        asked.append(rows)
+        return F.linear
+
+    monkeypatch.setattr(linear, "kernel", kernel)
+    for n in (1, 2, 16, 17, 500):
+        linear.linear(torch.ones(n, 8), torch.ones(8, 8))
+    assert asked == [1, 16, 16, 128, 128]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", '{"torch.float32 8x8 1": []}', '{"torch.float32 8x8 1": "nonsense"}'])
+def test_a_file_that_holds_something_else_is_replaced(text: str, folder: Path) -> None:
+    linear.kernel(torch.ones(8, 8), 1)
     (file,) = folder.iterdir()
-    file.write_text(text.replace("%s", names))
+    file.write_text(text)
     linear._choices.cache_clear()
-    linear.kernels(torch.ones(8, 8))
+    linear.kernel(torch.ones(8, 8), 1)
     (found,) = json.loads(file.read_text()).values()
-    assert len(found) == 3 and set(found) <= set(linear.candidates(torch.float32))
+    assert found in linear.candidates(torch.float32)
+
+
+def test_threads_measure_one_after_another() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        weights = [torch.ones(n, 8) for n in range(1, 60)]
+        assert all(pool.map(lambda weight: callable(linear.kernel(weight, 1)), weights))
 
 
 def test_a_wide_weight_is_widened_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +99,17 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     torch.testing.assert_close(linear.linear(x, weight), torch.full((2, 3), 8.0))
 
 
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    torch.testing.assert_close(linear.linear(torch.ones(2, 8), torch.ones(3, 8)), torch.full((2, 3), 8.0))
+    with pytest.raises(native.NoCompilerError, match="no home folder: set XDG_CACHE_HOME"):
+        native.compile_library()
+
+
 def test_what_has_no_choice_is_torchs() -> None:
-    assert linear.kernels(torch.ones(2, 2, dtype=torch.float64)) == (F.linear,) * 3
-    assert linear.kernels(torch.ones(2, 2, device="meta")) == (F.linear,) * 3
+    assert linear.kernel(torch.ones(2, 2, dtype=torch.float64), 1) is F.linear
+    assert linear.kernel(torch.ones(2, 2, device="meta"), 1) is F.linear
