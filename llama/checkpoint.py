@@ -106,6 +106,8 @@ class Checkpoint:
         folder = as_path(ckpt_dir)
         self.paths = find_shards(folder)
         params, self.notes = load_params(folder)
+        if others := [path.name for i, path in enumerate(self.paths) if path.name != f"consolidated.{i:02d}.pth"]:
+            self.notes.append(f"the weights were read from {first(others)}")
         self.params = ModelArgs(**params)
         self._opened: dict[int, dict[str, torch.Tensor]] = {}
         self._open(0)

@@ -1,5 +1,6 @@
 """The shape of a model: `ModelArgs`, and params.json, which it is read from."""
 
+import codecs
 import json
 import re
 from dataclasses import dataclass, fields
@@ -114,6 +115,8 @@ def load_params(ckpt_dir: str | Path) -> tuple[dict[str, Any], list[str]]:
     """
     path = as_path(ckpt_dir) / "params.json"
     found, notes = _read_object(path), list[str]()
+    if path.read_bytes().startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        notes.append("params.json: its byte-order mark was skipped")
     harmless = {key for key, value in WITHOUT_EFFECT.items() if found.get(key) is value}
     if ignored := sorted(found.keys() & (RUN_KEYS | harmless)):
         notes.append(f"params.json: {', '.join(ignored)} ignored, which change nothing in what the model computes")
@@ -144,7 +147,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if (kind := what_is(path)) in (LFS_POINTER, WEB_PAGE, EMPTY):
             raise CheckpointError(f"{path} is {kind}: fetch it again") from error
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): mend it, or fetch it again") from error
+        raise CheckpointError(
+            f"{path} cannot be read as JSON ({error}): correct it, or put the model's own there"
+        ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, expected an object: put the model's own there")
     return found

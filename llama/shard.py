@@ -133,8 +133,9 @@ def _refused(path: Path, reason: str) -> str:
     name = re.search(r"(?:GLOBAL|allowlisted:?|global) ([A-Za-z_][\w.]*\.\w+)", reason)
     found = f" ({name[1]})" if name else ""
     return (
-        f"{path} holds more than tensors, which could run code: it was not loaded{found}; where you trust it, save the "
-        f"weights alone: torch.save(torch.load('{path.name}', weights_only=False)['model'], 'new.pth')"
+        f"{path} holds more than tensors, which could run code: it was not loaded{found}; where you trust it, take the "
+        f"weights out of torch.load('{path.name}', weights_only=False) and save them alone: "
+        "torch.save(model.state_dict(), 'new.pth')"
     )
 
 

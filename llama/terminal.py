@@ -166,6 +166,7 @@ def _no_interrupt_key(attributes: list[Any]) -> None:
 
 def _no_echo(attributes: list[Any]) -> None:
     attributes[3] &= ~termios.ECHO  # what is typed meanwhile shows at the next prompt
+    attributes[3] |= termios.NOFLSH  # or Ctrl-C would discard what has been written and is not on the screen yet
 
 
 def _key_by_key(attributes: list[Any]) -> None:

@@ -126,16 +126,18 @@ WAYS: dict[str, Saved] = {
         "layers.N.attention.mask and 1 more",
         2,
     ),
-    "consolidated.pth": Saved(renamed("consolidated.pth")),
-    "consolidated.0.pth": Saved(unpadded, shards=2),
-    "consolidated.safetensors": Saved(as_safetensors("consolidated.safetensors")),
-    "consolidated.00.safetensors": Saved(as_safetensors("consolidated.00.safetensors")),
+    "consolidated.pth": Saved(renamed("consolidated.pth"), "read from consolidated.pth"),
+    "consolidated.0.pth": Saved(unpadded, "read from consolidated.0.pth, consolidated.1.pth", shards=2),
+    "consolidated.safetensors": Saved(as_safetensors("consolidated.safetensors"), "read from consolidated.safetensors"),
+    "consolidated.00.safetensors": Saved(
+        as_safetensors("consolidated.00.safetensors"), "read from consolidated.00.safetensors"
+    ),
     "torch.save before 1.6": Saved(
         every(lambda t: t, _use_new_zipfile_serialization=False), "every rank reads the files whole", 2
     ),
-    "a byte order mark": Saved(params_text(lambda text: text.encode("utf-8-sig"))),
+    "a byte order mark": Saved(params_text(lambda text: text.encode("utf-8-sig")), "byte-order mark was skipped"),
     "CRLF": Saved(params_text(lambda text: text.replace("\n", "\r\n").encode())),
-    "UTF-16": Saved(params_text(lambda text: text.encode("utf-16"))),
+    "UTF-16": Saved(params_text(lambda text: text.encode("utf-16")), "byte-order mark was skipped"),
     "numbers as text": Saved(
         numbers_as_text, "params.json: dim, multiple_of, n_heads, n_layers, norm_eps, vocab_size written as text"
     ),
@@ -294,7 +296,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a trainer's arguments": (
         every(lambda t: {"model": t, "args": argparse.Namespace(lr=1)}),
-        "it was not loaded (argparse.Namespace); where you trust it, save the weights alone: torch.save(torch.load('",
+        "it was not loaded (argparse.Namespace); where you trust it, take the weights out of torch.load('",
     ),
     "a whole module": (every(lambda t: nn.Linear(2, 2)), "it was not loaded (torch.nn.modules.linear.Linear)"),
     "an unknown tensor": (every(lambda t: t | {"lora.weight": torch.ones(2)}), "unexpected: lora.weight"),
