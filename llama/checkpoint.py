@@ -15,7 +15,7 @@ from llama.distributed import model_parallel
 from llama.model import Transformer, TransformerBlock
 from llama.params import CheckpointError, ModelArgs, load_params
 from llama.progress import progress
-from llama.shard import FLOAT_TYPES, first, is_read_whole, open_shard
+from llama.shard import FLOAT_TYPES, first, is_read_whole, names_note, open_shard
 from llama.sniff import as_path, number_shards, what_instead
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
@@ -106,8 +106,7 @@ class Checkpoint:
         folder = as_path(ckpt_dir)
         self.paths = find_shards(folder)
         params, self.notes = load_params(folder)
-        if others := [path.name for i, path in enumerate(self.paths) if path.name != f"consolidated.{i:02d}.pth"]:
-            self.notes.append(f"the weights were read from {first(others)}")
+        self.notes += names_note(dict(enumerate(self.paths)))
         self.params = ModelArgs(**params)
         self._opened: dict[int, dict[str, torch.Tensor]] = {}
         self._open(0)

@@ -81,6 +81,12 @@ def is_read_whole(path: Path) -> bool:
         return False
 
 
+def names_note(shards: dict[int, Path]) -> list[str]:
+    """A line where the files, by number, have other names than Meta's."""
+    others = [path.name for number, path in sorted(shards.items()) if path.name != f"consolidated.{number:02d}.pth"]
+    return [f"the weights were read from {first(others)}"] if others else []
+
+
 def first(names: Iterable[str], limit: int = 4) -> str:
     """The names that come first, and how many there are beside them."""
     names = sorted(names)

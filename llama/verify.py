@@ -30,7 +30,7 @@ from llama.checkpoint import (
 )
 from llama.params import CheckpointError, ModelArgs, load_params
 from llama.progress import progress
-from llama.shard import Tensors, open_shard, way_out
+from llama.shard import Tensors, names_note, open_shard, way_out
 from llama.sniff import (
     JSON,
     OLD_TORCH,
@@ -111,6 +111,7 @@ def check(folder: Path) -> Findings:
     if not shards:  # the rest would only say what else of a Meta folder is not there
         found.faults.append(f"{folder} {what_instead(folder)}")
         return found
+    found.notes += names_note(shards)
     params = folder / "params.json"
     try:
         tokenizer = find_tokenizer(folder)
