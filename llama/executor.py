@@ -25,7 +25,7 @@ from llama import native
 from llama.cache import KVCache
 from llama.device import cache_folder
 from llama.distributed import exchange, model_parallel, say
-from llama.linear import MANY, ROWS, kernel
+from llama.linear import MANY, ROWS, kernel, measured_rows
 from llama.model import (
     Attention,
     ColumnLinear,
@@ -79,7 +79,7 @@ class Dense:
         if self.is_native and m <= FEW_ROWS:
             return native.multiply(native.matrix(self.weight), x, self.weight.dtype)
         x = x.to(self.weight.dtype)
-        return next((each for rows, each in self.kernels.items() if m <= rows), self.kernels[MANY])(x, self.weight)
+        return self.kernels[MANY if self.is_native else measured_rows(m)](x, self.weight)
 
 
 def merged(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:

@@ -33,7 +33,7 @@ BLOCK, X_ROWS = 2**19, 256  # numbers of a weight, and rows of x, that are widen
 
 
 def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """oneDNN's float32 product, from the weight as it is."""
+    """oneDNN's float32 product, without packing the weight."""
     y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return y
 
@@ -63,8 +63,12 @@ def candidates(dtype: torch.dtype) -> dict[str, Kernel]:
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [.., k] times weight [n, k] -> [.., n], both of one dtype."""
-    m = x.numel() // x.shape[-1]
-    return kernel(weight, next((rows for rows in ROWS if m <= rows), ROWS[-1]))(x, weight)
+    return kernel(weight, measured_rows(x.numel() // x.shape[-1]))(x, weight)
+
+
+def measured_rows(m: int) -> int:
+    """The one of ROWS whose kernel multiplies m rows."""
+    return next((rows for rows in ROWS if m <= rows), MANY)
 
 
 def kernel(weight: torch.Tensor, rows: int) -> Kernel:

@@ -225,7 +225,7 @@ def test_weights_are_replaced_while_a_stream_is_read(form: dict[str, Any], build
         assert token.id == newest
 
 
-def test_another_model_takes_over_a_stream(build: Callable[..., Llama], checkpoint: Callable[..., Path]) -> None:
+def test_another_model_takes_over_a_stream(build: Callable[..., Llama]) -> None:
     """It fills its own cache, also where it has made as many passes as the first one."""
     llama, other = (build("gqa", max_seq_len=32, max_batch_size=2) for _ in "ab")
     expected = [token.id for (token,) in llama.stream([IDS], max_gen_len=12, temperature=0)]
