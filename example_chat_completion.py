@@ -1,9 +1,9 @@
 """Answer dialogs: torchrun --nproc_per_node N example_chat_completion.py --ckpt_dir DIR"""
 
 from llama import Dialog, Llama
-from llama.chat_format import base_model_note
-from llama.cli import run
-from llama.terminal import show, tell
+from llama.chat.formats import base_model_note
+from llama.cli.main import run
+from llama.console import show, tell
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "What is the capital of France?"}],

@@ -1,8 +1,8 @@
 """Continue texts: torchrun --nproc_per_node N example_text_completion.py --ckpt_dir DIR"""
 
 from llama import Llama
-from llama.cli import run
-from llama.terminal import show
+from llama.cli.main import run
+from llama.console import show
 
 PROMPTS = [
     # Plain continuation: the model goes on where the text stops.

@@ -38,8 +38,8 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama": ["py.typed", "native.c"]},
+    package_data={"llama": ["py.typed", "accelerate/native.c"]},
     install_requires=["torch>=2.5", "fairscale>=0.4.13", "sentencepiece", "fire", "numpy"],
     extras_require={"convert": CONVERT, "eval": EVAL, "bench": BENCH, "test": CONVERT + EVAL + BENCH + CHECKS + PEERS},
-    entry_points={"console_scripts": ["llama = llama.cli:main"]},
+    entry_points={"console_scripts": ["llama = llama.cli.main:main"]},
 )

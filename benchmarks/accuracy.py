@@ -24,7 +24,7 @@ import torch
 from sides import FILE_TYPES, THREADS, LlamaCpp, Ours, meta_folder, write_random
 
 from llama.convert import convert
-from llama.scoring import windows
+from llama.evaluate.scoring import windows
 from llama.tokenizer import find_tokenizer
 
 WINDOW, POSITIONS = 512, 256

@@ -41,8 +41,8 @@ from sides import Meta
 
 from llama import Llama
 from llama.convert import convert
-from llama.device import DTYPES
-from llama.distributed import current_world, is_main_rank
+from llama.parallel.device import DTYPES
+from llama.parallel.groups import current_world, is_main_rank
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 TEXTS, PROMPT, STEPS = 2, 256, 32

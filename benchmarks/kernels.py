@@ -12,9 +12,9 @@ from statistics import median
 import torch
 from torch import nn
 
-from llama import native
-from llama.executor import Dense
-from llama.quantize import Int4, Int8, PackedInt4
+from llama.accelerate import native
+from llama.accelerate.executor import Dense
+from llama.accelerate.quantize import Int4, Int8, PackedInt4
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # wqkv, wo, w13, w2
 LAYERS, ROUNDS = 30, 9

@@ -26,7 +26,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from llama.convert import convert
-from llama.evals.meta_llama import MetaLlama
+from llama.evaluate.lm_eval_adapter import MetaLlama
 
 # fmt: off
 SUBJECTS = ("The old miller", "A young doctor", "My neighbour", "The captain of the ferry", "Nobody in the village",

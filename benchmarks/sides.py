@@ -24,11 +24,11 @@ from typing import Any, NoReturn
 import torch
 
 from llama import Llama
-from llama.checkpoint import OUTPUT, tensor_shapes, without_layer
+from llama.checkpoint.folder import OUTPUT, tensor_shapes, without_layer
 from llama.convert import convert
 from llama.convert.gguf import LAYER_NAMES, NAMES
-from llama.device import DTYPES
-from llama.distributed import current_world, join, meet
+from llama.parallel.device import DTYPES
+from llama.parallel.groups import current_world, join, meet
 from llama.params import ModelArgs
 
 CONTEXT = 1024  # positions that each side has room for
@@ -104,7 +104,7 @@ class Ours(Side):
 
 
 class Meta(Side):
-    """Its generation wants a GPU, its `Transformer` only fairscale's groups (`llama.distributed.join`)."""
+    """Its generation wants a GPU, its `Transformer` only fairscale's groups (`llama.parallel.groups.join`)."""
 
     def __init__(self, folder: Path, dtype: str):
         from llama_models.llama3.args import ModelArgs as Args

@@ -9,7 +9,7 @@ IS_PROGRAM = sys.argv[0] == "-m"  # `python -m llama`: a library that is importe
 if IS_PROGRAM:
     restore_interrupt()
 with exit_on_interrupt() if IS_PROGRAM else contextlib.nullcontext():
-    from llama.chat_format import Dialog, Message
+    from llama.chat.formats import Dialog, Message
     from llama.conversation import Conversation
     from llama.generation import LLaMA, Llama
     from llama.model import Transformer

@@ -1,6 +1,6 @@
 from llama.interrupt import exit_on_interrupt
 
 with exit_on_interrupt():
-    from llama.cli import main
+    from llama.cli.main import main
 
 main()

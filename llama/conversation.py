@@ -3,10 +3,10 @@
 from collections.abc import Generator
 from dataclasses import dataclass
 
-from llama.chat_format import Message
+from llama.chat.formats import Message
+from llama.engine.requests import Row, Settings, check_whole, read_rows
+from llama.engine.streaming import Stop, TextStream, read_stops
 from llama.generation import Llama
-from llama.request import Row, Settings, check_whole, read_rows
-from llama.stream import Stop, TextStream, read_stops
 
 
 @dataclass

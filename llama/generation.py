@@ -12,7 +12,11 @@ from typing import Any, TypedDict
 import torch
 from typing_extensions import Unpack
 
-from llama.chat_format import (
+from llama.accelerate.executor import Executor, can_compile
+from llama.accelerate.native import memory_given_back
+from llama.accelerate.quantize import SCHEMES
+from llama.accelerate.quantized_weight import held_bytes, quantize_part
+from llama.chat.formats import (
     B_INST,
     B_SYS,
     E_INST,
@@ -26,25 +30,21 @@ from llama.chat_format import (
     Role,
     for_tokenizer,
 )
-from llama.checkpoint import OUTPUT, Checkpoint, load_weights
-from llama.device import pick_device, pick_dtype, share_cores
-from llama.distributed import current_world, exchange, join, leave, meet, raising_together, say
-from llama.engine import Engine
-from llama.executor import Executor, can_compile
-from llama.memory import Choice, check_room, explained
+from llama.checkpoint.folder import OUTPUT, Checkpoint, load_weights
+from llama.checkpoint.verify import check_before_loading
+from llama.console import tell
+from llama.engine.engine import Engine
+from llama.engine.requests import Each, Row, Settings, check_list, check_whole
+from llama.engine.sampling import sample_top_p
+from llama.engine.streaming import Stop, TextPiece, TextStream, read_stops
+from llama.errors import EXPLAIN, is_shortage
+from llama.files import as_path
+from llama.memory.check import Choice, check_room, explained
 from llama.model import Transformer, TransformerBlock
-from llama.native import memory_given_back
+from llama.parallel.device import pick_device, pick_dtype, share_cores
+from llama.parallel.groups import current_world, exchange, join, leave, meet, raising_together, say
 from llama.params import CheckpointError, check_world_size
-from llama.quantize import SCHEMES
-from llama.quantized_weight import held_bytes, quantize_part
-from llama.request import Each, Row, Settings, check_list, check_whole
-from llama.sampling import sample_top_p
-from llama.shortage import EXPLAIN, is_shortage
-from llama.sniff import as_path
-from llama.stream import Stop, TextPiece, TextStream, read_stops
-from llama.terminal import tell
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
-from llama.verify import check_before_loading
 
 # What Meta's module of this name has.
 __all__ = [
@@ -132,7 +132,7 @@ class Llama(Engine):
         seed: given to torch.manual_seed, as in Meta's code; calls without a seed of their own draw from there.
         device: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:N" or "mps".
         dtype: "auto" (the checkpoint's, where the device computes in it), "float32", "bfloat16" or "float16".
-        quantize: hold the weights as "int8" or "int4" (`llama.quantize` has what that means).
+        quantize: hold the weights as "int8" or "int4" (`llama.accelerate.quantize` has what that means).
         compile: the decode step, once: on a CPU by the machine's C compiler, on CUDA by torch.compile, which takes
             minutes. "auto" compiles on CPUs where there is a compiler; True and False say so.
         plain: compute as the modules are written in `llama.model`, nothing merged or compiled.

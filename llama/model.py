@@ -5,7 +5,7 @@ Shapes use bsz (rows), seqlen (new positions), ctx_len (positions a query may lo
 included), dim, head_dim and vocab. "Local" is this rank's part of what is split over the ranks.
 
 The modules and their weights are the user's to read, hook, write and replace. What computes faster is derived from
-them elsewhere (`llama.executor`) and never takes their place.
+them elsewhere (`llama.accelerate.executor`) and never takes their place.
 """
 
 from typing import Any, cast
@@ -23,7 +23,7 @@ from torch import nn
 from typing_extensions import Self
 
 from llama.cache import KVCache
-from llama.distributed import model_parallel
+from llama.parallel.groups import model_parallel
 from llama.params import ModelArgs, ffn_width
 
 INIT_STD = 0.02  # of a new model's weights, as in GPT-2 and Llama's successors

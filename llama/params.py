@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from llama.sniff import EMPTY, FOLDER, LFS_POINTER, WEB_PAGE, as_path, read_small, what_is
+from llama.files import EMPTY, FOLDER, LFS_POINTER, WEB_PAGE, as_path, read_small, what_is
 
 # Llama 3.2 1B and 3B, as (dim, n_layers): their frequencies are divided by 32, and their params.json does not say so.
 LLAMA_3_2_SHAPES = {(2048, 16), (3072, 28)}

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from llama.distributed import is_main_rank
+from llama.parallel.groups import is_main_rank
 
 T = TypeVar("T")
 WIDTH = 20  # of the bar

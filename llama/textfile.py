@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llama.distributed import is_main_rank, raising_together, told_by_rank_0
+from llama.parallel.groups import is_main_rank, raising_together, told_by_rank_0
 
 T = TypeVar("T")
 LIMIT = 16 * 2**20  # bytes of a text that is taken whole; to cut it into ids may take 200 times as many

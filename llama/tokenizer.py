@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from typing_extensions import NotRequired
 
-from llama.sniff import as_path, expect_file, what_is
+from llama.files import as_path, expect_file, what_is
 
 if TYPE_CHECKING:
-    from llama.chat_format import ChatFormat as ChatFormat
+    from llama.chat.formats import ChatFormat as ChatFormat
 
 Kind = Literal["sentencepiece", "tiktoken", "tokenizer.json"]
 Names = Literal["all"] | Collection[str]
@@ -81,7 +81,7 @@ class TokenizerError(ValueError):
 def __getattr__(name: str) -> Any:
     """ChatFormat, which Meta's module has here, too; its own module imports this one."""
     if name == "ChatFormat":
-        from llama.chat_format import ChatFormat
+        from llama.chat.formats import ChatFormat
 
         return ChatFormat
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
-from llama import cli
+from llama.cli import main as cli
 
 
 class Keyboard(io.StringIO):

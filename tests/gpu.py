@@ -28,11 +28,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE / "golden")]
 
 from make_checkpoint import write  # noqa: E402  (the path above makes it importable)
 
-from llama import Llama, bench  # noqa: E402
-from llama.checkpoint import OUTPUT, Checkpoint  # noqa: E402
-from llama.device import DTYPES, pick_device  # noqa: E402
-from llama.distributed import current_world, is_main_rank  # noqa: E402
-from llama.plan import sizes  # noqa: E402
+from llama import Llama  # noqa: E402
+from llama.checkpoint.folder import OUTPUT, Checkpoint  # noqa: E402
+from llama.cli import bench  # noqa: E402
+from llama.memory.plan import sizes  # noqa: E402
+from llama.parallel.device import DTYPES, pick_device  # noqa: E402
+from llama.parallel.groups import current_world, is_main_rank  # noqa: E402
 
 MODELS = ("mha", "gqa", "code", "llama31")
 TEXTS = ("single", "single_echo", "ragged", "ragged_echo", "eos")

@@ -16,8 +16,10 @@ from typing import Any
 
 from ranks import free_port
 
-from llama import Llama, cli, distributed, generation
-from llama.executor import Executor
+from llama import Llama, generation
+from llama.accelerate.executor import Executor
+from llama.cli import main as cli
+from llama.parallel import groups as distributed
 
 EVER = 3600
 

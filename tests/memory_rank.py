@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from llama import Llama, Transformer, generation
-from llama.checkpoint import Checkpoint, Finish
-from llama.distributed import current_world, join, leave, meet
+from llama.checkpoint.folder import Checkpoint, Finish
+from llama.parallel.groups import current_world, join, leave, meet
 
 
 def touched_bytes() -> dict[str, int]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from llama import ModelArgs, Transformer, bench
-from llama.device import DTYPES
-from llama.distributed import current_world, join, meet
-from llama.executor import Executor
+from llama import ModelArgs, Transformer
+from llama.accelerate.executor import Executor
+from llama.cli import bench
+from llama.parallel.device import DTYPES
+from llama.parallel.groups import current_world, join, meet
 
 SHAPE: dict[str, Any] = {
     "dim": 576,

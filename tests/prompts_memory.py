@@ -9,7 +9,8 @@ import time
 
 from rss import anonymous_bytes
 
-from llama import Llama, complete
+from llama import Llama
+from llama.cli import complete
 
 
 def main(ckpt_dir: str, file: str, out: str) -> None:

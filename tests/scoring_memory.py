@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from llama import ModelArgs, Tokenizer, Transformer
-from llama.device import DTYPES
-from llama.distributed import current_world, join, meet
-from llama.engine import Engine
-from llama.scoring import hidden_states, token_logprobs
+from llama.engine.engine import Engine
+from llama.evaluate.scoring import hidden_states, token_logprobs
+from llama.parallel.device import DTYPES
+from llama.parallel.groups import current_world, join, meet
 
 ROWS, LENGTH = 4, 4096
 

@@ -17,8 +17,9 @@ from commands import Ended
 from faults import edit_params, edit_shard
 from ranks import run_ranks
 
-from llama import Llama, bench
-from llama.executor import Executor
+from llama import Llama
+from llama.accelerate.executor import Executor
+from llama.cli import bench
 
 CPU = torch.device("cpu")
 KEYS = {*bench.COLUMNS, "steps"}

@@ -25,12 +25,13 @@ from typing import Any
 import pytest
 from ranks import CONTEXT
 
-from llama import Llama, Message, cli
-from llama import terminal as terminal_module
-from llama.chat import HELP, chat
-from llama.chat_format import REFUSAL
-from llama.stream import TextPiece
-from llama.terminal import interrupts, visible
+from llama import Llama, Message
+from llama import console as terminal_module
+from llama.chat.formats import REFUSAL
+from llama.cli import main as cli
+from llama.cli.chat import HELP, chat
+from llama.console import interrupts, visible
+from llama.engine.streaming import TextPiece
 
 ROOT = Path(__file__).parent.parent
 CTRL_C, CTRL_D, LEFT, UP, BACKSPACE = "\x03", "\x04", "\x1b[D", "\x1b[A", "\x7f"
@@ -454,7 +455,7 @@ def test_a_broken_off_answer_does_not_come_back(
     slowed: list[str] = []
     lines = ["Hello", "/reset", "The licence", f"/save {tmp_path / 'dialog'}"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    monkeypatch.setattr("llama.chat.write", slow)
+    monkeypatch.setattr("llama.cli.chat.write", slow)
     chat(str(checkpoint("mha")), max_gen_len=5)
     assert slowed
     dialog = json.loads((tmp_path / "dialog").read_text(encoding="utf-8"))

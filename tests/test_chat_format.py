@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_checkpoint import TOKENIZER
 
-from llama import Dialog, Llama, Tokenizer, chat
-from llama.chat_format import (
+from llama import Dialog, Llama, Tokenizer
+from llama.chat.formats import (
     BOS,
     EOS,
     FORMATS,
@@ -28,6 +28,7 @@ from llama.chat_format import (
     for_tokenizer,
     render,
 )
+from llama.cli import chat
 
 TOKENS = Tokenizer(TOKENIZER)
 LLAMA2 = ChatFormat(TOKENS, "llama2")
@@ -517,6 +518,6 @@ def test_a_model_without_a_chat_format(build: Callable[..., Llama]) -> None:
 
 
 def test_roles_have_specials() -> None:
-    from llama.chat_format import PHI3_ROLES
+    from llama.chat.formats import PHI3_ROLES
 
     assert set(PHI3_ROLES) == set(get_args(Role))

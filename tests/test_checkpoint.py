@@ -18,11 +18,11 @@ from ranks import run_ranks
 from torch import nn
 
 from llama import Llama, ModelArgs
-from llama.checkpoint import Checkpoint, rank_slice, tensor_shapes
+from llama.checkpoint.folder import Checkpoint, rank_slice, tensor_shapes
+from llama.checkpoint.verify import check
 from llama.convert import convert
 from llama.params import CheckpointError, legal_world_sizes, read_params
 from llama.tokenizer import TokenizerError
-from llama.verify import check
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_a_limit_on_memory_is_told(tmp_path: Path) -> None:
     script = """if True:
         import re, resource, sys
         from pathlib import Path
-        from llama.checkpoint import open_shard
+        from llama.checkpoint.folder import open_shard
         used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
         open_shard(Path(sys.argv[1]))

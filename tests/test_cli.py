@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from llama import Llama, cli
-from llama.evals.meta_llama import MetaLlama
+from llama import Llama
+from llama.cli import main as cli
+from llama.evaluate.lm_eval_adapter import MetaLlama
 
 
 def command(source: str, count: int = 1, verbose: bool = False) -> None:
@@ -151,7 +152,7 @@ def test_ctrl_c_while_packages_are_imported(library: str, tmp_path: Path) -> Non
         "import sys, time\n"
         "class Waits:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'llama.evals.perplexity': time.sleep(30)\n"
+        "        if name == 'llama.evaluate.perplexity': time.sleep(30)\n"
         "sys.meta_path.insert(0, Waits())\n"
     )
     process = subprocess.Popen(

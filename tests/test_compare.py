@@ -13,7 +13,7 @@ import pytest
 import torch
 from make_checkpoint import TOKENIZER
 
-from llama.distributed import leave
+from llama.parallel.groups import leave
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

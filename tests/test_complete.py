@@ -21,8 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import CONTEXT
 
-from llama import Llama, ModelArgs, cli
-from llama.complete import (
+from llama import Llama, ModelArgs
+from llama.cli import main as cli
+from llama.cli.complete import (
     WORK_OF_AN_ANSWER,
     Job,
     Progress,
@@ -33,8 +34,8 @@ from llama.complete import (
     _strike_off,
     batches,
 )
-from llama.stream import TextPiece
-from llama.terminal import visible
+from llama.console import visible
+from llama.engine.streaming import TextPiece
 
 ROOT = Path(__file__).parent.parent
 # What every file here is answered with; texts and dialogs take them by the same names.
@@ -576,7 +577,7 @@ def test_progress_counts_tokens_and_guesses_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 50.0
-    monkeypatch.setattr("llama.complete.time.perf_counter", lambda: now)
+    monkeypatch.setattr("llama.cli.complete.time.perf_counter", lambda: now)
     jobs = [Job(i, "text", length) for i, length in enumerate([300, 300, 100, 100])]
     progress = Progress(len(jobs), sum(job.work for job in jobs))
     progress.visible = True

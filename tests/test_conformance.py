@@ -25,8 +25,8 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from llama import Llama
-from llama.conformance import DIALOGS, LAYER, PROMPTS, STEPS, bound_of, export
 from llama.convert import convert
+from llama.evaluate.conformance import DIALOGS, LAYER, PROMPTS, STEPS, bound_of, export
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 
@@ -845,7 +845,7 @@ def test_a_folder_that_is_wrong_is_named_in_one_line(
 def test_without_safetensors(
     kit: Callable[..., Path], conformance: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama.conformance.find_spec", lambda name: None)
+    monkeypatch.setattr("llama.evaluate.conformance.find_spec", lambda name: None)
     ended = conformance("compare", kit("mha"), kit("mha"))
     assert ended.err == "error: kits need the Python package safetensors: pip install 'llama-runner[convert]'\n"
 

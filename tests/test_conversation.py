@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llama import Conversation, Llama, Message
-from llama.chat_format import REFUSAL
+from llama.chat.formats import REFUSAL
 
 QUESTIONS = ["What is it?", "And then the software", "Who?", "copyright notice", "May I use it?", "Why not", "The end"]
 

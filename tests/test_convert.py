@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from test_hf import LLAMA3_TOKENIZER
 
 from llama import Llama, Tokenizer
-from llama.checkpoint import Checkpoint, tensor_shapes
+from llama.checkpoint.folder import Checkpoint, tensor_shapes
 from llama.convert import ConvertError, convert, meta
 from llama.params import ModelArgs
 
@@ -556,7 +556,7 @@ def test_a_full_disk_leaves_one_line(source: Path, tmp_path: Path) -> None:
     """Beyond the first MB nothing can be written: no traceback of a file that tries to end itself."""
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-    call = "import sys; from llama.cli import main; main()"
+    call = "import sys; from llama.cli.main import main; main()"
     command = [sys.executable, "-c", limit + call, "convert", str(source), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and not os.listdir(tmp_path)

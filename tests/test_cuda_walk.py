@@ -19,10 +19,14 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llama import Llama, distributed, engine, executor, generation, sampling, scoring
-from llama.device import pick_device
-from llama.distributed import World, current_world, join, leave, meet
-from llama.pulse import Stores
+from llama import Llama, generation
+from llama.accelerate import executor
+from llama.engine import engine, sampling
+from llama.evaluate import scoring
+from llama.parallel import groups as distributed
+from llama.parallel.device import pick_device
+from llama.parallel.groups import World, current_world, join, leave, meet
+from llama.parallel.heartbeat import Stores
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Set timeout is now only supported"),  # of the fake group
@@ -79,7 +83,7 @@ def device_guard(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 class Alone:
-    """In place of `llama.pulse.Pulse`: the other ranks, which are not there, give what this one gives."""
+    """In place of `llama.parallel.heartbeat.Pulse`: the other ranks, which are not there, give what this one gives."""
 
     def __init__(self, stores: Stores, prefix: str, rank: int, size: int):
         self.size = size

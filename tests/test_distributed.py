@@ -17,9 +17,10 @@ from fairscale.nn.model_parallel import initialize, layers
 from ranks import run_ranks
 from rss import anonymous_bytes
 
-from llama import Llama, distributed
-from llama.device import pick_device, pick_dtype, share_cores
-from llama.distributed import World, current_world
+from llama import Llama
+from llama.parallel import groups as distributed
+from llama.parallel.device import pick_device, pick_dtype, share_cores
+from llama.parallel.groups import World, current_world
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,7 +41,8 @@ def torchrun(world_size: int, *command: str, timeout: float = 120, **env: str) -
 
 def test_plain_python_needs_no_environment(checkpoint: Callable[..., Path]) -> None:
     code = f"""
-from llama import Llama, distributed
+from llama import Llama
+from llama.parallel import groups as distributed
 llama = Llama.build({str(checkpoint("mha"))!r})
 print(llama.text_completion(["The licence"], temperature=0, max_gen_len=4)[0]["finish_reason"])
 """
@@ -291,7 +293,8 @@ def test_a_users_mistake_is_one_line_on_one_rank(checkpoint: Callable[..., Path]
 
 FAILING = """
 import os, sys, time
-from llama import Llama, distributed
+from llama import Llama
+from llama.parallel import groups as distributed
 llama = Llama.build(sys.argv[1])
 if os.environ["RANK"] == "1":
     raise RuntimeError("rank one has had enough")
@@ -329,7 +332,8 @@ from ranks import free_port
 
 # Registered before the package's own handler, so it runs after that: the abort is rare, a group left alive is not.
 atexit.register(lambda: torch.distributed.is_initialized() and os._exit(3))
-from llama import Llama, distributed
+from llama import Llama
+from llama.parallel import groups as distributed
 
 attempt, is_rank = 0, False
 while attempt < 20 and not is_rank:  # one import serves all; a fork is a rank, and ends as a program of its own does

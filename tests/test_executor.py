@@ -19,11 +19,12 @@ from make_checkpoint import TOKENIZER
 from tolerance import BFLOAT16, LOGPROB, gamma, near
 from torch import nn
 
-from llama import Llama, ModelArgs, executor, generation, model, native
+from llama import Llama, ModelArgs, generation, model
+from llama.accelerate import executor, native
+from llama.accelerate.executor import Dense
+from llama.accelerate.quantize import FEW_ROWS, Int4, Int8, Quantized
 from llama.cache import KVCache
-from llama.checkpoint import tensor_shapes
-from llama.executor import Dense
-from llama.quantize import FEW_ROWS, Int4, Int8, Quantized
+from llama.checkpoint.folder import tensor_shapes
 
 
 def ids(bsz: int, seqlen: int, seed: int = 0) -> torch.Tensor:

@@ -13,10 +13,11 @@ import pytest
 from faults import FAULTS, FOREIGN, Fault, data_of, flip, table
 from ranks import run_ranks
 
-from llama import Llama, cli, generation
-from llama.distributed import current_world
+from llama import Llama, generation
+from llama.checkpoint.verify import check
+from llama.cli import main as cli
 from llama.model import Transformer
-from llama.verify import check
+from llama.parallel.groups import current_world
 
 ROOT = Path(__file__).parent.parent
 # Faults that more than one file shows, and how many lines `verify` has for them.

@@ -276,7 +276,7 @@ def test_a_batch_is_prefilled_in_passes_of_about_one_length(
     expected = llama.generate(PROMPTS, 4, temperature=0, logprobs=True, echo=True)
     for cost, passes in ((2, [(1, 58), (1, 8), (1, 5), (2, 2)]), (0, [(1, 58), (1, 8), (1, 5), (1, 2), (1, 1)])):
         shapes.clear()
-        monkeypatch.setattr("llama.request.PASS_COST", cost)
+        monkeypatch.setattr("llama.engine.requests.PASS_COST", cost)
         found = llama.generate(PROMPTS, 4, temperature=0, logprobs=True, echo=True)
         assert shapes == [*passes, (5, 1), (5, 1), (5, 1)]
         assert found[0] == expected[0] and found[1] is not None and expected[1] is not None
@@ -287,7 +287,7 @@ def test_a_batch_is_prefilled_in_passes_of_about_one_length(
 def test_prompts_are_scored_in_chunks(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build("gqa", max_seq_len=64, max_batch_size=5)
     _, expected = llama.generate(PROMPTS, 0, logprobs=True, echo=True)
-    monkeypatch.setattr("llama.executor.SCORING_CHUNK", 5 * 512 * 7)  # 7 positions at a time, of 57
+    monkeypatch.setattr("llama.accelerate.executor.SCORING_CHUNK", 5 * 512 * 7)  # 7 positions at a time, of 57
     _, found = llama.generate(PROMPTS, 0, logprobs=True, echo=True)
     assert expected is not None and found is not None
     for ours, theirs in zip(found, expected, strict=True):
@@ -319,7 +319,7 @@ def test_any_ragged_batch_equals_its_rows_alone(
     stream = random.Random(seed)
     prompts = [[stream.randrange(512) for _ in range(n)] for n in lengths]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama.request.PASS_COST", pass_cost)  # texts in one pass, or in several
+        patch.setattr("llama.engine.requests.PASS_COST", pass_cost)  # texts in one pass, or in several
         batch, logprobs = llama.generate(prompts, max_gen_len, temperature, top_p, True, True, seed=seed)
     assert logprobs is not None
     for prompt, tokens, scores in zip(prompts, batch, logprobs, strict=True):

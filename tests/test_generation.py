@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama import Dialog, Llama
-from llama.chat_format import REFUSAL
+from llama.chat.formats import REFUSAL
 
 TEXTS = ["The licence", "the software is", "", "copyright notice and this permission notice", "or"]
 

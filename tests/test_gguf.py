@@ -20,7 +20,7 @@ import torch
 from make_checkpoint import TOKENIZER
 
 from llama import Tokenizer
-from llama.checkpoint import Checkpoint
+from llama.checkpoint.folder import Checkpoint
 from llama.convert import ConvertError, convert, meta
 from llama.convert.params import feed_forward_params
 from llama.params import ModelArgs

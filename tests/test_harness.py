@@ -30,11 +30,11 @@ from test_distributed import torchrun
 from tolerance import logprob_sum
 
 from llama import Llama
-from llama.chat_format import Message, for_tokenizer
-from llama.cli import main
+from llama.chat.formats import Message, for_tokenizer
+from llama.cli.main import main
 from llama.convert import convert
-from llama.evals import harness, meta_llama
-from llama.evals.meta_llama import MetaLlama
+from llama.evaluate import harness, lm_eval_adapter
+from llama.evaluate.lm_eval_adapter import MetaLlama
 from llama.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
@@ -204,7 +204,7 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MetaLlama]:
             model=SimpleNamespace(params=SimpleNamespace(max_seq_len=64)),
             executor=SimpleNamespace(device=torch.device("cpu")),
         )
-        monkeypatch.setattr(meta_llama.Llama, "build", lambda *_, **__: stub)
+        monkeypatch.setattr(lm_eval_adapter.Llama, "build", lambda *_, **__: stub)
         return MetaLlama(ckpt_dir="none")
 
     return make

@@ -17,8 +17,8 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Phi3Config
 
 from llama import Llama, ModelArgs, Tokenizer
-from llama.chat_format import ChatFormat, base_model_note
-from llama.checkpoint import Checkpoint, tensor_shapes
+from llama.chat.formats import ChatFormat, base_model_note
+from llama.checkpoint.folder import Checkpoint, tensor_shapes
 from llama.convert import ConvertError, convert
 from llama.tokenizer import find_tokenizer
 

@@ -20,9 +20,10 @@ import pytest
 from commands import Ended
 from make_checkpoint import TOKENIZER
 
-from llama import Llama, Tokenizer, cli, textfile
-from llama.chat_format import ChatFormat, Message
-from llama.terminal import LONGEST, in_one_line
+from llama import Llama, Tokenizer, textfile
+from llama.chat.formats import ChatFormat, Message
+from llama.cli import main as cli
+from llama.console import LONGEST, in_one_line
 from llama.tokenizer import SIZE_LIMIT, TokenizerError
 
 ROOT = Path(__file__).parent.parent
@@ -548,7 +549,7 @@ def test_a_file_of_prompts_is_not_held_in_memory(
 def test_windows_are_answered_in_turn_each_longest_first(
     command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama.complete.WINDOW_JOBS", 4)
+    monkeypatch.setattr("llama.cli.complete.WINDOW_JOBS", 4)
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     lengths = [1, 5, 3, 9, 7, 2, 8, 4, 6]
     file.write_text("".join(json.dumps({"prompt": "word " * n}) + "\n\n" for n in lengths))
@@ -559,7 +560,7 @@ def test_windows_are_answered_in_turn_each_longest_first(
     whole = sorted(out.read_text().splitlines())
     # A line at a time, and then as many as make 60 characters.
     for characters, expected in ((1, list(range(1, 10))), (60, [2, 3, 1, 4, 5, 7, 6, 9, 8])):
-        monkeypatch.setattr("llama.complete.WINDOW_CHARACTERS", characters)
+        monkeypatch.setattr("llama.cli.complete.WINDOW_CHARACTERS", characters)
         out.unlink()
         assert command("complete", *words).status == 0
         assert [(json.loads(line)["line"] + 1) // 2 for line in out.read_text().splitlines()] == expected
@@ -579,7 +580,7 @@ def test_a_file_that_changes_meanwhile_is_told(
         file.write_text(change(text))
         return strike_off(*args)
 
-    monkeypatch.setattr("llama.complete._strike_off", and_change)
+    monkeypatch.setattr("llama.cli.complete._strike_off", and_change)
     ended = command("complete", "--file", str(file), "--out", str(out))
     assert ended.status == 1 and f"error: {file} was changed while it was read" in ended.err
 
@@ -587,7 +588,7 @@ def test_a_file_that_changes_meanwhile_is_told(
 def test_a_file_has_limits(command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     words = ["--file", str(file), "--out", str(out), "--max_gen_len", "1"]
-    monkeypatch.setattr("llama.complete.LINE_LIMIT", 20)
+    monkeypatch.setattr("llama.cli.complete.LINE_LIMIT", 20)
     file.write_text('{"prompt": "123456"}\n{"prompt": "1234567"}\n{"prompt": "123456"}')
     ended = command("complete", *words)
     assert "prompts.jsonl, line 2: longer than 20 characters: mend" in ended.err and not out.exists()
@@ -595,7 +596,7 @@ def test_a_file_has_limits(command: Callable[..., Ended], tmp_path: Path, monkey
     assert sorted(json.loads(line)["line"] for line in out.read_text().splitlines()) == [1, 3]
     file.write_text(" " * 21 + "\n")
     assert "line 1: longer than 20 characters" in command("complete", *words).err
-    monkeypatch.setattr("llama.complete.LINES_LIMIT", 3)
+    monkeypatch.setattr("llama.cli.complete.LINES_LIMIT", 3)
     file.write_text("\n" * 4)
     assert f"error: {file} has more than 3 lines: divide it" in command("complete", *words).err
     assert "is no regular file: it is read twice" in command("complete", "--file", "/dev/null", *words[2:]).err

@@ -24,10 +24,10 @@ from ranks import run_ranks
 from test_stream import byte_fallback_tokenizer
 
 from llama import Llama
-from llama.evals.inspect import _texts, look_at, summary, table
-from llama.evals.inspect import inspect as inspect_command
-from llama.evals.page import Look, level, page, percent_text, shown, width
-from llama.terminal import visible
+from llama.console import visible
+from llama.evaluate.html_report import Look, level, page, percent_text, shown, width
+from llama.evaluate.inspect import _texts, look_at, summary, table
+from llama.evaluate.inspect import inspect as inspect_command
 
 TEXT = "The licence of it"
 HOSTILE = (

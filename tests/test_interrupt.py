@@ -29,7 +29,7 @@ os.execv(sys.executable, [sys.executable, *words])
 """
 SIGNALS_ITSELF = """
 import os, signal
-from llama.cli import run
+from llama.cli.main import run
 
 def main() -> None:
     os.kill(os.getpid(), signal.SIGINT)

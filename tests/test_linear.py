@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import BFLOAT16, gamma
 
-from llama import linear, native
+from llama.accelerate import linear, native
 
 
 @pytest.fixture(autouse=True)

@@ -24,9 +24,12 @@ import torch.distributed as dist
 from faults import data_of, edit_params, edit_shard, flip
 from ranks import free_port, run_ranks
 
-from llama import Llama, chat, distributed, generation, pulse
-from llama.distributed import current_world
-from llama.executor import Executor
+from llama import Llama, generation
+from llama.accelerate.executor import Executor
+from llama.cli import chat
+from llama.parallel import groups as distributed
+from llama.parallel import heartbeat as pulse
+from llama.parallel.groups import current_world
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))

@@ -16,8 +16,8 @@ from make_checkpoint import TOKENIZER, layout
 from rss import anonymous_bytes
 
 import llama
-from llama.checkpoint import without_layer
-from llama.quantize import stored_bytes
+from llama.accelerate.quantize import stored_bytes
+from llama.checkpoint.folder import without_layer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID/status and smaps, which Linux has")
 

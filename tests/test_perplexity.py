@@ -16,8 +16,8 @@ from ranks import run_ranks
 from tolerance import logprob_sum
 
 from llama import Llama
-from llama.evals.perplexity import perplexity, score_text
-from llama.scoring import token_logprobs
+from llama.evaluate.perplexity import perplexity, score_text
+from llama.evaluate.scoring import token_logprobs
 
 HERE = Path(__file__).parent
 TEXT = "The first sentence.\nA second one,\r\n with an é. \n"

@@ -16,12 +16,13 @@ from faults import edit_params, edit_shard
 from ranks import run_ranks
 
 import llama as package
-from llama import Llama, ModelArgs, cli
-from llama.checkpoint import Checkpoint, tensor_shapes
-from llama.device import DTYPES
+from llama import Llama, ModelArgs
+from llama.accelerate.quantized_weight import QuantizedWeight
+from llama.checkpoint.folder import Checkpoint, tensor_shapes
+from llama.cli import main as cli
+from llama.memory.plan import Sizes, count_parameters, plan, read_bytes, sizes
+from llama.parallel.device import DTYPES
 from llama.params import CheckpointError, legal_world_sizes
-from llama.plan import Sizes, count_parameters, plan, read_bytes, sizes
-from llama.quantized_weight import QuantizedWeight
 
 SEVEN_B = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
 SEVENTY_B = {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8}

@@ -10,10 +10,11 @@ import torch
 from ranks import run_ranks
 from tolerance import BFLOAT16, gamma
 
-from llama import Llama, ModelArgs, quantize
-from llama.checkpoint import EMBEDDING, OUTPUT, tensor_shapes
-from llama.quantize import FEW_ROWS, GROUP, Int4, Int8, PackedInt4, quantized, scheme_of, stored_bytes
-from llama.scoring import rolling_loglikelihood, token_logprobs
+from llama import Llama, ModelArgs
+from llama.accelerate import quantize
+from llama.accelerate.quantize import FEW_ROWS, GROUP, Int4, Int8, PackedInt4, quantized, scheme_of, stored_bytes
+from llama.checkpoint.folder import EMBEDDING, OUTPUT, tensor_shapes
+from llama.evaluate.scoring import rolling_loglikelihood, token_logprobs
 
 needs_packing = pytest.mark.skipif(not quantize.packed_half(), reason="this torch has no int4 kernel for this CPU")
 

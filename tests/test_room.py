@@ -15,9 +15,10 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from llama import Llama, ModelArgs, memory
-from llama.distributed import World
-from llama.memory import Choice, RoomError, check_room, free_bytes, ways_out
+from llama import Llama, ModelArgs
+from llama.memory import check as memory
+from llama.memory.check import Choice, RoomError, check_room, free_bytes, ways_out
+from llama.parallel.groups import World
 from llama.params import CheckpointError
 
 GIB = 2**30

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama import ModelArgs
-from llama.request import read_rows
-from llama.sampling import Sampler, draw, keep_top_k, keep_top_p, penalize, probabilities
+from llama.engine.requests import read_rows
+from llama.engine.sampling import Sampler, draw, keep_top_k, keep_top_p, penalize, probabilities
 
 FOUR = [0.5, 0.25, 0.125, 0.125]
 

@@ -18,9 +18,10 @@ from make_checkpoint import MODELS, TOKENIZER
 from ranks import run_ranks
 from tolerance import logprob_sum
 
-from llama import Llama, scoring
-from llama.executor import Executor
-from llama.scoring import (
+from llama import Llama
+from llama.accelerate.executor import Executor
+from llama.evaluate import scoring
+from llama.evaluate.scoring import (
     hidden_states,
     loglikelihood,
     rolling_loglikelihood,

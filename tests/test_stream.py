@@ -17,7 +17,7 @@ from ranks import run_ranks
 from rss import anonymous_bytes
 
 from llama import Conversation, Llama
-from llama.stream import TextPiece, TextStream, read_stops
+from llama.engine.streaming import TextPiece, TextStream, read_stops
 from llama.tokenizer import Tokenizer
 
 TOK512 = Tokenizer(Path(__file__).parent / "golden" / "tok512.model")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llama.chat_format import BOS, EOS, Special, find_dialect, render
+from llama.chat.formats import BOS, EOS, Special, find_dialect, render
 from llama.convert import template as template_module
 from llama.convert.template import DIALOGS, _rendered, chat_keys
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from make_checkpoint import TOKENIZER
 
 from llama import Tokenizer
-from llama.stream import TextStream
+from llama.engine.streaming import TextStream
 from llama.tokenizer import LLAMA3_SPLIT, RANKS_LIMIT, TokenizerError, find_tokenizer, read_ranks
 
 SENTENCEPIECE = Tokenizer(TOKENIZER)

@@ -27,11 +27,11 @@ from faults import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-from llama import sniff
-from llama.checkpoint import Checkpoint
+from llama import files as sniff
+from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.verify import BLOCK, Findings, _check_count, check, is_finite, verify
 from llama.convert import ConvertError, convert
 from llama.params import CheckpointError
-from llama.verify import BLOCK, Findings, _check_count, check, is_finite, verify
 
 
 @pytest.fixture

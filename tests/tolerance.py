@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llama import Llama
-from llama.conformance import bound_of
+from llama.evaluate.conformance import bound_of
 
 BFLOAT16 = 2.0**-8  # the largest error that rounding makes of a number of size 1
 FLOAT32 = 2.0**-24

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint import tensor_shapes
+from llama.checkpoint.folder import tensor_shapes
+from llama.console import tell
 from llama.convert import gguf, hf, llama2c, meta
 from llama.convert.meta import ConvertError, Source
-from llama.device import DTYPES
-from llama.sniff import (
+from llama.files import (
     GGUF,
     LFS_POINTER,
     OLD_TORCH,
@@ -27,7 +27,7 @@ from llama.sniff import (
     other_shards,
     what_is,
 )
-from llama.terminal import tell
+from llama.parallel.device import DTYPES
 
 __all__ = ["ConvertError", "convert"]
 

@@ -17,8 +17,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from llama.chat_format import for_tokenizer
-from llama.checkpoint import EMBEDDING, OUTPUT, tensor_shapes, without_layer
+from llama.chat.formats import for_tokenizer
+from llama.checkpoint.folder import EMBEDDING, OUTPUT, tensor_shapes, without_layer
+from llama.checkpoint.shards import open_tensors
+from llama.checkpoint.verify import read_zip, torn_records
 from llama.convert.meta import ConvertError, Source, raw
 from llama.convert.params import (
     MOST_LAYERS,
@@ -32,12 +34,10 @@ from llama.convert.params import (
 )
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import hf_tokenizer
+from llama.files import JSON, SAFETENSORS, ZIP, what_is
 from llama.params import ModelArgs
 from llama.progress import progress
-from llama.shard import open_tensors
-from llama.sniff import JSON, SAFETENSORS, ZIP, what_is
 from llama.tokenizer import Tokenizer, check_size, find_tokenizer, read_tokenizer_json
-from llama.verify import read_zip, torn_records
 
 NAMES = {EMBEDDING: "model.embed_tokens.weight", "norm.weight": "model.norm.weight", OUTPUT: "lm_head.weight"}
 LAYER_NAMES = {

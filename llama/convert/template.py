@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 # The child runs this file by its path, and the package would load torch: the functions of the parent import from it.
 if TYPE_CHECKING:
-    from llama.chat_format import Dialect, Dialog, Special
+    from llama.chat.formats import Dialect, Dialog, Special
 
 CPU_SECONDS = 2
 SECONDS = 30  # on a busy machine, and where there are no limits but this
@@ -55,7 +55,7 @@ def chat_keys(template: Any, config: dict[str, Any], specials: Collection[str]) 
     where it puts a text before every system message, "dialog_bos" where BOS goes first though the dialect has none.
     None for templates of other dialects, and for those that fail, take too long or write too much.
     """
-    from llama.chat_format import BOS, EOS, FORMATS, Special, find_dialect
+    from llama.chat.formats import BOS, EOS, FORMATS, Special, find_dialect
 
     if isinstance(template, list):
         template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), "")
@@ -88,7 +88,7 @@ def _match(
     spaces_count: False for Mistral's, where releases differ in the spaces around the tags; the ids are
     mistral-common's anyway.
     """
-    from llama.chat_format import BOS, render
+    from llama.chat.formats import BOS, render
 
     def written(dialog: "Dialog", **keys: Any) -> str:
         text = render(dialect.parts(dialog, **keys), roles)

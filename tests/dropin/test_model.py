@@ -485,7 +485,7 @@ def losses() -> list[float]:
 
 
 def losses_of_a_rank() -> list[float]:
-    from llama.distributed import current_world, join, leave, meet
+    from llama.parallel.groups import current_world, join, leave, meet
 
     meet(current_world())
     join(current_world(), torch.device("cpu"))

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llama import Llama, Tokenizer
-from llama.checkpoint import Checkpoint
-from llama.cli import COMMANDS, run
+from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.verify import check, verify
+from llama.cli.main import COMMANDS, run
 from llama.convert import ConvertError, convert
+from llama.memory.plan import plan
 from llama.model import rotary_angles
 from llama.params import CheckpointError, ModelArgs, read_params
-from llama.plan import plan
-from llama.verify import check, verify
 
 PROMPT = [1, 20, 300, 4, 77]
 Tensors = dict[str, Any]
@@ -224,7 +224,7 @@ def test_an_optimizer_is_mapped_and_not_read(copy: Callable[..., Path]) -> None:
     script = """if True:
         import re, sys
         from pathlib import Path
-        from llama.shard import open_shard
+        from llama.checkpoint.shards import open_shard
         peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
         before = peak()
         tensors = open_shard(Path(sys.argv[1])).tensors

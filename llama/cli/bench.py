@@ -1,0 +1,391 @@
+"""`python -m llama bench`: how fast the model reads prompts and writes answers here, and what bounds it."""
+
+import contextlib
+import math
+import platform
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from functools import partial
+from importlib.util import find_spec
+from itertools import pairwise
+from json import dumps
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llama.accelerate.executor import Executor
+from llama.accelerate.quantized_weight import held_bytes
+from llama.checkpoint.folder import Checkpoint
+from llama.console import tell
+from llama.engine.engine import read_back
+from llama.engine.requests import check_whole
+from llama.files import as_path
+from llama.generation import Llama
+from llama.model import Transformer
+from llama.parallel.groups import current_world, is_main_rank, our_group
+from llama.progress import progress
+
+ROUNDS = 3  # runs that are timed, after one that warms up
+PREFIX_STEPS = 8  # without the cache, at most
+CONTEXT_STEPS = 20  # at each context of the plot
+SHORTEST_CONTEXT = 128  # of the plot
+READ_BYTES = 256_000_000  # read at a time to measure the bandwidth
+SAMPLE_SECONDS = 0.005  # between two looks at the memory
+STATUS = Path("/proc/self/status")
+# What fairscale's layers and llama.distributed call while a model computes.
+COLLECTIVES = ("all_reduce", "all_gather", "broadcast")
+
+# A row of the JSON, and what the table makes of it: head, format, factor. Seconds and bytes; None: not measured.
+COLUMNS: dict[str, tuple[str, str, float]] = {
+    "batch": ("batch", ",", 1),
+    "prompt": ("prompt", ",", 1),  # ids of each row
+    "cache": ("cache", "", 1),  # False: each step computes the whole prefix again
+    "prefill_tokens_per_s": ("prefill tok/s", ",.0f", 1),  # of all rows, without choosing ids
+    "first_token_s": ("first ms", ",.1f", 1e3),  # prefill and first ids
+    "tokens_per_s": ("decode tok/s", ",.1f", 1),  # batch / step_s
+    "step_s": ("step ms", ",.2f", 1e3),  # median of the `steps` after the first
+    "step_p95_s": ("p95 ms", ",.2f", 1e3),
+    "peak_memory": ("peak MB", ",.0f", 1e-6),  # CPU: anonymous memory of the process; CUDA: what torch allocated
+    "bytes_per_token": ("MB/token", ",.2f", 1e-6),  # weights, keys and values that the median step reads / batch
+    "bandwidth_share": ("bandwidth", ".0%", 1),  # of what was measured, that such a step uses
+    "collectives_share": ("collectives", ".0%", 1),  # of the steps' time
+}
+
+
+def bench(
+    *,
+    ckpt_dir: str,
+    batch: str | int | Sequence[int] = (1, 4, 16),
+    prompt: str | int | Sequence[int] = (128, 512),
+    gen: int = 64,
+    no_cache: bool = False,
+    json: bool = False,
+    plot: str | None = None,
+    tokenizer_path: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    compile: bool | str = "auto",
+    plain: bool = False,
+) -> None:
+    """Measure prefill, decoding, memory and bandwidth, for every batch size with every prompt length.
+
+    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
+    batch, prompt: rows at a time, and random ids in each: whole numbers with commas between them.
+    gen: ids that each row generates: the first comes with the prompt, the others are the steps that are timed.
+    no_cache: also time computing the whole prefix again at each step, which is what the KV cache saves.
+    json: one object with the machine, the bandwidth (bytes a second) and the rows, in seconds and bytes.
+    plot: a PNG to draw: step time and memory at contexts of 128, 256, ... up to the longest prompt, for one row.
+    quantize, compile, plain: as in `Llama.build`.
+    """
+    batches, prompts = read_list("batch", batch), read_list("prompt", prompt)
+    longest = max(prompts)
+    check_whole("gen", gen, 2)  # one step at least
+    if is_main_rank():
+        if plot is not None:
+            _check_plot(as_path(plot), longest)
+        window = Checkpoint(ckpt_dir).params.sliding_window
+        if window is not None and longest + gen > window:
+            raise ValueError(
+                f"--prompt {longest} and --gen {gen} are more than the {window} positions of this model's sliding "
+                "window: give less"
+            )
+    options: dict[str, Any] = {"quantize": quantize, "compile": compile, "plain": plain}
+    points: list[dict[str, Any]] = []
+    try:
+        llama = Llama.build(
+            ckpt_dir, tokenizer_path, longest + gen, max(batches), device=device, dtype=dtype, **options
+        )
+        rate = bandwidth(llama.executor.device)
+        if plot is not None:
+            points = measure_contexts(llama.executor, longest, rate)
+        pairs = [(rows, length) for rows in batches for length in prompts]
+        found = [r for pair in progress(pairs, "measuring") for r in measure(llama, *pair, gen, rate, no_cache)]
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # what torch says where memory is short, on every device
+            raise
+        raise ValueError(
+            f"--batch {max(batches)} with --prompt {longest} needs more memory than there is: give smaller ones"
+        ) from error
+    machine = _machine(llama) | options | {"compile": llama.executor.is_compiled}
+    if is_main_rank():
+        if json:
+            print(dumps({"machine": machine, "bandwidth": rate, "rows": found, "contexts": points}))
+        else:
+            facts = [str(value) if name == "cpu" else f"{name} {value}" for name, value in machine.items() if value]
+            print(f"{', '.join(facts)}, reads {rate / 1e9:.1f} GB/s", *table(found), sep="\n")
+        if plot is not None:
+            draw(points, as_path(plot), f"{as_path(ckpt_dir).resolve().name}, {machine['dtype']}, one row")
+            tell(f"{plot}: steps at contexts of {points[0]['context']:,} to {points[-1]['context']:,}")
+    llama.close()
+
+
+def read_list(name: str, value: Any) -> list[int]:
+    """Whole numbers from 1: one, a sequence, or a text with commas. Raises ValueError."""
+    words = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
+    if not words or not all(re.fullmatch(r"\s*0*[1-9]\d*\s*", str(word)) for word in words):
+        shown = ",".join(map(str, words))
+        raise ValueError(f"--{name} is {shown!r}, expected whole numbers from 1 with commas between them, like 1,4,16")
+    return [int(word) for word in words]
+
+
+def _check_plot(path: Path, longest: int) -> None:
+    """Raises ValueError for what would otherwise stop the picture after everything was measured."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install -e '.[bench]'")
+    if longest < SHORTEST_CONTEXT:
+        raise ValueError(f"--plot begins at {SHORTEST_CONTEXT} tokens: give a --prompt that long, not {longest}")
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--plot {path}: give a name that ends in .png")
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"--plot {path} cannot be written ({error.strerror}): name another file") from None
+    if is_new:
+        path.unlink()
+
+
+# Measuring ----------------------------------------------------------------------------------------
+
+
+def measure(
+    llama: Llama, rows: int, length: int, gen: int, rate: float, no_cache: bool
+) -> Iterator[dict[str, int | float | None]]:
+    """Time `gen` ids behind `rows` random prompts of `length` ids, then without the cache where asked for.
+
+    rate: what the memory gives, in bytes a second. Yields dicts with the keys of COLUMNS, and `steps`.
+    """
+    model, executor, device = llama.model, llama.executor, llama.executor.device
+    llama.tokenizer.stop_tokens = set()  # no row ends early
+    draw = random.Random(1)
+    ids = [draw.choices(range(model.params.vocab_size), k=length + gen) for _ in range(rows)]
+    prompts, on_device = [row[:length] for row in ids], torch.tensor(ids).to(device)
+
+    def stream() -> Iterator[Any]:
+        return llama.stream(prompts, max_gen_len=gen, temperature=0, logprobs=False)
+
+    def steps(seconds: list[float], memory: list[int], kv_bytes: float) -> dict[str, int | float | None]:
+        step, read = median(seconds), weight_bytes(model) + rows * kv_bytes
+        return {
+            "steps": len(seconds),
+            "tokens_per_s": rows / step,
+            "step_s": step,
+            "step_p95_s": sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1],
+            "peak_memory": max(memory, default=None),
+            "bytes_per_token": read / rows,
+            "bandwidth_share": read / step / rate,
+        }
+
+    common = dict.fromkeys(COLUMNS) | {"batch": rows, "prompt": length}
+    _step_seconds(stream())
+    with peak_memory(device) as memory:
+        runs = [_step_seconds(stream()) for _ in range(ROUNDS)]
+        prefill = median(
+            _seconds(lambda: executor.hidden(on_device[:, :length], 0, length)[:, -1]) for _ in range(ROUNDS)
+        )
+    yield {
+        **common,
+        **steps([s for run in runs for s in run[1:]], memory, (length + gen / 2) * position_bytes(model)),
+        "cache": True,
+        "prefill_tokens_per_s": rows * length / prefill,
+        "first_token_s": median(run[0] for run in runs),
+        "collectives_share": _collectives_share(stream(), device) if current_world().size > 1 else None,
+    }
+    if no_cache:
+        lengths = range(length + 1, length + gen)[:: math.ceil((gen - 1) / PREFIX_STEPS)]  # among the contexts above
+        newest(executor, on_device[:, : lengths[0]], 0)
+        with peak_memory(device) as memory:
+            seconds = [_seconds(partial(newest, executor, on_device[:, :n], 0)) for n in lengths]
+        yield {**common, **steps(seconds, memory, 0), "cache": False}
+
+
+def measure_contexts(executor: Executor, longest: int, rate: float) -> list[dict[str, Any]]:
+    """Steps of one row at contexts of 128, 256, ... to `longest`: seconds, the seconds expected from the first of them
+    and the bytes of keys and values added since, these bytes, and the peak of memory up to there.
+
+    The prompt is computed once, piece by piece. A step puts an id where it already is; the contexts take turns, so that
+    what slows the machine for a while slows all of them.
+    """
+    ids = torch.tensor([random.Random(1).choices(range(executor.model.params.vocab_size), k=longest)]).to(
+        executor.device
+    )
+    contexts = [2**i for i in range(longest.bit_length()) if 2**i >= SHORTEST_CONTEXT]
+    peaks: list[int | None] = []
+    for before, n in pairwise(progress([0, *contexts], "filling")):
+        with peak_memory(executor.device) as memory:
+            read_back(newest(executor, ids[:, before:n], before))
+        peaks.append(max(memory, default=None))
+    steps = [partial(newest, executor, ids[:, n - 1 : n], n - 1) for n in contexts]
+    rounds = [list(map(_seconds, steps)) for _ in progress(range(ROUNDS + CONTEXT_STEPS), "stepping")][ROUNDS:]
+    medians = [median(seconds) for seconds in zip(*rounds, strict=True)]
+    each, shortest = position_bytes(executor.model), contexts[0]
+    return [
+        {
+            "context": n,
+            "step_s": seconds,
+            "expected_step_s": medians[0] + (n - shortest) * each / rate,
+            "kv_bytes": n * each,
+            "peak_memory": peak,
+        }
+        for n, seconds, peak in zip(contexts, medians, peaks, strict=True)
+    ]
+
+
+def newest(executor: Executor, ids: torch.Tensor, start_pos: int) -> torch.Tensor:
+    """The most probable ids [bsz] behind ids [bsz, seqlen], which stand at positions start_pos ..."""
+    return executor.logits(executor.hidden(ids, start_pos, start_pos + ids.shape[1])[:, -1]).argmax(dim=-1)
+
+
+def _step_seconds(stream: Iterator[Any]) -> list[float]:
+    """How long each step took; the first includes the prefill."""
+    times = [time.perf_counter(), *(time.perf_counter() for _ in stream)]
+    return [after - before for before, after in pairwise(times)]
+
+
+def _seconds(call: Callable[[], torch.Tensor]) -> float:
+    """How long it takes until the result can be read: whatever the device, reading waits for it."""
+    started = time.perf_counter()
+    read_back(call())
+    return time.perf_counter() - started
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that summing 256 MB of float32 reads while all ranks do it; the best of five."""
+    numbers, best = torch.ones(READ_BYTES // 4, device=device), math.inf
+    for _ in range(5):
+        if current_world().size > 1:
+            dist.barrier(group=our_group())
+        best = min(best, _seconds(numbers.sum))
+    return READ_BYTES / best
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of weights that a step reads on this rank: all but those of an embedding that is not the output, too, of
+    which a step reads only rows."""
+    return held_bytes(p for p in model.parameters() if p is not model.tok_embeddings.weight or p is model.output.weight)
+
+
+def position_bytes(model: Transformer) -> int:
+    """Bytes of keys and values that this rank holds for a position of a row."""
+    held = sum(buffer.nbytes for cache in model.caches for buffer in (cache.k, cache.v))
+    return held // (model.params.max_batch_size * model.params.max_seq_len)
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """A list that holds, after the block, bytes that were in use while it ran, the most among them; empty where nothing
+    tells them."""
+    seen: list[int] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while STATUS.exists() and (found := re.search(r"RssAnon:\s+(\d+) kB", STATUS.read_text())):
+            seen.append(int(found[1]) * 1024)
+            if ended.wait(SAMPLE_SECONDS):
+                return
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield seen
+        seen.append(torch.cuda.max_memory_allocated(device))
+        return
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _collectives_share(stream: Iterator[Any], device: torch.device) -> float:
+    """The part of the steps' time that this rank spends in collectives, waiting for slower ranks included.
+
+    In this one run they are replaced by timed ones, which on CUDA wait for the device before and after.
+    """
+    inside = 0.0
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+
+    def timed(collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        wait()
+        started = time.perf_counter()
+        result = collective(*args, **kwargs)
+        wait()
+        inside += time.perf_counter() - started
+        return result
+
+    next(stream)  # the prefill
+    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+    try:
+        for name, collective in originals.items():
+            setattr(dist, name, partial(timed, collective))
+        took = sum(_step_seconds(stream))
+        return inside / took
+    finally:
+        for name, collective in originals.items():
+            setattr(dist, name, collective)
+
+
+# Showing ------------------------------------------------------------------------------------------
+
+
+def _machine(llama: Llama) -> dict[str, Any]:
+    """What the figures hold for."""
+    info, device = Path("/proc/cpuinfo"), llama.executor.device
+    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return {
+        "cpu": named[1] if named else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "ranks": current_world().size,
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "dtype": str(llama.model.norm.weight.dtype).removeprefix("torch."),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Head and rows, aligned. Columns without a figure are left out, and `cache` where all rows have it."""
+    columns = []
+    for key, (head, form, factor) in COLUMNS.items():
+        values = [row[key] for row in rows]
+        cells = [head, *("-" if value is None else f"{value * factor:{form}}" for value in values)]
+        if key == "cache":
+            cells[1:] = ["yes" if value else "no" for value in values]
+        if set(cells[1:]) != {"-"} and not (key == "cache" and all(values)):
+            columns.append([f"{cell:>{max(map(len, cells))}}" for cell in cells])
+    return ["  ".join(line) for line in zip(*columns, strict=True)]
+
+
+def draw(points: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Write a PNG: step time, measured and expected, and memory, both against the context."""
+    from matplotlib.figure import Figure  # without pyplot it draws with Agg, on no screen
+
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    speed, memory = figure.subplots(2, sharex=True)
+    contexts = [point["context"] for point in points]
+    for axes, key, factor, style, label in (
+        (speed, "step_s", 1e3, "o-", "a step, measured"),
+        (speed, "expected_step_s", 1e3, "--", "expected from the bytes of keys and values"),
+        (memory, "peak_memory", 1e-6, "s-", "peak"),
+        (memory, "kv_bytes", 1e-6, "o-", "keys and values up to there"),
+    ):
+        if points[0][key] is not None:
+            axes.plot(contexts, [point[key] * factor for point in points], style, label=label)
+    speed.set(title=title, ylabel="ms", ylim=(0, None))
+    memory.set(xlabel="context, tokens", ylabel="MB", ylim=(0, None), xscale="log")
+    memory.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    memory.minorticks_off()
+    for axes in (speed, memory):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,199 @@
+"""`python -m llama chat`: talk to a model at the terminal."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from llama.chat.formats import Message, base_model_note, split_system
+from llama.console import dim, in_one_line, interrupts, read_line, session, visible, write
+from llama.conversation import Conversation
+from llama.files import as_path
+from llama.generation import Llama
+from llama.memory.check import RoomError
+from llama.parallel.groups import current_world, exchange, is_main_rank, say, told_by_rank_0
+from llama.parallel.heartbeat import PeerError
+from llama.params import CheckpointError, read_params
+from llama.textfile import read_on_rank_0
+
+HELP = """\
+/reset         forget the dialog; the system message stays
+/system TEXT   set the system message, /system - removes it, /system alone shows it
+/save FILE     write the dialog as JSON, as chat_completion takes it
+/load FILE     go on with a saved dialog
+/help          this list
+Ctrl-C stops an answer, Ctrl-D leaves. A message that begins with / goes behind a space."""
+
+
+def chat(
+    ckpt_dir: str,
+    tokenizer_path: str | None = None,
+    system: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    top_k: int | None = None,
+    repetition_penalty: float = 1.0,
+    stop: list[str] | None = None,
+    max_seq_len: int | None = None,
+    max_gen_len: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    compile: bool | str = "auto",
+    plain: bool = False,
+    chat_format: str | None = None,
+    seed: int = 1,
+) -> None:
+    """Talk to a model. /help in it lists the commands; lines can also come through a pipe.
+
+    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
+    system: the system message. max_seq_len: positions for the whole dialog; when it is full, the oldest turns go. The
+    default is 2048, or the model's sliding window where that is less.
+    max_gen_len: longest answer in tokens; default is as far as the context goes.
+    """
+    if max_seq_len is None:
+        max_seq_len = 2048
+        with contextlib.suppress(CheckpointError):  # build tells it better
+            max_seq_len = min(max_seq_len, read_params(ckpt_dir).sliding_window or max_seq_len)
+    llama = Llama.build(
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        1,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        compile=compile,
+        plain=plain,
+        chat_format=chat_format,
+    )
+    talk = Conversation(
+        llama,
+        system,
+        max_gen_len=max_gen_len,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+    )
+    with session():
+        if warning := base_model_note(ckpt_dir):
+            note(warning)
+        note("/help lists the commands, Ctrl-D leaves")
+        while (line := told_by_rank_0(read_line("> ") if is_main_rank() else None)) is not None:
+            try:
+                if line.startswith("/"):
+                    with _files_may_fail():
+                        _command(talk, *line[1:].rstrip().split(maxsplit=1))
+                elif line.strip():
+                    with interrupts() as pressed:
+                        _answer(talk, line.strip(), pressed)
+            except KeyboardInterrupt:  # pressed twice
+                note("\n[stopped]")
+            except (ValueError, TypeError, PeerError) as error:
+                if isinstance(error, RoomError) and current_world().size > 1:
+                    raise  # the others are in the middle of a step
+                note(f"error: {in_one_line(error)}")
+    llama.close()
+
+
+def note(text: str) -> None:
+    say(dim(visible(text), sys.stderr))
+
+
+# Answering ----------------------------------------------------------------------------------------
+
+
+def _answer(talk: Conversation, text: str, pressed: Callable[[], bool]) -> None:
+    started = first = time.perf_counter()
+    # Closed however this ends: an answer left open would join the dialog later, after a /reset perhaps.
+    with contextlib.closing(talk.say(text)) as pieces:
+        turn = talk.last
+        assert turn is not None
+        if turn.dropped:
+            fell = "oldest turn" if turn.dropped == 1 else f"{turn.dropped} oldest turns"
+            note(f"[the context is full: the {fell} fell out of the dialog]")
+        for piece in pieces:
+            if first == started:
+                first = time.perf_counter()
+            if is_main_rank():
+                write(visible(piece))
+            if exchange(pressed())[0]:  # rank 0's, which may wait for a terminal
+                break
+    seconds = time.perf_counter() - first
+    if is_main_rank():
+        write("\n")
+    limit = talk.llama.model.params.max_seq_len
+    parts = []
+    if turn.finish_reason is None:
+        parts.append("stopped")
+    elif turn.finish_reason == "length":
+        parts.append("cut, the context is full" if turn.context >= limit else "cut by max_gen_len")
+    if not turn.kept:
+        parts.append("not kept")
+    if turn.new_tokens > 1:
+        parts.append(f"{(turn.new_tokens - 1) / seconds:.1f} tokens/s")
+    note(f"[{', '.join([*parts, f'context {turn.context} of {limit}'])}]")
+
+
+# Commands -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _files_may_fail() -> Iterator[None]:
+    """A file that cannot be read or written ends a command; a terminal or pipe that is gone ends the session."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        note(f"error: {in_one_line(error)}")
+
+
+def _command(talk: Conversation, name: str = "", argument: str = "") -> None:
+    if name == "help":
+        note(HELP)
+    elif name == "reset":
+        talk.messages = []
+        note("[the dialog is empty]")
+    elif name == "system":
+        if argument:
+            talk.system = None if argument == "-" else argument
+        note(_system(talk))
+    elif name in ("save", "load") and not argument:
+        note(f"error: /{name} needs a file name")
+    elif name == "save":
+        if is_main_rank():
+            as_path(argument).write_text(
+                json.dumps(talk.dialog(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+        note(f"[saved to {argument}]")
+    elif name == "load":
+        _load(talk, argument)
+        turns = len(talk.messages) // 2
+        note(f"[{turns} turn{'s' * (turns != 1)} loaded]\n{_system(talk)}")
+    else:
+        note(f"error: there is no /{name}; /help lists the commands, Ctrl-D leaves")
+
+
+def _system(talk: Conversation) -> str:
+    if talk.system is not None:
+        return f"[system message: {talk.system}]"
+    own = talk.llama.tokenizer.default_system
+    return "[no system message]" if own is None else f"[the model's own system message: {own}]"
+
+
+def _load(talk: Conversation, path: str) -> None:
+    try:
+        dialog = json.loads(read_on_rank_0(as_path(path)))
+        whole: list[Message] = [*dialog, {"role": "user", "content": ""}]
+        system, turns = split_system(whole)
+        talk.llama.dialogs.encode(whole)  # else every later turn would fail
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no dialog that ends with an answer: {error}") from None
+    if talk.llama.dialogs.refusal(dialog):
+        raise ValueError(f"{path} holds tags that mark turns, which this model's format refuses")
+    talk.system, talk.messages = system, turns[:-1]

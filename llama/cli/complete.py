@@ -1,0 +1,374 @@
+"""`python -m llama complete`: continue one text, or a file of millions."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any
+
+from llama.chat.formats import Message
+from llama.console import in_one_line, show, tell
+from llama.engine.requests import check_whole
+from llama.files import as_path
+from llama.generation import Llama
+from llama.parallel.groups import is_main_rank, raising_together
+from llama.params import ModelArgs
+from llama.textfile import on_rank_0, read_pipe
+
+LINE_LIMIT = 2**22  # characters of a line; a prompt of a million tokens has about as many
+LINES_LIMIT = 2**24  # of a file; each costs 8 bytes of memory
+ANSWER_LIMIT = 8 * LINE_LIMIT  # bytes of a line of the answers
+# What is sorted and batched at a time.
+WINDOW_JOBS = 4096
+WINDOW_CHARACTERS = LINE_LIMIT
+
+
+def complete(
+    text: str | None = None,
+    *,
+    ckpt_dir: str,
+    file: str | None = None,
+    out: str | None = None,
+    keep_going: bool = False,
+    batch_tokens: int = 8192,
+    tokenizer_path: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    top_k: int | None = None,
+    repetition_penalty: float = 1.0,
+    stop: list[str] | None = None,
+    max_gen_len: int | None = 128,
+    max_seq_len: int = 512,
+    max_batch_size: int = 16,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    compile: bool | str = "auto",
+    plain: bool = False,
+    chat_format: str | None = None,
+    seed: int = 1,
+) -> None:
+    """Continue a text, or each line of a file.
+
+    text: what to continue, the one word that needs no flag; without it, what comes through a pipe.
+    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
+    file: JSON lines, {"prompt": "..."} or {"messages": [...]} for a dialog; other keys are left alone. Any size: it is
+        read twice, first to check every line, then a few thousand lines at a time, the longest prompts of these first.
+    out: where the answers go, a line as soon as its batch ends, in the order of the work: {"line": 7, "prompt": ...,
+        "generation": ..., "finish_reason": ...}. If it is there, the lines it lacks are done.
+    keep_going: skip lines of the file that cannot be read or do not fit, instead of refusing the file.
+    batch_tokens: rows of a batch times their longest prompt and answer are at most this, or one row.
+    stop: a text that ends the answer ("\\n" is a line break), or a JSON list of them: '["\\n\\n", "User:"]'.
+    seed: line N of a file draws with seed + N, whatever stands beside it.
+    """
+    if (file is None) != (out is None):
+        raise ValueError("--file and --out go together")
+    if file is not None and text is not None:
+        raise ValueError("give a text or --file, not both")
+    if file is None and text is None and sys.stdin.isatty():
+        raise ValueError('nothing to continue: give a text ("..."), pipe one in, or --file prompts.jsonl --out FILE')
+    check_whole("batch_tokens", batch_tokens, 1)
+    llama = Llama.build(
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size if file else 1,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        compile=compile,
+        plain=plain,
+        chat_format=chat_format,
+    )
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "max_gen_len": max_gen_len,
+        "stop": stop,
+    }
+    if file is None or out is None:
+        if text is None:
+            text = read_pipe()
+        show(llama.stream_text([text], seed=seed, **settings), [""], "\n")
+    else:
+        _complete_file(llama, as_path(file), as_path(out), keep_going, batch_tokens, seed, settings)
+    llama.close()
+
+
+# A file of prompts --------------------------------------------------------------------------------
+# It may be larger than memory. Of each line 8 bytes are kept, a digest of its prompt, until it is answered; the text is
+# read again for the answer, a window of lines at a time.
+
+# Of a prompt's tokens, computed together, so many take as long as an answer, whose tokens come one by one.
+WORK_OF_AN_ANSWER = 500
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line of the file: a text or a dialog, and its length in tokens."""
+
+    line: int
+    given: str | list[Message]
+    length: int
+
+    @property
+    def key(self) -> str:
+        return "prompt" if isinstance(self.given, str) else "messages"
+
+    @property
+    def work(self) -> int:
+        return self.length + WORK_OF_AN_ANSWER
+
+
+def _complete_file(
+    llama: Llama, file: Path, out: Path, keep_going: bool, batch_tokens: int, seed: int, settings: dict[str, Any]
+) -> None:
+    todo = array("Q")  # rank 0's: for each line the digest of its prompt, 0 where there is nothing to do
+    with contextlib.ExitStack() as held:
+
+        def begin() -> tuple[int, int, int]:
+            if file.resolve() == out.resolve():
+                raise ValueError("--file and --out name the same file")
+            jobs, work = _read_todo(llama, file, keep_going, todo)
+            held.enter_context(_lock(out))
+            return jobs, work, _strike_off(out, file, todo)
+
+        jobs, work, done = on_rank_0(begin)
+        if done:
+            tell(f"{out}: {done} of {jobs} answers are there already")
+        progress = Progress(jobs - done, work * (jobs - done) // max(1, jobs))  # of those left, about as much
+        held.callback(progress.clear)
+        windows = _windows(llama, file, todo)
+        while window := on_rank_0(lambda: next(windows, [])):
+            for batch in batches(window, batch_tokens, settings["max_gen_len"], llama.model.params):
+                make: Any = llama._text_rows if batch[0].key == "prompt" else llama._chat_rows
+                rows, texts = make([job.given for job in batch], seed=[seed + job.line for job in batch], **settings)
+                for _ in llama._pieces(rows, texts):
+                    progress.show(sum(len(row.tokens) for row in rows))
+                answers = [(text.text, row.finish_reason) for row, text in zip(rows, texts, strict=True)]
+                with raising_together():
+                    if is_main_rank():
+                        _append(out, batch, answers)
+                progress.add(batch, sum(len(row.tokens) for row in rows))
+    progress.tell(out)
+
+
+def _lock(out: Path) -> IO[bytes]:
+    """Keep a second run from writing the same file, as long as what this returns is open."""
+    file = out.open("ab")
+    with contextlib.suppress(ImportError):  # Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing {out}: wait for it, or name another --out") from None
+    return file
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a file; of those longer than LINE_LIMIT the beginning, one character more than that."""
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
+        while line := stream.readline(LINE_LIMIT + 1):
+            yield line.removesuffix("\n")
+            while line and not line.endswith("\n"):
+                line = stream.readline(LINE_LIMIT)
+
+
+def _read_todo(llama: Llama, file: Path, keep_going: bool, todo: "array[int]") -> tuple[int, int]:
+    """Check every line, and put the digests of those that can be answered into `todo` -> their number, and what they
+    are worth to Progress."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"--file {file} is no regular file: it is read twice")
+    todo.append(0)  # lines count from 1
+    first, jobs, work = "", 0, 0
+    bad = 0
+    for number, line in enumerate(_lines(file), 1):
+        if number > LINES_LIMIT:
+            raise ValueError(f"{file} has more than {LINES_LIMIT:,} lines: divide it")
+        todo.append(0)
+        if not line.strip() and len(line) <= LINE_LIMIT:
+            continue
+        try:
+            job = _read_job(llama, number, line)
+        except (ValueError, TypeError, RecursionError) as error:
+            problem = in_one_line(f"{file.name}, line {number}: {error}")
+            first, bad = first or problem, bad + 1
+            if keep_going:
+                tell(f"skipped {problem}")
+            continue
+        todo[number] = _digest(_head(job))
+        jobs, work = jobs + 1, work + job.work
+    if bad and not keep_going:
+        more = f"; {bad - 1} more lines are bad" if bad > 1 else ""
+        raise ValueError(f"{first}{more}: mend the file, or --keep_going skips them")
+    return jobs, work
+
+
+def _read_job(llama: Llama, number: int, line: str) -> Job:
+    key, given = _read_given(line)
+    limit = llama.model.params.max_seq_len
+    if key == "prompt":
+        ids = llama.tokenizer.encode(given, bos=llama.tokenizer.adds_bos, eos=False)
+        if not ids:
+            raise ValueError("the prompt is empty, and the model needs something to continue")
+    else:
+        ids = llama.dialogs.encode(given)
+    if len(ids) > limit:
+        raise ValueError(f"{len(ids)} tokens, but max_seq_len is {limit}")
+    return Job(number, given, len(ids))
+
+
+def _read_given(line: str) -> tuple[str, Any]:
+    if len(line) > LINE_LIMIT:
+        raise ValueError(f"longer than {LINE_LIMIT:,} characters")
+    try:
+        line.encode()
+        value = json.loads(line)
+    except UnicodeEncodeError:
+        raise ValueError("not UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
+        raise ValueError('expected {"prompt": "..."} or {"messages": [...]}')
+    return ("prompt", value["prompt"]) if "prompt" in value else ("messages", value["messages"])
+
+
+def _strike_off(out: Path, file: Path, todo: "array[int]") -> int:
+    """Take the lines that an earlier run has answered off `todo` -> their number; what it was writing when it was
+    killed is cut off."""
+    done = whole = 0
+    rest = b""
+    with out.open("rb") as stream:
+        while line := stream.readline(ANSWER_LIMIT):
+            if not line.endswith(b"\n") and not stream.peek(1):
+                rest = line
+                break
+            try:
+                answer = json.loads(line)
+                number, key = answer["line"], "prompt" if "prompt" in answer else "messages"
+                if todo[number] != _digest({"line": number, key: answer[key]}):
+                    raise ValueError
+            except (ValueError, TypeError, LookupError, RecursionError):
+                raise ValueError(
+                    f"{out}, line {done + 1}, is no answer to a line of the file: name another --out, or remove it"
+                ) from None
+            todo[number] = 0
+            done, whole = done + 1, whole + len(line)
+    if rest:
+        left = ((n, line) for n, line in enumerate(_lines(file), 1) if n < len(todo) and todo[n])
+        heads = (_encoded(dict([("line", n), _read_given(line)]))[:-1] for n, line in left)
+        if not any(rest[: len(head)] == head[: len(rest)] for head in heads):
+            raise ValueError(f"{out} ends with what is no answer: name another --out, or remove it")
+        os.truncate(out, whole)
+    return done
+
+
+def _windows(llama: Llama, file: Path, todo: "array[int]") -> Iterator[list[Job]]:
+    """What is to be done, in the order of the file, so much at a time as memory has room for."""
+    window: list[Job] = []
+    characters = 0
+    left = sum(map(bool, todo))
+    for number, line in enumerate(_lines(file), 1):
+        if number >= len(todo) or not todo[number]:
+            continue
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            job = _read_job(llama, number, line)
+            if _digest(_head(job)) == todo[number]:
+                window.append(job)
+                characters, left = characters + len(line), left - 1
+                if len(window) == WINDOW_JOBS or characters >= WINDOW_CHARACTERS:
+                    yield window
+                    window, characters = [], 0
+                continue
+        break
+    if left:
+        raise ValueError(f"{file} was changed while it was read: start again when it is whole")
+    if window:
+        yield window
+
+
+def batches(jobs: list[Job], batch_tokens: int, max_gen_len: int | None, args: ModelArgs) -> Iterator[list[Job]]:
+    """Batches of one kind, the longest prompts first, so that memory and the time left are known early."""
+    answer = args.max_seq_len if max_gen_len is None else max_gen_len
+    batch: list[Job] = []
+    width = 0  # the longest prompt of the batch and its answer
+    for job in sorted(jobs, key=lambda job: (job.key, -job.length)):
+        full = len(batch) == args.max_batch_size or (len(batch) + 1) * width > batch_tokens
+        if batch and (full or job.key != batch[0].key):
+            yield batch
+            batch = []
+        if not batch:
+            width = min(job.length + answer, args.max_seq_len)
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def _head(job: Job) -> dict[str, Any]:
+    return {"line": job.line, job.key: job.given}
+
+
+def _digest(head: dict[str, Any]) -> int:
+    return int.from_bytes(blake2b(_encoded(head), digest_size=8).digest(), "little") or 1
+
+
+def _encoded(answer: dict[str, Any]) -> bytes:
+    # Half a surrogate pair, which may stand in keys that nobody reads, becomes JSON's own escape.
+    return json.dumps(answer, ensure_ascii=False).encode(errors="backslashreplace")
+
+
+def _append(out: Path, batch: list[Job], answers: list[tuple[str, str | None]]) -> None:
+    lines = []
+    for job, (text, finish_reason) in zip(batch, answers, strict=True):
+        generation = text if job.key == "prompt" else {"role": "assistant", "content": text}
+        lines.append(_encoded({**_head(job), "generation": generation, "finish_reason": finish_reason}) + b"\n")
+    with out.open("ab") as file:
+        file.write(b"".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Progress:
+    """One line on the terminal: prompts done, tokens a second, time left."""
+
+    def __init__(self, jobs: int, work: int):
+        self.started = self.shown = time.perf_counter()
+        self.jobs, self.work = jobs, work
+        self.done = self.done_work = self.tokens = 0
+        self.visible = is_main_rank() and sys.stderr.isatty()
+
+    def show(self, new_tokens: int, at_least: float = 0.5) -> None:
+        now = time.perf_counter()
+        if not self.visible or now - self.shown < at_least:
+            return
+        self.shown, seconds = now, now - self.started
+        line = f"{self.done}/{self.jobs} prompts, {(self.tokens + new_tokens) / seconds:.1f} tokens/s"
+        if self.done_work:
+            left = round(seconds / self.done_work * (self.work - self.done_work))
+            line += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    def add(self, batch: list[Job], tokens: int) -> None:
+        self.done += len(batch)
+        self.done_work += sum(job.work for job in batch)
+        self.tokens += tokens
+        self.show(0, 0)
+
+    def clear(self) -> None:
+        if self.visible:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def tell(self, out: Path) -> None:
+        seconds = time.perf_counter() - self.started
+        rate = f", {self.tokens / seconds:.1f} tokens/s" if self.tokens else ""
+        tell(f"{out}: {self.done} answers in {seconds:.0f} s{rate}")

@@ -1,1 +1,0 @@
-"""Commands that evaluate, on `llama.scoring`: perplexity of files, a look at single tokens, EleutherAI's harness."""

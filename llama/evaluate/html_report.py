@@ -1,0 +1,195 @@
+"""The page of `inspect`: one HTML file without scripts or outside resources. Beside it what its table needs, too: the
+data of both, and how pieces, probabilities and their colours look."""
+
+import unicodedata
+from collections.abc import Iterator
+from html import escape
+from itertools import pairwise
+from typing import TypedDict
+
+from llama.console import visible
+
+
+class Alternative(TypedDict):
+    """An id that the model held for probable. percent: 100 * exp(logprob)."""
+
+    id: int
+    piece: str
+    logprob: float
+    percent: float
+
+
+class Token(TypedDict):
+    """An id of a text, and what the model expected in its place, knowing the ids before it.
+
+    position: from 0. piece: the id as people read it, special ids by name. text: what it adds to the text; joined,
+    these are the text, and a character of several ids comes with the last of them.
+    logprob: natural logarithm. rank: 1 for the most probable id. entropy: of the distribution over all ids, in nats.
+    top: the most probable ids in its place, best first. These five are None, top is empty, where nothing stands before.
+    next: the most probable id behind it.
+    """
+
+    position: int
+    id: int
+    piece: str
+    text: str
+    generated: bool
+    logprob: float | None
+    percent: float | None
+    rank: int | None
+    entropy: float | None
+    top: list[Alternative]
+    next: Alternative
+
+
+class Look(TypedDict):
+    """next: the most probable ids behind the last token, best first."""
+
+    tokens: list[Token]
+    next: list[Alternative]
+
+
+# The least percent of each colour but the last.
+LEVELS = (50, 10, 1, 0.1)
+
+
+def level(percent: float) -> int:
+    """The colour of a probability, 0 for the highest."""
+    return sum(percent < least for least in LEVELS)
+
+
+def percent_text(percent: float) -> str:
+    return f"{percent:.2f}" if percent >= 0.005 else "<0.01"
+
+
+def width(text: str) -> int:
+    """The columns that a text takes on a terminal."""
+    return sum(
+        0 if unicodedata.category(char) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(char) in "WF")
+        for char in text
+    )
+
+
+def shown(piece: str) -> str:
+    """A piece in one line, with everything in it visible: white space, control characters, marks without a width."""
+    text = visible(piece.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥"))
+    alone = not width(text)  # an accent would go onto whatever stands before it
+    return "".join(f"<U+{ord(char):04X}>" if alone or not char.isprintable() else char for char in text)
+
+
+def page(look: Look, name: str, summary: str) -> str:
+    """The page's text. name: what was asked, a model. summary: a line for its head."""
+    tokens = look["tokens"]
+    text = "".join(token["text"] for token in tokens)
+    title = shown(text if len(text) <= 60 else f"{text[:60]}…").replace("·", " ")
+    generated = ' <span class="g">generated</span>' if any(token["generated"] for token in tokens) else ""
+    return f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header>
+<h1>{escape(name)}</h1>
+<p>{escape(summary)}</p>
+<p class="legend">{"".join(_legend())}{generated}</p>
+<p>Point at a token, tap it, or go there with the Tab key.</p>
+</header>
+<main translate="no" tabindex="-1">{"".join(map(_token, tokens))}{_after(look["next"])}</main>
+</body>
+</html>
+"""
+
+
+def _legend() -> Iterator[str]:
+    for i, (most, least) in enumerate(pairwise((100, *LEVELS, 0))):
+        span = f"{least:g} to {most:g} %" if least else f"under {most:g} %"
+        yield f'<span class="p{i}">{span}</span> '
+
+
+def _token(token: Token) -> str:
+    # Line breaks and ids without a text of their own get a mark, which style sheets show and copied text lacks.
+    text = escape(visible(token["text"])).replace("\n", _mark("⏎") + "\n") or _mark(shown(token["piece"]))
+    kinds = ["t"]
+    card = f"<b><bdi>{escape(shown(token['piece']))}</bdi></b> token {token['position']}, id {token['id']}"
+    if token["generated"]:
+        kinds.append("g")
+        card += ", generated"
+    if token["percent"] is None:
+        card += '<span class="h">Nothing stands before it, so nothing was expected.</span>'
+    else:
+        kinds.append(f"p{level(token['percent'])}")
+        numbers = {
+            "probability": f"{percent_text(token['percent'])} %",
+            "logprob": f"{token['logprob']:.3f}",
+            "rank": f"{token['rank']:,}",
+            "entropy": f"{token['entropy']:.2f} nats",
+        }
+        card += f'<span class="n">{"".join(f"<span>{key}<b>{number}</b></span>" for key, number in numbers.items())}'
+        card += f'</span><span class="h">Expected here, %</span>{_bars(token["top"], token["id"])}'
+    card += f'<span class="h">Expected after it, %</span>{_bars([token["next"]])}'
+    return _with_card(kinds, text, card)
+
+
+def _after(alternatives: list[Alternative]) -> str:
+    return _with_card(["t"], _mark("next?"), f"<b>What comes next, %</b>{_bars(alternatives)}")
+
+
+def _with_card(kinds: list[str], text: str, card: str) -> str:
+    return f'<span class="{" ".join(kinds)}" tabindex="0">{text}<span class="card">{card}</span></span>'
+
+
+def _bars(alternatives: list[Alternative], own: int | None = None) -> str:
+    return "".join(
+        f'<span class="a{" own" * (alternative["id"] == own)}" style="--w:{alternative["percent"]:.1f}%">'
+        f"<bdi>{escape(shown(alternative['piece']))}</bdi> {escape(percent_text(alternative['percent']))}</span>"
+        for alternative in alternatives
+    )
+
+
+def _mark(sign: str) -> str:
+    return f'<i data-s="{escape(sign)}"></i>'
+
+
+# Cards open over the header: at the bottom of a narrow window, where a thumb is, beside the text in a wide one. Its
+# place is kept free of text, so that a card is never outside the window and covers no token.
+STYLE = """
+:root{color-scheme:light dark;--bg:#fff;--fg:#1b1b1f;--dim:#5c5c66;--card:#f5f5f8;--line:#cfcfd6;--bar:#c9dcf5;
+--p0:#c4ead0;--p1:#e3efb8;--p2:#fde7a3;--p3:#fdc79a;--p4:#f9a8a8;scroll-padding-bottom:min(20rem,50vh)}
+@media(prefers-color-scheme:dark){:root{--bg:#16161a;--fg:#ececf1;--dim:#b0b0ba;--card:#232329;--line:#44444e;
+--bar:#2c4a72;--p0:#1d4d30;--p1:#43501c;--p2:#644d0c;--p3:#763d12;--p4:#812a2a}}
+body{margin:0;padding:1rem 1rem calc(min(20rem,50vh) + 2rem);background:var(--bg);color:var(--fg);
+font:1rem/1.4 system-ui,sans-serif}
+header,.card{position:fixed;inset:auto 0 0;height:min(20rem,50vh);box-sizing:border-box;overflow:auto;
+padding:.8rem 1rem;background:var(--card);border:0 solid var(--line);border-top-width:1px;overflow-wrap:anywhere}
+h1{font-size:1.1rem;margin:0}
+p{margin:.5rem 0;color:var(--dim);font-size:.9rem}
+.legend span{display:inline-block;padding:0 .4em;margin:.1em 0;border-radius:.2em;color:var(--fg)}
+main{max-width:45rem;margin:auto;font-size:1.2rem;line-height:1.9;white-space:pre-wrap;overflow-wrap:anywhere;
+tab-size:4;outline:0}
+.t{padding:.2em 0;border-radius:.2em;box-shadow:inset -1px 0 var(--bg);cursor:pointer;
+-webkit-box-decoration-break:clone;box-decoration-break:clone}
+@media(pointer:coarse){.t{padding:.3em .12em}}
+.p0{background:var(--p0)}.p1{background:var(--p1)}.p2{background:var(--p2)}.p3{background:var(--p3)}
+.p4{background:var(--p4)}
+.g{text-decoration:underline 2px;text-underline-offset:.25em}
+.t i::before{content:attr(data-s);font:.75em system-ui,sans-serif;color:var(--dim);padding:0 .15em}
+.t:hover,.t:focus{outline:2px solid var(--fg);outline-offset:-1px}
+.card{display:none;cursor:auto;font-size:.95rem;line-height:1.4;white-space:normal}
+.t:hover>.card,.t:focus>.card{display:block}
+body:has(.t:hover) .t:focus:not(:hover)>.card{display:none}
+.card>b{font-size:1.1em;margin-right:.5em}
+.n{display:flex;justify-content:space-between;gap:.5rem;margin:.5rem 0}
+.n span,.h{color:var(--dim);font-size:.85em}
+.n b{display:block;color:var(--fg);font-size:1.15em}
+.h{display:block;margin-top:.5rem}
+.a{display:flex;justify-content:space-between;gap:1rem;margin:.15rem 0;padding:.05rem .4rem;border-radius:.2em;
+background:linear-gradient(var(--bar) 0 0) 0/var(--w) 100% no-repeat}
+.own{font-weight:600;box-shadow:inset 0 0 0 1px var(--dim)}
+@media(min-width:48rem){:root{scroll-padding:0}body{padding:2rem 25rem 2rem 2rem}
+header,.card{inset:0 0 0 auto;width:23rem;height:auto;padding:2rem 1.5rem;border-width:0 0 0 1px}}
+"""

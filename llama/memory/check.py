@@ -1,0 +1,221 @@
+"""Whether a model finds room, asked before it is loaded: what it needs, what is free, and which flags would fit."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from llama.accelerate.quantize import SCHEMES
+from llama.memory.plan import Sizes, largest, sizes
+from llama.parallel.groups import current_world
+from llama.params import ModelArgs, legal_world_sizes
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+STEP = 64  # proposed contexts are multiples of so many positions
+
+
+class RoomError(ValueError):
+    """The model is too large for the device; the message says by how much, and what would fit."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What decides the memory that a rank needs, as far as flags can change it."""
+
+    args: ModelArgs
+    world_size: int
+    dtype: torch.dtype
+    quantize: str | None
+    device: str
+    tied: bool
+    embedding_axis: int
+
+    @property
+    def sizes(self) -> Sizes:
+        return sizes(
+            self.args,
+            self.world_size,
+            self.dtype,
+            tied=self.tied,
+            embedding_axis=self.embedding_axis,
+            quantize=self.quantize,
+            device=self.device,
+        )
+
+    def resized(self, max_seq_len: int | None = None, max_batch_size: int | None = None) -> "Choice":
+        """With another number of positions or rows."""
+        length, rows = max_seq_len or self.args.max_seq_len, max_batch_size or self.args.max_batch_size
+        return replace(self, args=replace(self.args, max_seq_len=length, max_batch_size=rows))
+
+
+def check_room(
+    args: ModelArgs,
+    world_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tied: bool,
+    embedding_axis: int,
+    quantize: str | None,
+) -> Choice:
+    """Raise RoomError where this rank needs more than is free on its device; other arguments as in `plan.sizes`.
+
+    Where the system does not tell what is free nothing is checked.
+    """
+    choice = Choice(args, world_size, dtype, quantize, device.type, tied, embedding_axis)
+    free = free_bytes(device)
+    if free is None or choice.sizes.total <= free:
+        return choice
+    share = "" if device.type == "cuda" or current_world().local_size == 1 else " for each rank"
+    raise RoomError(f"{_needs(choice)}, {_gib(free)} GiB are free on {device}{share}: {_answer(choice, free)}")
+
+
+def _needs(choice: Choice) -> str:
+    need = choice.sizes
+    return (
+        f"the model needs {_gib(need.total)} GiB (weights {_gib(need.weights)}, cache {_gib(need.cache + need.rope)}, "
+        f"prefill {_gib(need.prefill)})"
+    )
+
+
+def _answer(choice: Choice, free: int) -> str:
+    """What would fit into `free` bytes."""
+    if found := ways_out(choice, free):
+        listed = [f"{flags} ({_gib(way.sizes.total)} GiB)" for flags, way in found]
+        return f"{', '.join(listed[:-1])} or {listed[-1]} would fit" if found[1:] else f"{listed[0]} would fit"
+    least = replace(choice, quantize=SCHEMES[-1]).resized(STEP, 1).sizes.total
+    return (
+        f"no flags make it fit, as --quantize {SCHEMES[-1]} --max_seq_len {STEP} --max_batch_size 1 still needs "
+        f"{_gib(least)} GiB: take a smaller model, or more memory"
+    )
+
+
+def explained(choice: Choice, device: torch.device, held: int, doing: str, error: BaseException) -> RoomError:
+    """The error for memory that ran out in spite of `check_room`: others took it, or more is needed than planned.
+
+    held: bytes that the model has already. doing: what was done, and the way out without another build if there is one.
+    """
+    found = re.search(r"(?i)tried to allocate ([\d.]+) ?(GiB|MiB|KiB|bytes)", str(error))
+    asked = float(found[1]) * {"gib": 2**30, "mib": 2**20, "kib": 2**10, "bytes": 1}[found[2].lower()] if found else 0.0
+    free, more = free_bytes(device), f", {_gib(asked)} GiB more were asked for" if asked else ""
+    if free is None:
+        return RoomError(f"out of memory on {device}{more}, {doing}: {_needs(choice)}")
+    room = min(free + held, choice.sizes.total - max(0, int(asked) - free))  # what is asked for has to fit in, too
+    where = f"out of memory on {device}{more}, {_gib(free)} GiB are free, {doing}"
+    return RoomError(f"{where}: {_needs(choice)}, {_answer(choice, room)}")
+
+
+def ways_out(choice: Choice, free: int) -> list[tuple[str, Choice]]:
+    """(flags, what they make of `choice`) that need no more than `free` bytes, with numbers as large as fit: each flag
+    that is enough by itself, or combinations where none is; and more ranks."""
+    stronger = SCHEMES[SCHEMES.index(choice.quantize) + 1 :] if choice.quantize else SCHEMES
+    smaller = [(f"--quantize {scheme}", replace(choice, quantize=scheme)) for scheme in stronger]
+    if choice.dtype == torch.float32:
+        smaller.insert(0, ("--dtype bfloat16", replace(choice, dtype=torch.bfloat16)))
+    found = [(flags, way) for flags, way in smaller if way.sizes.total <= free] + _resized(choice, free)
+    if not found:
+        found = [(f"{flags} {more}", way) for flags, start in smaller for more, way in _resized(start, free)]
+    if not found and choice.args.max_batch_size > 1:
+        found = [
+            (f"{flags} --max_batch_size 1 {more}".strip(), way)
+            for flags, start in [("", choice), *smaller]
+            for more, way in _resized(start.resized(max_batch_size=1), free)
+        ]
+    if choice.device == "cuda":  # on a CPU the ranks of a host share its memory
+        more_ranks = [
+            (f"{flags} on {n} ranks with a GPU each".removeprefix(" on "), replace(start, world_size=n))
+            for flags, start in [("", choice), *smaller]
+            for n in legal_world_sizes(choice.args)
+            if n > choice.world_size
+        ]
+        found += [(flags, way) for flags, way in more_ranks if way.sizes.total <= free][:1]
+    return found
+
+
+def _resized(choice: Choice, free: int) -> list[tuple[str, Choice]]:
+    """The largest max_seq_len and the largest max_batch_size below the present ones that fit, each by itself."""
+
+    def fits(max_seq_len: int | None = None, max_batch_size: int | None = None) -> bool:
+        return choice.resized(max_seq_len, max_batch_size).sizes.total <= free
+
+    length = STEP * largest(lambda n: fits(max_seq_len=STEP * n), (choice.args.max_seq_len - 1) // STEP)
+    rows = largest(lambda n: fits(max_batch_size=n), choice.args.max_batch_size - 1)
+    shorter = [(f"--max_seq_len {length}", choice.resized(max_seq_len=length))] if length else []
+    return shorter + ([(f"--max_batch_size {rows}", choice.resized(max_batch_size=rows))] if rows else [])
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+# What is free -------------------------------------------------------------------------------------
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that this rank may still take on its device; None where nobody tells.
+
+    The ranks of a host share its memory evenly. Pages of files, such as a mapped checkpoint's, count as free: the
+    system gives them up when memory is wanted.
+    """
+    if device.type == "cuda":
+        try:
+            free, _ = torch.cuda.mem_get_info(device)
+        except (AssertionError, RuntimeError):  # a driver that does not tell
+            return None
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own reserve
+    if device.type != "cpu":
+        return None
+    found = [*_host_free(), *_cgroups_free(), *_limit_free()]
+    return min(found) // current_world().local_size if found else None
+
+
+def _host_free() -> Iterator[int]:
+    for name, kilobytes in _numbers(PROC / "meminfo").items():
+        if name == "MemAvailable":
+            yield kilobytes * 1024
+
+
+def _limit_free() -> Iterator[int]:
+    """What `ulimit -v` leaves to this process, times the ranks that share the rest."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = _numbers(PROC / "self" / "status").get("VmSize")
+    if limit != resource.RLIM_INFINITY and used is not None:
+        yield max(0, limit - used * 1024) * current_world().local_size
+
+
+def _cgroups_free() -> Iterator[int]:
+    """What is left below the limit of each group that this process is in, where there is a limit."""
+    try:
+        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":  # version 2
+            root, limit, usage, prefix = CGROUPS, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            root, limit, usage, prefix = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        parts = Path(path.lstrip("/")).parts
+        # In a container the path may be the host's, and lie elsewhere here; the root always is ours.
+        for folder in (root.joinpath(*parts[:n]) for n in range(len(parts), -1, -1)):
+            try:
+                most, used = (int((folder / name).read_text()) for name in (limit, usage))
+            except (OSError, ValueError):  # not there, or "max": no limit
+                continue
+            stat = _numbers(folder / "memory.stat")
+            yield max(0, most - used + sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("inactive", "active")))
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The numbers of a file with a name and a number a line."""
+    try:
+        return {name: int(number) for name, number in re.findall(r"(?m)^(\w+):?\s+(\d+)", path.read_text())}
+    except OSError:
+        return {}
