@@ -28,7 +28,7 @@ from llama.checkpoint.folder import OUTPUT, tensor_shapes, without_layer
 from llama.convert import convert
 from llama.convert.gguf import LAYER_NAMES, NAMES
 from llama.parallel.device import DTYPES
-from llama.parallel.groups import current_world, join, meet
+from llama.parallel.groups import connect_ranks, current_world, init_process_groups
 from llama.params import ModelArgs
 
 CONTEXT = 1024  # positions that each side has room for
@@ -382,8 +382,8 @@ def _in_short(error: Exception) -> str:
 
 def in_meta_groups(folder: Path, dtype: str) -> Side:
     """Meta's side, in a process without a model of ours: its layers need fairscale's groups as long as they live."""
-    meet(current_world())
-    join(current_world(), torch.device("cpu"))
+    connect_ranks(current_world())
+    init_process_groups(current_world(), torch.device("cpu"))
     return Meta(folder, dtype)
 
 

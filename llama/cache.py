@@ -34,7 +34,7 @@ class KVCache:
         self.k.zero_()
         self.v.zero_()
 
-    def spread(self, slots: list[int], ctx_len: int) -> None:
+    def expand(self, slots: list[int], ctx_len: int) -> None:
         """Make row i a copy of what row slots[i] holds of the first `ctx_len` positions, for rows that begin alike."""
         for buffer in (self.k, self.v):
             buffer[: len(slots), :, :ctx_len] = buffer[slots, :, :ctx_len]

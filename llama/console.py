@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 from llama.engine.streaming import TextPiece
-from llama.parallel.groups import exchange, is_main_rank, say
+from llama.parallel.groups import all_gather_object, is_main_rank, say
 
 LONGEST = 4000  # characters of a message
 # Marks that turn the direction of text, and so can show other words than there are.
@@ -54,7 +54,7 @@ def show(pieces: Iterable[TextPiece], heads: list[str], tail: str) -> None:
     row as it comes, elsewhere each when it is whole."""
     if not is_main_rank():
         for _ in pieces:
-            exchange(None)  # rank 0 may wait for its terminal
+            all_gather_object(None)  # rank 0 may wait for its terminal
         return
     live = sys.stdout.isatty()
     waiting, done, row = [""] * len(heads), [False] * len(heads), 0
@@ -68,7 +68,7 @@ def show(pieces: Iterable[TextPiece], heads: list[str], tail: str) -> None:
             if begun:
                 break
             row += 1
-        exchange(None)
+        all_gather_object(None)
 
 
 def write(text: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 from llama.chat.formats import Message
-from llama.engine.requests import Row, Settings, check_whole, read_rows
+from llama.engine.requests import Row, Settings, check_int, read_rows
 from llama.engine.streaming import Stop, TextStream, read_stops
 from llama.generation import Llama
 
@@ -61,7 +61,7 @@ class Conversation:
         seed: int | None = None,
     ):
         if max_gen_len is not None:
-            check_whole("max_gen_len", max_gen_len, 1)
+            check_int("max_gen_len", max_gen_len, 1)
         self.llama, self.system, self.stop = llama, system, stop
         self.settings: Settings = {
             "max_gen_len": max_gen_len,

@@ -24,13 +24,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def is_shortage(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(re.search(WORDS, str(error)))
 
 
-def telling_shortage(step: Callable[P, R]) -> Callable[P, R]:
+def explain_oom(step: Callable[P, R]) -> Callable[P, R]:
     """For functions and methods of an Engine, which they take first."""
 
     @functools.wraps(step)
@@ -39,7 +39,7 @@ def telling_shortage(step: Callable[P, R]) -> Callable[P, R]:
             return step(*args, **kwargs)
         except (RuntimeError, MemoryError) as error:
             engine: Any = args[0]
-            explain = EXPLAIN.get(engine.model) if is_shortage(error) else None
+            explain = EXPLAIN.get(engine.model) if is_out_of_memory(error) else None
             if explain is None:
                 raise
             traceback.clear_frames(error.__traceback__)  # which would hold what the step had made so far

@@ -73,7 +73,7 @@ def other_shards(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("consolidated.*.pth")) if shard_number(path) is None]
 
 
-def what_is(path: Path) -> str | None:
+def detect_format(path: Path) -> str | None:
     """One of the names above by the file's first bytes, or None where they say nothing. Raises OSError."""
     expect_file(path)
     if path.is_dir():
@@ -115,7 +115,7 @@ def is_plain(tensor: Any) -> bool:
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
 
 
-def what_instead(ckpt_dir: Path) -> str:
+def describe_path(ckpt_dir: Path) -> str:
     """What there is where consolidated.NN.pth should be, and the way out, as the end of a sentence."""
     try:
         return _what_instead(ckpt_dir)
@@ -128,7 +128,7 @@ def _what_instead(ckpt_dir: Path) -> str:
         return f"does not exist: give the folder with the consolidated.NN.pth files{hub_command(ckpt_dir)}"
     convert = "convert it with: python -m llama convert"
     if ckpt_dir.is_file():
-        kind = what_is(ckpt_dir)
+        kind = detect_format(ckpt_dir)
         return f"is {kind}: {convert} {ckpt_dir} DST" if kind == GGUF else "is a file: give the folder it lies in"
     if (ckpt_dir / "config.json").exists() or any(ckpt_dir.glob("*.safetensors")):
         original = ckpt_dir / "original"

@@ -13,7 +13,7 @@ import torch
 from typing_extensions import Unpack
 
 from llama.accelerate.executor import Executor, can_compile
-from llama.accelerate.native import memory_given_back
+from llama.accelerate.native import release_freed_memory
 from llama.accelerate.quantize import SCHEMES
 from llama.accelerate.quantized_weight import held_bytes, quantize_part
 from llama.chat.formats import (
@@ -34,15 +34,23 @@ from llama.checkpoint.folder import OUTPUT, Checkpoint, load_weights
 from llama.checkpoint.verify import check_before_loading
 from llama.console import tell
 from llama.engine.engine import Engine
-from llama.engine.requests import Each, Row, Settings, check_list, check_whole
+from llama.engine.requests import Each, Row, Settings, check_int, check_list
 from llama.engine.sampling import sample_top_p
 from llama.engine.streaming import Stop, TextPiece, TextStream, read_stops
-from llama.errors import EXPLAIN, is_shortage
+from llama.errors import EXPLAIN, is_out_of_memory
 from llama.files import as_path
-from llama.memory.check import Choice, check_room, explained
+from llama.memory.check import Choice, check_memory, explained
 from llama.model import Transformer, TransformerBlock
 from llama.parallel.device import pick_device, pick_dtype, share_cores
-from llama.parallel.groups import current_world, exchange, join, leave, meet, raising_together, say
+from llama.parallel.groups import (
+    all_gather_object,
+    connect_ranks,
+    current_world,
+    init_process_groups,
+    raise_on_all_ranks,
+    say,
+    shutdown,
+)
 from llama.params import CheckpointError, check_world_size
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
@@ -145,14 +153,14 @@ class Llama(Engine):
         started = time.perf_counter()
         world = current_world()
         try:
-            meet(world)
-            with raising_together():
+            connect_ranks(world)
+            with raise_on_all_ranks():
                 for name, value in (("ckpt_dir", ckpt_dir), ("tokenizer_path", tokenizer_path or ckpt_dir)):
                     if not isinstance(value, str | Path):
                         raise TypeError(f"{name} is {value!r}, expected a path")
-                check_whole("max_seq_len", max_seq_len, 1)
-                check_whole("max_batch_size", max_batch_size, 1)
-                check_whole("seed", seed, 0)
+                check_int("max_seq_len", max_seq_len, 1)
+                check_int("max_batch_size", max_batch_size, 1)
+                check_int("seed", seed, 0)
                 if seed >= 2**64:
                     raise ValueError(f"seed is {seed}, expected a whole number below 2**64, as torch takes them")
                 if model_parallel_size not in (None, world.size):
@@ -182,8 +190,8 @@ class Llama(Engine):
                 "start all ranks with the same arguments",
             )
             share_cores(world)
-            join(world, where)
-            with raising_together():
+            init_process_groups(world, where)
+            with raise_on_all_ranks():
                 checkpoint = Checkpoint(ckpt_dir)
                 for note in checkpoint.notes:
                     tell(f"note: {note}")
@@ -205,7 +213,7 @@ class Llama(Engine):
                 dialogs = for_tokenizer(tokenizer, chat_format)
                 kind = pick_dtype(dtype, checkpoint.dtype, where)
                 tied = OUTPUT not in checkpoint.shapes
-                room = check_room(args, world.size, kind, where, tied, checkpoint.embedding_axis, quantize)
+                room = check_memory(args, world.size, kind, where, tied, checkpoint.embedding_axis, quantize)
                 faults, sums = check_before_loading(checkpoint, world.local_rank, world.local_size)
                 if faults:
                     more = f"; and {len(faults) - 1} more: python -m llama verify {ckpt_dir}" if faults[1:] else ""
@@ -216,10 +224,10 @@ class Llama(Engine):
             check_same(vars(args), "give all hosts the same params.json")
             check_same(sums, "these are their sums, give all hosts the same files")
             is_compiled = can_compile(False if plain else compile, where, kind)
-            with raising_together():
+            with raise_on_all_ranks():
                 executor, note = _load(checkpoint, kind, where, room, None if plain else is_compiled)
         except BaseException:
-            leave()
+            shutdown()
             raise
         model = executor.model
         say(_summary(model, checkpoint, world.size, kind, note, time.perf_counter() - started))
@@ -519,7 +527,7 @@ def _load(
         model.place_caches(dtype, device)
         held = room.sizes.total - room.sizes.prefill
         EXPLAIN[model] = partial(explained, room, device, held, "send fewer or shorter prompts at once, or build anew")
-        with memory_given_back():
+        with release_freed_memory():
             load_weights(model, checkpoint, dtype, finish if room.quantize else None)
             if room.quantize:
                 kept += quantize_part(model.output, room.quantize, is_native, OUTPUT)
@@ -527,7 +535,7 @@ def _load(
             model, fused=compile is not None, native=is_native, graph=bool(compile) and device.type == "cuda"
         )
     except (RuntimeError, MemoryError) as error:
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
         tensors = [] if model is None else [t for cache in model.caches for t in (cache.k, cache.v)]
         weights = () if model is None else (weight for weight in model.parameters() if not weight.is_meta)
@@ -545,7 +553,7 @@ def _load(
 
 def check_same(values: dict[str, Any], way: str) -> None:
     """Raise ValueError on all ranks where one was started with other values than rank 0."""
-    for rank, others in enumerate(told := exchange(values)):
+    for rank, others in enumerate(told := all_gather_object(values)):
         for name in told[0] | others:
             if (first := told[0].get(name)) != (other := others.get(name)):
                 error = ValueError(f"rank {rank} has {name} {other}, rank 0 has {first}: {way}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from llama.files import EMPTY, FOLDER, LFS_POINTER, WEB_PAGE, as_path, read_small, what_is
+from llama.files import EMPTY, FOLDER, LFS_POINTER, WEB_PAGE, as_path, detect_format, read_small
 
 # Llama 3.2 1B and 3B, as (dim, n_layers): their frequencies are divided by 32, and their params.json does not say so.
 LLAMA_3_2_SHAPES = {(2048, 16), (3072, 28)}
@@ -145,7 +145,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         problem = f"is {FOLDER}" if path.is_dir() else f"cannot be read ({error.strerror})"
         raise CheckpointError(f"{path} {problem}: put the model's params.json there") from error
     except (ValueError, RecursionError) as error:
-        if (kind := what_is(path)) in (LFS_POINTER, WEB_PAGE, EMPTY):
+        if (kind := detect_format(path)) in (LFS_POINTER, WEB_PAGE, EMPTY):
             raise CheckpointError(f"{path} is {kind}: fetch it again") from error
         raise CheckpointError(
             f"{path} cannot be read as JSON ({error}): correct it, or put the model's own there"

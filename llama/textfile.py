@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llama.parallel.groups import is_main_rank, raising_together, told_by_rank_0
+from llama.parallel.groups import broadcast_object, is_main_rank, raise_on_all_ranks
 
 T = TypeVar("T")
 LIMIT = 16 * 2**20  # bytes of a text that is taken whole; to cut it into ids may take 200 times as many
@@ -20,8 +20,8 @@ def on_rank_0(work: Callable[[], T]) -> T:
             value = work()
         except Exception as error:
             failed = error
-    value = told_by_rank_0(value)
-    with raising_together():
+    value = broadcast_object(value)
+    with raise_on_all_ranks():
         if failed is not None:
             raise failed
     return value

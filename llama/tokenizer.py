@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from typing_extensions import NotRequired
 
-from llama.files import as_path, expect_file, what_is
+from llama.files import as_path, detect_format, expect_file
 
 if TYPE_CHECKING:
     from llama.chat.formats import ChatFormat as ChatFormat
@@ -351,7 +351,7 @@ def _kind(path: Path) -> Kind:
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", start):
         return "tiktoken"
     raise TokenizerError(
-        f"{path} is {what_is(path) or 'of no known kind'}, expected a SentencePiece model, tiktoken ranks or a "
+        f"{path} is {detect_format(path) or 'of no known kind'}, expected a SentencePiece model, tiktoken ranks or a "
         "tokenizer.json: fetch it again"
     )
 

@@ -71,7 +71,7 @@ def rank(folder: str, phase: str, how: str | None) -> None:
             go(how)
         if distributed.is_main_rank():
             time.sleep(EVER)  # a user who thinks about the next question
-        distributed.told_by_rank_0()
+        distributed.broadcast_object()
     while True:
         llama.generate([[1, 450, 319]], 400, temperature=1.0)
 

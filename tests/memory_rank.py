@@ -13,7 +13,7 @@ import torch
 
 from llama import Llama, Transformer, generation
 from llama.checkpoint.folder import Checkpoint, Finish
-from llama.parallel.groups import current_world, join, leave, meet
+from llama.parallel.groups import connect_ranks, current_world, init_process_groups, shutdown
 
 
 def touched_bytes() -> dict[str, int]:
@@ -47,6 +47,6 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         main(*sys.argv[1:])
     elif current_world().size > 1:
-        meet(current_world())
-        join(current_world(), torch.device("cpu"))
-        leave()
+        connect_ranks(current_world())
+        init_process_groups(current_world(), torch.device("cpu"))
+        shutdown()

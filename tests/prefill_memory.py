@@ -12,7 +12,7 @@ from llama import ModelArgs, Transformer
 from llama.accelerate.executor import Executor
 from llama.cli import bench
 from llama.parallel.device import DTYPES
-from llama.parallel.groups import current_world, join, meet
+from llama.parallel.groups import connect_ranks, current_world, init_process_groups
 
 SHAPE: dict[str, Any] = {
     "dim": 576,
@@ -26,8 +26,8 @@ SHAPE: dict[str, Any] = {
 
 def main(dtype: torch.dtype, lengths: list[int]) -> None:
     here = torch.device("cpu")
-    meet(current_world())
-    join(current_world(), here)
+    connect_ranks(current_world())
+    init_process_groups(current_world(), here)
     torch.set_default_dtype(dtype)
     model = Transformer(ModelArgs(**SHAPE, max_seq_len=max(lengths), max_batch_size=1))
     model.requires_grad_(False)

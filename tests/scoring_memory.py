@@ -9,7 +9,7 @@ from llama import ModelArgs, Tokenizer, Transformer
 from llama.engine.engine import Engine
 from llama.evaluate.scoring import hidden_states, token_logprobs
 from llama.parallel.device import DTYPES
-from llama.parallel.groups import current_world, join, meet
+from llama.parallel.groups import connect_ranks, current_world, init_process_groups
 
 ROWS, LENGTH = 4, 4096
 
@@ -21,8 +21,8 @@ def peak() -> int:
 
 
 def main(tokenizer: str, dtype: torch.dtype) -> None:
-    meet(current_world())
-    join(current_world(), torch.device("cpu"))
+    connect_ranks(current_world())
+    init_process_groups(current_world(), torch.device("cpu"))
     args = ModelArgs(
         dim=128, n_layers=1, n_heads=2, vocab_size=32000, multiple_of=64, max_seq_len=LENGTH, max_batch_size=ROWS
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from make_checkpoint import TOKENIZER
 
-from llama.parallel.groups import leave
+from llama.parallel.groups import shutdown
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -43,7 +43,7 @@ def test_all_sides_hold_the_same_model(tmp_path: Path, kind: str) -> None:
             other.model.output.weight.neg_()
         with pytest.raises(SystemExit, match="Meta continues like ours after 0 of"):
             compare.check([found[0], other], kind, 512, no_failure)
-        leave()
+        shutdown()
     finally:
         for side in found:
             side.close()

@@ -25,7 +25,7 @@ from llama.engine import engine, sampling
 from llama.evaluate import scoring
 from llama.parallel import groups as distributed
 from llama.parallel.device import pick_device
-from llama.parallel.groups import World, current_world, join, leave, meet
+from llama.parallel.groups import World, connect_ranks, current_world, init_process_groups, shutdown
 from llama.parallel.heartbeat import Stores
 
 pytestmark = [
@@ -65,10 +65,10 @@ def test_gpus_that_are_not_there(
 
 def test_gloo_on_gpus_is_announced(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
-    meet(World())
-    join(World(), torch.device("cuda", 0))
+    connect_ranks(World())
+    init_process_groups(World(), torch.device("cuda", 0))
     backend = dist.get_backend()
-    leave()
+    shutdown()
     assert backend == "gloo"
     assert capsys.readouterr().err == "warning: this torch has no NCCL, ranks talk over gloo (slower)\n"
 
@@ -83,12 +83,12 @@ def device_guard(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 class Alone:
-    """In place of `llama.parallel.heartbeat.Pulse`: the other ranks, which are not there, give what this one gives."""
+    """In place of `Heartbeat`: each of the other ranks, which are not there, gives what this one gives."""
 
     def __init__(self, stores: Stores, prefix: str, rank: int, size: int):
         self.size = size
 
-    def exchange(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         return [value] * self.size
 
     def stop(self) -> None:
@@ -110,7 +110,7 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
         patch.setenv(name, str(value))
     patch.setenv("OMP_NUM_THREADS", "2")  # a user's choice: build leaves this process its threads
     patch.setattr(distributed, "_stores", Stores.of(dist.HashStore()))  # in place of torchrun's port
-    patch.setattr(distributed, "Pulse", Alone)
+    patch.setattr(distributed, "Heartbeat", Alone)
     patch.setattr(dist, "is_nccl_available", lambda: True)
     patch.setattr(dist, "init_process_group", init_fake)
     patch.setattr(dist, "get_backend", lambda *group: "nccl")
@@ -122,14 +122,14 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     patch.setattr(executor, "causal_mask", lambda n, m, on: torch.ones(n, m, device=here).tril(m - n) > 0)
     patch.setattr(FakeTensorMode, "avoid_device_init", True)  # else it looks for the pretended GPU
     chosen = pretend_gpus(patch, hosts_gpus, capability)
-    meet(current_world())
-    join(current_world(), torch.device("cuda"))  # outside the mode, where fairscale can read its ranks
+    connect_ranks(current_world())
+    init_process_groups(current_world(), torch.device("cuda"))  # outside the mode, where fairscale can read its ranks
     try:
         with FakeTensorMode():
             yield chosen
     finally:
         while dist.is_initialized():  # a test that failed has not closed its model
-            leave()
+            shutdown()
 
 
 def spy(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
@@ -171,7 +171,7 @@ def test_build_and_generate(
     device = torch.device("cuda", rank % 2)
     with walk(monkeypatch, rank, size, capability) as chosen:
         hidden, logits, scores = (spy(monkeypatch, executor.Executor, n) for n in ("hidden", "logits", "measured"))
-        read, drawn = (spy(monkeypatch, engine, n) for n in ("read_back", "from_rank_0"))
+        read, drawn = (spy(monkeypatch, engine, n) for n in ("read_back", "broadcast"))
         sampled = spy(monkeypatch, sampling.Sampler, "sample")
         llama = Llama.build(tmp_path, max_seq_len=32)
         model = llama.model

@@ -262,7 +262,7 @@ def what_rank_0_told(folder: Path) -> list[Any]:
     if distributed.is_main_rank():
         time.sleep(1)  # several of the store's timeouts
     mine = ["é" * 5_000_000, None, {"line": "half \udc80"}] if distributed.is_main_rank() else [0] * 3
-    told = [distributed.told_by_rank_0(value) for value in mine]
+    told = [distributed.broadcast_object(value) for value in mine]
     llama.close()
     return [len(told[0]), *told[1:]]
 

@@ -122,7 +122,7 @@ def test_a_rank_that_fails_in_the_middle_of_a_step(
     """An exception cannot pass through native.c: it is kept and raised behind it."""
     llama = build("gqa", max_seq_len=32, max_batch_size=1, compile=True)
     step = llama.executor._decoder
-    assert isinstance(step, native.Decoder)
+    assert isinstance(step, native.NativeDecoder)
     step.struct.reduce = native.REDUCE(step._reduce)
 
     def broken(*args: Any, **kwargs: Any) -> None:

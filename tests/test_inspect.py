@@ -25,8 +25,8 @@ from test_stream import byte_fallback_tokenizer
 
 from llama import Llama
 from llama.console import visible
-from llama.evaluate.html_report import Look, level, page, percent_text, shown, width
-from llama.evaluate.inspect import _texts, look_at, summary, table
+from llama.evaluate.html_report import TokenReport, html_report, level, percent_text, shown, width
+from llama.evaluate.inspect import _texts, inspect_tokens, summary, table
 from llama.evaluate.inspect import inspect as inspect_command
 
 TEXT = "The licence of it"
@@ -56,7 +56,7 @@ def test_the_numbers_are_those_of_the_float64_forward(
     logprobs = logits - logits.max(-1, keepdims=True)
     logprobs -= np.log(np.exp(logprobs).sum(-1, keepdims=True))
     order = (-logits).argsort(-1)  # best first
-    look = look_at(llama, ids, 7)
+    look = inspect_tokens(llama, ids, 7)
     first, *others = look["tokens"]
     assert first["top"] == [] and [first[key] for key in ("logprob", "percent", "rank", "entropy")] == [None] * 4
     ranks = set()
@@ -85,7 +85,7 @@ def test_ids_that_are_equally_probable_share_a_rank(build: Callable[..., Llama])
     llama = build("mha", max_seq_len=16, plain=True)  # packed weights cannot be written to
     with torch.inference_mode():
         llama.model.output.weight.zero_()  # all 512 are
-    (_, token) = look_at(llama, [1, 300])["tokens"]
+    (_, token) = inspect_tokens(llama, [1, 300])["tokens"]
     assert token["rank"] == 1
     assert token["logprob"] == pytest.approx(-math.log(512)) and token["entropy"] == pytest.approx(math.log(512))
 
@@ -93,7 +93,7 @@ def test_ids_that_are_equally_probable_share_a_rank(build: Callable[..., Llama])
 def test_the_demo_says_what_its_forward_says_after_each_prefix(demo: Path) -> None:
     llama = Llama.build(demo, max_seq_len=32, max_batch_size=1, dtype="float32")
     ids = llama.tokenizer.encode("The most famous fruit is the", bos=False, eos=False)
-    look = look_at(llama, ids, 3)
+    look = inspect_tokens(llama, ids, 3)
     said = [int(llama.model.forward(torch.tensor([ids[:n]]), 0)[0, -1].argmax()) for n in range(1, len(ids) + 1)]
     assert [token["next"]["id"] for token in look["tokens"]] == said
     assert [token["text"] for token in look["tokens"]] == ["The", " most", " famous", " fruit", " is", " the"]
@@ -103,7 +103,7 @@ def test_the_demo_says_what_its_forward_says_after_each_prefix(demo: Path) -> No
 
 def test_look_at_refuses_what_it_cannot_do(build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=4)
-    assert len(look_at(llama, [1, 2, 3, 4], 512)["next"]) == 512
+    assert len(inspect_tokens(llama, [1, 2, 3, 4], 512)["next"]) == 512
     for ids, top, message in (
         ([], 5, "the text is empty"),
         ([1] * 5, 5, "the text has 5 ids, but max_seq_len is 4"),
@@ -112,7 +112,7 @@ def test_look_at_refuses_what_it_cannot_do(build: Callable[..., Llama]) -> None:
         ([1], 0, "top is 0, expected a whole number from 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            look_at(llama, ids, top)
+            inspect_tokens(llama, ids, top)
 
 
 # The texts of tokens ------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_json_is_what_look_at_gives(inspect: Callable[..., Ended], build: Callab
     for text, words in ((TEXT, {}), (HOSTILE, {"stdin": HOSTILE + "\n"})):
         ids = llama.tokenizer.encode(text, bos=True, eos=False)
         found = read(inspect(*([] if words else [text]), "--json", "--top", "3", **words))
-        assert found == {"text": text, **look_at(llama, ids, 3)}
+        assert found == {"text": text, **inspect_tokens(llama, ids, 3)}
         assert "".join(token["text"] for token in found["tokens"]) == text
         assert len(found["next"]) == 3 and [token["id"] for token in found["tokens"]] == ids
     keys = ["position", "id", "piece", "text", "generated", "logprob", "percent", "rank", "entropy", "top", "next"]
@@ -320,13 +320,13 @@ def test_the_table_has_a_row_for_each_token(inspect: Callable[..., Ended]) -> No
 
 
 def test_a_token_alone_has_no_sum(build: Callable[..., Llama]) -> None:
-    assert summary(look_at(build("mha"), [5])) == "1 token"
+    assert summary(inspect_tokens(build("mha"), [5])) == "1 token"
 
 
 @pytest.mark.parametrize("columns", [80, 100, 120])
 def test_columns_are_straight_and_fit(columns: int, build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=512)
-    look = look_at(llama, llama.tokenizer.encode(HOSTILE, bos=True, eos=False), 30, generated=9)
+    look = inspect_tokens(llama, llama.tokenizer.encode(HOSTILE, bos=True, eos=False), 30, generated=9)
     for token, piece in zip(
         look["tokens"], ["漢字" * 30, "e\u0301", "\u0301", "👩‍👧", "\u3000", " " * 50], strict=False
     ):
@@ -513,12 +513,12 @@ def test_the_page_needs_nothing_and_runs_nothing(inspect: Callable[..., Ended], 
 
 
 def test_pieces_of_alternatives_are_escaped(build: Callable[..., Llama]) -> None:
-    look: Look = look_at(build("mha"), [1, 300, 301])
+    look: TokenReport = inspect_tokens(build("mha"), [1, 300, 301])
     for token in look["tokens"]:
         token["piece"], token["text"] = "</span><script>\"'&", ""  # a special id, shown by its name
         for alternative in (*token["top"], token["next"], *look["next"]):
             alternative["piece"] = "</bdi><img src='x' onerror=\"y\">\x1b\u202e&amp;"
-    content = page(look, "</h1><b>&", 'a "summary" <i>')
+    content = html_report(look, "</h1><b>&", 'a "summary" <i>')
     read_page = Reader(content)
     assert not {tag for tag, _ in read_page.used} & {"img", "script"}
     assert all("</bdi><img·src='x'·onerror=\"y\">␛<U+202E>&amp;" in card for card in read_page.cards)

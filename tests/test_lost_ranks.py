@@ -259,13 +259,13 @@ def run_short(folder: Path) -> tuple[str, str]:
     try:
         chat.chat(str(folder), chat_format="llama2", device="cpu", max_seq_len=256)
     except Exception as error:
-        return type(error).__name__, pulse.loss(error) or str(error)
+        return type(error).__name__, pulse.lost_rank_message(error) or str(error)
     return "", "went on"
 
 
 def test_memory_of_one_rank_that_runs_out_ends_a_chat(checkpoint: Callable[..., Path]) -> None:
     (_, first), (kind, second) = run_ranks(2, run_short, checkpoint("mha"))
-    assert kind == "RoomError" and second.startswith("out of memory on cpu, 0.00 GiB more were asked for")
+    assert kind == "InsufficientMemoryError" and second.startswith("out of memory on cpu, 0.00 GiB more were asked for")
     assert re.fullmatch(CLOSED, first)
 
 
@@ -299,14 +299,14 @@ def be_stopped(folder: Path) -> list[Any]:
     """Both ranks are stopped for longer than a lost one is waited for, and go on: as a laptop or a container does."""
     os.environ["LLAMA_TIMEOUT"] = "6"
     llama = Llama.build(folder)
-    pids = " ".join(map(str, distributed.exchange(os.getpid())))
+    pids = " ".join(map(str, distributed.all_gather_object(os.getpid())))
     if distributed.is_main_rank():
         subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {pids}; sleep 10; kill -CONT {pids}"])
         time.sleep(2)
         until = time.monotonic() + 3
         while time.monotonic() < until:
             time.sleep(0.1)
-    told = distributed.told_by_rank_0("well" if distributed.is_main_rank() else None)
+    told = distributed.broadcast_object("well" if distributed.is_main_rank() else None)
     ids = llama.generate([[5, 6]], 3, temperature=0)[0]
     llama.close()
     return [told, ids]
@@ -321,18 +321,18 @@ def test_silence_is_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """This rank may have been stopped itself: then the others are heard as soon as it goes on."""
     monkeypatch.setenv("LLAMA_TIMEOUT", "10")
     stores = pulse.Stores.of(dist.HashStore())
-    first, second = (pulse.Pulse(stores, 1, rank, 2) for rank in range(2))
+    first, second = (pulse.Heartbeat(stores, 1, rank, 2) for rank in range(2))
     heard = iter(["nobody is heard", None])
-    # For those who wait in `exchange`: the thread of the pulse, which would end this process, has another limit.
+    # For those who wait in `all_gather`: the thread of the pulse, which would end this process, has another limit.
     monkeypatch.setattr(first, "_silence", lambda limit: next(heard, None) if limit == first.patience else None)
     with ThreadPoolExecutor() as pool:
-        ours = pool.submit(first.exchange, "a")
+        ours = pool.submit(first.all_gather, "a")
         time.sleep(3 * first.patience / 10)
-        assert second.exchange("b") == ours.result(timeout=30) == ["a", "b"]
+        assert second.all_gather("b") == ours.result(timeout=30) == ["a", "b"]
     assert next(heard, "looked twice") == "looked twice"
     heard = itertools.repeat("nobody is heard")
     with pytest.raises(pulse.LostRankError, match="nobody is heard"):
-        first.exchange("c")
+        first.all_gather("c")
     first.stop()
     second.stop()
 
@@ -340,14 +340,14 @@ def test_silence_is_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 def exchange_often(folder: Path) -> list[Any]:
     llama = Llama.build(folder)
     try:
-        distributed.exchange(lambda: 0)
+        distributed.all_gather_object(lambda: 0)
         refused = ""
     except Exception as error:
         refused = type(error).__name__
     stores = distributed._stores
     assert stores
     before = stores.common.num_keys()
-    same = all(distributed.exchange(n) == [n, n] for n in range(300))
+    same = all(distributed.all_gather_object(n) == [n, n] for n in range(300))
     grown = stores.common.num_keys() - before
     llama.close()
     return [refused != "", same, grown < 10]

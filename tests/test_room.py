@@ -17,7 +17,7 @@ from ranks import run_ranks
 
 from llama import Llama, ModelArgs
 from llama.memory import check as memory
-from llama.memory.check import Choice, RoomError, check_room, free_bytes, ways_out
+from llama.memory.check import Choice, InsufficientMemoryError, check_memory, free_bytes, suggestions
 from llama.parallel.groups import World
 from llama.params import CheckpointError
 
@@ -50,8 +50,8 @@ def applied(flags: str, choice: Choice) -> Choice:
 def refusal(choice: Choice, free: int, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     device = torch.device(choice.device)
-    with pytest.raises(RoomError) as caught:
-        check_room(choice.args, choice.world_size, choice.dtype, device, False, 1, choice.quantize)
+    with pytest.raises(InsufficientMemoryError) as caught:
+        check_memory(choice.args, choice.world_size, choice.dtype, device, False, 1, choice.quantize)
     return str(caught.value)
 
 
@@ -105,7 +105,7 @@ def test_the_12_gb_card() -> None:
     """The 7B at 4096 positions: not in float16, but in 8 and in 4 bits, with a tenth of the card to spare."""
     room = int(11.6 * GIB)  # what a card of 12 GB has free
     assert seven_b(4096, 1).sizes.total > room
-    assert [flags for flags, _ in ways_out(seven_b(4096, 1), room)][:2] == ["--quantize int8", "--quantize int4"]
+    assert [flags for flags, _ in suggestions(seven_b(4096, 1), room)][:2] == ["--quantize int8", "--quantize int4"]
     assert seven_b(4096, 1, quantize="int8").sizes.total < 0.9 * room
 
 
@@ -118,8 +118,8 @@ def test_what_fits_or_is_unknown_passes(monkeypatch: pytest.MonkeyPatch) -> None
     args = ModelArgs(**SEVEN_B, max_seq_len=4096, max_batch_size=1)
     for free in (20 * GIB, None):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
-        check_room(args, 1, torch.float16, CARD, False, 1, None)
-    assert not issubclass(RoomError, CheckpointError) and issubclass(RoomError, ValueError)
+        check_memory(args, 1, torch.float16, CARD, False, 1, None)
+    assert not issubclass(InsufficientMemoryError, CheckpointError) and issubclass(InsufficientMemoryError, ValueError)
 
 
 # What is free -------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def limited(folder: Path) -> list[str]:
         memory.free_bytes = free
         try:
             Llama.build(folder, max_seq_len=8192, max_batch_size=32)
-        except RoomError as error:
+        except InsufficientMemoryError as error:
             said.append(str(error))
     memory.free_bytes = free_bytes
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -261,7 +261,7 @@ def limited(folder: Path) -> list[str]:
     limit(8 * 2**20)
     try:
         llama.generate(prompts, 4, temperature=0)
-    except RoomError as error:
+    except InsufficientMemoryError as error:
         said.append(str(error))
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     after, _ = llama.generate(prompts[:1], 4, temperature=0)
@@ -307,7 +307,9 @@ def test_a_card_that_others_have_filled(
 
     monkeypatch.setattr(owner, "forward" if step == "hidden" else "logits", short)
     monkeypatch.setattr(memory, "free_bytes", lambda device: GIB * 5 // 4)
-    with pytest.raises(RoomError, match=r"out of memory on cpu, 2\.50 GiB more were asked for, 1\.25 GiB") as caught:
+    with pytest.raises(
+        InsufficientMemoryError, match=r"out of memory on cpu, 2\.50 GiB more were asked for, 1\.25 GiB"
+    ) as caught:
         llama.generate(prompts, 30, temperature=0)
     assert len(made) == 10 * (step == "hidden") and not any(tensor() for tensor in made), f"{caught} holds it"
     monkeypatch.undo()

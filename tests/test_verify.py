@@ -380,13 +380,13 @@ def test_the_demo_passes(demo: Path, capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_what_a_file_is(content: bytes, expected: str | None, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
-    assert sniff.what_is(tmp_path / "file") == expected
+    assert sniff.detect_format(tmp_path / "file") == expected
 
 
 def test_real_files_are_what_they_are(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = checkpoint("mha")
-    assert sniff.what_is(folder / FIRST) == sniff.ZIP
-    assert sniff.what_is(folder / "params.json") == sniff.JSON
-    assert sniff.what_is(folder / "tokenizer.model") is None
+    assert sniff.detect_format(folder / FIRST) == sniff.ZIP
+    assert sniff.detect_format(folder / "params.json") == sniff.JSON
+    assert sniff.detect_format(folder / "tokenizer.model") is None
     torch.save({}, tmp_path / "old", _use_new_zipfile_serialization=False)
-    assert sniff.what_is(tmp_path / "old") == sniff.OLD_TORCH
+    assert sniff.detect_format(tmp_path / "old") == sniff.OLD_TORCH

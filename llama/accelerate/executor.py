@@ -38,7 +38,7 @@ from llama.model import (
     rotate,
 )
 from llama.parallel.device import cache_folder
-from llama.parallel.groups import exchange, model_parallel, say
+from llama.parallel.groups import all_gather_object, model_parallel, say
 
 # Positions are scored for so many fp32 logits at a time (64 MB): glibc seldom reuses aligned blocks of under 32 MB.
 SCORING_CHUNK = 2**24
@@ -387,7 +387,7 @@ class Executor:
         model = self.model
         self._snapshot = None  # which keeps weights that may have been replaced
         self._runs: list[Any] = []
-        self._decoder: native.Decoder | GraphDecoder | None = getattr(self, "_decoder", None)
+        self._decoder: native.NativeDecoder | CudaGraphDecoder | None = getattr(self, "_decoder", None)
         patched = _is_patched()
         self._is_foreign = (
             not isinstance(model, Transformer) or type(model).forward is not FORWARDS[0] or is_hooked(model)
@@ -422,7 +422,7 @@ class Executor:
             return None
         return product([output], self.native)
 
-    def _make_decoder(self, fused: Sequence[FusedLayer | None]) -> "native.Decoder | GraphDecoder | None":
+    def _make_decoder(self, fused: Sequence[FusedLayer | None]) -> "native.NativeDecoder | CudaGraphDecoder | None":
         """What computes a step through all layers at once, if all are fused."""
         model = self.model
         whole = [layer for layer in fused if layer is not None]
@@ -439,7 +439,7 @@ class Executor:
         norms = model.norm.weight
         if not same or norms.dtype != first.cache.k.dtype or len(norms) != len(first.attention_norm.weight):
             return None
-        return native.Decoder(model, whole) if self.native else GraphDecoder(model, whole)
+        return native.NativeDecoder(model, whole) if self.native else CudaGraphDecoder(model, whole)
 
     # Forwards
 
@@ -595,7 +595,9 @@ def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype) -
         is_new = native.compile_library()
     except native.NoCompilerError as error:
         problem = str(error)
-    if problems := list(filter(None, exchange(problem))):  # ranks that compile and others would add up different things
+    if problems := list(
+        filter(None, all_gather_object(problem))
+    ):  # ranks that compile and others would add up different things
         why = problem or f"another rank: {problems[0]}"
         tell(f"llama: {why}: the decode step runs uncompiled, which is slower (--no-compile leaves this line out)")
         return False
@@ -606,7 +608,7 @@ def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype) -
     return True
 
 
-class GraphDecoder:
+class CudaGraphDecoder:
     """A decode step on CUDA: torch.compile's kernels, replayed as one CUDA graph for a number of rows.
 
     Static shapes: attention runs over the whole cache with a mask, so that nothing is compiled again as texts grow.

@@ -150,7 +150,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def memory_given_back() -> Iterator[None]:
+def release_freed_memory() -> Iterator[None]:
     """Inside, what is freed in blocks of over 1 MB goes back to the system: glibc would keep blocks of up to 32 MB for
     later, a model's worth of them while its layers take other forms. Other C libraries have no such setting."""
     mmap_threshold, trim_threshold = -3, -1  # glibc's numbers for them
@@ -253,7 +253,7 @@ def _columns_of_8(data: torch.Tensor) -> torch.Tensor:
     return (q[..., 0, :] | q[..., 1, :] << 4).transpose(-1, -2).flatten(1)
 
 
-class Decoder:
+class NativeDecoder:
     """A decode step through all layers by native.c: ids [bsz, 1] -> hidden states [bsz, 1, dim], fp32.
 
     layers: fused ones (`executor.FusedLayer`) of one shape. Everything is read where the model has it.

@@ -52,7 +52,7 @@ def stored_bytes(key: str, rows: int, columns: int, scheme: str | None, itemsize
     return rows * columns * itemsize
 
 
-def round_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[n, k] -> int8 [n, k] and scales [n]: the largest of a row becomes 127."""
     w = weight.float()
     scale = (w.abs().amax(dim=1) / 127).bfloat16()
@@ -60,7 +60,7 @@ def round_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q.to(torch.int8), scale
 
 
-def round_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[n, k] -> q in uint8 [n, k], 0 to 15, scales and zeros [n, k / 32]: the least and the largest of a group
     become 0 and 15."""
     n, k = weight.shape
@@ -112,7 +112,7 @@ class Quantized(nn.Module):
 
 class Int8(Quantized):
     bits = 8
-    round = staticmethod(round_int8)
+    round = staticmethod(quantize_int8)
 
     def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
         # In float32 torch's kernel is four times slower than the products with the dequantize weight.
@@ -133,7 +133,7 @@ class Int4(Quantized):
 
     @staticmethod
     def round(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        q, scale, zero = round_int4(weight)
+        q, scale, zero = quantize_int4(weight)
         low, high = q.view(len(q), -1, 2, GROUP // 2).unbind(2)
         return (low | high << 4).flatten(1), scale, zero
 
@@ -157,7 +157,7 @@ class PackedInt4(Quantized):
 
     @staticmethod
     def round(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        q, scale, zero = round_int4(weight)
+        q, scale, zero = quantize_int4(weight)
         data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
         return data, torch.stack((scale, zero), dim=-1)
 

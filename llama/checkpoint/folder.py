@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llama.checkpoint.shards import FLOAT_TYPES, first, is_read_whole, names_note, open_shard
-from llama.files import as_path, number_shards, what_instead
+from llama.files import as_path, describe_path, number_shards
 from llama.model import Transformer, TransformerBlock
 from llama.parallel.groups import model_parallel
 from llama.params import CheckpointError, ModelArgs, load_params
@@ -201,7 +201,7 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
     """The files of weights in order; a gap or an empty folder is a CheckpointError with the way out."""
     numbered, _ = number_shards(ckpt_dir)
     if not numbered:
-        raise CheckpointError(f"{ckpt_dir} {what_instead(ckpt_dir)}")
+        raise CheckpointError(f"{ckpt_dir} {describe_path(ckpt_dir)}")
     if missing := [f"consolidated.{i:02d}.pth" for i in range(max(numbered)) if i not in numbered]:
         raise CheckpointError(f"{ckpt_dir} lacks {first(missing)}: fetch what is missing")
     return [numbered[i] for i in range(len(numbered))]

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from llama.errors import is_shortage
-from llama.files import FOLDER, GGUF, LFS_POINTER, OLD_TORCH, PICKLE, SAFETENSORS, ZIP, is_plain, what_is
+from llama.errors import is_out_of_memory
+from llama.files import FOLDER, GGUF, LFS_POINTER, OLD_TORCH, PICKLE, SAFETENSORS, ZIP, detect_format, is_plain
 from llama.params import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
@@ -76,7 +76,7 @@ def open_tensors(path: Path) -> Tensors:
 def is_read_whole(path: Path) -> bool:
     """Whether a file has to be read into memory, as it cannot be mapped."""
     try:
-        return what_is(path) == OLD_TORCH
+        return detect_format(path) == OLD_TORCH
     except OSError:  # `read_file` explains it
         return False
 
@@ -100,7 +100,7 @@ def read_file(path: Path) -> Any:
     """What was saved, memory-mapped where the format allows it. Nothing in the file can run: pickles are read
     weights-only. Raises CheckpointError."""
     try:
-        kind = what_is(path)
+        kind = detect_format(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): mend that or fetch it again") from error
     if path.suffix == ".safetensors":
@@ -116,7 +116,7 @@ def read_file(path: Path) -> Any:
             raise CheckpointError(_refused(path, str(error))) from error
         # The first sentence: what torch says behind it are guesses.
         reason = re.split(r"\n|(?<=\w)\. |  \(", str(error).strip())[0] or type(error).__name__
-        way = "raise the limit on memory (ulimit -v)" if is_shortage(error) else "fetch it again"
+        way = "raise the limit on memory (ulimit -v)" if is_out_of_memory(error) else "fetch it again"
         raise CheckpointError(f"{path} cannot be read ({reason}): {way}") from error
 
 

@@ -37,13 +37,13 @@ from llama.files import (
     SAFETENSORS,
     ZIP,
     as_path,
+    describe_path,
+    detect_format,
     expect_file,
     number_shards,
     other_shards,
     read_small,
     shard_number,
-    what_instead,
-    what_is,
 )
 from llama.params import CheckpointError, ModelArgs, load_params
 from llama.progress import progress
@@ -65,7 +65,7 @@ def verify(ckpt_dir: str) -> None:
     """
     folder = as_path(ckpt_dir)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} {what_instead(folder)}")
+        raise CheckpointError(f"{folder} {describe_path(folder)}")
     found = check(folder)
     for line in [*found.faults, *(f"note: {note}" for note in found.notes)]:
         print(in_one_line(line))
@@ -109,7 +109,7 @@ def check(folder: Path) -> Findings:
     found = Findings()
     shards = _number_shards(folder, found)
     if not shards:  # the rest would only say what else of a Meta folder is not there
-        found.faults.append(f"{folder} {what_instead(folder)}")
+        found.faults.append(f"{folder} {describe_path(folder)}")
         return found
     found.notes += names_note(shards)
     params = folder / "params.json"
@@ -201,11 +201,11 @@ def check_bytes(
             if path in files and (fault := _wrong_kind(path, is_shard)):
                 found.add(path, fault)
                 continue
-            records = read_zip(path) if is_shard and what_is(path) == ZIP else []
+            records = read_zip(path) if is_shard and detect_format(path) == ZIP else []
             if digest:
                 sum_ = _hash(path, HASHES[len(digest)])
             if not digest or sum_ != digest:
-                torn = _some(torn_records(path, records[part::parts]))
+                torn = _some(damaged_records(path, records[part::parts]))
         except FileNotFoundError:
             found.add(path, f"is missing{f', but {checklist.name} lists it' if digest else ''}: fetch it")
             continue
@@ -255,7 +255,7 @@ def check_bytes(
 
 
 def _wrong_kind(path: Path, is_shard: bool) -> str | None:
-    kind = what_is(path)
+    kind = detect_format(path)
     if not is_shard:
         right = kind in (None, ZIP, PICKLE) or (kind == JSON and path.suffix != ".pth")
     else:
@@ -277,7 +277,7 @@ def read_checklists(folder: Path, found: Findings) -> Listed:
             continue
         path = places[0]
         try:
-            kind, text = what_is(path), read_small(path).decode("utf-8-sig", errors="replace")
+            kind, text = detect_format(path), read_small(path).decode("utf-8-sig", errors="replace")
         except OSError as error:
             found.add(path, f"cannot be read ({error.strerror or error}): fetch it again")
             continue
@@ -390,7 +390,7 @@ def _hash(path: Path, kind: str) -> str:
     return hashed.hexdigest()
 
 
-def torn_records(path: Path, records: list[Record]) -> list[str]:
+def damaged_records(path: Path, records: list[Record]) -> list[str]:
     """The records of a zip file that are not what their CRCs say, or wrong without them."""
     whole = [record for record in records if not record.fault]
     if not any(record.crc for record in whole):

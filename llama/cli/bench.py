@@ -25,11 +25,11 @@ from llama.accelerate.quantized_weight import held_bytes
 from llama.checkpoint.folder import Checkpoint
 from llama.console import tell
 from llama.engine.engine import read_back
-from llama.engine.requests import check_whole
+from llama.engine.requests import check_int
 from llama.files import as_path
 from llama.generation import Llama
 from llama.model import Transformer
-from llama.parallel.groups import current_world, is_main_rank, our_group
+from llama.parallel.groups import current_world, is_main_rank, process_group
 from llama.progress import progress
 
 ROUNDS = 3  # runs that are timed, after one that warms up
@@ -87,7 +87,7 @@ def bench(
     """
     batches, prompts = read_list("batch", batch), read_list("prompt", prompt)
     longest = max(prompts)
-    check_whole("gen", gen, 2)  # one step at least
+    check_int("gen", gen, 2)  # one step at least
     if is_main_rank():
         if plot is not None:
             _check_plot(as_path(plot), longest)
@@ -262,7 +262,7 @@ def bandwidth(device: torch.device) -> float:
     numbers, best = torch.ones(READ_BYTES // 4, device=device), math.inf
     for _ in range(5):
         if current_world().size > 1:
-            dist.barrier(group=our_group())
+            dist.barrier(group=process_group())
         best = min(best, _seconds(numbers.sum))
     return READ_BYTES / best
 

@@ -11,8 +11,8 @@ from llama.console import dim, in_one_line, interrupts, read_line, session, visi
 from llama.conversation import Conversation
 from llama.files import as_path
 from llama.generation import Llama
-from llama.memory.check import RoomError
-from llama.parallel.groups import current_world, exchange, is_main_rank, say, told_by_rank_0
+from llama.memory.check import InsufficientMemoryError
+from llama.parallel.groups import all_gather_object, broadcast_object, current_world, is_main_rank, say
 from llama.parallel.heartbeat import PeerError
 from llama.params import CheckpointError, read_params
 from llama.textfile import read_on_rank_0
@@ -83,7 +83,7 @@ def chat(
         if warning := base_model_note(ckpt_dir):
             note(warning)
         note("/help lists the commands, Ctrl-D leaves")
-        while (line := told_by_rank_0(read_line("> ") if is_main_rank() else None)) is not None:
+        while (line := broadcast_object(read_line("> ") if is_main_rank() else None)) is not None:
             try:
                 if line.startswith("/"):
                     with _files_may_fail():
@@ -94,7 +94,7 @@ def chat(
             except KeyboardInterrupt:  # pressed twice
                 note("\n[stopped]")
             except (ValueError, TypeError, PeerError) as error:
-                if isinstance(error, RoomError) and current_world().size > 1:
+                if isinstance(error, InsufficientMemoryError) and current_world().size > 1:
                     raise  # the others are in the middle of a step
                 note(f"error: {in_one_line(error)}")
     llama.close()
@@ -121,7 +121,7 @@ def _answer(talk: Conversation, text: str, pressed: Callable[[], bool]) -> None:
                 first = time.perf_counter()
             if is_main_rank():
                 write(visible(piece))
-            if exchange(pressed())[0]:  # rank 0's, which may wait for a terminal
+            if all_gather_object(pressed())[0]:  # rank 0's, which may wait for a terminal
                 break
     seconds = time.perf_counter() - first
     if is_main_rank():

@@ -14,10 +14,10 @@ from typing import IO, Any
 
 from llama.chat.formats import Message
 from llama.console import in_one_line, show, tell
-from llama.engine.requests import check_whole
+from llama.engine.requests import check_int
 from llama.files import as_path
 from llama.generation import Llama
-from llama.parallel.groups import is_main_rank, raising_together
+from llama.parallel.groups import is_main_rank, raise_on_all_ranks
 from llama.params import ModelArgs
 from llama.textfile import on_rank_0, read_pipe
 
@@ -73,7 +73,7 @@ def complete(
         raise ValueError("give a text or --file, not both")
     if file is None and text is None and sys.stdin.isatty():
         raise ValueError('nothing to continue: give a text ("..."), pipe one in, or --file prompts.jsonl --out FILE')
-    check_whole("batch_tokens", batch_tokens, 1)
+    check_int("batch_tokens", batch_tokens, 1)
     llama = Llama.build(
         ckpt_dir,
         tokenizer_path,
@@ -155,7 +155,7 @@ def _complete_file(
                 for _ in llama._pieces(rows, texts):
                     progress.show(sum(len(row.tokens) for row in rows))
                 answers = [(text.text, row.finish_reason) for row, text in zip(rows, texts, strict=True)]
-                with raising_together():
+                with raise_on_all_ranks():
                     if is_main_rank():
                         _append(out, batch, answers)
                 progress.add(batch, sum(len(row.tokens) for row in rows))

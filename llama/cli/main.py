@@ -18,7 +18,7 @@ from llama.cli.chat import chat
 from llama.cli.complete import complete
 from llama.console import in_one_line
 from llama.convert import convert
-from llama.errors import is_shortage
+from llama.errors import is_out_of_memory
 from llama.evaluate.conformance import compare, export
 from llama.evaluate.harness import lm_eval
 from llama.evaluate.inspect import inspect
@@ -26,7 +26,7 @@ from llama.evaluate.perplexity import perplexity
 from llama.interrupt import restore_interrupt
 from llama.memory.plan import plan
 from llama.parallel.groups import current_world, is_main_rank
-from llama.parallel.heartbeat import PeerError, last_words, tell_torchrun
+from llama.parallel.heartbeat import PeerError, final_message, tell_torchrun
 
 Command = Callable[..., Any]
 Commands = dict[str, "Command | Commands"]
@@ -58,8 +58,8 @@ def ending_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
-        line = last_words(error)
-        if is_shortage(error):  # before or after a model has its place
+        line = final_message(error)
+        if is_out_of_memory(error):  # before or after a model has its place
             line = f"out of memory or threads ({in_one_line(error)}): free some, or raise the limits (ulimit -v, -u)"
         if line:
             tell_torchrun(line)

@@ -22,10 +22,10 @@ from llama.files import (
     SAFETENSORS,
     ZIP,
     as_path,
+    detect_format,
     hub_command,
     number_shards,
     other_shards,
-    what_is,
 )
 from llama.parallel.device import DTYPES
 
@@ -124,7 +124,7 @@ def _reader(src: Path) -> Callable[[Path], Source]:
             raise ConvertError(f"{src} is a folder: name the file in it, {models[0]} for instance")
         raise ConvertError(f"{src} holds neither consolidated.NN.pth nor config.json: {SUPPORTED}")
     try:
-        kind = what_is(src)
+        kind = detect_format(src)
         if kind == GGUF:
             return gguf.read
         if kind in (None, PICKLE) and llama2c.is_model(src):  # a dim of 640 looks like a pickle

@@ -22,9 +22,9 @@ from llama.convert.params import (
     decimal,
     feed_forward_params,
     head_params,
+    read_int,
     scaling_params,
     shown,
-    whole,
 )
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import sentencepiece_model
@@ -160,18 +160,18 @@ def _params(meta: dict[str, Any]) -> dict[str, Any]:
             raise ConvertError(f"{key} = {value!r}: mixtures of experts are not supported, take a dense model")
         if key.startswith("llama.") and key not in KNOWN_KEYS:
             raise ConvertError(f"{key} = {value!r} is not known here and may change the results: take a plain model")
-    dim, n_heads = whole(meta, "llama.embedding_length"), whole(meta, "llama.attention.head_count")
+    dim, n_heads = read_int(meta, "llama.embedding_length"), read_int(meta, "llama.attention.head_count")
     if "llama.attention.key_length" not in meta and dim % n_heads:
         raise ConvertError(f"llama.embedding_length {dim} is no multiple of {n_heads} heads: fetch the file again")
-    head_dim = whole(meta, "llama.attention.key_length", dim // n_heads)
+    head_dim = read_int(meta, "llama.attention.key_length", dim // n_heads)
     for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
-        if whole(meta, key, head_dim) != head_dim:
+        if read_int(meta, key, head_dim) != head_dim:
             raise ConvertError(f"{key} is {meta[key]}: only {head_dim}, the size of a head, is supported")
     return {
         "dim": dim,
-        "n_layers": whole(meta, "llama.block_count", limit=MOST_LAYERS),
-        **head_params(dim, n_heads, whole(meta, "llama.attention.head_count_kv", n_heads), head_dim),
-        **feed_forward_params(dim, whole(meta, "llama.feed_forward_length")),
+        "n_layers": read_int(meta, "llama.block_count", limit=MOST_LAYERS),
+        **head_params(dim, n_heads, read_int(meta, "llama.attention.head_count_kv", n_heads), head_dim),
+        **feed_forward_params(dim, read_int(meta, "llama.feed_forward_length")),
         "norm_eps": _decimal(meta, "llama.attention.layer_norm_rms_epsilon"),
         "rope_theta": _decimal(meta, "llama.rope.freq_base", 10000.0),
         **_linear_scaling(meta),
@@ -196,7 +196,7 @@ def _llama3_scaling(divisors: np.ndarray, params: dict[str, Any], meta: dict[str
     plain = ModelArgs(**params)
     if divisors.shape != (plain.head_dim // 2,):
         raise ConvertError(f"rope_freqs.weight has shape {divisors.shape}, expected {(plain.head_dim // 2,)}")
-    factor, context = float(divisors.max()), whole(meta, "llama.rope.scaling.original_context_length", 8192)
+    factor, context = float(divisors.max()), read_int(meta, "llama.rope.scaling.original_context_length", 8192)
     freqs = _frequencies(plain)
     candidates = [(1.0, 4.0)]
     with np.errstate(all="ignore"):

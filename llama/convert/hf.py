@@ -20,7 +20,7 @@ import torch
 from llama.chat.formats import for_tokenizer
 from llama.checkpoint.folder import EMBEDDING, OUTPUT, tensor_shapes, without_layer
 from llama.checkpoint.shards import open_tensors
-from llama.checkpoint.verify import read_zip, torn_records
+from llama.checkpoint.verify import damaged_records, read_zip
 from llama.convert.meta import ConvertError, Source, raw
 from llama.convert.params import (
     MOST_LAYERS,
@@ -28,13 +28,13 @@ from llama.convert.params import (
     decimal,
     feed_forward_params,
     head_params,
+    read_int,
     scaling_params,
     shown,
-    whole,
 )
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import hf_tokenizer
-from llama.files import JSON, SAFETENSORS, ZIP, what_is
+from llama.files import JSON, SAFETENSORS, ZIP, detect_format
 from llama.params import ModelArgs
 from llama.progress import progress
 from llama.tokenizer import Tokenizer, check_size, find_tokenizer, read_tokenizer_json
@@ -157,7 +157,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        kind = what_is(path)
+        kind = detect_format(path)
         kind = f"no JSON ({error})" if kind in (None, JSON) else kind
         raise ConvertError(f"{path.name} is {kind}: fetch it again") from error
     if not isinstance(found, dict):
@@ -193,21 +193,21 @@ def _params(config: dict[str, Any], family: str) -> dict[str, Any]:
             f"weights are quantized ({quantized.get('quant_method', 'unknown method')}), which is not supported: "
             "take the unquantized folder"
         )
-    dim, n_heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
-    n_kv_heads = whole(config, "num_key_value_heads", n_heads)
+    dim, n_heads = read_int(config, "hidden_size"), read_int(config, "num_attention_heads")
+    n_kv_heads = read_int(config, "num_key_value_heads", n_heads)
     if config.get("head_dim") is None and dim % n_heads:
         raise ConvertError(f"hidden_size {dim} is no multiple of {n_heads} heads: fetch config.json again")
     params = {
         "dim": dim,
-        "n_layers": whole(config, "num_hidden_layers", limit=MOST_LAYERS),
-        **head_params(dim, n_heads, n_kv_heads, whole(config, "head_dim", dim // n_heads)),
-        "vocab_size": whole(config, "vocab_size"),
-        **feed_forward_params(dim, whole(config, "intermediate_size")),
+        "n_layers": read_int(config, "num_hidden_layers", limit=MOST_LAYERS),
+        **head_params(dim, n_heads, n_kv_heads, read_int(config, "head_dim", dim // n_heads)),
+        "vocab_size": read_int(config, "vocab_size"),
+        **feed_forward_params(dim, read_int(config, "intermediate_size")),
         "norm_eps": decimal(config, "rms_norm_eps"),
         **_rope(config),
     }
     if family != "llama" and config.get("sliding_window") is not None:
-        params["sliding_window"] = whole(config, "sliding_window")
+        params["sliding_window"] = read_int(config, "sliding_window")
     return params
 
 
@@ -220,7 +220,7 @@ def _tied(config: dict[str, Any]) -> bool:
 
 def _max_positions(config: dict[str, Any]) -> int:
     """0 where the configuration does not say."""
-    return 0 if config.get("max_position_embeddings") is None else whole(config, "max_position_embeddings")
+    return 0 if config.get("max_position_embeddings") is None else read_int(config, "max_position_embeddings")
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
             factor=decimal(rope, "factor"),
             low_freq_factor=decimal(rope, "low_freq_factor"),
             high_freq_factor=decimal(rope, "high_freq_factor"),
-            original_context_length=whole(rope, "original_max_position_embeddings"),
+            original_context_length=read_int(rope, "original_max_position_embeddings"),
         )
     if kind == "linear":
         return params | {"rope_linear_factor": decimal(rope, "factor")}
@@ -306,13 +306,13 @@ def _open_torch(path: Path) -> dict[str, Stored]:
         return Stored(tuple(tensor.shape), tensor.dtype, lambda start, stop: tensor[start:stop])
 
     tensors = open_tensors(path)
-    if torn := torn_records(path, read_zip(path)):
+    if torn := damaged_records(path, read_zip(path)):
         raise ConvertError(f"{path.name} is damaged in {torn[0]}: fetch it again")
     return {name: stored(tensor) for name, tensor in tensors.items()}
 
 
 def _refuse_foreign(path: Path, expected: str) -> None:
-    kind = what_is(path)
+    kind = detect_format(path)
     if kind not in (None, expected):
         raise ConvertError(f"{path.name} is {kind}, not {expected}: fetch it again")
 
@@ -353,7 +353,7 @@ def _tokenizer(folder: Path, model_config: dict[str, Any], args: ModelArgs) -> t
         check_size(path)
         config["chat_template"] = path.read_text(encoding="utf-8", errors="replace")
     for path in (model, fast):
-        if path.exists() and (kind := what_is(path)) not in (None, JSON):
+        if path.exists() and (kind := detect_format(path)) not in (None, JSON):
             raise ConvertError(f"{path.name} is {kind}: fetch it again")
     own = Tokenizer(model, use_scaled_rope=args.use_scaled_rope) if model.exists() else None
     if fast.exists():

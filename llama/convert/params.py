@@ -10,7 +10,7 @@ from llama.params import ModelArgs
 MOST_LAYERS = 10_000  # a number beyond is damage, and would take minutes to find missing
 
 
-def whole(config: Mapping[str, Any], key: str, default: int | None = None, limit: int = 2**24) -> int:
+def read_int(config: Mapping[str, Any], key: str, default: int | None = None, limit: int = 2**24) -> int:
     """A positive whole number under `limit` out of a model's configuration. Raises ConvertError where it is none."""
     value = config.get(key)
     value = default if value is None else value

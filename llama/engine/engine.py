@@ -25,16 +25,16 @@ from llama.engine.requests import (
     StopIds,
     Token,
     alternatives,
+    bucket_by_length,
     check_alternatives,
-    check_whole,
-    in_common,
-    of_about_one_length,
+    check_int,
     read_rows,
+    shared_prefix,
 )
 from llama.engine.sampling import Sampler, wide_dtype
-from llama.errors import EXPLAIN, telling_shortage
+from llama.errors import EXPLAIN, explain_oom
 from llama.model import Transformer
-from llama.parallel.groups import current_world, exchange, from_rank_0, is_main_rank, leave, model_parallel
+from llama.parallel.groups import all_gather_object, broadcast, current_world, is_main_rank, model_parallel, shutdown
 from llama.tokenizer import Tokenizer
 
 
@@ -96,7 +96,7 @@ class Engine:
         if on_gpu:
             torch.cuda.empty_cache()
         if self._has_joined:
-            leave()
+            shutdown()
 
     def generate(
         self,
@@ -163,7 +163,7 @@ class Engine:
         """Rows that end at the tokenizer's stop ids, or in their place at the one that `stop_token` names."""
         stop_token, stop = settings.pop("stop_token", None), self.tokenizer.stop_tokens
         if stop_token is not None:
-            check_whole("stop_token", stop_token, 0)
+            check_int("stop_token", stop_token, 0)
             stop = {int(stop_token)}
         return read_rows(self.model.params, draw_seed, stop, prompts, **settings)
 
@@ -203,7 +203,7 @@ class Engine:
         """
         if call is not self._turn:
             self._turn = None
-            if len(set(exchange(zlib.crc32(repr(ids).encode())))) > 1:
+            if len(set(all_gather_object(zlib.crc32(repr(ids).encode())))) > 1:
                 raise RuntimeError(
                     "calls of several threads reached the ranks in different orders: make all calls "
                     "from one thread where there are several ranks"
@@ -266,7 +266,7 @@ class Engine:
             yield self._choose(rows, h, sampler, k, step)
             h, step = None, step + 1
 
-    @telling_shortage
+    @explain_oom
     @torch.inference_mode()
     def _prefill(self, rows: list[Row], reuse: bool = False, k: int | None = None) -> torch.Tensor:
         """Fill the cache with the prompts -> hidden states [bsz, dim] of their last ids.
@@ -278,12 +278,14 @@ class Engine:
         texts = [tuple(row.prompt) for row in rows]
         start = 0
         if reuse and len(set(texts)) == 1 and self._held_at == executor.passes and not executor.is_aligned:
-            start = in_common(self._held[0], texts[0][:-1])  # the last id is computed in any case: we need its state
+            start = shared_prefix(
+                self._held[0], texts[0][:-1]
+            )  # the last id is computed in any case: we need its state
         pad_id = max(self.tokenizer.pad_id, 0)  # -1 is no row of the embedding
         slots, last = dict[Ids, int](), []  # each text's row of the cache, and the states of the last ids
         scored: dict[Ids, list[tuple[float, Alternatives]]] = {}
         # A model that takes all rows at one position may have a cache of its own, whose rows nobody else can copy.
-        for group in [texts] if executor.is_aligned else of_about_one_length(texts):
+        for group in [texts] if executor.is_aligned else bucket_by_length(texts):
             # Left-aligned and padded on the right: causality hides the padding from every position before it, and each
             # padded cache slot is overwritten by the row's own id before a query of that row can see it.
             tokens = pad_sequence([torch.tensor(text[start:]) for text in group], True, pad_id).to(executor.device)
@@ -311,11 +313,11 @@ class Engine:
         if order != list(range(len(rows))) and not executor.is_aligned:
             h = h[order]
             for cache in executor.caches:
-                cache.spread(order, max(map(len, texts)))
+                cache.expand(order, max(map(len, texts)))
         self._held, self._held_at = [list(text) for text in texts], executor.passes
         return h
 
-    @telling_shortage
+    @explain_oom
     @torch.inference_mode()
     def _decode(self, rows: list[Row], n: int, follow: bool = False) -> torch.Tensor:
         """Add the n-th generated id of each row to the cache -> hidden states [bsz, dim].
@@ -338,7 +340,7 @@ class Engine:
         self._held_at = executor.passes
         return h[:, 0]
 
-    @telling_shortage
+    @explain_oom
     @torch.inference_mode()
     def _choose(
         self, rows: list[Row], h: torch.Tensor, sampler: Sampler | None, k: int | None, step: int
@@ -349,7 +351,7 @@ class Engine:
         if sampler is not None:
             uniform = torch.tensor([row.stream.random() for row in rows], dtype=wide_dtype(h.device))
             ids = sampler.sample(logits, uniform.to(h.device))
-        from_rank_0(ids)
+        broadcast(ids)
         # The difference is finite where all logits are; to ask each of them takes as long as a small output layer.
         columns = [(logits.amax(-1, True) - logits.amin(-1, True)).isfinite().float(), ids[:, None].float()]
         if k is not None:

@@ -128,7 +128,7 @@ def read_rows(
     Raises ValueError or TypeError for settings out of range and for prompts that are empty, longer than max_seq_len,
     or hold ids outside the vocabulary.
     """
-    check_whole("n", n, 1)
+    check_int("n", n, 1)
     if isinstance(prompts, torch.Tensor):
         prompts = _rows_of(prompts)
     check_list("prompts of ids", "lists", prompts)
@@ -137,13 +137,13 @@ def read_rows(
         return [check(name, item) for item in per_prompt(name, value, len(prompts))]
 
     settings = zip(
-        each("max_gen_len", max_gen_len, _optional_whole(0)),
+        each("max_gen_len", max_gen_len, _optional_int(0)),
         each("temperature", temperature, _number),
         each("top_p", top_p, _fraction),
-        each("top_k", top_k, _optional_whole(1)),
+        each("top_k", top_k, _optional_int(1)),
         each("repetition_penalty", repetition_penalty, _positive),
         _stops(stop_token_ids, len(prompts)),
-        each("seed", seed, _optional_whole(0)),
+        each("seed", seed, _optional_int(0)),
         strict=True,
     )
     texts = [read_ids(f"prompt {i}", prompt, args) for i, prompt in enumerate(prompts)]
@@ -185,7 +185,7 @@ def check_list(what: str, of: str, value: Any) -> None:
         raise TypeError(f"{what} are a list of {of}, not {type(value).__name__}{hint}")
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
+def check_int(name: str, value: Any, least: int) -> None:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}, expected a whole number")
     if value < least:
@@ -193,16 +193,16 @@ def check_whole(name: str, value: Any, least: int) -> None:
 
 
 def check_alternatives(name: str, k: Any, least: int, args: ModelArgs) -> None:
-    check_whole(name, k, least)
+    check_int(name, k, least)
     if k > args.vocab_size:
         raise ValueError(f"{name} is {k}, but the vocabulary has {args.vocab_size} ids")
 
 
-def _optional_whole(least: int) -> Callable[[str, Any], int | None]:
+def _optional_int(least: int) -> Callable[[str, Any], int | None]:
     def check(name: str, value: Any) -> int | None:
         if value is None:
             return None
-        check_whole(name, value, least)
+        check_int(name, value, least)
         return int(value)
 
     return check
@@ -263,7 +263,7 @@ def alternatives(values: Sequence[float], k: int) -> tuple[float, Alternatives]:
     return values[0], [(int(token), logprob) for logprob, token in zip(values[1 : k + 1], values[k + 1 :], strict=True)]
 
 
-def of_about_one_length(texts: Sequence[Ids]) -> list[list[Ids]]:
+def bucket_by_length(texts: Sequence[Ids]) -> list[list[Ids]]:
     """The distinct texts, longest first, in groups for a pass each: padding by up to PASS_COST ids costs a text less
     than a pass of its own."""
     groups: list[list[Ids]] = []
@@ -274,6 +274,6 @@ def of_about_one_length(texts: Sequence[Ids]) -> list[list[Ids]]:
     return groups
 
 
-def in_common(a: Sequence[int], b: Sequence[int]) -> int:
+def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many ids two lists begin with in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -4,7 +4,7 @@ import io
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
-from llama.parallel.groups import current_world, is_main_rank, told_by_rank_0
+from llama.parallel.groups import broadcast_object, current_world, is_main_rank
 
 
 def lm_eval(words: list[str]) -> None:
@@ -27,7 +27,7 @@ def lm_eval(words: list[str]) -> None:
     if is_main_rank():
         cli_evaluate()
         if Member.built:
-            told_by_rank_0(None)  # not after an error: torchrun ends the others then
+            broadcast_object(None)  # not after an error: torchrun ends the others then
         return
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

@@ -42,7 +42,7 @@ class Token(TypedDict):
     next: Alternative
 
 
-class Look(TypedDict):
+class TokenReport(TypedDict):
     """next: the most probable ids behind the last token, best first."""
 
     tokens: list[Token]
@@ -77,7 +77,7 @@ def shown(piece: str) -> str:
     return "".join(f"<U+{ord(char):04X}>" if alone or not char.isprintable() else char for char in text)
 
 
-def page(look: Look, name: str, summary: str) -> str:
+def html_report(look: TokenReport, name: str, summary: str) -> str:
     """The page's text. name: what was asked, a model. summary: a line for its head."""
     tokens = look["tokens"]
     text = "".join(token["text"] for token in tokens)

@@ -14,13 +14,13 @@ import torch
 from llama.accelerate.executor import log_norm, score
 from llama.console import tell
 from llama.engine.engine import Engine
-from llama.engine.requests import Alternatives, alternatives, check_alternatives, check_whole, read_ids
+from llama.engine.requests import Alternatives, alternatives, check_alternatives, check_int, read_ids
 from llama.engine.streaming import TextStream
-from llama.evaluate.html_report import Alternative, Look, Token, level, page, percent_text, shown, width
+from llama.evaluate.html_report import Alternative, Token, TokenReport, html_report, level, percent_text, shown, width
 from llama.evaluate.scoring import Text, check_bos, measure_texts, with_bos
 from llama.files import as_path
 from llama.generation import Llama
-from llama.parallel.groups import is_main_rank, raising_together
+from llama.parallel.groups import is_main_rank, raise_on_all_ranks
 from llama.textfile import read_pipe
 from llama.tokenizer import Tokenizer
 
@@ -67,8 +67,8 @@ def inspect(
     """
     if text == "" or (text is None and sys.stdin.isatty()):
         raise ValueError(NOTHING)
-    check_whole("generate", generate, 0)
-    check_whole("top", top, 1)
+    check_int("generate", generate, 0)
+    check_int("top", top, 1)
     check_bos(bos)
     if html == "":
         raise ValueError("--html names no file")
@@ -98,8 +98,8 @@ def inspect(
         )
     check_alternatives("top", top, 1, llama.model.params)
     ((added,), _) = llama.generate([ids], generate, temperature=0)
-    look = look_at(llama, [*ids, *added], top, generated=len(added))
-    with raising_together():
+    look = inspect_tokens(llama, [*ids, *added], top, generated=len(added))
+    with raise_on_all_ranks():
         if is_main_rank():
             if json:
                 print(dumps({"text": text, **look}))
@@ -108,7 +108,7 @@ def inspect(
                 print("\n".join(table(look, shutil.get_terminal_size((120, 24)).columns, coloured)))
                 print(summary(look))
             if html is not None:
-                content = page(look, Path(os.path.abspath(as_path(ckpt_dir))).name, summary(look))
+                content = html_report(look, Path(os.path.abspath(as_path(ckpt_dir))).name, summary(look))
                 as_path(html).write_text(content, encoding="utf-8", newline="\n")
                 tell(f"{html}: {len(content.encode()) / 1000:,.1f} kB")
     llama.close()
@@ -124,8 +124,8 @@ def _check_writable(path: Path) -> None:
 # The numbers ------------------------------------------------------------------------------------------
 
 
-def look_at(llama: Engine, ids: Sequence[int], top: int = 5, *, generated: int = 0) -> Look:
-    """{"tokens": a `page.Token` for each id, "next": what the model would say behind the last}.
+def inspect_tokens(llama: Engine, ids: Sequence[int], top: int = 5, *, generated: int = 0) -> TokenReport:
+    """{"tokens": a `html_report.Token` for each id, "next": what the model would say behind the last}.
 
         ids       t0      t1       t2
         numbers   none    t1|t0    t2|t0 t1
@@ -201,7 +201,7 @@ PIECE, NUMBERS, NEXT = range(2, 5)
 COLOURS = (32, 36, 33, 35, 31)  # of each level: green, cyan, yellow, magenta, red
 
 
-def table(look: Look, columns: int, coloured: bool) -> list[str]:
+def table(look: TokenReport, columns: int, coloured: bool) -> list[str]:
     """Lines of at most so many columns (if they are 80 or more), with as many of the alternatives as fit."""
     longest = columns // 8
     rows = [HEADS]
@@ -253,7 +253,7 @@ def _cut(text: str, longest: int) -> str:
     return f"{text}…"
 
 
-def summary(look: Look) -> str:
+def summary(look: TokenReport) -> str:
     """Tokens, the sum of their log-probabilities, and the perplexity of the given ones, in a line."""
     parts = []
     for generated, name in ((False, "token"), (True, "generated token")):

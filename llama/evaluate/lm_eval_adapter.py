@@ -13,7 +13,7 @@ from llama import Llama
 from llama.chat.formats import BOS, EOS, FORMATS, ChatFormat, Dialog, render
 from llama.engine.streaming import TextStream
 from llama.evaluate.scoring import loglikelihood, prefix_id, rolling_loglikelihood, with_bos
-from llama.parallel.groups import is_main_rank, told_by_rank_0
+from llama.parallel.groups import broadcast_object, is_main_rank
 from llama.progress import progress
 
 AUTO_BATCH_SIZE = 8  # what `Llama.build` takes
@@ -210,7 +210,7 @@ class MetaLlama(TemplateLM):
 
     def _together(self, function: Callable[..., Any], values: Any) -> Any:
         """function(llama, values) on every rank, with what rank 0 has."""
-        function, values = told_by_rank_0((function, values))
+        function, values = broadcast_object((function, values))
         return function(self.llama, values)
 
     # Dialogs ------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ class Member(MetaLlama):
         Member.built = True
         if is_main_rank():
             return
-        while (told := told_by_rank_0()) is not None:
+        while (told := broadcast_object()) is not None:
             function, values = told
             function(self.llama, values)
         sys.exit()

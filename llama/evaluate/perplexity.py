@@ -9,7 +9,7 @@ from llama.console import in_one_line
 from llama.evaluate.scoring import check_bos, check_stride, rolling_loglikelihood, with_bos
 from llama.files import as_path
 from llama.generation import Llama
-from llama.parallel.groups import is_main_rank, told_by_rank_0
+from llama.parallel.groups import broadcast_object, is_main_rank
 from llama.textfile import read_text
 
 
@@ -72,7 +72,7 @@ def perplexity(
         compile=compile,
         plain=plain,
     )
-    texts = told_by_rank_0(texts)
+    texts = broadcast_object(texts)
     encoded = [llama.tokenizer.encode(text, bos=False, eos=False) for text in texts]
     for file, ids in zip(files, encoded, strict=True):
         if len(with_bos(llama.tokenizer, ids, bos)) < 2:

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llama.accelerate.executor import Executor, Measure, log_norm, score
 from llama.engine.engine import Engine, read_back
-from llama.engine.requests import Alternatives, alternatives, check_alternatives, check_list, check_whole, read_ids
-from llama.errors import telling_shortage
+from llama.engine.requests import Alternatives, alternatives, check_alternatives, check_int, check_list, read_ids
+from llama.errors import explain_oom
 from llama.params import ModelArgs
 from llama.progress import progress
 from llama.tokenizer import Tokenizer
@@ -153,7 +153,7 @@ def top_logprobs(llama: Engine, ids: Sequence[int], k: int) -> list[Alternatives
     return [alternatives(row, k)[1] for row in values]
 
 
-@telling_shortage
+@explain_oom
 @torch.inference_mode()
 def hidden_states(llama: Engine, ids: Sequence[int]) -> torch.Tensor:
     """The states before the output layer, after the last norm: [1, n, dim] in the model's dtype, on its device.
@@ -173,7 +173,7 @@ def check_bos(bos: bool | None) -> None:
 
 def check_stride(stride: int | None, max_seq_len: int) -> None:
     if stride is not None:
-        check_whole("stride", stride, 1)
+        check_int("stride", stride, 1)
         if stride > max_seq_len:
             raise ValueError(
                 f"stride is {stride}, but a window has only max_seq_len {max_seq_len} ids: some would be left out"
@@ -302,7 +302,7 @@ def _batches(groups: list[Group], args: ModelArgs) -> Iterator[list[Group]]:
         yield batch
 
 
-@telling_shortage
+@explain_oom
 @torch.inference_mode()
 def _measure_batch(llama: Engine, batch: list[Group], measure: Measure) -> list[tuple[Text, list[list[float]]]]:
     """Two passes: the prefixes, then what the texts have beside them, each row behind a copy of its prefix's cache.
@@ -329,7 +329,7 @@ def _measure_batch(llama: Engine, batch: list[Group], measure: Measure) -> list[
         starts = [lengths[slot] for slot in slots]
         tokens = _padded(rests, executor)  # [rows, rest]
         for cache in executor.caches if at == 0 else ():  # later rows find the prefix where it is
-            cache.spread(list(slots), max(starts))
+            cache.expand(list(slots), max(starts))
         same = len(set(starts)) == 1
         start_pos = starts[0] if same else torch.tensor(starts, device=tokens.device)
         h = executor.hidden(tokens, start_pos, max(starts) + tokens.shape[1])

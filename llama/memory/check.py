@@ -16,7 +16,7 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 STEP = 64  # proposed contexts are multiples of so many positions
 
 
-class RoomError(ValueError):
+class InsufficientMemoryError(ValueError):
     """The model is too large for the device; the message says by how much, and what would fit."""
 
 
@@ -50,7 +50,7 @@ class Choice:
         return replace(self, args=replace(self.args, max_seq_len=length, max_batch_size=rows))
 
 
-def check_room(
+def check_memory(
     args: ModelArgs,
     world_size: int,
     dtype: torch.dtype,
@@ -59,7 +59,7 @@ def check_room(
     embedding_axis: int,
     quantize: str | None,
 ) -> Choice:
-    """Raise RoomError where this rank needs more than is free on its device; other arguments as in `plan.sizes`.
+    """Raise InsufficientMemoryError where this rank needs more than its device has free; arguments as in `plan.sizes`.
 
     Where the system does not tell what is free nothing is checked.
     """
@@ -68,7 +68,9 @@ def check_room(
     if free is None or choice.sizes.total <= free:
         return choice
     share = "" if device.type == "cuda" or current_world().local_size == 1 else " for each rank"
-    raise RoomError(f"{_needs(choice)}, {_gib(free)} GiB are free on {device}{share}: {_answer(choice, free)}")
+    raise InsufficientMemoryError(
+        f"{_needs(choice)}, {_gib(free)} GiB are free on {device}{share}: {_answer(choice, free)}"
+    )
 
 
 def _needs(choice: Choice) -> str:
@@ -81,7 +83,7 @@ def _needs(choice: Choice) -> str:
 
 def _answer(choice: Choice, free: int) -> str:
     """What would fit into `free` bytes."""
-    if found := ways_out(choice, free):
+    if found := suggestions(choice, free):
         listed = [f"{flags} ({_gib(way.sizes.total)} GiB)" for flags, way in found]
         return f"{', '.join(listed[:-1])} or {listed[-1]} would fit" if found[1:] else f"{listed[0]} would fit"
     least = replace(choice, quantize=SCHEMES[-1]).resized(STEP, 1).sizes.total
@@ -91,8 +93,10 @@ def _answer(choice: Choice, free: int) -> str:
     )
 
 
-def explained(choice: Choice, device: torch.device, held: int, doing: str, error: BaseException) -> RoomError:
-    """The error for memory that ran out in spite of `check_room`: others took it, or more is needed than planned.
+def explained(
+    choice: Choice, device: torch.device, held: int, doing: str, error: BaseException
+) -> InsufficientMemoryError:
+    """The error for memory that ran out in spite of `check_memory`: others took it, or more is needed than planned.
 
     held: bytes that the model has already. doing: what was done, and the way out without another build if there is one.
     """
@@ -100,13 +104,13 @@ def explained(choice: Choice, device: torch.device, held: int, doing: str, error
     asked = float(found[1]) * {"gib": 2**30, "mib": 2**20, "kib": 2**10, "bytes": 1}[found[2].lower()] if found else 0.0
     free, more = free_bytes(device), f", {_gib(asked)} GiB more were asked for" if asked else ""
     if free is None:
-        return RoomError(f"out of memory on {device}{more}, {doing}: {_needs(choice)}")
+        return InsufficientMemoryError(f"out of memory on {device}{more}, {doing}: {_needs(choice)}")
     room = min(free + held, choice.sizes.total - max(0, int(asked) - free))  # what is asked for has to fit in, too
     where = f"out of memory on {device}{more}, {_gib(free)} GiB are free, {doing}"
-    return RoomError(f"{where}: {_needs(choice)}, {_answer(choice, room)}")
+    return InsufficientMemoryError(f"{where}: {_needs(choice)}, {_answer(choice, room)}")
 
 
-def ways_out(choice: Choice, free: int) -> list[tuple[str, Choice]]:
+def suggestions(choice: Choice, free: int) -> list[tuple[str, Choice]]:
     """(flags, what they make of `choice`) that need no more than `free` bytes, with numbers as large as fit: each flag
     that is enough by itself, or combinations where none is; and more ranks."""
     stronger = SCHEMES[SCHEMES.index(choice.quantize) + 1 :] if choice.quantize else SCHEMES

@@ -23,8 +23,8 @@ from llama.checkpoint.folder import (
     tensor_shapes,
     without_layer,
 )
-from llama.engine.requests import check_whole
-from llama.files import as_path, number_shards, what_instead
+from llama.engine.requests import check_int
+from llama.files import as_path, describe_path, number_shards
 from llama.parallel.device import DTYPES
 from llama.params import CheckpointError, ModelArgs, check_world_size, legal_world_sizes, load_params
 
@@ -177,10 +177,10 @@ def plan(
     device: cpu or cuda, what prompts are computed on.
     """
     for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-        check_whole(name, value, 1)
+        check_int(name, value, 1)
     for name, whole in (("ranks", ranks), ("vocab_size", vocab_size)):
         if whole is not None:
-            check_whole(name, whole, 1)
+            check_int(name, whole, 1)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected {', '.join(DTYPES)}")
     if quantize not in (None, *SCHEMES):
@@ -229,7 +229,7 @@ def _read(path: Path, vocab_size: int | None) -> tuple[ModelArgs, bool, int, lis
     tied, axis, notes = False, 0, list[str]()
     folder = path.parent if path.name == "params.json" and path.is_file() else path
     if not (folder / "params.json").exists():
-        raise CheckpointError(f"{path} {what_instead(path)}, or a file named params.json")
+        raise CheckpointError(f"{path} {describe_path(path)}, or a file named params.json")
     if folder == path and number_shards(folder)[0]:
         checkpoint = Checkpoint(folder)
         args, tied, axis = checkpoint.params, OUTPUT not in checkpoint.shapes, checkpoint.embedding_axis

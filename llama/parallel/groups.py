@@ -18,7 +18,16 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from torch.distributed import distributed_c10d
 
-from llama.parallel.heartbeat import PATIENCE, PeerError, Pulse, Stores, find_stores, loss, short_of_losses, timeout
+from llama.parallel.heartbeat import (
+    GROUP_TIMEOUT_FACTOR,
+    Heartbeat,
+    PeerError,
+    Stores,
+    find_stores,
+    hide_lost_rank_traceback,
+    lost_rank_message,
+    timeout,
+)
 
 
 class World(NamedTuple):
@@ -58,27 +67,27 @@ _members = 0  # models that use the group; the last one to leave destroys it
 _ours = False  # False: somebody else initialised torch.distributed and will destroy it
 _our_groups = False  # the same for fairscale's groups
 _stores: Stores | None = None  # one per process: torchrun's port can be bound once
-_pulse: Pulse | None = None  # of this rank, among several
-_rounds = 0  # meetings so far; each uses its own keys of the store
+_heartbeat: Heartbeat | None = None  # of this rank, among several
+_generation = 0  # meetings so far; each uses its own keys of the store
 _devnull: TextIO | None = None  # what sys.stdout is on ranks that print nothing; made once
 _hooks = (sys.excepthook, sys.excepthook)  # before and after it was wrapped
 
 
-def meet(world: World) -> None:
-    """Find the other ranks, whatever each computes on, to raise errors together. `leave` parts, also if this fails."""
-    global _members, _stores, _pulse, _rounds
+def connect_ranks(world: World) -> None:
+    """Rendezvous with the other ranks, whatever device each uses. Call `shutdown` afterwards, also if this fails."""
+    global _members, _stores, _heartbeat, _generation
     _members += 1
     if _members == 1 and world.size > 1:
-        _rounds += 1
+        _generation += 1
         if dist.is_initialized():
             stores = Stores.of(distributed_c10d._get_default_store())
         else:
             stores = _stores = _stores or find_stores(world.rank, world.size)
-        _pulse = Pulse(stores, _rounds, world.rank, world.size)
-    exchange(None)  # all are there: what follows keeps pace
+        _heartbeat = Heartbeat(stores, _generation, world.rank, world.size)
+    all_gather_object(None)  # all are there: what follows keeps pace
 
 
-def join(world: World, device: torch.device) -> None:
+def init_process_groups(world: World, device: torch.device) -> None:
     """Enter the process group and fairscale's model-parallel group, making them if this is the first model."""
     global _ours, _our_groups, _hooks
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
@@ -86,10 +95,10 @@ def join(world: World, device: torch.device) -> None:
         if device.type == "cuda" and backend == "gloo":
             say("warning: this torch has no NCCL, ranks talk over gloo (slower)")
         hook = sys.excepthook  # torch puts the rank before each line of it
-        store = _stores.group(_rounds) if _stores and world.size > 1 else dist.HashStore()
+        store = _stores.group(_generation) if _stores and world.size > 1 else dist.HashStore()
         # With torch's own timeout, as the default group is the program's, too: it may wait for hours there.
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
-        _ours, _hooks = True, (hook, short_of_losses(sys.excepthook) if world.size > 1 else hook)
+        _ours, _hooks = True, (hook, hide_lost_rank_traceback(sys.excepthook) if world.size > 1 else hook)
         sys.excepthook = _hooks[1]
     elif world.size > 1 and _ours and dist.get_backend() != backend:
         raise ValueError(
@@ -98,8 +107,8 @@ def join(world: World, device: torch.device) -> None:
     if not fairscale_groups.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines there
             fairscale_groups.initialize_model_parallel(world.size)
-        patience = timedelta(seconds=PATIENCE * timeout(device.type))
-        distributed_c10d._set_pg_timeout(patience, our_group())
+        patience = timedelta(seconds=GROUP_TIMEOUT_FACTOR * timeout(device.type))
+        distributed_c10d._set_pg_timeout(patience, process_group())
         _our_groups = True
     if fairscale_groups.get_model_parallel_world_size() != world.size:
         raise ValueError(f"fairscale is initialised with another model-parallel size than the {world.size} ranks here")
@@ -120,18 +129,18 @@ def _mute_stdout() -> None:
         sys.stdout = _devnull
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Part from the other ranks; with the last model the group is destroyed."""
     global _members
     _members -= 1
     if _members == 0:
-        _part()
+        _destroy()
 
 
 @atexit.register
-def _part() -> None:
-    global _ours, _our_groups, _pulse
-    pulse, _pulse = _pulse, None
+def _destroy() -> None:
+    global _ours, _our_groups, _heartbeat
+    pulse, _heartbeat = _heartbeat, None
     if pulse is not None:
         pulse.stop()
     if _devnull is not None and sys.stdout is _devnull:
@@ -154,7 +163,7 @@ def model_parallel() -> tuple[int, int]:
     return fairscale_groups.get_model_parallel_rank(), fairscale_groups.get_model_parallel_world_size()
 
 
-def our_group() -> dist.ProcessGroup:
+def process_group() -> dist.ProcessGroup:
     """fairscale's model-parallel group, which holds all ranks and is the one group that this package talks over.
 
     A rank that keeps the others waiting there for more than a third of LLAMA_TIMEOUT counts as lost.
@@ -162,30 +171,30 @@ def our_group() -> dist.ProcessGroup:
     return fairscale_groups.get_model_parallel_group()
 
 
-def from_rank_0(ids: torch.Tensor) -> torch.Tensor:
+def broadcast(ids: torch.Tensor) -> torch.Tensor:
     """Replace `ids` by rank 0's, in place, so that ranks cannot drift apart."""
     if model_parallel()[1] > 1:
-        dist.broadcast(ids, src=0, group=our_group())
+        dist.broadcast(ids, src=0, group=process_group())
     return ids
 
 
-def exchange(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """What each rank gives, in rank order, on every rank. A slow rank is waited for, a lost one is not."""
-    return [value] if _pulse is None else _pulse.exchange(value)
+    return [value] if _heartbeat is None else _heartbeat.all_gather(value)
 
 
-def told_by_rank_0(value: Any = None) -> Any:
+def broadcast_object(value: Any = None) -> Any:
     """Rank 0's value on every rank. The others wait as long as it takes, for a user who types for instance."""
-    if _pulse is None:
+    if _heartbeat is None:
         return value
-    exchange(None)
+    all_gather_object(None)
     values = [value]  # a store takes 8 MB at most
-    dist.broadcast_object_list(values, src=0, group=our_group())
+    dist.broadcast_object_list(values, src=0, group=process_group())
     return values[0]
 
 
 @contextlib.contextmanager
-def raising_together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Leave the block with an error on every rank if any rank has one: nobody waits for a rank that is gone.
 
     A rank that failed raises its own error, the others PeerError with the message of the first that failed.
@@ -194,10 +203,10 @@ def raising_together() -> Iterator[None]:
     try:
         yield
     except Exception as caught:
-        if loss(caught):
+        if lost_rank_message(caught):
             raise
         error = caught
-    messages = exchange(str(error) if error else None)
+    messages = all_gather_object(str(error) if error else None)
     first = next((rank for rank, message in enumerate(messages) if message is not None), None)
     if first is not None and len(messages) > 1:
         error = error or PeerError(f"rank {first} failed: {messages[first]}")

@@ -2,7 +2,7 @@
 
 While ranks add up their parts of the model they keep pace, and a collective that takes too long has lost a rank. But
 between these one rank may take its time: it loads from a slower disk, or its user thinks about the next question. There
-the others wait in `Pulse.exchange`, as long as it takes, if only the pulse of every rank is heard.
+the others wait in `Heartbeat.all_gather`, as long as it takes, if only the pulse of every rank is heard.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ RESTART = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may hav
 PARENT = os.getppid()
 Store = Any  # dist.Store, whose stubs lack half of it
 # Of these, the part that is waited for a rank. The rest is for the end: torchrun gives a rank that is stopped 30 s.
-PATIENCE = 0.35
+GROUP_TIMEOUT_FACTOR = 0.35
 ARRIVAL = 5  # times LLAMA_TIMEOUT for all ranks to come: they may import from a slow disk
 LEFT = -(2**40)  # what makes any number of beats negative
 # Set when this process is about to end for want of another: torch prints a page where nobody answers at the store.
@@ -96,7 +96,7 @@ def find_stores(rank: int, size: int) -> Stores:
     ) from answer
 
 
-class Pulse:
+class Heartbeat:
     """The pulse of this rank and of the others, who all have one on the same store.
 
     Operations on a store block for as long as its host does not answer, whatever their timeouts. So none of them runs
@@ -105,7 +105,7 @@ class Pulse:
 
     def __init__(self, stores: Stores, meeting: int, rank: int, size: int):
         prefix = f"llama/{RESTART}/{meeting}"
-        self.rank, self.size, self.patience = rank, size, PATIENCE * timeout()
+        self.rank, self.size, self.patience = rank, size, GROUP_TIMEOUT_FACTOR * timeout()
         self._round = self._answered = 0
         self._store = dist.PrefixStore(prefix, stores.talk)
         self._started = time.monotonic()
@@ -114,7 +114,7 @@ class Pulse:
         self._stopped = threading.Event()
         self._threads = [_start(self._beat, dist.PrefixStore(prefix, stores.beat))]
 
-    def exchange(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """What every rank gives, in rank order; small values. Raises LostRankError once a rank is no longer heard."""
         content = pickle.dumps(value)
         self._round += 1
@@ -219,7 +219,7 @@ def _end(line: str) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def loss(error: BaseException) -> str | None:
+def lost_rank_message(error: BaseException) -> str | None:
     """The line to print where an error means that another rank is gone; None for other errors."""
     if isinstance(error, LostRankError):
         return str(error)
@@ -235,9 +235,9 @@ def loss(error: BaseException) -> str | None:
     return f"rank {rank} lost a rank on {peer[1] if peer else 'another host'}: it was killed, or ended with an error"
 
 
-def last_words(error: BaseException) -> str | None:
-    """`loss`, a little later: torchrun, which ends all ranks of a host when one is gone, names the first by itself."""
-    if line := loss(error):
+def final_message(error: BaseException) -> str | None:
+    """`lost_rank_message`, after a wait: torchrun reports the first rank of a host that exits."""
+    if line := lost_rank_message(error):
         _ending.set()
         sys.stderr.flush()
         time.sleep(GRACE)
@@ -246,11 +246,11 @@ def last_words(error: BaseException) -> str | None:
     return line
 
 
-def short_of_losses(hook: Callable[..., Any]) -> Callable[..., Any]:
+def hide_lost_rank_traceback(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A `sys.excepthook` with one line instead of a traceback where another rank is gone."""
 
     def short(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if line := last_words(error):
+        if line := final_message(error):
             tell_torchrun(line)
             print(f"error: {line}", file=sys.stderr, flush=True)
         else:

@@ -485,12 +485,12 @@ def losses() -> list[float]:
 
 
 def losses_of_a_rank() -> list[float]:
-    from llama.parallel.groups import current_world, join, leave, meet
+    from llama.parallel.groups import connect_ranks, current_world, init_process_groups, shutdown
 
-    meet(current_world())
-    join(current_world(), torch.device("cpu"))
+    connect_ranks(current_world())
+    init_process_groups(current_world(), torch.device("cpu"))
     found = losses()
-    leave()
+    shutdown()
     return found
 
 
