@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sides import FILE_TYPES, THREADS, LlamaCpp, Ours, meta_folder, write_random
 
 from llama.convert import convert
 from llama.evaluate.scoring import windows
 from llama.tokenizer import find_tokenizer
+from sides import FILE_TYPES, THREADS, LlamaCpp, Ours, meta_folder, write_random
 
 WINDOW, POSITIONS = 512, 256
 TEXT = Path(__file__).parent.parent / "tests/golden/text.txt"

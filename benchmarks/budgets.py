@@ -33,17 +33,17 @@ os.environ |= {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import numpy as np
-import plain
 import torch
 import torch.nn.functional as F
-from compare import processor
-from sides import Meta
 
+from compare import processor
+from helpers import plain
 from llama import Llama
 from llama.convert import convert
 from llama.parallel.device import DTYPES
 from llama.parallel.groups import current_world, is_main_rank
 from llama.tokenizer import Tokenizer, find_tokenizer
+from sides import Meta
 
 TEXTS, PROMPT, STEPS = 2, 256, 32
 TEXT = Path(__file__).parent.parent / "tests/golden/text.txt"

@@ -32,11 +32,11 @@ from statistics import median
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # nothing is fetched
 
 import torch
-from sides import CONTEXT, FILE_TYPES, THREADS, Ours, PeerFailed, Side, clock, meta_folder, sides_of, write_random
 
 from llama import Llama
 from llama.convert import convert
 from llama.params import ModelArgs
+from sides import CONTEXT, FILE_TYPES, THREADS, Ours, PeerFailed, Side, clock, meta_folder, sides_of, write_random
 
 COLUMNS = ("ours", "ours, eager", "ours, plain", "Meta", "transformers", "llama.cpp")
 TEXTS = ("The capital of France is", "Once upon a time there was a miller who had", "Iron melts at")

@@ -2,7 +2,6 @@ import io
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)  # pytest itself outlives the terminal, as nohup promises
 
-from commands import Ended, run_command
-
+from golden.make_checkpoint import write
+from helpers.commands import Ended, run_command
+from helpers.paths import DEMO, DEMO_GGUF, GOLDEN
 from llama import Llama
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "golden"))
-
-from make_checkpoint import write  # noqa: E402  (the path above makes it importable)
-
-DEMO = HERE.parent / "checkpoints" / "smollm2-135m-instruct"
-DEMO_GGUF = DEMO.with_suffix(".gguf")
-
 
 MEASURED: dict[str, object] = {}
 
@@ -65,13 +56,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Any]:
     """What Meta's own code answered on the seeded checkpoints (float32, CPU, greedy)."""
-    return json.loads((HERE / "golden" / "expected.json").read_text())
+    return json.loads((GOLDEN / "expected.json").read_text())
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> dict[str, Any]:
     """The same for SmolLM2-135M-Instruct, dequantized from its GGUF file."""
-    return json.loads((HERE / "golden" / "smollm2.json").read_text())
+    return json.loads((GOLDEN / "smollm2.json").read_text())
 
 
 @pytest.fixture(scope="session")

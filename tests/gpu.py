@@ -24,10 +24,9 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE / "golden")]
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from make_checkpoint import write  # noqa: E402  (the path above makes it importable)
-
+from golden.make_checkpoint import write  # noqa: E402  (the path above makes it importable)
 from llama import Llama  # noqa: E402
 from llama.checkpoint.folder import OUTPUT, Checkpoint  # noqa: E402
 from llama.cli import bench  # noqa: E402

@@ -14,8 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from rss import anonymous_bytes
-
+from helpers.rss import anonymous_bytes
 from llama import Llama
 
 ROWS = 16

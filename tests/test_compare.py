@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from make_checkpoint import TOKENIZER
 
+from golden.make_checkpoint import TOKENIZER
+from helpers.paths import ROOT
 from llama.parallel.groups import shutdown
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare
 import sides
-from fake_sides import Faulty, fails_to_start
+from helpers.fake_sides import Faulty, fails_to_start
 
 SHAPE: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "hidden_dim": 256, "vocab_size": 512}
 

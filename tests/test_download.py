@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hostile_server import (
+
+from helpers.hostile_server import (
     FILES,
     HTML,
     QUERY,
@@ -42,8 +43,9 @@ from hostile_server import (
     sends,
     without_length,
 )
+from helpers.paths import ROOT
 
-SCRIPT = Path(__file__).parent.parent / "download.sh"
+SCRIPT = ROOT / "download.sh"
 BASHES = [path for path in os.environ.get("BASHES", "").split(":") if path]
 BASHES += [found for name in ("bash3.2", "bash") if (found := shutil.which(name))]
 CLIENTS = [name for name in ("curl", "wget") if shutil.which(name)]

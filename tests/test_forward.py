@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import plain
 import pytest
 import torch
-from make_checkpoint import MODELS
-from peers import transformers_model
-from tolerance import FLOAT32, near
 
+from golden.make_checkpoint import MODELS
+from helpers import plain
+from helpers.peers import transformers_model
+from helpers.tolerance import FLOAT32, near
 from llama import Llama, ModelArgs
 from llama.model import rotary_angles
 

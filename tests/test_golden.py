@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
 
+from helpers.ranks import run_ranks
 from llama import Llama
 
 CASES = ("single", "single_echo", "ragged", "ragged_echo", "eos")

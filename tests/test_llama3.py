@@ -10,8 +10,8 @@ import llama_models.llama3
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
 
+from helpers.ranks import run_ranks
 from llama import Llama
 
 TOKENIZER = Path(llama_models.llama3.__file__).with_name("tokenizer.model")

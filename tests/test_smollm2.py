@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.ranks import run_ranks
 from llama import Llama
 from llama.convert import convert
 

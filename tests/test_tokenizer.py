@@ -1,57 +1,24 @@
 """Ids and texts of the three kinds of tokenizer."""
 
-import base64
 import json
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llama_models
-import mistral_common
 import pytest
 import tiktoken
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from make_checkpoint import TOKENIZER
 
+from golden.make_checkpoint import TOKENIZER
+from helpers.paths import LLAMA2, LLAMA3, MISTRAL
+from helpers.vocabularies import random_texts, write_ranks
 from llama import Tokenizer
 from llama.engine.streaming import TextStream
 from llama.tokenizer import LLAMA3_SPLIT, RANKS_LIMIT, TokenizerError, find_tokenizer, read_ranks
 
 SENTENCEPIECE = Tokenizer(TOKENIZER)
-LLAMA2 = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama2.model"  # Meta's, which no package ships
-MISTRAL = Path(mistral_common.__file__).with_name("data") / "tokenizer.model.v1"
-LLAMA3 = Path(llama_models.__path__[0]) / "llama3" / "tokenizer.model"
-ALPHABETS = [  # what tokenizers treat each in its own way
-    " ab\n\t\r",
-    "etaoinshrdlu ,.'",
-    "0123456789.,- ",
-    "'sStTlLdDmMvVeErR \u017f",
-    "".join(map(chr, range(160))),
-    "\x85\xa0\u200b\u200d\u2028\u3000\ufeff\ufffd A",
-    "👩\u200d👧🏳\ufe0f🌈😀❤🇩🇪 ab",
-    "éàßğşñ ÉÀ ЖжЩ αβγ שלום مرحبا",
-    "漢字かなカナ한국어 नमस्ते ",
-    "<s></s><|begin_of_text|>[INST]<0x0A>",
-]
-
-
-def random_texts(count: int, seed: int = 0) -> list[str]:
-    """Short texts, each of one alphabet, of runs of its characters, or of any characters at all."""
-    draw = random.Random(seed)
-    texts = []
-    for i in range(count):
-        alphabet = ALPHABETS[i % len(ALPHABETS)]
-        if i % 3 == 0:
-            texts.append("".join(draw.choice(alphabet) * draw.randint(1, 40) for _ in range(draw.randint(0, 5))))
-        elif i % 3 == 1:
-            texts.append("".join(draw.choices(alphabet, k=draw.randint(0, 50))))
-        else:
-            codes = [draw.choice([draw.randint(0, 0xD7FF), draw.randint(0xE000, 0x10FFFF)]) for _ in range(20)]
-            texts.append("".join(chr(code) + draw.choice(["", " ", "a"]) for code in codes))
-    return texts
 
 
 def joined(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -133,13 +100,6 @@ def test_tokenizers_are_found_in_and_beside_the_folder(tmp_path: Path) -> None:
 
 
 # tiktoken -----------------------------------------------------------------------------------------
-
-
-def write_ranks(path: Path, *tokens: bytes) -> Path:
-    """A rank file of all bytes, the last first, and these tokens."""
-    every = [*(bytes([byte]) for byte in reversed(range(256))), *tokens]
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(every)))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -6,19 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import llama_models.llama3
 import pytest
 from llama_models.datatypes import RawMessage
 from llama_models.llama3.chat_format import ChatFormat as PeerFormat
 from llama_models.llama3.tokenizer import Tokenizer as Peer
-from vocabularies import plain, write_step
 
+from helpers.paths import LLAMA2, LLAMA3
+from helpers.vocabularies import plain, write_step
 from llama import Conversation, Llama
 from llama.generation import SPECIAL_TAGS
 from llama.tokenizer import ChatFormat, Tokenizer
 
-RANKS = Path(llama_models.llama3.__file__).with_name("tokenizer.model")
-LLAMA2 = Path(__file__).parents[3] / "shared" / "tokenizers" / "llama2.model"  # Meta's, which no package ships
 # What the models' card says of the format, in Jinja: no system message is added.
 TEMPLATE = (
     "{% for m in messages %}{{ 'Source: ' + m.role + '\n\n ' + m.content.strip() + ' <step> ' }}{% endfor %}"
@@ -48,8 +46,8 @@ def test_llama3_takes_any_roles(roles: list[str]) -> None:
     dialog: Any = [{"role": role, "content": f"message {i}"} for i, role in enumerate(roles)]
     # The package writes its role "tool" as ipython; here a role is written as it is.
     ours: Any = [{**message, "role": message["role"].replace("tool", "ipython")} for message in dialog]
-    expected = PeerFormat(Peer(RANKS)).encode_dialog_prompt([RawMessage(**message) for message in dialog]).tokens
-    assert ChatFormat(Tokenizer(RANKS)).encode_dialog_prompt(ours) == expected
+    expected = PeerFormat(Peer(LLAMA3)).encode_dialog_prompt([RawMessage(**message) for message in dialog]).tokens
+    assert ChatFormat(Tokenizer(LLAMA3)).encode_dialog_prompt(ours) == expected
 
 
 def test_llama2_wants_its_order(build: Callable[..., Llama]) -> None:

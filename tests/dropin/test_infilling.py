@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from make_checkpoint import TOKENIZER
-from peers import transformers_model
-from vocabularies import INFILLING, plain, write_infilling
 
+from golden.make_checkpoint import TOKENIZER
+from helpers.peers import transformers_model
+from helpers.vocabularies import INFILLING, plain, write_infilling
 from llama import Llama
 from llama.convert.vocab import _pieces, hf_tokenizer, sentencepiece_model
 from llama.generation import infilling_prompt_tokens

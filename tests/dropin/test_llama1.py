@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from peers import transformers_model
 
+from helpers.peers import transformers_model
 from llama import LLaMA, Llama, ModelArgs, Tokenizer, Transformer
 
 PROMPTS = ["the software is", "this"]

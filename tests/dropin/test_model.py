@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from peers import transformers_model
-from ranks import run_ranks
 from torch import nn
 from torch.nn.utils import prune
 
+from helpers.peers import transformers_model
+from helpers.ranks import run_ranks
 from llama import Llama, ModelArgs, Transformer
 from llama import model as llama_model
 from llama.model import Attention, FeedForward, RMSNorm, TransformerBlock

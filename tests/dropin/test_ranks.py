@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from ranks import run_ranks
-from test_distributed import torchrun
 
+from helpers.paths import ROOT
+from helpers.ranks import run_ranks, torchrun
 from llama import Llama
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 def serve(folder: Path) -> list[Any]:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from faults import Bomb, edit_params
 from safetensors.torch import save_file
 from torch import nn
 
+from helpers.faults import Bomb, edit_params
+from helpers.paths import ROOT
 from llama import Llama, Tokenizer
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.verify import check, verify
@@ -202,7 +203,7 @@ def test_convert_and_plan_take_them_too(
 
 
 def test_two_ranks_read_what_one_file_wraps(checkpoint: Callable[..., Path], copy: Callable[..., Path]) -> None:
-    from ranks import run_ranks
+    from helpers.ranks import run_ranks
 
     folder = copy()
     every(lambda t: {"model": {f"module.{key}": value for key, value in t.items()}})(folder)
@@ -231,7 +232,7 @@ def test_an_optimizer_is_mapped_and_not_read(copy: Callable[..., Path]) -> None:
         print(len(tensors), peak() - before)
     """
     words = [sys.executable, "-c", script, str(single(folder))]
-    ended = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
     count, kilobytes = map(int, ended.stdout.split())
     assert count == 30 and kilobytes < 64_000
 
@@ -361,7 +362,7 @@ def test_files_cut_short_without_sums(name: str, damage: Callable[[bytes], bytes
 
 
 def test_files_without_sums_are_noted_and_checked_by_a_list(copy: Callable[..., Path]) -> None:
-    from faults import write_list
+    from helpers.faults import write_list
 
     folder = copy()
     as_safetensors("consolidated.safetensors")(folder)
@@ -440,8 +441,9 @@ def test_gguf_carries_the_numbers_in_its_divisors(
     low: float, high: float, context: int, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Only their ratios show: 1 and 4 of 2,048 are 4 and 16 of 8,192."""
-    import formats
     import numpy as np
+
+    from helpers import formats
 
     def divisors(theta: float, head_dim: int, factor: float) -> Any:
         turns = context * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
@@ -529,7 +531,7 @@ def test_a_tilde_on_the_command_line(
 
 
 def test_examples_take_a_tilde(home: Path, monkeypatch: pytest.MonkeyPatch, built: list[Llama]) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    monkeypatch.syspath_prepend(str(ROOT))
     import example_text_completion
 
     monkeypatch.setattr(sys, "argv", ["example", "--ckpt_dir=~/x", "--max_gen_len=1"])

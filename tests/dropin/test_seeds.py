@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 
+from helpers.ranks import run_ranks
 from llama import Llama
 
 PROMPTS = ["The licence", "You may"]

@@ -4,16 +4,15 @@ from pathlib import Path
 from typing import Any
 from unittest import TestCase
 
-import llama_models.llama3
 import pytest
 import tiktoken
 from llama_models.llama3.tokenizer import Tokenizer as Peer
-from make_checkpoint import TOKENIZER
 from sentencepiece import SentencePieceProcessor
 
+from golden.make_checkpoint import TOKENIZER
+from helpers.paths import LLAMA3
 from llama.tokenizer import ChatFormat, Dialog, Message, Role, Tokenizer
 
-RANKS = Path(llama_models.llama3.__file__).with_name("tokenizer.model")
 GREETING = [128000, 9906, 11, 1917, 0, 128001]  # <|begin_of_text|> Hello , ␣world ! <|end_of_text|>
 TURN = [
     128006,
@@ -31,7 +30,7 @@ ANSWER = [128006, 78191, 128007, 271]
 
 class Llama3Tokenizer(TestCase):
     def setUp(self) -> None:
-        self.tokenizer = Tokenizer(str(RANKS))
+        self.tokenizer = Tokenizer(str(LLAMA3))
         self.format = ChatFormat(self.tokenizer)
 
     def test_specials(self) -> None:
@@ -59,7 +58,7 @@ class Llama3Tokenizer(TestCase):
 
 
 def test_llama3_equals_metas_package() -> None:
-    ours, theirs = Tokenizer(RANKS, use_scaled_rope=True), Peer(RANKS)
+    ours, theirs = Tokenizer(LLAMA3, use_scaled_rope=True), Peer(LLAMA3)
     assert ours.special_tokens == theirs.special_tokens
     assert ours.pat_str == theirs.pat_str
     assert ours.num_reserved_special_tokens == theirs.num_reserved_special_tokens
@@ -72,7 +71,7 @@ def test_llama3_equals_metas_package() -> None:
 @pytest.mark.parametrize("disallowed", ["all", {"<|begin_of_text|>"}, {"<|eot_id|>"}, ()])
 @pytest.mark.parametrize("text", ["Hi<|eot_id|>", "<|begin_of_text|>Hi", "Hi"])
 def test_allowed_and_disallowed_specials(allowed: Any, disallowed: Any, text: str) -> None:
-    ours, theirs = Tokenizer(RANKS, use_scaled_rope=True), Peer(RANKS)
+    ours, theirs = Tokenizer(LLAMA3, use_scaled_rope=True), Peer(LLAMA3)
 
     def found(tokenizer: Any) -> list[int] | None:
         try:
@@ -90,13 +89,13 @@ def test_sp_model_and_one_id() -> None:
     for i in (1, 2, 13, 300):
         assert tokenizer.decode(i) == peer.decode(i) == tokenizer.decode([i])
         assert tokenizer.token_piece(i) == peer.id_to_piece(i)
-    assert not hasattr(tokenizer, "model") and not hasattr(Tokenizer(RANKS), "sp_model")
+    assert not hasattr(tokenizer, "model") and not hasattr(Tokenizer(LLAMA3), "sp_model")
     assert (tokenizer.prefix_id, tokenizer.middle_id, tokenizer.suffix_id, tokenizer.eot_id, tokenizer.step_id) == (
         (None,) * 5
     )
 
 
-@pytest.mark.parametrize("path", [TOKENIZER, RANKS])
+@pytest.mark.parametrize("path", [TOKENIZER, LLAMA3])
 def test_ids_outside_the_vocabulary(path: Path) -> None:
     tokenizer = Tokenizer(path)
     for wrong in (-1, tokenizer.n_words, -tokenizer.n_words):

@@ -1,0 +1,527 @@
+"""The faster forms against the plain one: the same answers, by other kernels."""
+
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import nn
+
+from golden.make_checkpoint import TOKENIZER
+from helpers.tolerance import BFLOAT16, LOGPROB, gamma, near
+from llama import Llama, ModelArgs, generation, model
+from llama.accelerate import executor, native
+from llama.accelerate.executor import Dense
+from llama.accelerate.quantize import FEW_ROWS, Int4, Int8, Quantized
+from llama.cache import KVCache
+from llama.checkpoint.folder import tensor_shapes
+
+
+def ids(bsz: int, seqlen: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 512, (bsz, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+# Decode steps -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "llama31"])
+@pytest.mark.parametrize("form", ["eager", "compile"])
+def test_steps_at_any_positions(form: str, name: str, dtype: str, build: Callable[..., Llama]) -> None:
+    """Rows that decode at positions of their own, some far beyond one block of keys, against a plain prefill."""
+    bsz, lengths = 7, [1, 2, 17, 255, 256, 257, 600]
+    plain = build(name, max_seq_len=640, max_batch_size=bsz, dtype=dtype, plain=True)
+    texts = ids(bsz, 600)
+    expected = plain.executor.hidden(texts, 0, 600)[range(bsz), [n - 1 for n in lengths]].float()
+
+    llama = build(name, max_seq_len=640, max_batch_size=bsz, dtype=dtype, compile=form == "compile")
+    assert llama.executor.is_compiled == (form == "compile")
+    llama.executor.hidden(texts[:, :-1], 0, 599)
+    last = torch.tensor(lengths) - 1
+    for rows in (1, 3, 4, bsz):  # kernels take four rows at a time
+        newest, at = texts[range(rows), last[:rows]], last[:rows]
+        found = llama.executor.hidden(newest[:, None], at, int(at.max()) + 1)[:, 0].float()
+        assert (found - expected[:rows]).abs().max() <= near(llama, expected, dtype), f"{rows} rows"
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (5, 1), (7, 1), (8, 1)])
+def test_steps_of_heads_that_share_keys(heads: int, kv_heads: int, tmp_path: Path) -> None:
+    """native.c takes up to four heads of a KV head at a time: groups of 3, 5, 7 and 8."""
+    params: dict[str, Any] = {"dim": 16 * heads, "n_layers": 2, "n_heads": heads, "n_kv_heads": kv_heads}
+    params |= {"vocab_size": 512, "hidden_dim": 96}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    stream = torch.Generator().manual_seed(heads)
+    shapes = tensor_shapes(ModelArgs(**params))
+    torch.save({k: torch.randn(s, generator=stream) * 0.1 for k, s in shapes.items()}, tmp_path / "consolidated.00.pth")
+    texts, found = ids(2, 40), []
+    for plain in (True, False):
+        sizes: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 2, "dtype": "float32"}
+        llama = Llama.build(tmp_path, TOKENIZER, **sizes, plain=plain, compile=not plain)
+        llama.executor.hidden(texts[:, :-1], 0, 39)
+        found.append(llama.executor.hidden(texts[:, -1:], 39, 40).float())
+        bound = near(llama, found[0])
+        llama.close()
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=bound)
+
+
+def test_a_cache_takes_rows_at_their_place() -> None:
+    cache = KVCache((4, 2, 8, 4), torch.float32, torch.device("cpu"))
+    k, v = torch.randn(2, 2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    cache.first_row = 1
+    for start_pos in (2, torch.tensor([2, 2])):
+        cache.clear()
+        keys, values = cache.update(k, v, start_pos, 5)
+        for buffer, seen, new in ((cache.k, keys, k), (cache.v, values, v)):
+            assert torch.equal(buffer[1:3, :, 2:5], new) and torch.equal(seen[:, :, 2:], new)
+            assert buffer.count_nonzero() == new.numel()
+
+
+@pytest.mark.parametrize("form", [{}, {"compile": False}, {"quantize": "int8", "compile": False}, {"quantize": "int4"}])
+def test_a_batch_is_its_rows_alone(form: dict[str, Any], build: Callable[..., Llama]) -> None:
+    llama = build("gqa", max_seq_len=128, max_batch_size=6, **form)
+    prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 90, 17, 5, 64, 40)]
+    together, scores = llama.generate(prompts, 12, temperature=0, logprobs=True)
+    for prompt, tokens, logprobs in zip(prompts, together, scores or [], strict=True):
+        (alone,), found = llama.generate([prompt], 12, temperature=0, logprobs=True)
+        assert alone == tokens and found is not None
+        torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(logprobs), rtol=0, atol=LOGPROB)
+
+
+@pytest.mark.parametrize("form", [{}, {"quantize": "int8", "compile": False}, {"quantize": "int4"}])
+def test_weights_damaged_behind_the_check_are_told(
+    form: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = torch.load(checkpoint("gqa") / "consolidated.00.pth", weights_only=True)
+    weights["layers.1.feed_forward.w2.weight"][7, 40] = float("nan")
+    torch.save(weights, tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text((checkpoint("gqa") / "params.json").read_text())
+    monkeypatch.setattr(generation, "check_before_loading", lambda *_: ([], {}))
+    llama = Llama.build(tmp_path, TOKENIZER, max_seq_len=32, max_batch_size=1, **form)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        llama.generate([[5, 6, 7]], 4, temperature=0)
+    llama.close()
+
+
+def test_a_rank_that_fails_in_the_middle_of_a_step(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception cannot pass through native.c: it is kept and raised behind it."""
+    llama = build("gqa", max_seq_len=32, max_batch_size=1, compile=True)
+    step = llama.executor._decoder
+    assert isinstance(step, native.NativeDecoder)
+    step.struct.reduce = native.REDUCE(step._reduce)
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("peer gone")
+
+    monkeypatch.setattr(native.dist, "all_reduce", broken)
+    with pytest.raises(ConnectionError, match="peer gone"):
+        llama.generate([[5, 6, 7]], 4, temperature=0)
+
+
+# Matrices of native.c -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [1, 3, 4, 9, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_products(kind: str, m: int) -> None:
+    native.compile_library()
+    narrow = {"int4": (9, 32), "int8": (9, 48)}.get(kind, (7, 50))  # no whole number of groups, or of vectors
+    for n, k in ((1, 32), (6, 96), (50, 544), (33, 64), narrow):
+        weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n))
+        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+        quantized = {"int8": Int8, "int4": Int4}.get(kind)
+        layer = quantized(weight) if quantized else None
+        full = layer.dequantize() if layer else weight.to(dtype)
+        x = torch.randn(1, m, k, generator=torch.Generator().manual_seed(m))
+        product = native.NativeQuantized(layer) if layer else Dense(full, True)
+        found = product(x.to(dtype))
+        assert found.shape == (1, m, n) and found.dtype == dtype
+        x, full = x.to(dtype).double(), full.double()
+        exact, bound = x @ full.T, gamma(k + ROUNDINGS.get(kind, 0)) * sizes(x, full, layer)
+        if kind == "bfloat16":  # the result is rounded to it
+            bound += BFLOAT16 * (exact.abs() + bound)
+        assert ((found.double() - exact).abs() <= bound).all()
+
+
+# What a term of a sum goes through besides additions: int8 the scale and that of x; int4 these, the weight's own
+# rounding, and the sum of x, times what zero and 8 scales make, which is added to the sum of the products.
+ROUNDINGS = {"int8": 2, "int4": 6}
+
+
+def sizes(x: torch.Tensor, full: torch.Tensor, layer: Quantized | None) -> torch.Tensor:
+    """The sum of the sizes of what is added up, [m, n]. int4 multiplies q, 0 to 15, and takes 8 off afterwards."""
+    weight = full.abs()
+    if isinstance(layer, Int4):
+        terms = 2 * layer.zero.double().abs() + 16 * layer.scale.double()
+        weight = weight + terms.repeat_interleave(32, dim=1)
+    return x.abs() @ weight.T
+
+
+@pytest.mark.parametrize("m", [1, 2, 4, 7, 13, FEW_ROWS])
+@pytest.mark.parametrize("kind", [Int8, Int4])
+def test_products_of_whole_numbers(kind: type[Int8 | Int4], m: int) -> None:
+    """In bfloat16, x is rounded to 65,535 steps between its largest number and that below zero; all else is exact."""
+    native.compile_library()
+    for n, k in ((1, 32), (6, 96), (50, 544), (33, 1600)):
+        weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).bfloat16()
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+        x[:, 5] *= 100  # one number that makes the steps of all others large
+        layer, x = kind(weight.float()), x.double()
+        exact = layer.dequantize().double()
+        found = native.NativeQuantized(kind(weight))(x.float()).double()
+        step = x.abs().amax(dim=1, keepdim=True) / 32767
+        error = found - x @ exact.T
+        # Half a step of each x; and float32's: two additions for each group of 32, twelve for scales and conversions.
+        bound = step / 2 * exact.abs().sum(dim=1) + gamma(k // 16 + 12) * sizes(x, exact, layer)
+        assert (error.abs() <= bound).all()
+        if n > 10:  # enough of them: steps of one, evenly rounded, have this deviation
+            expected = step / 12**0.5 * exact.norm(dim=1)
+            assert 0.6 < (error / expected).square().mean().sqrt() < 1.4
+
+
+@pytest.mark.parametrize("kind", [Int8, Int4])
+def test_the_largest_whole_numbers(kind: type[Int8 | Int4]) -> None:
+    """Sums of equal terms, as large as they come, must not run over; what is not finite must be seen in its row."""
+    native.compile_library()
+    weight = torch.ones(20, 4096)
+    weight[::2] = -1
+    layer = native.NativeQuantized(kind(weight.bfloat16()))
+    x = torch.full((6, 4096), -3.0)
+    x[1], x[2, 7], x[3, 8], x[4, 9], x[5] = 0, float("nan"), float("inf"), -float("inf"), 1e-36
+    for rows in (x, x[:1]):
+        found = layer(rows)
+        near = BFLOAT16 + 2 * gamma(4096 // 16 + 12)  # the scale is a bfloat16
+        torch.testing.assert_close(found[0], -3 * 4096 * weight[:, 0], rtol=near, atol=0)
+        assert (found[1:2] == 0).all() and not found[2:5].isfinite().any() and (found[5:].abs() < 1e-30).all()
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, starts, seqlen",
+    [
+        (9, 3, 64, [0], 300),  # the demo model's; two blocks of keys
+        (4, 4, 8, [0, 0, 0], 5),
+        (8, 1, 128, [0, 0], 65),
+        (6, 2, 48, [255, 255], 3),  # an odd number of keys, over the end of a block
+        (2, 1, 80, [700], 1),
+        (72, 1, 16, [0], 20),  # more heads than one go takes
+        (6, 3, 20, [3, 250, 600], 40),
+    ],
+)
+def test_attention_over_a_cache(heads: int, kv_heads: int, head_dim: int, starts: list[int], seqlen: int) -> None:
+    """Against torch's in float64. Old keys beyond a query's position, some of them NaN, have no part in it."""
+    native.compile_library()
+    stream, first_row, end = torch.Generator().manual_seed(heads), 1, max(starts) + seqlen
+    cache = KVCache((len(starts) + 1, kv_heads, end + 9, head_dim), torch.bfloat16, torch.device("cpu"))
+    for buffer in (cache.k, cache.v):
+        buffer.copy_(torch.randn(buffer.shape, generator=stream))
+        buffer[:, :, end:] = float("nan")
+    q = torch.randn(len(starts), seqlen, heads, head_dim, generator=stream).mul(3).bfloat16()
+    start_pos = starts[0] if len(starts) == 1 else torch.tensor(starts)
+    cache.first_row = first_row
+    found = native.attend(q, cache, start_pos)
+    for row, start in enumerate(starts):
+        mask = torch.ones(seqlen, end, dtype=torch.bool).tril(start)
+        keys, values = (x[first_row + row, :, :end].double() for x in (cache.k, cache.v))
+        queries = q[row].transpose(0, 1).double()
+        exact, size = (
+            F.scaled_dot_product_attention(queries, keys, each, attn_mask=mask, enable_gqa=True).transpose(0, 1)
+            for each in (values, values.abs())
+        )
+        # A score errs by its sum of products and three roundings more, which its share has as a factor, as their total
+        # has; exponentials are within two units (2^-22). Shares are rounded to bfloat16 before they meet the values,
+        # the result after.
+        score = queries.abs() @ keys.abs().repeat_interleave(heads // kv_heads, dim=0).mT / head_dim**0.5
+        share = BFLOAT16 + 2 * (gamma(head_dim + 3) * score.max() + 2**-22) + gamma(end)
+        bound = share * size * (1 + BFLOAT16) + BFLOAT16 * exact.abs()
+        assert ((found[row].double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("seqlen", [1, 40])
+def test_the_parts_of_a_layer(seqlen: int, dtype: str) -> None:
+    """Norm, rotation and output layer against those of the plain path."""
+    kind = getattr(torch, dtype)
+    stream = torch.Generator().manual_seed(seqlen)
+    x = torch.randn(2, seqlen, 96, generator=stream).mul(50).to(kind)
+    plain = model.RMSNorm(96, 1e-5)
+    plain.weight = nn.Parameter(torch.randn(96, generator=stream).to(kind))
+    last = 0.0 if dtype == "float32" else BFLOAT16  # the result is rounded to its dtype
+    wide, weight = x.double(), plain.weight.double()
+    exact = wide / (wide.square().mean(dim=-1, keepdim=True) + plain.eps).sqrt() * weight
+    with torch.no_grad():
+        for found in (executor.norm(plain, x), plain(x)):
+            # A sum of 96 squares, and a dozen operations: mean, eps, root, its inverse, products.
+            assert ((found.double() - exact).abs() <= (gamma(96 + 12) + last) * exact.abs()).all()
+
+    angles = torch.rand(seqlen, 1, 16, generator=stream) * 7
+    freqs_cis = torch.polar(torch.ones_like(angles), angles).squeeze(1)  # [seqlen, 16]
+    heads = x.unflatten(-1, (-1, 32))
+    even, odd = heads.double().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = (part.double()[:, None] for part in (freqs_cis.real, freqs_cis.imag))
+    exact = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    size = torch.stack(((even * cos).abs() + (odd * sin).abs(), (even * sin).abs() + (odd * cos).abs()), dim=-1)
+    bound = gamma(2) * size.flatten(-2)
+    bound += last * (exact.abs() + bound)
+    assert ((model.rotate(heads, freqs_cis).double() - exact).abs() <= bound).all()
+
+    for vocab in (96, 50):
+        weight = torch.randn(vocab, 96, generator=stream).to(kind)
+        for rows in (x[:1], x):
+            exact = rows.double() @ weight.double().T
+            bound = gamma(96) * (rows.double().abs() @ weight.double().abs().T)
+            bound += last * (exact.abs() + bound)
+            for found in (Dense(weight, False)(rows), F.linear(rows, weight)):
+                assert ((found.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kind", [Int8, Int4])
+@pytest.mark.parametrize("to", [torch.float32, torch.bfloat16])
+def test_dequantize(kind: type[Int8 | Int4], to: torch.dtype) -> None:
+    native.compile_library()
+    layer = kind(torch.randn(37, 96, generator=torch.Generator().manual_seed(1)))
+    found = native.NativeQuantized(layer).dequantize(to)
+    # Bit for bit: (q - 8) * scale has 12 bits and is exact, so that float32 rounds once, and bfloat16 once more.
+    assert torch.equal(found, layer.dequantize().to(to))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are vectors of x86")
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx2"])
+def test_narrower_vectors(flags: str, tmp_path: Path) -> None:
+    """What machines without AVX-512 and without AVX2 compile, by the tests of this file."""
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC") or "cc"} "$@" {flags}\n')
+    compiler.chmod(0o755)
+    which = "products or whole_numbers or over_a_cache or dequantize or (any_positions and compile)"
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", which, __file__],
+        env=os.environ | {"CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout
+    assert " passed" in ended.stdout and "skipped" not in ended.stdout
+    assert len(list((tmp_path / "llama-runner").glob("native-*.so"))) == 1  # it was this compiler's
+
+
+# Compiling ----------------------------------------------------------------------------------------
+
+
+def test_compiled_once_and_kept(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    before = os.umask(0o002)  # with which a linker lets the group write
+    try:
+        for form, told in (
+            ("auto", "llama: decode step compiled in "),
+            ("auto", "llama: 0.2M parameters, "),
+            (True, "llama: decode step compiled earlier, taken from "),
+        ):
+            assert build("mha", max_seq_len=16, max_batch_size=1, compile=form).executor.is_compiled
+            assert capfd.readouterr().err.startswith(told)
+    finally:
+        os.umask(before)
+    (kept,) = (tmp_path / "llama-runner").glob("native-*.so")
+    assert os.name != "posix" or kept.stat().st_mode & 0o777 == 0o700
+    assert kept.name.startswith("native-") and kept.suffix == ".so"
+    native.library.cache_clear()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="owners and rights as POSIX has them")
+def test_code_is_taken_from_a_folder_that_is_ours_alone(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled: list[Path] = []
+
+    def compile(_: str, path: Path) -> None:
+        compiled.append(path)
+        path.unlink(missing_ok=True)
+        path.touch(0o700)
+
+    monkeypatch.setattr(native, "_compile", compile)
+    assert native.compile_library() and not native.compile_library()
+    library = compiled.pop()
+    folder = library.parent
+    assert folder == tmp_path / "llama-runner" and folder.stat().st_mode & 0o777 == 0o700
+    for rights in (0o720, 0o702):
+        library.chmod(rights)
+        assert native.compile_library() and compiled.pop() == library  # anew
+        library.chmod(0o700)
+        folder.chmod(rights)
+        with pytest.raises(native.NoCompilerError, match=r"llama-runner can be written by others"):
+            native.compile_library()
+        folder.chmod(0o700)
+    assert not native.compile_library()
+    moved = library.rename(tmp_path / "elsewhere.so")
+    library.symlink_to(moved)
+    assert native.compile_library() and compiled.pop() == library
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(native.NoCompilerError, match="can be written by others"):
+        native.compile_library()
+    assert not compiled
+    build("mha", max_seq_len=16, max_batch_size=1, compile=True)  # it runs without
+    line = capfd.readouterr().err.splitlines()[0]
+    assert "can be written by others" in line and "the decode step runs uncompiled" in line
+
+
+@pytest.mark.parametrize(
+    ("compiler", "folder", "told"),
+    [
+        ("not-there", "", "no C compiler here (not-there)"),
+        ("false", "", "cannot compile"),
+        ("cc", "/proc/nothing", "set XDG_CACHE_HOME"),
+    ],
+)
+def test_without_a_compiler(
+    compiler: str,
+    folder: str,
+    told: str,
+    build: Callable[..., Llama],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    expected = build("mha", max_seq_len=16, max_batch_size=1).generate([[5, 6]], 8, temperature=0)
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", folder or str(tmp_path))
+    capfd.readouterr()
+    llama = build("mha", max_seq_len=16, max_batch_size=1)
+    line = capfd.readouterr().err.splitlines()[0]
+    assert told in line and "the decode step runs uncompiled, which is slower (--no-compile" in line
+    assert not llama.executor.is_compiled and llama.generate([[5, 6]], 8, temperature=0) == expected
+    capfd.readouterr()
+    build("mha", max_seq_len=16, max_batch_size=1, compile=False)
+    assert "compile" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("form", [{}, {"plain": True}, {"compile": False}, {"quantize": "int4"}])
+def test_a_closed_model_is_gone(form: dict[str, Any], build: Callable[..., Llama]) -> None:
+    llama = build("gqa", max_seq_len=16, max_batch_size=1, **form)
+    llama.generate([[5, 6]], 4, temperature=0)
+    held = weakref.ref(llama.model)
+    gc.disable()
+    llama.close()
+    gc.enable()
+    assert held() is None
+
+
+def test_float16_is_not_compiled(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    llama = build("mha", max_seq_len=16, max_batch_size=1, dtype="float16", compile=True)
+    assert "float16 is not compiled on CPUs" in capfd.readouterr().err and not llama.executor.is_compiled
+    monkeypatch.setenv("CC", "not-there")
+    assert not build("mha", max_seq_len=16, max_batch_size=1, dtype="float16").executor.is_compiled
+    assert "compile" not in capfd.readouterr().err  # the missing compiler changes nothing
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_compile_takes_three_values(value: Any, build: Callable[..., Llama]) -> None:
+    with pytest.raises(ValueError, match=f"compile is {value!r}, expected True, False or 'auto'"):
+        build("mha", compile=value)
+
+
+@pytest.fixture
+def graph(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Llama, Any]]:
+    """A model whose decode step is what CUDA gets, traced by torch.compile but run by eager kernels."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiler(f, backend=counter, fullgraph=fullgraph))
+    torch._dynamo.reset()
+    llama = build("gqa", max_seq_len=64, max_batch_size=4)
+    llama._executor = executor.Executor(llama.model, graph=True)
+    yield llama, counter
+    torch._dynamo.reset()
+
+
+def test_graphs_are_compiled_once_for_a_number_of_rows(
+    graph: tuple[Llama, Any], build: Callable[..., Llama], capfd: pytest.CaptureFixture[str]
+) -> None:
+    llama, counter = graph
+    plain = build("gqa", max_seq_len=64, max_batch_size=4, plain=True)
+    prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 20, 9)]
+    for rows, compiled in ((1, 1), (1, 1), (3, 2), (1, 2)):
+        found = llama.generate(prompts[:rows], 30, temperature=0)
+        assert found == plain.generate(prompts[:rows], 30, temperature=0)
+        assert counter.frame_count == compiled, f"{rows} rows"
+    assert capfd.readouterr().err.count("compiled in") == 2
+
+
+# Options ------------------------------------------------------------------------------------------
+
+
+def test_the_switch(build: Callable[..., Llama]) -> None:
+    llama = build("gqa", max_seq_len=32, max_batch_size=2, plain=True)
+    layer = llama.model.layers[0]
+    forward: Any = type(layer).forward
+    calls = 0
+
+    def counted(self: nn.Module, *args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return forward(self, *args)
+
+    type(layer).forward = counted
+    try:
+        llama.generate([[5, 6]], 1, temperature=0)
+    finally:
+        type(layer).forward = forward
+    assert calls == len(llama.model.layers)
+    for other in ({"quantize": "int8"}, {"compile": True}):
+        with pytest.raises(ValueError, match="plain excludes quantize and compile"):
+            build("gqa", plain=True, **other)
+    with pytest.raises(ValueError, match="quantize 'int3': expected int8 or int4"):
+        build("gqa", quantize="int3")
+
+
+# Prefill in parts ---------------------------------------------------------------------------------
+
+
+def logits(llama: Llama, tokens: torch.Tensor) -> torch.Tensor:
+    return llama.executor.logits(llama.executor.hidden(tokens, 0, tokens.shape[1]))
+
+
+@pytest.mark.parametrize("form", [{}, {"compile": False}, {"plain": True}], ids=str)
+def test_a_prefill_in_parts(form: dict[str, Any], build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = build("gqa", max_seq_len=128, max_batch_size=3, **form)
+    prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 100, 65)]
+    whole = logits(llama, ids(2, 100))
+    expected, scores = llama.generate(prompts, 16, temperature=0, logprobs=True, echo=True)
+    for part in (1, 7, 64):
+        monkeypatch.setattr(executor, "PREFILL_CHUNK", part)
+        torch.testing.assert_close(logits(llama, ids(2, 100)), whole, rtol=0, atol=near(llama, whole))
+        found, logprobs = llama.generate(prompts, 16, temperature=0, logprobs=True, echo=True)
+        assert found == expected
+        for ours, theirs in zip(logprobs or [], scores or [], strict=True):
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=LOGPROB)
+
+
+def test_what_cuda_gets_for_a_mask() -> None:
+    """torch's own name for lower-right causality, as SDPA reads it, is the mask that CPUs get."""
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 12, 8)
+    masks = [executor.causal_mask(5, 12, torch.device(device)) for device in ("cuda", "cpu")]
+    found, expected = (F.scaled_dot_product_attention(q, k, k, attn_mask=mask, enable_gqa=True) for mask in masks)
+    assert torch.equal(found, expected) and executor.causal_mask(5, 12, torch.device("cpu"))[0].sum() == 8
+
+
+def test_import_is_light() -> None:
+    """What `import llama` adds to `import torch`: no compiler, no plots, no other frameworks."""
+    heavy = "matplotlib, transformers, lm_eval, torch._dynamo, torch._inductor, tokenizers, gguf"
+    code = f"import sys, llama; print([m for m in {heavy.split(', ')} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

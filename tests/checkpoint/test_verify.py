@@ -1,0 +1,392 @@
+"""`verify` names the file of every fault, in one line, and passes what is whole."""
+
+import hashlib
+import pickle
+import random
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from helpers.faults import (
+    DENIED,
+    FAULTS,
+    FIRST,
+    PAGE,
+    POINTER,
+    SECOND,
+    THIRD,
+    WQ,
+    data_of,
+    edit_params,
+    edit_shard,
+    flip,
+    write_list,
+)
+from llama import files as sniff
+from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.verify import BLOCK, Findings, _check_count, check, is_finite, verify
+from llama.convert import ConvertError, convert
+from llama.params import CheckpointError
+
+
+@pytest.fixture
+def copy(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """copy(name, shards): a folder to be damaged."""
+
+    def make(name: str = "mha", shards: int = 2, place: str = "model") -> Path:
+        return Path(shutil.copytree(checkpoint(name, shards), tmp_path / place))
+
+    return make
+
+
+# Whole folders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mha", "llama31"])
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_a_whole_folder_passes(
+    name: str, shards: int, checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    verify(str(checkpoint(name, shards)))
+    *notes, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("OK: ") and "tokenizer.model with 512 ids" in last and f"{shards} shard" in last
+    assert len(notes) == 1 and "no checklist.chk in" in notes[0]
+
+
+@pytest.mark.parametrize("kind", ["md5", "sha256"])
+@pytest.mark.parametrize("form", ["{}  {}\n", "{} *{}\r\n", "{}  ./{}\n\n", "# a comment\n{}\t{}\n"])
+def test_listed_files_pass(kind: str, form: str, copy: Callable[..., Path]) -> None:
+    folder = copy()
+    write_list(folder, kind, form)
+    found = check(folder)
+    assert (found.faults, found.notes) == ([], [])
+    assert "4 files against their listed sums" in found.checked
+
+
+def test_capital_digits_and_a_list_in_two_kinds(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    write_list(folder, "sha256")
+    lines = (folder / "checklist.chk").read_text().splitlines()
+    lines[0] = f"{hashlib.md5((folder / FIRST).read_bytes()).hexdigest().upper()}  {FIRST}"
+    (folder / "checklist.chk").write_text("\n".join(lines))
+    assert not check(folder).faults
+
+
+def test_metas_layout_with_the_tokenizer_beside(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    tokenizer = (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
+    write_list(folder)
+    write_list(folder.parent, name="tokenizer_checklist.chk")
+    found = check(folder)
+    assert (found.faults, found.notes) == ([], [])
+    flip(tokenizer, random.Random(1), 1)
+    (line,) = (line for line in check(folder).faults if "is not the listed file" in line)
+    assert line.startswith(str(tokenizer))
+
+
+def test_tied_embeddings_are_a_note(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    for path in folder.glob("*.pth"):
+        edit_shard(path, lambda t: t.pop("output.weight"))
+    found = check(folder)
+    assert not found.faults and "no file has output.weight" in found.notes[-1]
+
+
+def test_files_in_no_list_are_notes(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    write_list(folder)
+    lines = (folder / "checklist.chk").read_text().splitlines()
+    (folder / "checklist.chk").write_text(lines[0] + "\n")
+    found = check(folder)
+    assert not found.faults and [note.split("/")[-1] for note in found.notes] == [
+        f"{name} is in no checklist" for name in (SECOND, "params.json", "tokenizer.model")
+    ]
+
+
+def test_files_saved_under_no_number_are_noted(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    for path in folder.glob("*.pth"):
+        tensors = torch.load(path)
+        with path.open("wb") as file:
+            torch.save(tensors, file)  # a stream has no name
+    found = check(folder)
+    assert not found.faults and "nothing in the shards says which part" in found.notes[-1]
+
+
+def test_files_written_without_crcs_are_noted(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    torch.serialization.set_crc32_options(False)
+    try:
+        edit_shard(folder / FIRST, lambda t: None)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    found = check(folder)
+    assert not found.faults and f"{folder / FIRST} was written without CRCs" in found.notes[0]
+
+
+def test_a_shard_of_another_number_of_bytes_than_blocks(tmp_path: Path) -> None:
+    """Tensors that begin and end anywhere within blocks, one of them longer than several."""
+    sizes = [3, BLOCK // 4, 3 * BLOCK // 4 + 5, 1, 0, 17]
+    path = tmp_path / FIRST
+    torch.save({str(i): torch.randn(n) for i, n in enumerate(sizes)}, path)
+    assert not any("damaged" in line for line in check(tmp_path).faults)
+    for start, stop in data_of(path):
+        if start < stop:
+            content = path.read_bytes()
+            flip(path, random.Random(start), start, stop)
+            assert sum("is damaged in" in line for line in check(tmp_path).faults) == 1
+            path.write_bytes(content)
+
+
+# Faults -------------------------------------------------------------------------------------------
+
+
+def spoil(folder: Path, fault: str) -> list[str]:
+    FAULTS[fault].damage(folder, random.Random(fault))
+    return check(folder).faults
+
+
+@pytest.mark.parametrize("kind", ["md5", "sha256"])
+@pytest.mark.parametrize(
+    "fault", ["a bit of a weight", "another model's", "swapped", "repeated", "no last shard", "a hole"]
+)
+def test_a_checklist_tells_too(fault: str, kind: str, copy: Callable[..., Path]) -> None:
+    folder = copy()
+    write_list(folder, kind)
+    faults = spoil(folder, fault)
+    assert all(SECOND in line or fault == "swapped" for line in faults) and faults
+    text = {
+        "swapped": "holds what checklist.chk calls",
+        "repeated": "holds what checklist.chk calls consolidated.00.pth",
+    }
+    text |= {
+        "another model's": f"is not the listed file: its {kind} is",
+        "no last shard": "is missing, but checklist.chk",
+    }
+    assert text.get(fault, "damaged") in faults[-1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_flipped_bit_is_found_wherever_a_reader_looks(seed: int, copy: Callable[..., Path]) -> None:
+    """Among weights, headers and directory: what is not found changes nothing."""
+    folder = copy("mha", 2)
+    whole, rng = torch.load(folder / SECOND), random.Random(seed)
+    for kind in ("weights", "rest"):
+        content = (folder / SECOND).read_bytes()
+        spans = data_of(folder / SECOND)
+        edges = [0, *(edge for span in spans for edge in span), len(content)]
+        if kind == "rest":
+            spans = list(zip(edges[::2], edges[1::2], strict=True))
+        flip(folder / SECOND, rng, *rng.choice(spans))
+        faults = check(folder).faults
+        if kind == "weights" or faults:
+            assert len(faults) == 1 and faults[0].startswith(str(folder / SECOND))
+        else:
+            read = torch.load(folder / SECOND, mmap=True, weights_only=True)
+            assert read.keys() == whole.keys() and all(torch.equal(read[key], whole[key]) for key in whole)
+        (folder / SECOND).write_bytes(content)
+
+
+def test_headers_that_contradict_the_directory(copy: Callable[..., Path]) -> None:
+    """A reader believes one of the two, the directory's length of a record for instance, which no sum may cover."""
+    path = copy() / SECOND
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+        (offset,) = (info.header_offset for info in archive.infolist() if info.filename.endswith("/data/7"))
+    content = path.read_bytes()
+    path.write_bytes(content[: offset + 8] + b"\x08" + content[offset + 9 :])  # compressed, says its header
+    (line,) = check(path.parent).faults
+    assert line.startswith(f"{path} is damaged in consolidated.01/data/7 (header)")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, record in records.items():
+            archive.writestr(name, record)
+        start = archive.fp.tell()  # type: ignore[union-attr]
+    assert not check(path.parent).faults
+    content = path.read_bytes()
+    at = content.index(b"data/7", start) - len("consolidated.01/") - 46 + 20  # both lengths in the directory
+    path.write_bytes(content[:at] + (10**9).to_bytes(4, "little") * 2 + content[at + 8 :])
+    (line,) = check(path.parent).faults
+    assert line.startswith(f"{path} is damaged in consolidated.01/data/7 (length): fetch")
+
+
+def test_two_directories(copy: Callable[..., Path]) -> None:
+    """zipfile takes the one right before the end, torch the one that the end names: what is checked is not what is
+    loaded, unless they are one."""
+    path = copy() / SECOND
+    content = path.read_bytes()
+    assert content[-42:-38] == b"PK\6\7", "torch writes an end for large files"
+    end = len(content) - 98
+    directory = content[content.index(b"PK\1\2") : end]
+    for damaged in (
+        b"\0" * 64 + content,
+        content + b"PK",
+        content[:-34] + (64).to_bytes(8, "little") + content[-26:],  # the end for large files is elsewhere, it says
+        content[:-2] + len(directory).to_bytes(2, "little") + directory,  # and a second directory, as a comment
+        content[:end] + bytes(8) + content[end:],
+        content[: end + 48] + (64).to_bytes(8, "little") + content[end + 56 :],
+    ):
+        path.write_bytes(damaged)
+        (line,) = check(path.parent).faults
+        assert line.startswith(str(path)) and "fetch it again" in line
+    path.write_bytes(content)
+    assert not check(path.parent).faults
+
+
+def test_two_files_joined_are_not_converted(copy: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy()
+    FAULTS["two files joined"].damage(folder, random.Random(0))
+    with pytest.raises(ConvertError, match=f"{SECOND} cannot be read .damaged: two files joined"):
+        convert(str(folder), str(tmp_path / "converted"))
+
+
+def test_a_number_that_a_name_or_params_json_makes_up_costs_nothing(copy: Callable[..., Path]) -> None:
+    folder, found = copy(), Findings()
+    _check_count({0: folder / FIRST, 1: folder / SECOND}, 2**40, found)
+    assert found.faults == [
+        f"{folder} lacks {THIRD}, consolidated.03.pth, consolidated.04.pth, consolidated.05.pth and "
+        "1,099,511,627,770 more of the model's 1,099,511,627,776 parts: fetch them"
+    ]
+    names = ["consolidated.9999999.pth", "consolidated.-2.pth", "consolidated.\u0660\u0662.pth"]
+    for name in names:
+        shutil.copy(folder / FIRST, folder / name)
+    found = check(folder)
+    assert not found.faults
+    assert f"{folder}: {names[1]}, {names[0]}, {names[2]} not looked at: numbers of shards have up" in found.notes[0]
+    assert len(Checkpoint(folder).paths) == 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_number_is_found_in_any_order_and_nothing_is_copied(bad: float) -> None:
+    views: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda t: t,
+        lambda t: t.t(),
+        lambda t: t[:, 3:-5],
+        lambda t: t[:, 3:-5].t(),
+        lambda t: t.view(8, 256, 2048).permute(2, 0, 1),
+        lambda t: t[5],
+        lambda t: t[:, 7],
+        lambda t: t[5, 7],
+    ]
+    tensor = torch.ones(2048, 2048)
+    for view in views:
+        tensor[5, 7] = 1
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+            assert is_finite(view(tensor))
+        taken = max((event.cpu_memory_usage for event in measured.events()), default=0)
+        assert taken <= 4 * BLOCK + 2**16, "a part of a view that is in no order may be copied, the whole is 16 MiB"
+        tensor[5, 7] = bad
+        assert not is_finite(view(tensor))
+    assert is_finite(torch.ones(0, 4))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_faults_of_several_files_are_all_told(seed: int, copy: Callable[..., Path]) -> None:
+    """A damaged first shard does not hide what is wrong with the others."""
+    folder, rng = copy("mha", 4), random.Random(seed)
+    names = [f"consolidated.{i:02d}.pth" for i in range(4)]
+    rng.shuffle(names)
+    flip(folder / names[0], rng, *rng.choice(data_of(folder / names[0])))
+    edit_shard(folder / names[1], lambda t: t.pop(WQ))
+    (folder / names[2]).unlink()
+    edit_params(folder, vocab_size=512)
+    (folder / "tokenizer.model").write_bytes(b"")
+    lines = check(folder).faults
+    for name, message in zip(names, ["is damaged in", f"missing: {WQ}", "is missing, one of 4 parts"], strict=False):
+        assert len([line for line in lines if name in line and message in line]) == 1, lines
+    assert len(lines) == 4 and not any(names[3] in line for line in lines)
+
+
+def test_extra_and_missing_files_by_the_shapes(copy: Callable[..., Path]) -> None:
+    """How many files there should be, the tensors say."""
+    four, two = copy("mha", 4, "four"), copy("mha", 2, "two")
+    shutil.copy(four / THIRD, two / THIRD)
+    (line,) = check(two).faults
+    assert line.startswith(f"{two / THIRD} is one file too many, expected 2 of them")
+    (four / "consolidated.03.pth").unlink()
+    (four / SECOND).unlink()
+    assert [line.split(" ")[0] for line in check(four).faults] == [
+        str(four / SECOND),
+        str(four / "consolidated.03.pth"),
+    ]
+
+
+def test_the_odd_one_is_blamed(copy: Callable[..., Path]) -> None:
+    folder = copy("llama31", 4)
+    for key in ("norm.weight", "layers.0.ffn_norm.weight"):
+        edit_shard(folder / FIRST, lambda t, key=key: t.update({key: t[key].flip(0) * 1.5}))  # type: ignore[misc]
+    (line,) = check(folder).faults
+    assert line.startswith(f"{folder / FIRST} has other norms than {SECOND}")
+
+
+def test_norms_that_were_rounded_differently_pass(copy: Callable[..., Path]) -> None:
+    """Some published checkpoints differ by their last bit from file to file."""
+    folder = copy()
+    for sign, path in zip((1, -1), sorted(folder.glob("*.pth")), strict=True):
+        tensors = torch.load(path)
+        rounded = {key: tensor * (1 + sign * 0.002 if "norm" in key else 1) for key, tensor in tensors.items()}
+        torch.save({key: tensor.bfloat16() for key, tensor in rounded.items()}, path)
+    assert not check(folder).faults
+
+
+def test_a_tokenizer_of_another_size(copy: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy()
+    for path in folder.glob("*.pth"):
+        rows = {"tok_embeddings.weight": 500, "output.weight": 250}
+        edit_shard(path, lambda t: t.update({key: t[key][:n].clone() for key, n in rows.items()}))  # noqa: B023  # called now
+    (line,) = check(folder).faults
+    assert line.startswith(f"{folder / 'tokenizer.model'} has 512 ids, expected the model's 500")
+
+
+def test_no_folder_at_all(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere does not exist: give the folder with"):
+        verify(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text("{}")
+    assert any("is a Hugging Face folder" in line for line in check(tmp_path).faults)
+
+
+def test_the_demo_passes(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verify(str(demo))
+    note, line = capsys.readouterr().out.splitlines()
+    assert note == "note: no file has output.weight: the embedding serves as the output too"
+    assert "4 files against their listed sums" in line and "1 shard of 272 tensors" in line
+
+
+# What a file is -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", sniff.EMPTY),
+        (POINTER, sniff.LFS_POINTER),
+        (PAGE, sniff.WEB_PAGE),
+        (DENIED, sniff.WEB_PAGE),
+        (b"\xef\xbb\xbf<Error>", sniff.WEB_PAGE),
+        (b"GGUF\3\0\0\0", sniff.GGUF),
+        (b"\x08\0\0\0\0\0\0\0{}      ", sniff.SAFETENSORS),
+        (b"PK\3\4", sniff.ZIP),
+        (pickle.dumps([1], protocol=2), sniff.PICKLE),
+        (b' {"a": 1}', sniff.JSON),
+        (b"[1]", sniff.JSON),
+        (b"\n\x0e\n\x05<unk>\x15", None),  # a SentencePiece model
+        (b"IQ== 0\nIg== 1\n", None),  # Llama 3's ranks
+        (b"d41d8cd98f00b204e9800998ecf8427e  params.json\n", None),
+    ],
+)
+def test_what_a_file_is(content: bytes, expected: str | None, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    assert sniff.detect_format(tmp_path / "file") == expected
+
+
+def test_real_files_are_what_they_are(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("mha")
+    assert sniff.detect_format(folder / FIRST) == sniff.ZIP
+    assert sniff.detect_format(folder / "params.json") == sniff.JSON
+    assert sniff.detect_format(folder / "tokenizer.model") is None
+    torch.save({}, tmp_path / "old", _use_new_zipfile_serialization=False)
+    assert sniff.detect_format(tmp_path / "old") == sniff.OLD_TORCH

@@ -1,0 +1,84 @@
+"""Small vocabularies of every kind, and texts to try them on."""
+
+import base64
+import random
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from golden.make_checkpoint import TOKENIZER
+from llama import Tokenizer
+from llama.convert.vocab import NORMAL, USER_DEFINED, _pieces, sentencepiece_model
+
+INFILLING = ["\u2581<PRE>", "\u2581<MID>", "\u2581<SUF>", "\u2581<EOT>"]  # ids 508 to 511
+
+
+ALPHABETS = [  # what tokenizers treat each in its own way
+    " ab\n\t\r",
+    "etaoinshrdlu ,.'",
+    "0123456789.,- ",
+    "'sStTlLdDmMvVeErR \u017f",
+    "".join(map(chr, range(160))),
+    "\x85\xa0\u200b\u200d\u2028\u3000\ufeff\ufffd A",
+    "👩\u200d👧🏳\ufe0f🌈😀❤🇩🇪 ab",
+    "éàßğşñ ÉÀ ЖжЩ αβγ שלום مرحبا",
+    "漢字かなカナ한국어 नमस्ते ",
+    "<s></s><|begin_of_text|>[INST]<0x0A>",
+]
+
+
+def random_texts(count: int, seed: int = 0) -> list[str]:
+    """Short texts, each of one alphabet, of runs of its characters, or of any characters at all."""
+    draw = random.Random(seed)
+    texts = []
+    for i in range(count):
+        alphabet = ALPHABETS[i % len(ALPHABETS)]
+        if i % 3 == 0:
+            texts.append("".join(draw.choice(alphabet) * draw.randint(1, 40) for _ in range(draw.randint(0, 5))))
+        elif i % 3 == 1:
+            texts.append("".join(draw.choices(alphabet, k=draw.randint(0, 50))))
+        else:
+            codes = [draw.choice([draw.randint(0, 0xD7FF), draw.randint(0xE000, 0x10FFFF)]) for _ in range(20)]
+            texts.append("".join(chr(code) + draw.choice(["", " ", "a"]) for code in codes))
+    return texts
+
+
+def write_infilling(path: Path) -> Path:
+    """tok512 with the infilling pieces in place of its last four."""
+    pieces = _pieces(TOKENIZER.read_bytes())[:-4] + [(name, -1000.0 - i, NORMAL) for i, name in enumerate(INFILLING)]
+    path.write_bytes(sentencepiece_model(pieces))
+    return path
+
+
+def write_step(path: Path, source: Path = TOKENIZER, extra: int = 0, dummy_prefix: bool = False) -> Path:
+    """A vocabulary whose last id is <step>, in place of the source's last or behind `extra` - 1 other new pieces. Code
+    Llama 70B's puts no space before a text."""
+    pieces = _pieces(source.read_bytes())
+    pieces = pieces + [(f"<new{i}>", -1e6, NORMAL) for i in range(extra - 1)] if extra else pieces[:-1]
+    path.write_bytes(sentencepiece_model([*pieces, ("<step>", 0.0, USER_DEFINED)], add_dummy_prefix=dummy_prefix))
+    return path
+
+
+def plain(path: Path) -> SentencePieceProcessor:
+    return SentencePieceProcessor(model_file=str(path))
+
+
+def write_ranks(path: Path, *tokens: bytes) -> Path:
+    """A rank file of all bytes, the last first, and these tokens."""
+    every = [*(bytes([byte]) for byte in reversed(range(256))), *tokens]
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(every)))
+    return path
+
+
+def byte_fallback_tokenizer(folder: Path) -> Tokenizer:
+    """A tokenizer.json as Hugging Face writes Llama 2's: 256 bytes, pieces with U+2581 for a space."""
+    from tokenizers import Tokenizer as Writer
+    from tokenizers import decoders, models
+
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["\u2581", "\u2581a", "a", "b", "\u2581\u2581", "é", "\ufffd"]
+    writer = Writer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True))
+    space = decoders.Replace("\u2581", " ")
+    writer.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    writer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("{}")
+    return Tokenizer(folder / "tokenizer.json")

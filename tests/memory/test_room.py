@@ -1,0 +1,342 @@
+"""`memory` says whether a model finds room and what would fit; tests/gpu.py reports what it finds."""
+
+import json
+import re
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gpu
+from helpers.paths import ROOT
+from helpers.ranks import run_ranks
+from llama import Llama, ModelArgs
+from llama.memory import check as memory
+from llama.memory.check import Choice, InsufficientMemoryError, check_memory, free_bytes, suggestions
+from llama.parallel.groups import World
+from llama.params import CheckpointError
+
+GIB = 2**30
+SEVEN_B: dict[str, Any] = {"dim": 4096, "n_heads": 32, "n_layers": 32, "vocab_size": 32000}
+CARD = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+
+
+def seven_b(
+    length: int, rows: int, device: str = "cuda", quantize: str | None = None, dtype: torch.dtype = torch.float16
+) -> Choice:
+    args = ModelArgs(**SEVEN_B, max_seq_len=length, max_batch_size=rows)
+    return Choice(args, 1, dtype, quantize, device, False, 1)
+
+
+def applied(flags: str, choice: Choice) -> Choice:
+    """What a proposal says, read as a user would."""
+    for name, value in re.findall(r"--(\w+) (\S+)", flags):
+        if name == "quantize":
+            choice = replace(choice, quantize=value)
+        elif name == "dtype":
+            choice = replace(choice, dtype=getattr(torch, value))
+        else:
+            choice = choice.resized(**{name: int(value)})
+    ranks = re.search(r"(\d+) ranks", flags)
+    return replace(choice, world_size=int(ranks[1])) if ranks else choice
+
+
+def refusal(choice: Choice, free: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    device = torch.device(choice.device)
+    with pytest.raises(InsufficientMemoryError) as caught:
+        check_memory(choice.args, choice.world_size, choice.dtype, device, False, 1, choice.quantize)
+    return str(caught.value)
+
+
+# What would fit -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choice", "free", "expected"),
+    [
+        (seven_b(4096, 1), 11.9, ["--quantize int8", "--quantize int4", "2 ranks"]),
+        (seven_b(4096, 1), 13.5, ["--quantize int8", "--quantize int4", "--max_seq_len", "2 ranks"]),
+        (seven_b(512, 4), 13.2, ["--quantize int8", "--quantize int4", "--max_seq_len", "--max_batch_size", "2 ranks"]),
+        (seven_b(4096, 1, "cpu"), 11.9, ["--quantize int8", "--quantize int4"]),
+        (
+            seven_b(4096, 1, "cpu", None, torch.float32),
+            16.5,
+            ["--dtype bfloat16", "--quantize int8", "--quantize int4"],
+        ),
+        (seven_b(4096, 1, "cuda", "int8"), 7.5, ["--quantize int4", "--max_seq_len", "2 ranks"]),
+        (seven_b(4096, 1, "cuda", "int4"), 5.5, ["--max_seq_len", "2 ranks"]),
+        (seven_b(4096, 1), 5.5, ["--quantize int4 --max_seq_len", "4 ranks"]),
+        (seven_b(4096, 8), 4.5, ["--quantize int4 --max_batch_size 1 --max_seq_len", "8 ranks"]),
+    ],
+)
+def test_each_proposal_fits_and_one_size_more_does_not(
+    choice: Choice, free: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = int(free * GIB)
+    message = refusal(choice, room, monkeypatch)
+    assert "\n" not in message and message.endswith(" would fit")
+    head, _, listed = message.partition(": ")
+    assert head.startswith(
+        f"the model needs {choice.sizes.total / GIB:.2f} GiB (weights {choice.sizes.weights / GIB:.2f}"
+    )
+    assert f"{free:.2f} GiB are free on {choice.device}" in head
+    proposals = re.split(r", (?=--|\d+ ranks)| or ", listed.removesuffix(" would fit"))
+    assert len(proposals) == len(expected)
+    assert all(proposal.startswith(flags) for proposal, flags in zip(proposals, expected, strict=True)), proposals
+    for proposal in proposals:
+        way = applied(proposal, choice)
+        assert way.sizes.total <= room, proposal
+        assert proposal.endswith(f"({way.sizes.total / GIB:.2f} GiB)")
+        if "--max_seq_len" in proposal:
+            assert way.args.max_seq_len % 64 == 0
+            assert way.resized(max_seq_len=way.args.max_seq_len + 64).sizes.total > room
+        elif "--max_batch_size" in proposal:
+            assert way.resized(max_batch_size=way.args.max_batch_size + 1).sizes.total > room
+
+
+def test_the_12_gb_card() -> None:
+    """The 7B at 4096 positions: not in float16, but in 8 and in 4 bits, with a tenth of the card to spare."""
+    room = int(11.6 * GIB)  # what a card of 12 GB has free
+    assert seven_b(4096, 1).sizes.total > room
+    assert [flags for flags, _ in suggestions(seven_b(4096, 1), room)][:2] == ["--quantize int8", "--quantize int4"]
+    assert seven_b(4096, 1, quantize="int8").sizes.total < 0.9 * room
+
+
+def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refusal(seven_b(4096, 8, "cpu"), 3 * GIB, monkeypatch)
+    assert "no flags make it fit, as --quantize int4 --max_seq_len 64 --max_batch_size 1 still needs 4." in message
+
+
+def test_what_fits_or_is_unknown_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ModelArgs(**SEVEN_B, max_seq_len=4096, max_batch_size=1)
+    for free in (20 * GIB, None):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        check_memory(args, 1, torch.float16, CARD, False, 1, None)
+    assert not issubclass(InsufficientMemoryError, CheckpointError) and issubclass(InsufficientMemoryError, ValueError)
+
+
+# What is free -------------------------------------------------------------------------------------
+
+
+def test_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch keeps in reserve is free to us; a driver that does not answer stops nothing."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 12 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * GIB)
+    assert free_bytes(CARD) == 7 * GIB
+
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    assert free_bytes(CARD) is None and free_bytes(torch.device("mps")) is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "free"),
+    [
+        ("0::/", {}, 8 * GIB),  # no limit known
+        ("0::/a/b", {"a/memory.max": "max", "a/memory.current": "1"}, 8 * GIB),
+        ("0::/a/b", {"a/b/memory.max": str(4 * GIB), "a/b/memory.current": str(3 * GIB)}, GIB),
+        # A parent's limit holds for its children, and pages of files are given up.
+        (
+            "0::/a/b",
+            {
+                "a/memory.max": str(4 * GIB),
+                "a/memory.current": str(3 * GIB),
+                "a/memory.stat": f"anon 7\ninactive_file {GIB}\nactive_file {GIB // 2}\nfile {2 * GIB}",
+            },
+            5 * GIB // 2,
+        ),
+        # A container: the path is the host's, the limit stands at the root.
+        ("0::/host/only", {"memory.max": str(2 * GIB), "memory.current": "0"}, 2 * GIB),
+        (
+            "5:cpu,cpuacct:/x\n4:memory:/job",
+            {
+                "memory/job/memory.limit_in_bytes": str(3 * GIB),
+                "memory/job/memory.usage_in_bytes": str(2 * GIB),
+                "memory/job/memory.stat": f"inactive_file 5\ntotal_inactive_file {GIB}\ntotal_active_file 0",
+            },
+            2 * GIB,
+        ),
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_free_on_a_cpu(
+    groups: str, files: dict[str, str], free: int, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    for path, text in {
+        proc / "meminfo": f"MemTotal: 9 kB\nMemAvailable:   {8 * 2**20} kB\n",
+        proc / "self" / "cgroup": groups,
+        **{cgroups / name: text for name, text in files.items()},
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(memory, "PROC", proc)
+    monkeypatch.setattr(memory, "CGROUPS", cgroups)
+    monkeypatch.setattr(memory, "current_world", lambda: World(0, ranks, 0, ranks))
+    assert free_bytes(CPU) == free // ranks
+
+
+def test_free_is_unknown_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "PROC", tmp_path / "nowhere")
+    assert free_bytes(CPU) is None
+
+
+# tests/gpu.py, walked on a CPU --------------------------------------------------------------------
+
+
+def run_gpu(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, gpu.__file__, *words], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so_in_a_line() -> None:
+    done = run_gpu()
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: this torch sees no GPU: install a CUDA build of torch, make test-gpu BIN=ITS/bin\n"
+
+
+def test_a_wrong_golden_id_is_a_failure(golden: dict[str, Any], tmp_path: Path) -> None:
+    golden["mha"]["single"]["tokens"][0][3] += 1
+    (tmp_path / "expected.json").write_text(json.dumps(golden))
+    golden["mha"]["single"]["tokens"][0][3] -= 1
+    out = tmp_path / "report.json"
+    done = run_gpu(
+        "--device", "cpu", "--cases", "golden", "--golden", str(tmp_path / "expected.json"), "--out", str(out)
+    )
+    assert done.returncode == 1 and f"{out}" in done.stdout, done.stderr
+    report = json.loads(out.read_text())
+    assert {"torch", "cuda", "nccl", "gpus", "device", "python", "cases", "failures"} == set(report)
+    (case,) = report["cases"]
+    assert {"name", "ranks", "seconds", "figures", "failures"} == set(case)
+    assert case["figures"]["worst log-probability"] < 1e-3
+    assert (
+        report["failures"] == case["failures"] == ["mha/single: other ids than expected: row 0, place 3: 235, not 236"]
+    )
+
+
+@pytest.mark.parametrize("case", ["golden", "bfloat16", "memory", "compile"])
+def test_its_cases_pass_on_a_cpu(
+    case: str, golden: dict[str, Any], checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures, failures = gpu.CASES[case](gpu.Asked("cpu", {name: checkpoint(name) for name in gpu.MODELS}, golden, None))
+    assert not failures and figures
+
+
+# Memory that runs out all the same ----------------------------------------------------------------
+
+
+def limited(folder: Path) -> list[str]:
+    """What is said under a limit of the address space, set before a build and before a batch; then a smaller batch."""
+    import resource
+
+    said = []
+
+    def limit(more: int) -> None:
+        used = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
+        resource.setrlimit(resource.RLIMIT_AS, (int(used.split()[1]) * 1024 + more, resource.RLIM_INFINITY))
+
+    Llama.build(folder, max_seq_len=64).close()  # what is taken once
+    limit(200 * 2**20)
+    for free in (free_bytes, lambda device: 2**40):  # told before anything is taken; and where the estimate is wrong
+        memory.free_bytes = free
+        try:
+            Llama.build(folder, max_seq_len=8192, max_batch_size=32)
+        except InsufficientMemoryError as error:
+            said.append(str(error))
+    memory.free_bytes = free_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    llama = Llama.build(folder, max_seq_len=4096, max_batch_size=64, plain=True)
+    prompts = [[3 + i] * 4000 for i in range(64)]
+    before, _ = llama.generate(prompts[:1], 4, temperature=0)
+    limit(8 * 2**20)
+    try:
+        llama.generate(prompts, 4, temperature=0)
+    except InsufficientMemoryError as error:
+        said.append(str(error))
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    after, _ = llama.generate(prompts[:1], 4, temperature=0)
+    llama.close()
+    return [*said, str(before == after)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+def test_a_limit_of_the_address_space(checkpoint: Callable[..., Path]) -> None:
+    ((refused, failed, step, same),) = run_ranks(1, limited, checkpoint("mha"))
+    number = r"\d+\.\d\d"
+    needs = rf"the model needs {number} GiB \(weights {number}, cache {number}, prefill {number}\), "
+    length, rows = rf"--max_seq_len \d+ \({number} GiB\)", rf"--max_batch_size \d+ \({number} GiB\)"
+    more = rf"out of memory on cpu, {number} GiB more were asked for, {number} GiB are free, "
+    anew = "send fewer or shorter prompts at once, or build anew: "
+    assert re.fullmatch(rf"{needs}0\.\d\d GiB are free on cpu: {length} or .* would fit", refused)
+    assert re.fullmatch(rf"{more}the model is not loaded: {needs}.* would fit", failed)
+    assert re.fullmatch(rf"{more}{anew}{needs}.*{length} or {rows} would fit", step), step
+    assert same == "True"
+
+
+@pytest.mark.parametrize("step", ["hidden", "logits"])
+def test_a_card_that_others_have_filled(
+    step: str, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words of torch's CUDA allocator; the request after it is answered as before."""
+    llama = build("gqa", max_seq_len=256, max_batch_size=4)
+    prompts = [[5, 6, 7], [8, 9]]
+    before = llama.generate(prompts, 8, temperature=0)[0]
+    calls, made = iter(range(100)), list[Any]()
+    plain = type(llama.model.layers[0]).forward if step == "hidden" else type(llama.executor).logits
+    owner = type(llama.model.layers[0]) if step == "hidden" else type(llama.executor)
+
+    def short(*args: Any, **kwargs: Any) -> Any:
+        if step == "hidden":
+            made.append(weakref.ref(args[1]))  # what enters a layer
+        if next(calls) == 9:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 11.76 GiB of which "
+                "1.25 GiB is free."
+            )
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, "forward" if step == "hidden" else "logits", short)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: GIB * 5 // 4)
+    with pytest.raises(
+        InsufficientMemoryError, match=r"out of memory on cpu, 2\.50 GiB more were asked for, 1\.25 GiB"
+    ) as caught:
+        llama.generate(prompts, 30, temperature=0)
+    assert len(made) == 10 * (step == "hidden") and not any(tensor() for tensor in made), f"{caught} holds it"
+    monkeypatch.undo()
+    assert llama.generate(prompts, 8, temperature=0)[0] == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_goes_on_for_long_needs_no_more_memory(
+    checkpoint: Callable[..., Path], measured: Callable[[str, object], None]
+) -> None:
+    """80,000 ids here; soak.py by hand goes on to a million."""
+    program = str(ROOT / "tests" / "soak.py")
+    done = subprocess.run(
+        [sys.executable, program, str(checkpoint("mha")), "--tokens", "80000"], capture_output=True, text=True
+    )
+    found = json.loads(done.stdout)
+    measured("memory in use after 80,000 ids, beside that after 16,000", f"{found['in_use_growth']:+.2%}")
+    assert done.returncode == 0 and found["tokens"] >= 80_000, done.stderr
+
+
+def test_other_errors_stay_what_they_are(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = build("gqa", max_seq_len=64)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(type(llama.model.layers[0]), "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        llama.generate([[5, 6]], 4)
