@@ -28,6 +28,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/shellcheck download.sh .ci/run
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 

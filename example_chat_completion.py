@@ -1,9 +1,11 @@
 """Answer dialogs: torchrun --nproc_per_node N example_chat_completion.py --ckpt_dir DIR"""
 
+import logging
+
 from llama import Dialog, Llama
 from llama.chat.formats import base_model_note
 from llama.cli.main import run
-from llama.console import show, tell
+from llama.cli.output import show
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "What is the capital of France?"}],
@@ -58,7 +60,7 @@ def main(
         chat_format=chat_format,
     )
     if note := base_model_note(ckpt_dir):
-        tell(note)
+        logging.getLogger("llama").info(note)
     pieces = llama.stream_chat(DIALOGS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
     heads = ["\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in dialog) for dialog in DIALOGS]
     show(pieces, [f"{head}\nAssistant: " for head in heads], f"\n{'-' * 40}\n")

@@ -2,7 +2,7 @@
 
 from llama import Llama
 from llama.cli.main import run
-from llama.console import show
+from llama.cli.output import show
 
 PROMPTS = [
     # Plain continuation: the model goes on where the text stops.

@@ -10,11 +10,14 @@ if IS_PROGRAM:
     restore_interrupt()
 with exit_on_interrupt() if IS_PROGRAM else contextlib.nullcontext():
     from llama.chat.formats import Dialog, Message
+    from llama.console import configure_logging
     from llama.conversation import Conversation
     from llama.generation import LLaMA, Llama
     from llama.model import Transformer
     from llama.params import ModelArgs
     from llama.tokenizer import Tokenizer
+
+configure_logging()
 
 __version__ = "0.1.0"
 __all__ = ["Conversation", "Dialog", "LLaMA", "Llama", "Message", "ModelArgs", "Tokenizer", "Transformer"]

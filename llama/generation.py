@@ -1,5 +1,6 @@
 """`Llama`: build a model from a checkpoint folder, complete texts, answer dialogs."""
 
+import logging
 import math
 import time
 import traceback
@@ -32,7 +33,6 @@ from llama.chat.formats import (
 )
 from llama.checkpoint.folder import OUTPUT, Checkpoint, load_weights
 from llama.checkpoint.verify import check_before_loading
-from llama.console import tell
 from llama.engine.engine import Engine
 from llama.engine.requests import Each, Row, Settings, check_int, check_list
 from llama.engine.sampling import sample_top_p
@@ -48,11 +48,12 @@ from llama.parallel.groups import (
     current_world,
     init_process_groups,
     raise_on_all_ranks,
-    say,
     shutdown,
 )
 from llama.params import CheckpointError, check_world_size
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
+
+log = logging.getLogger(__name__)
 
 # What Meta's module of this name has.
 __all__ = [
@@ -194,7 +195,7 @@ class Llama(Engine):
             with raise_on_all_ranks():
                 checkpoint = Checkpoint(ckpt_dir)
                 for note in checkpoint.notes:
-                    tell(f"note: {note}")
+                    log.info(f"note: {note}")
                 args = checkpoint.params
                 args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
                 check_world_size(args, world.size)
@@ -230,7 +231,7 @@ class Llama(Engine):
             shutdown()
             raise
         model = executor.model
-        say(_summary(model, checkpoint, world.size, kind, note, time.perf_counter() - started))
+        log.info(_summary(model, checkpoint, world.size, kind, note, time.perf_counter() - started))
         torch.manual_seed(seed)  # of every rank, and last: nothing that loads draws from it
         return Llama(model, tokenizer, dialogs, executor=executor)
 

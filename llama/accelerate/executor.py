@@ -5,6 +5,7 @@ parameters are views of. Before each forward it looks whether modules, parameter
 derived from. Where they are not, it is derived anew, and a layer that was changed runs as its modules are written.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ from llama.accelerate.linear import MANY, ROWS, kernel, measured_rows
 from llama.accelerate.quantize import FEW_ROWS
 from llama.accelerate.quantized_weight import QuantizedWeight
 from llama.cache import KVCache
-from llama.console import tell
 from llama.model import (
     Attention,
     ColumnLinear,
@@ -38,7 +38,9 @@ from llama.model import (
     rotate,
 )
 from llama.parallel.device import cache_folder
-from llama.parallel.groups import all_gather_object, model_parallel, say
+from llama.parallel.groups import all_gather_object, model_parallel
+
+log = logging.getLogger(__name__)
 
 # Positions are scored for so many fp32 logits at a time (64 MB): glibc seldom reuses aligned blocks of under 32 MB.
 SCORING_CHUNK = 2**24
@@ -406,7 +408,7 @@ class Executor:
             self._decoder = self._make_decoder(fused)
             if (left := [i for i, each in enumerate(fused) if each is None]) and not self._said and model.layers:
                 self._said = True
-                say(f"llama: {_named(left)} changed: computed as the modules are written, which is slower")
+                log.info(f"llama: {_named(left)} changed: computed as the modules are written, which is slower")
         self._is_untouched = (
             not self._is_foreign
             and all(layer is not None for _, layer in self._runs)
@@ -585,10 +587,10 @@ def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype) -
     if not compile or (compile == "auto" and (device.type != "cpu" or dtype not in native.KINDS)):
         return False
     if device.type != "cpu":
-        say(f"llama: nothing is compiled on {device.type}: the decode step runs uncompiled")
+        log.info(f"llama: nothing is compiled on {device.type}: the decode step runs uncompiled")
         return False
     if dtype not in native.KINDS:
-        say("llama: float16 is not compiled on CPUs, bfloat16 and float32 are: the decode step runs uncompiled")
+        log.info("llama: float16 is not compiled on CPUs, bfloat16 and float32 are: the decode step runs uncompiled")
         return False
     started, is_new, problem = time.perf_counter(), False, ""
     try:
@@ -599,12 +601,12 @@ def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype) -
         filter(None, all_gather_object(problem))
     ):  # ranks that compile and others would add up different things
         why = problem or f"another rank: {problems[0]}"
-        tell(f"llama: {why}: the decode step runs uncompiled, which is slower (--no-compile leaves this line out)")
+        log.info(f"llama: {why}: the decode step runs uncompiled, which is slower (--no-compile leaves this line out)")
         return False
     if is_new:
-        tell(f"llama: decode step compiled in {time.perf_counter() - started:.1f} s, kept in {cache_folder()}")
+        log.info(f"llama: decode step compiled in {time.perf_counter() - started:.1f} s, kept in {cache_folder()}")
     elif compile is True:
-        tell(f"llama: decode step compiled earlier, taken from {cache_folder()}")
+        log.info(f"llama: decode step compiled earlier, taken from {cache_folder()}")
     return True
 
 
@@ -640,5 +642,5 @@ class CudaGraphDecoder:
         if bsz not in self.seen:
             self.seen.add(bsz)
             rows = "1 row" if bsz == 1 else f"{bsz} rows"
-            say(f"llama: decode step for {rows} compiled in {time.perf_counter() - started:.1f} s")
+            log.info(f"llama: decode step for {rows} compiled in {time.perf_counter() - started:.1f} s")
         return h

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import re
 import struct
 import sys
@@ -29,7 +30,7 @@ from llama.checkpoint.folder import (
     without_layer,
 )
 from llama.checkpoint.shards import Tensors, names_note, open_shard, way_out
-from llama.console import in_one_line, tell
+from llama.console import in_one_line
 from llama.files import (
     JSON,
     OLD_TORCH,
@@ -48,6 +49,8 @@ from llama.files import (
 from llama.params import CheckpointError, ModelArgs, load_params
 from llama.progress import progress
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
+
+log = logging.getLogger(__name__)
 
 LONGEST_NAME = 255  # bytes of a file's name, in nearly every file system
 BLOCK = 2**20  # files are read in blocks of so many bytes
@@ -172,7 +175,7 @@ def check_before_loading(checkpoint: Checkpoint, part: int = 0, parts: int = 1) 
             shard = open_shard(path)
             opened[number] = shard.tensors
             for note in checkpoint.add_notes(shard.notes):
-                tell(f"note: {note}")
+                log.info(f"note: {note}")
     _check_tensors(shards, opened, checkpoint.params, found, part, parts)
     return found.faults, found.sums
 

@@ -1,6 +1,7 @@
 """`python -m llama bench`: how fast the model reads prompts and writes answers here, and what bounds it."""
 
 import contextlib
+import logging
 import math
 import platform
 import random
@@ -23,7 +24,6 @@ import torch.distributed as dist
 from llama.accelerate.executor import Executor
 from llama.accelerate.quantized_weight import held_bytes
 from llama.checkpoint.folder import Checkpoint
-from llama.console import tell
 from llama.engine.engine import read_back
 from llama.engine.requests import check_int
 from llama.files import as_path
@@ -31,6 +31,8 @@ from llama.generation import Llama
 from llama.model import Transformer
 from llama.parallel.groups import current_world, is_main_rank, process_group
 from llama.progress import progress
+
+log = logging.getLogger(__name__)
 
 ROUNDS = 3  # runs that are timed, after one that warms up
 PREFIX_STEPS = 8  # without the cache, at most
@@ -123,7 +125,7 @@ def bench(
             print(f"{', '.join(facts)}, reads {rate / 1e9:.1f} GB/s", *table(found), sep="\n")
         if plot is not None:
             draw(points, as_path(plot), f"{as_path(ckpt_dir).resolve().name}, {machine['dtype']}, one row")
-            tell(f"{plot}: steps at contexts of {points[0]['context']:,} to {points[-1]['context']:,}")
+            log.info(f"{plot}: steps at contexts of {points[0]['context']:,} to {points[-1]['context']:,}")
     llama.close()
 
 

@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 
 from llama.chat.formats import Message, base_model_note, split_system
-from llama.console import dim, in_one_line, interrupts, read_line, session, visible, write
+from llama.cli.keyboard import interrupts, read_line, session
+from llama.cli.output import dim, write
+from llama.console import in_one_line, visible
 from llama.conversation import Conversation
-from llama.files import as_path
+from llama.files import as_path, read_on_rank_0
 from llama.generation import Llama
 from llama.memory.check import InsufficientMemoryError
-from llama.parallel.groups import all_gather_object, broadcast_object, current_world, is_main_rank, say
+from llama.parallel.groups import all_gather_object, broadcast_object, current_world, is_main_rank
 from llama.parallel.heartbeat import PeerError
 from llama.params import CheckpointError, read_params
-from llama.textfile import read_on_rank_0
 
 HELP = """\
 /reset         forget the dialog; the system message stays
@@ -101,7 +102,8 @@ def chat(
 
 
 def note(text: str) -> None:
-    say(dim(visible(text), sys.stderr))
+    if is_main_rank():
+        print(dim(visible(text), sys.stderr), file=sys.stderr, flush=True)
 
 
 # Answering ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from llama.chat.formats import Message
-from llama.console import in_one_line, show, tell
+from llama.cli.output import show
+from llama.console import in_one_line
 from llama.engine.requests import check_int
-from llama.files import as_path
+from llama.files import as_path, on_rank_0, read_pipe
 from llama.generation import Llama
 from llama.parallel.groups import is_main_rank, raise_on_all_ranks
 from llama.params import ModelArgs
-from llama.textfile import on_rank_0, read_pipe
+
+log = logging.getLogger(__name__)
 
 LINE_LIMIT = 2**22  # characters of a line; a prompt of a million tokens has about as many
 LINES_LIMIT = 2**24  # of a file; each costs 8 bytes of memory
@@ -144,7 +147,7 @@ def _complete_file(
 
         jobs, work, done = on_rank_0(begin)
         if done:
-            tell(f"{out}: {done} of {jobs} answers are there already")
+            log.info(f"{out}: {done} of {jobs} answers are there already")
         progress = Progress(jobs - done, work * (jobs - done) // max(1, jobs))  # of those left, about as much
         held.callback(progress.clear)
         windows = _windows(llama, file, todo)
@@ -159,7 +162,7 @@ def _complete_file(
                     if is_main_rank():
                         _append(out, batch, answers)
                 progress.add(batch, sum(len(row.tokens) for row in rows))
-    progress.tell(out)
+    progress.report(out)
 
 
 def _lock(out: Path) -> IO[bytes]:
@@ -204,7 +207,7 @@ def _read_todo(llama: Llama, file: Path, keep_going: bool, todo: "array[int]") -
             problem = in_one_line(f"{file.name}, line {number}: {error}")
             first, bad = first or problem, bad + 1
             if keep_going:
-                tell(f"skipped {problem}")
+                log.info(f"skipped {problem}")
             continue
         todo[number] = _digest(_head(job))
         jobs, work = jobs + 1, work + job.work
@@ -368,7 +371,7 @@ class Progress:
         if self.visible:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
-    def tell(self, out: Path) -> None:
+    def report(self, out: Path) -> None:
         seconds = time.perf_counter() - self.started
         rate = f", {self.tokens / seconds:.1f} tokens/s" if self.tokens else ""
-        tell(f"{out}: {self.done} answers in {seconds:.0f} s{rate}")
+        log.info(f"{out}: {self.done} answers in {seconds:.0f} s{rate}")

@@ -1,6 +1,7 @@
 """Other formats into Meta's layout and back: the function behind `python -m llama convert`."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -11,7 +12,6 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint.folder import tensor_shapes
-from llama.console import tell
 from llama.convert import gguf, hf, llama2c, meta
 from llama.convert.meta import ConvertError, Source
 from llama.files import (
@@ -28,6 +28,8 @@ from llama.files import (
     other_shards,
 )
 from llama.parallel.device import DTYPES
+
+log = logging.getLogger(__name__)
 
 __all__ = ["ConvertError", "convert"]
 
@@ -97,10 +99,10 @@ def convert(
         if path.name.startswith(f"{dst.name}.partial-"):
             source.notes.append(f"{path} is of a conversion that was killed, or still runs: remove it if none does")
     for note in source.notes:
-        tell(f"note: {note}")
+        log.info(f"note: {note}")
     kinds = " and ".join(sorted({str(kind)[6:] for kind in dtypes.values()}))
     count = "1 file" if shards == 1 else f"{shards} files"
-    tell(f"wrote {dst}: {len(source.tensors)} tensors as {kinds} in {count}, {', '.join(files)}")
+    log.info(f"wrote {dst}: {len(source.tensors)} tensors as {kinds} in {count}, {', '.join(files)}")
 
 
 def _reader(src: Path) -> Callable[[Path], Source]:
@@ -183,7 +185,7 @@ def _move(partial: Path, dst: Path, force: bool) -> None:
     finally:
         shutil.rmtree(old, ignore_errors=True)
     if old.exists():
-        tell(f"note: {old}, the folder that was replaced, could not be removed")
+        log.info(f"note: {old}, the folder that was replaced, could not be removed")
 
 
 def _umask() -> int:

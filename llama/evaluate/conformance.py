@@ -4,6 +4,7 @@ docs/conformance.md says how a kit is laid out and how another implementation wr
 """
 
 import hashlib
+import logging
 import math
 import os
 import shutil
@@ -24,13 +25,14 @@ import torch
 import llama
 from llama.accelerate.executor import score
 from llama.chat.formats import Dialog
-from llama.files import as_path
+from llama.files import as_path, read_text
 from llama.generation import Llama
 from llama.model import Transformer, TransformerBlock, apply_rotary_emb, rotary_angles
-from llama.parallel.groups import current_world, say
+from llama.parallel.groups import current_world
 from llama.params import LIMITS, ModelArgs
 from llama.progress import progress
-from llama.textfile import read_text
+
+log = logging.getLogger(__name__)
 
 FORMAT, VERSION = "llama-conformance", 1
 STEPS = 4  # ids that follow each prompt, one at a time: they read the cache, where a prompt only fills it
@@ -201,7 +203,7 @@ def _export(source: Llama, texts: list[str], target: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     count = sum(len(prompt["ids"]) + STEPS for prompt in described)
-    say(f"wrote {target}: {len(texts)} prompts, {count} positions, {len(dialogs)} dialogs, {size / 1e6:,.1f} MB")
+    log.info(f"wrote {target}: {len(texts)} prompts, {count} positions, {len(dialogs)} dialogs, {size / 1e6:,.1f} MB")
 
 
 def record(model: Transformer) -> dict[str, list[torch.Tensor]]:

@@ -1,5 +1,6 @@
 """`python -m llama inspect`: a text token by token, with what the model expected in each place."""
 
+import logging
 import math
 import os
 import shutil
@@ -12,17 +13,17 @@ from pathlib import Path
 import torch
 
 from llama.accelerate.executor import log_norm, score
-from llama.console import tell
 from llama.engine.engine import Engine
 from llama.engine.requests import Alternatives, alternatives, check_alternatives, check_int, read_ids
 from llama.engine.streaming import TextStream
 from llama.evaluate.html_report import Alternative, Token, TokenReport, html_report, level, percent_text, shown, width
 from llama.evaluate.scoring import Text, check_bos, measure_texts, with_bos
-from llama.files import as_path
+from llama.files import as_path, read_pipe
 from llama.generation import Llama
 from llama.parallel.groups import is_main_rank, raise_on_all_ranks
-from llama.textfile import read_pipe
 from llama.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 NOTHING = 'nothing to look at: give a text ("..."), or pipe one in'
 
@@ -110,7 +111,7 @@ def inspect(
             if html is not None:
                 content = html_report(look, Path(os.path.abspath(as_path(ckpt_dir))).name, summary(look))
                 as_path(html).write_text(content, encoding="utf-8", newline="\n")
-                tell(f"{html}: {len(content.encode()) / 1000:,.1f} kB")
+                log.info(f"{html}: {len(content.encode()) / 1000:,.1f} kB")
     llama.close()
 
 

@@ -7,10 +7,9 @@ from typing import Any, TypedDict
 
 from llama.console import in_one_line
 from llama.evaluate.scoring import check_bos, check_stride, rolling_loglikelihood, with_bos
-from llama.files import as_path
+from llama.files import as_path, read_text
 from llama.generation import Llama
 from llama.parallel.groups import broadcast_object, is_main_rank
-from llama.textfile import read_text
 
 
 class Perplexity(TypedDict):

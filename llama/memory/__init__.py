@@ -1,0 +1,4 @@
+"""What fits: the sizes of a model at each number of ranks, and the check before loading.
+
+Imports engine, accelerate and the rows below them.
+"""

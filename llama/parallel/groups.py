@@ -7,6 +7,7 @@ MASTER_ADDR and MASTER_PORT describe the ranks; without them this process is a w
 import atexit
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from llama.parallel.heartbeat import (
     lost_rank_message,
     timeout,
 )
+
+log = logging.getLogger(__name__)
 
 
 class World(NamedTuple):
@@ -53,12 +56,6 @@ def current_world() -> World:
 def is_main_rank() -> bool:
     """True on the one rank that prints and samples."""
     return current_world().rank == 0
-
-
-def say(text: str) -> None:
-    """Print one line to stderr, on rank 0 only: stdout belongs to results."""
-    if is_main_rank():
-        print(text, file=sys.stderr, flush=True)
 
 
 # Process group ------------------------------------------------------------------------------------
@@ -93,7 +90,7 @@ def init_process_groups(world: World, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     if not dist.is_initialized():
         if device.type == "cuda" and backend == "gloo":
-            say("warning: this torch has no NCCL, ranks talk over gloo (slower)")
+            log.warning("this torch has no NCCL, ranks talk over gloo (slower)")
         hook = sys.excepthook  # torch puts the rank before each line of it
         store = _stores.group(_generation) if _stores and world.size > 1 else dist.HashStore()
         # With torch's own timeout, as the default group is the program's, too: it may wait for hours there.

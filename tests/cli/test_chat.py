@@ -27,11 +27,12 @@ import pytest
 from helpers.paths import ROOT
 from helpers.ranks import CONTEXT
 from llama import Llama, Message
-from llama import console as terminal_module
 from llama.chat.formats import REFUSAL
+from llama.cli import keyboard, output
 from llama.cli import main as cli
 from llama.cli.chat import HELP, chat
-from llama.console import interrupts, visible
+from llama.cli.keyboard import interrupts
+from llama.console import visible
 from llama.engine.streaming import TextPiece
 
 CTRL_C, CTRL_D, LEFT, UP, BACKSPACE = "\x03", "\x04", "\x1b[D", "\x1b[A", "\x7f"
@@ -535,15 +536,15 @@ def test_what_is_typed_during_an_answer_comes_next(
     inserted: list[str] = []
     hooks: list[Any] = []
     readline = pytest.importorskip("readline")
-    monkeypatch.setattr(terminal_module, "_ahead", keys)
+    monkeypatch.setattr(keyboard, "_ahead", keys)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(readline, "set_startup_hook", hooks.append)
     monkeypatch.setattr(readline, "insert_text", inserted.append)
     monkeypatch.setattr(builtins, "input", lambda prompt: (hooks[-1](), "typed")[1])
-    assert [terminal_module.read_line("> ") for _ in lines] == lines
+    assert [keyboard.read_line("> ") for _ in lines] == lines
     assert capsys.readouterr().out == "".join(f"> {line}\n" for line in lines)
-    assert terminal_module.read_line("> ") == "typed" and inserted == [left]
-    assert terminal_module.read_line("> ") == "typed" and inserted == [left, ""]
+    assert keyboard.read_line("> ") == "typed" and inserted == [left]
+    assert keyboard.read_line("> ") == "typed" and inserted == [left, ""]
 
 
 PIECES = [(1, "b", None), (0, "a\x1b", None), (1, "c", "stop"), (2, "", "length"), (0, "d", None), (0, "", "stop")]
@@ -561,6 +562,6 @@ def test_rows_are_shown_one_below_the_other(live: bool, expected: list[str], mon
     written: list[str] = []
     screen = SimpleNamespace(isatty=lambda: live, write=written.append, flush=lambda: None)
     monkeypatch.setattr(sys, "stdout", screen)
-    terminal_module.show((TextPiece(*piece) for piece in PIECES), ["<0>", "<1>", "<2>"], ".")
+    output.show((TextPiece(*piece) for piece in PIECES), ["<0>", "<1>", "<2>"], ".")
     monkeypatch.undo()
     assert written == expected

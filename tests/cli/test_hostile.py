@@ -21,7 +21,7 @@ import pytest
 from golden.make_checkpoint import TOKENIZER
 from helpers.commands import Ended
 from helpers.paths import HELPERS, PYTHONPATH, ROOT
-from llama import Llama, Tokenizer, textfile
+from llama import Llama, Tokenizer, files
 from llama.chat.formats import ChatFormat, Message
 from llama.cli import main as cli
 from llama.console import LONGEST, in_one_line
@@ -610,11 +610,11 @@ def test_texts_taken_whole_have_a_limit(
         stream.truncate(2**40)
     started = time.perf_counter()
     ended = command("perplexity", str(file))
-    assert (ended.status, ended.err) == (1, f"error: {file} has more than {textfile.LIMIT:,} bytes: divide it\n")
+    assert (ended.status, ended.err) == (1, f"error: {file} has more than {files.LIMIT:,} bytes: divide it\n")
     assert time.perf_counter() - started < 5
-    monkeypatch.setattr(textfile, "LIMIT", 9)
+    monkeypatch.setattr(files, "LIMIT", 9)
     file.write_text("nine char")
-    assert textfile.read_text(file) == "nine char"
+    assert files.read_text(file) == "nine char"
     for name in ("complete", "inspect"):
         ended = command(name, stdin="0123456789")
         assert ended.status == 1 and "error: more than 9 characters came through the pipe: give less\n" in ended.err

@@ -1,0 +1,154 @@
+"""The terminal of a chat: edited lines, and Ctrl-C during an answer."""
+
+import contextlib
+import functools
+import os
+import re
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from llama.cli.output import write
+from llama.parallel.groups import is_main_rank
+
+# Lines ----------------------------------------------------------------------------------------------
+
+_ahead = b""  # keys pressed during an answer, where we had to read them to find Ctrl-C
+
+
+def read_line(prompt: str) -> str | None:
+    """A line, edited where stdin is a terminal; None at the end of input."""
+    global _ahead
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    try:
+        import readline
+    except ImportError:  # Windows edits lines by itself
+        readline = None  # type: ignore[assignment]  # a module elsewhere
+    while True:
+        line, end, rest = _without_control(_ahead).partition("\n")
+        _ahead = rest.encode()
+        if end:
+            write(f"{prompt}{line}\n")
+            return line
+        if readline is not None:
+            readline.parse_and_bind(r'"\C-c": kill-whole-line')  # for where Ctrl-C is no signal
+            readline.set_startup_hook(functools.partial(readline.insert_text, line))
+        try:
+            return input(prompt)
+        except EOFError:
+            write("\n")
+            return None
+        except KeyboardInterrupt:  # a new line
+            write("\n")
+
+
+def _without_control(keys: bytes) -> str:
+    text = keys.decode(errors="ignore").replace("\r", "\n")
+    while "\x7f" in text:  # rubbed out
+        text = re.sub(r"[^\n\x7f]?\x7f", "", text, count=1)
+    return "".join(char for char in text if char == "\n" or char.isprintable())
+
+
+# Ctrl-C ---------------------------------------------------------------------------------------------
+# A terminal sends Ctrl-C as SIGINT to the programs in front. torchrun starts ranks in sessions of their own, so there
+# it reaches torchrun alone, which would end all of them: then Ctrl-C is made an ordinary key and looked for among what
+# was typed.
+
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]  # a module elsewhere
+
+
+def _owns_terminal() -> bool:
+    # The ranks of a host share theirs; one of them may change it.
+    return termios is not None and is_main_rank() and sys.stdin.isatty()
+
+
+def _sends_no_signals() -> bool:
+    """Whether stdin is a terminal whose Ctrl-C does not reach this process."""
+    if not _owns_terminal():
+        return False
+    try:
+        os.tcgetpgrp(sys.stdin.fileno())
+    except OSError:  # not the terminal of our session
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _terminal(change: Callable[[list[Any]], None]) -> Iterator[None]:
+    """Change the terminal's attributes for a while."""
+    fd = sys.stdin.fileno()
+    before, attributes = termios.tcgetattr(fd), termios.tcgetattr(fd)
+    change(attributes)
+    termios.tcsetattr(fd, termios.TCSADRAIN, attributes)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def _no_interrupt_key(attributes: list[Any]) -> None:
+    attributes[6][termios.VINTR] = bytes([os.fpathconf(sys.stdin.fileno(), "PC_VDISABLE") % 256])
+
+
+def _no_echo(attributes: list[Any]) -> None:
+    attributes[3] &= ~termios.ECHO  # what is typed meanwhile shows at the next prompt
+    attributes[3] |= termios.NOFLSH  # or Ctrl-C would discard what has been written and is not on the screen yet
+
+
+def _key_by_key(attributes: list[Any]) -> None:
+    attributes[3] &= ~(termios.ICANON | termios.ECHO)
+
+
+@contextlib.contextmanager
+def session() -> Iterator[None]:
+    """Around a dialog at the terminal: Ctrl-C must not end it, and when torchrun ends the ranks because one has died,
+    the terminal is left as it was."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if _owns_terminal() else None
+    try:
+        with _terminal(_no_interrupt_key) if _sends_no_signals() else contextlib.nullcontext():
+            yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Around an answer: gives a function that tells whether Ctrl-C has been pressed. Pressed twice it raises
+    KeyboardInterrupt, where signals arrive: the model may be in the middle of a long step."""
+    pressed = False
+
+    def signalled(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def typed() -> bool:
+        global _ahead
+        nonlocal pressed
+        fd = sys.stdin.fileno()
+        while select.select([fd], [], [], 0)[0] and (keys := os.read(fd, 1024)):
+            *before, after = keys.split(b"\x03")
+            if before:
+                pressed, _ahead = True, b""
+            _ahead += after
+        return pressed
+
+    if _sends_no_signals():
+        with _terminal(_key_by_key):
+            yield typed
+        return
+    before = signal.signal(signal.SIGINT, signalled)
+    try:
+        with _terminal(_no_echo) if _owns_terminal() else contextlib.nullcontext():
+            yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
