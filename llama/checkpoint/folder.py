@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from llama.checkpoint.shards import FLOAT_TYPES, first, is_read_whole, names_note, open_shard
+from llama.console import progress
 from llama.files import as_path, describe_path, number_shards
 from llama.model import Transformer, TransformerBlock
 from llama.parallel.groups import model_parallel
 from llama.params import CheckpointError, ModelArgs, load_params
-from llama.progress import progress
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 Finish = Callable[[nn.Module], None] | None  # what is done to each layer once its weights are there

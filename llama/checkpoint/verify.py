@@ -30,7 +30,7 @@ from llama.checkpoint.folder import (
     without_layer,
 )
 from llama.checkpoint.shards import Tensors, names_note, open_shard, way_out
-from llama.console import in_one_line
+from llama.console import in_one_line, progress
 from llama.files import (
     JSON,
     OLD_TORCH,
@@ -47,7 +47,6 @@ from llama.files import (
     shard_number,
 )
 from llama.params import CheckpointError, ModelArgs, load_params
-from llama.progress import progress
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
 log = logging.getLogger(__name__)

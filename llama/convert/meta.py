@@ -21,8 +21,8 @@ from torch._utils import _rebuild_tensor_v2
 from llama.chat.formats import base_model_note
 from llama.checkpoint.folder import OUTPUT, Checkpoint, computed_dtype, shard_axis
 from llama.checkpoint.verify import Findings, check_bytes, check_kinship, is_finite, read_checklists
+from llama.console import progress
 from llama.params import ModelArgs, legal_world_sizes, load_params
-from llama.progress import progress
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
 LLAMA3_VOCAB = 128_000  # a vocabulary so large is Llama 3's
