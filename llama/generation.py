@@ -31,7 +31,9 @@ from llama.chat.formats import (
     Role,
     for_tokenizer,
 )
-from llama.checkpoint.folder import OUTPUT, Checkpoint, load_weights
+from llama.checkpoint.errors import CheckpointError
+from llama.checkpoint.folder import Checkpoint, load_weights
+from llama.checkpoint.layout import OUTPUT, check_world_size
 from llama.checkpoint.verify import check_before_loading
 from llama.engine.engine import Engine
 from llama.engine.requests import Each, Row, Settings, check_int, check_list
@@ -50,7 +52,6 @@ from llama.parallel.groups import (
     raise_on_all_ranks,
     shutdown,
 )
-from llama.params import CheckpointError, check_world_size
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
 log = logging.getLogger(__name__)

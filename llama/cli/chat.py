@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from llama.chat.formats import Message, base_model_note, split_system
+from llama.checkpoint.errors import CheckpointError
+from llama.checkpoint.params_json import read_params
 from llama.cli.keyboard import interrupts, read_line, session
 from llama.cli.output import dim, write
 from llama.console import in_one_line, visible
@@ -16,7 +18,6 @@ from llama.generation import Llama
 from llama.memory.check import InsufficientMemoryError
 from llama.parallel.groups import all_gather_object, broadcast_object, current_world, is_main_rank
 from llama.parallel.heartbeat import PeerError
-from llama.params import CheckpointError, read_params
 
 HELP = """\
 /reset         forget the dialog; the system message stays

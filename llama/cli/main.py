@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 import fire
 
-from llama.checkpoint.verify import verify
 from llama.cli.bench import bench
 from llama.cli.chat import chat
 from llama.cli.complete import complete
+from llama.cli.verify import verify
 from llama.console import in_one_line
 from llama.convert import convert
 from llama.errors import is_out_of_memory
