@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 import torch
 
 from llama.chat.formats import for_tokenizer
-from llama.checkpoint.folder import EMBEDDING, OUTPUT, tensor_shapes, without_layer
+from llama.checkpoint.layout import EMBEDDING, OUTPUT, tensor_shapes, without_layer
 from llama.checkpoint.shards import open_tensors
-from llama.checkpoint.verify import damaged_records, read_zip
+from llama.checkpoint.zip_integrity import damaged_records, read_zip
 from llama.console import progress
 from llama.convert.meta import ConvertError, Source, raw
 from llama.convert.params import (
