@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from prompt_toolkit import PromptSession
+
 from llama.cli.output import write
 from llama.parallel.groups import is_main_rank
 
@@ -24,26 +26,25 @@ def read_line(prompt: str) -> str | None:
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.rstrip("\n") if line else None
-    try:
-        import readline
-    except ImportError:  # Windows edits lines by itself
-        readline = None  # type: ignore[assignment]  # a module elsewhere
     while True:
         line, end, rest = _without_control(_ahead).partition("\n")
         _ahead = rest.encode()
         if end:
             write(f"{prompt}{line}\n")
             return line
-        if readline is not None:
-            readline.parse_and_bind(r'"\C-c": kill-whole-line')  # for where Ctrl-C is no signal
-            readline.set_startup_hook(functools.partial(readline.insert_text, line))
         try:
-            return input(prompt)
+            return _editor().prompt(prompt, default=line)
         except EOFError:
             write("\n")
             return None
         except KeyboardInterrupt:  # a new line
             write("\n")
+
+
+@functools.cache
+def _editor() -> PromptSession[str]:
+    """One for the whole chat: it keeps the history."""
+    return PromptSession()
 
 
 def _without_control(keys: bytes) -> str:

@@ -38,8 +38,8 @@ from llama.engine.streaming import TextPiece
 
 CTRL_C, CTRL_D, LEFT, UP, BACKSPACE = "\x03", "\x04", "\x1b[D", "\x1b[A", "\x7f"
 # Every line that is typed is answered with a quiet note at the least. A model cannot write the escapes.
-PROMPT = r"\x1b\[0m\r\n(\x1b\[\?2004h)?> "
-EMPTY = r"\r\n(\x1b\[\?2004h)?> "  # the next prompt where nothing is said
+PROMPT = r"\x1b\[0m\r\n(?:\x1b\[[?\d;]*[A-Za-z])*>\x08\x1b\[2C(?:\x1b\[[?\d;]*[A-Za-z])*\x1b\[\?25h"
+EMPTY = r"\r\n(?:\x1b\[[?\d;]*[A-Za-z])*>\x08\x1b\[2C(?:\x1b\[[?\d;]*[A-Za-z])*\x1b\[\?25h"  # the next prompt where nothing is said
 STATUS = (
     r"\[(cut by max_gen_len, |cut, the context is full, )?([\d.]+ tokens/s, )?"
     r"context (?P<used>\d+) of (?P<limit>\d+)\]"
