@@ -29,7 +29,7 @@ from llama.chat.formats import (
     Dialog,
     Message,
     Role,
-    for_tokenizer,
+    find_chat_format,
 )
 from llama.checkpoint.folder import OUTPUT, Checkpoint, load_weights
 from llama.checkpoint.verify import check_before_loading
@@ -115,7 +115,7 @@ class Llama(Engine):
         executor: Executor | None = None,
     ):
         super().__init__(model, tokenizer, executor=executor)
-        self.chat_format = chat_format or for_tokenizer(tokenizer)
+        self.chat_format = chat_format or find_chat_format(tokenizer)
 
     @staticmethod
     def build(
@@ -211,7 +211,7 @@ class Llama(Engine):
                         f"the tokenizer has {tokenizer.n_words} ids, the model {args.vocab_size}: "
                         "give the tokenizer that came with the checkpoint (--tokenizer_path)"
                     )
-                dialogs = for_tokenizer(tokenizer, chat_format)
+                dialogs = find_chat_format(tokenizer, chat_format)
                 kind = pick_dtype(dtype, checkpoint.dtype, where)
                 tied = OUTPUT not in checkpoint.shapes
                 room = check_memory(args, world.size, kind, where, tied, checkpoint.embedding_axis, quantize)

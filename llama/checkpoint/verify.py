@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from llama.chat.formats import for_tokenizer
+from llama.chat.formats import find_chat_format
 from llama.checkpoint.folder import (
     EMBEDDING,
     OUTPUT,
@@ -545,7 +545,7 @@ def check_kinship(shards: dict[int, Path], opened: dict[int, Tensors], shapes: S
 def _check_tokenizer(path: Path, args: ModelArgs | None, found: Findings) -> None:
     try:
         tokenizer = Tokenizer(path, use_scaled_rope=bool(args and args.use_scaled_rope))
-        for_tokenizer(tokenizer)
+        find_chat_format(tokenizer)
     except TokenizerError as error:
         found.faults.append(str(error))
         return

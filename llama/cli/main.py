@@ -16,13 +16,13 @@ from llama.checkpoint.verify import verify
 from llama.cli.bench import bench
 from llama.cli.chat import chat
 from llama.cli.complete import complete
+from llama.cli.conformance import compare, export
 from llama.cli.inspect import inspect
+from llama.cli.lm_eval import lm_eval
 from llama.cli.perplexity import perplexity
 from llama.console import in_one_line
 from llama.convert import convert
 from llama.errors import is_out_of_memory
-from llama.evaluate.conformance import compare, export
-from llama.evaluate.harness import lm_eval
 from llama.interrupt import restore_interrupt
 from llama.memory.plan import plan
 from llama.parallel.groups import current_world, is_main_rank
