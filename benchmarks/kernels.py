@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from llama.accelerate import native
-from llama.accelerate.executor import Dense
+from llama.accelerate.fused import Dense
 from llama.accelerate.quantize import Int4, Int8, PackedInt4
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # wqkv, wo, w13, w2
@@ -23,9 +23,9 @@ KERNELS: dict[str, Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tenso
     "bfloat16, F.linear": lambda weight: Dense(weight, False),
     "bfloat16, native.c": lambda weight: Dense(weight, True),
     "int8, torch's _weight_int8pack_mm": Int8,
-    "int8, native.c": lambda weight: native.NativeQuantized(Int8(weight)),
+    "int8, native.c": lambda weight: native.NativeQuantizedLinear(Int8(weight)),
     "int4, torch's _weight_int4pack_mm_for_cpu": PackedInt4,
-    "int4, native.c": lambda weight: native.NativeQuantized(Int4(weight)),
+    "int4, native.c": lambda weight: native.NativeQuantizedLinear(Int4(weight)),
 }
 
 

@@ -13,7 +13,8 @@ from typing import Any, TypedDict
 import torch
 from typing_extensions import Unpack
 
-from llama.accelerate.executor import Executor, can_compile
+from llama.accelerate.compiled import can_compile
+from llama.accelerate.executor import Executor
 from llama.accelerate.native import release_freed_memory
 from llama.accelerate.quantize import SCHEMES
 from llama.accelerate.quantized_weight import held_bytes, quantize_part

@@ -67,8 +67,8 @@ typedef struct {
     const Layer *layers;
     const void *norm;                                       /* of kind cache_kind */
     const float *freqs_cis;                                 /* cosine and sine: [max_seq_len, head_dim / 2, 2] */
-    float *h, *qkv, *scores, *attended, *gates, *products, *sums, *out; /* room for all rows */
-    uint16_t *halves;                                       /* NULL in float32 */
+    float *h, *qkv, *scores, *attended, *gate_up, *activations, *sums, *out; /* room for all rows */
+    uint16_t *rounded;                                      /* NULL in float32 */
     int (*reduce)(void); /* adds `out` up over the ranks; NULL where there is one rank; not 0: it failed */
 } Model;
 
@@ -669,24 +669,24 @@ INLINE void attend(const int kind, const Model *model, const Layer *layer, const
 
 static void attention(const Model *model, const Layer *layer, const float *x, const int64_t *positions, int64_t m) {
     normalise(model, layer->attention_norm, x, model->h, m);
-    matrix(&layer->wqkv, model->h, model->sums, model->halves, model->qkv, m);
+    matrix(&layer->wqkv, model->h, model->sums, model->rounded, model->qkv, m);
     if (model->cache_kind == F32)
         attend(F32, model, layer, positions, m);
     else
         attend(BF16, model, layer, positions, m);
-    matrix(&layer->wo, model->attended, model->sums, model->halves, model->out, m);
+    matrix(&layer->wo, model->attended, model->sums, model->rounded, model->out, m);
 }
 
 static void feed_forward(const Model *model, const Layer *layer, const float *x, int64_t m) {
     const int64_t width = model->width;
     normalise(model, layer->ffn_norm, x, model->h, m);
-    matrix(&layer->w13, model->h, model->sums, model->halves, model->gates, m);
+    matrix(&layer->w13, model->h, model->sums, model->rounded, model->gate_up, m);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * width; i += LANES) {
         /* A vector may begin in one row and end in the next. */
         floats gate = {0}, up = {0};
         const int64_t count = lanes(m * width - i), left = width - i % width;
-        const float *row = model->gates + i / width * 2 * width + i % width;
+        const float *row = model->gate_up + i / width * 2 * width + i % width;
         COPY(&gate, row, count < left ? count : left, LANES, 4);
         COPY(&up, row + width, count < left ? count : left, LANES, 4);
         for (int64_t j = left; j < count; j++) {
@@ -694,9 +694,9 @@ static void feed_forward(const Model *model, const Layer *layer, const float *x,
             up[j] = row[2 * width + j];
         }
         const floats product = gate / (1 + exponential(-gate)) * up;
-        COPY(model->products + i, &product, count, LANES, 4);
+        COPY(model->activations + i, &product, count, LANES, 4);
     }
-    matrix(&layer->w2, model->products, model->sums, model->halves, model->out, m);
+    matrix(&layer->w2, model->activations, model->sums, model->rounded, model->out, m);
 }
 
 static int add(const Model *model, float *x, int64_t m) {
@@ -779,12 +779,12 @@ typedef struct {
     const uint16_t *q, *keys, *values;
     uint16_t *out;
     const int64_t *starts;
-} Block;
+} AttentionArgs;
 
 /* The queries [first, first + count) of the heads of one KV head, over KEY_BLOCK positions at a time: the exponentials
  * are of differences to the highest score so far, and what was summed before is scaled down when a higher one comes
  * (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). */
-static void look_back(const Block *at, int64_t row, int64_t kv_head, int64_t first, int64_t count) {
+static void look_back(const AttentionArgs *at, int64_t row, int64_t kv_head, int64_t first, int64_t count) {
     const int64_t head_dim = at->head_dim, group = at->heads / at->kv_heads, start = at->starts[row];
     const int64_t half = head_dim / 2, width = (head_dim + LANES - 1) / LANES * LANES;
     const int64_t used = group * count, rows = (used + 3) / 4 * 4;
@@ -848,7 +848,7 @@ static void look_back(const Block *at, int64_t row, int64_t kv_head, int64_t fir
 }
 
 /* Attention of all queries, each to its own position and those before it. */
-void attend_all(const Block *at, int threads) {
+void attend_all(const AttentionArgs *at, int threads) {
     const int64_t group = at->heads / at->kv_heads, size = group < QUERIES ? QUERIES / group : 1;
     const int64_t blocks = (at->seqlen + size - 1) / size;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)

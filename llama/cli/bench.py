@@ -24,7 +24,7 @@ import torch.distributed as dist
 from llama.accelerate.executor import Executor
 from llama.accelerate.quantized_weight import held_bytes
 from llama.checkpoint.folder import Checkpoint
-from llama.engine.engine import read_back
+from llama.engine.decode_loop import read_back
 from llama.engine.requests import check_int
 from llama.files import as_path
 from llama.generation import Llama

@@ -23,8 +23,8 @@ from typing import Any, cast
 import torch
 
 import llama
-from llama.accelerate.executor import score
 from llama.chat.formats import Dialog
+from llama.engine.logprobs import score
 from llama.files import as_path, read_text
 from llama.generation import Llama
 from llama.model import Transformer, TransformerBlock, apply_rotary_emb, rotary_angles

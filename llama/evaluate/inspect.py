@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from llama.accelerate.executor import log_norm, score
 from llama.engine.engine import Engine
+from llama.engine.logprobs import log_norm, score
 from llama.engine.requests import Alternatives, alternatives, check_alternatives, check_int, read_ids
 from llama.engine.streaming import TextStream
 from llama.evaluate.html_report import Alternative, Token, TokenReport, html_report, level, percent_text, shown, width

@@ -13,8 +13,10 @@ from itertools import islice
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llama.accelerate.executor import Executor, Measure, log_norm, score
-from llama.engine.engine import Engine, read_back
+from llama.accelerate.executor import Executor, Measure
+from llama.engine.decode_loop import read_back
+from llama.engine.engine import Engine
+from llama.engine.logprobs import log_norm, score
 from llama.engine.requests import Alternatives, alternatives, check_alternatives, check_int, check_list, read_ids
 from llama.errors import explain_oom
 from llama.params import ModelArgs
@@ -158,7 +160,7 @@ def top_logprobs(llama: Engine, ids: Sequence[int], k: int) -> list[Alternatives
 def hidden_states(llama: Engine, ids: Sequence[int]) -> torch.Tensor:
     """The states before the output layer, after the last norm: [1, n, dim] in the model's dtype, on its device.
 
-    `llama.accelerate.executor.logits(hidden_states(llama, ids))` are the logits. Errors as in `top_logprobs`.
+    `llama.executor.logits(hidden_states(llama, ids))` are the logits. Errors as in `top_logprobs`.
     """
     text = read_ids("the text", ids, llama.model.params)
     with llama.call(), llama.lock:
@@ -244,7 +246,7 @@ def measure_texts(llama: Engine, texts: Sequence[Text], measure: Measure) -> lis
     """
     found: dict[Text, list[list[float]]] = {text: [] for text in texts}
     measured = [text for text in found if text.start < len(text.ids)]
-    llama.executor.follow()
+    llama.executor.refresh()
     groups = [Group(text.ids[:-1], [text]) for text in measured] if llama.executor.is_aligned else _groups(measured)
     with llama.call():
         for batch in progress(list(_batches(groups, llama.model.params)), "scoring"):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llama.accelerate.executor import PREFILL_CHUNK
-from llama.accelerate.quantize import FEW_ROWS, SCHEMES, scheme_of, stored_bytes
+from llama.accelerate.quantize import MAX_GEMV_ROWS, SCHEMES, scheme_of, stored_bytes
 from llama.checkpoint.folder import (
     EMBEDDING,
     OUTPUT,
@@ -133,7 +133,7 @@ def _prefill(
     layer = max(rotary, attention, feed_forward) + angles + prompts * (args.max_seq_len - part) // args.max_seq_len
     joined = 2 * prompts * (args.max_seq_len > part)  # the parts, and all of them in one
     draw = args.max_batch_size * args.vocab_size * SAMPLED
-    if device != "cpu" or dtype != torch.bfloat16 or args.max_batch_size > FEW_ROWS:
+    if device != "cpu" or dtype != torch.bfloat16 or args.max_batch_size > MAX_GEMV_ROWS:
         draw += widened(OUTPUT, dim, local[OUTPUT][0])
     return max(layer, joined, draw) + KERNELS
 

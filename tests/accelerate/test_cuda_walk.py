@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llama import Llama, generation
-from llama.accelerate import executor
-from llama.engine import engine, sampling
+from llama.accelerate import executor, fused
+from llama.engine import decode_loop, engine, sampling
 from llama.evaluate import scoring
 from llama.parallel import groups as distributed
 from llama.parallel.device import pick_device
@@ -115,11 +115,11 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     patch.setattr(dist, "init_process_group", init_fake)
     patch.setattr(dist, "get_backend", lambda *group: "nccl")
     patch.setattr(generation, "check_before_loading", lambda *arguments: ([], {}))  # looks for NaN in the files
-    for module in (engine, scoring):
+    for module in (decode_loop, scoring):
         patch.setattr(module, "read_back", lambda values: np.ones(values.shape).tolist())
     patch.setattr(engine, "draw_seed", lambda: 1)  # a number that is read from a tensor, of the CPU
     here = torch.device("cuda", rank % hosts_gpus)  # torch's class cannot be made inside the mode
-    patch.setattr(executor, "causal_mask", lambda n, m, on: torch.ones(n, m, device=here).tril(m - n) > 0)
+    patch.setattr(fused, "causal_mask", lambda n, m, on: torch.ones(n, m, device=here).tril(m - n) > 0)
     patch.setattr(FakeTensorMode, "avoid_device_init", True)  # else it looks for the pretended GPU
     chosen = pretend_gpus(patch, hosts_gpus, capability)
     connect_ranks(current_world())
@@ -171,7 +171,7 @@ def test_build_and_generate(
     device = torch.device("cuda", rank % 2)
     with walk(monkeypatch, rank, size, capability) as chosen:
         hidden, logits, scores = (spy(monkeypatch, executor.Executor, n) for n in ("hidden", "logits", "measured"))
-        read, drawn = (spy(monkeypatch, engine, n) for n in ("read_back", "broadcast"))
+        read, drawn = (spy(monkeypatch, decode_loop, n) for n in ("read_back", "broadcast"))
         sampled = spy(monkeypatch, sampling.Sampler, "sample")
         llama = Llama.build(tmp_path, max_seq_len=32)
         model = llama.model

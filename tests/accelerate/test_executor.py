@@ -20,9 +20,9 @@ from torch import nn
 from golden.make_checkpoint import TOKENIZER
 from helpers.tolerance import BFLOAT16, LOGPROB, gamma, near
 from llama import Llama, ModelArgs, generation, model
-from llama.accelerate import executor, native
-from llama.accelerate.executor import Dense
-from llama.accelerate.quantize import FEW_ROWS, Int4, Int8, Quantized
+from llama.accelerate import executor, fused, native
+from llama.accelerate.fused import Dense
+from llama.accelerate.quantize import MAX_GEMV_ROWS, Int4, Int8, QuantizedLinear
 from llama.cache import KVCache
 from llama.checkpoint.folder import tensor_shapes
 
@@ -136,7 +136,7 @@ def test_a_rank_that_fails_in_the_middle_of_a_step(
 # Matrices of native.c -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m", [1, 3, 4, 9, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("m", [1, 3, 4, 9, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 def test_products(kind: str, m: int) -> None:
     native.compile_library()
@@ -148,7 +148,7 @@ def test_products(kind: str, m: int) -> None:
         layer = quantized(weight) if quantized else None
         full = layer.dequantize() if layer else weight.to(dtype)
         x = torch.randn(1, m, k, generator=torch.Generator().manual_seed(m))
-        product = native.NativeQuantized(layer) if layer else Dense(full, True)
+        product = native.NativeQuantizedLinear(layer) if layer else Dense(full, True)
         found = product(x.to(dtype))
         assert found.shape == (1, m, n) and found.dtype == dtype
         x, full = x.to(dtype).double(), full.double()
@@ -163,7 +163,7 @@ def test_products(kind: str, m: int) -> None:
 ROUNDINGS = {"int8": 2, "int4": 6}
 
 
-def sizes(x: torch.Tensor, full: torch.Tensor, layer: Quantized | None) -> torch.Tensor:
+def sizes(x: torch.Tensor, full: torch.Tensor, layer: QuantizedLinear | None) -> torch.Tensor:
     """The sum of the sizes of what is added up, [m, n]. int4 multiplies q, 0 to 15, and takes 8 off afterwards."""
     weight = full.abs()
     if isinstance(layer, Int4):
@@ -172,7 +172,7 @@ def sizes(x: torch.Tensor, full: torch.Tensor, layer: Quantized | None) -> torch
     return x.abs() @ weight.T
 
 
-@pytest.mark.parametrize("m", [1, 2, 4, 7, 13, FEW_ROWS])
+@pytest.mark.parametrize("m", [1, 2, 4, 7, 13, MAX_GEMV_ROWS])
 @pytest.mark.parametrize("kind", [Int8, Int4])
 def test_products_of_whole_numbers(kind: type[Int8 | Int4], m: int) -> None:
     """In bfloat16, x is rounded to 65,535 steps between its largest number and that below zero; all else is exact."""
@@ -183,7 +183,7 @@ def test_products_of_whole_numbers(kind: type[Int8 | Int4], m: int) -> None:
         x[:, 5] *= 100  # one number that makes the steps of all others large
         layer, x = kind(weight.float()), x.double()
         exact = layer.dequantize().double()
-        found = native.NativeQuantized(kind(weight))(x.float()).double()
+        found = native.NativeQuantizedLinear(kind(weight))(x.float()).double()
         step = x.abs().amax(dim=1, keepdim=True) / 32767
         error = found - x @ exact.T
         # Half a step of each x; and float32's: two additions for each group of 32, twelve for scales and conversions.
@@ -200,7 +200,7 @@ def test_the_largest_whole_numbers(kind: type[Int8 | Int4]) -> None:
     native.compile_library()
     weight = torch.ones(20, 4096)
     weight[::2] = -1
-    layer = native.NativeQuantized(kind(weight.bfloat16()))
+    layer = native.NativeQuantizedLinear(kind(weight.bfloat16()))
     x = torch.full((6, 4096), -3.0)
     x[1], x[2, 7], x[3, 8], x[4, 9], x[5] = 0, float("nan"), float("inf"), -float("inf"), 1e-36
     for rows in (x, x[:1]):
@@ -263,7 +263,7 @@ def test_the_parts_of_a_layer(seqlen: int, dtype: str) -> None:
     wide, weight = x.double(), plain.weight.double()
     exact = wide / (wide.square().mean(dim=-1, keepdim=True) + plain.eps).sqrt() * weight
     with torch.no_grad():
-        for found in (executor.norm(plain, x), plain(x)):
+        for found in (fused.rms_norm(plain, x), plain(x)):
             # A sum of 96 squares, and a dozen operations: mean, eps, root, its inverse, products.
             assert ((found.double() - exact).abs() <= (gamma(96 + 12) + last) * exact.abs()).all()
 
@@ -276,7 +276,7 @@ def test_the_parts_of_a_layer(seqlen: int, dtype: str) -> None:
     size = torch.stack(((even * cos).abs() + (odd * sin).abs(), (even * sin).abs() + (odd * cos).abs()), dim=-1)
     bound = gamma(2) * size.flatten(-2)
     bound += last * (exact.abs() + bound)
-    assert ((model.rotate(heads, freqs_cis).double() - exact).abs() <= bound).all()
+    assert ((model.apply_rope(heads, freqs_cis).double() - exact).abs() <= bound).all()
 
     for vocab in (96, 50):
         weight = torch.randn(vocab, 96, generator=stream).to(kind)
@@ -293,7 +293,7 @@ def test_the_parts_of_a_layer(seqlen: int, dtype: str) -> None:
 def test_dequantize(kind: type[Int8 | Int4], to: torch.dtype) -> None:
     native.compile_library()
     layer = kind(torch.randn(37, 96, generator=torch.Generator().manual_seed(1)))
-    found = native.NativeQuantized(layer).dequantize(to)
+    found = native.NativeQuantizedLinear(layer).dequantize(to)
     # Bit for bit: (q - 8) * scale has 12 bits and is exact, so that float32 rounds once, and bfloat16 once more.
     assert torch.equal(found, layer.dequantize().to(to))
 
@@ -515,9 +515,9 @@ def test_a_prefill_in_parts(form: dict[str, Any], build: Callable[..., Llama], m
 def test_what_cuda_gets_for_a_mask() -> None:
     """torch's own name for lower-right causality, as SDPA reads it, is the mask that CPUs get."""
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 12, 8)
-    masks = [executor.causal_mask(5, 12, torch.device(device)) for device in ("cuda", "cpu")]
+    masks = [fused.causal_mask(5, 12, torch.device(device)) for device in ("cuda", "cpu")]
     found, expected = (F.scaled_dot_product_attention(q, k, k, attn_mask=mask, enable_gqa=True) for mask in masks)
-    assert torch.equal(found, expected) and executor.causal_mask(5, 12, torch.device("cpu"))[0].sum() == 8
+    assert torch.equal(found, expected) and fused.causal_mask(5, 12, torch.device("cpu"))[0].sum() == 8
 
 
 def test_import_is_light() -> None:

@@ -97,10 +97,10 @@ def test_threads_measure_one_after_another(monkeypatch: pytest.MonkeyPatch) -> N
     assert most == 1
 
 
-def test_a_wide_weight_is_widened_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "BLOCK", 100)
+def test_a_wide_weight_is_converted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "BLOCK_NUMEL", 100)
     x, weight = torch.randn(2, 3, 48).bfloat16(), torch.randn(11, 48).bfloat16()
-    assert torch.equal(linear.widened(x, weight), F.linear(x.float(), weight.float()).bfloat16())
+    assert torch.equal(linear.in_float32(x, weight), F.linear(x.float(), weight.float()).bfloat16())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,16 @@ from helpers.ranks import run_ranks
 from helpers.tolerance import BFLOAT16, gamma
 from llama import Llama, ModelArgs
 from llama.accelerate import quantize
-from llama.accelerate.quantize import FEW_ROWS, GROUP, Int4, Int8, PackedInt4, quantized, scheme_of, stored_bytes
+from llama.accelerate.quantize import (
+    GROUP,
+    MAX_GEMV_ROWS,
+    Int4,
+    Int8,
+    PackedInt4,
+    quantized_linear,
+    scheme_of,
+    stored_bytes,
+)
 from llama.checkpoint.folder import EMBEDDING, OUTPUT, tensor_shapes
 from llama.evaluate.scoring import rolling_loglikelihood, token_logprobs
 
@@ -100,7 +109,7 @@ def test_schemes(key: str, columns: int, scheme: str | None, expected: str | Non
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_stored_bytes(kind: str, native: bool) -> None:
-    layer = quantized(kind, native, random(128, 96, torch.bfloat16))
+    layer = quantized_linear(kind, native, random(128, 96, torch.bfloat16))
     held = sum(buffer.numel() * buffer.element_size() for buffer in layer.buffers())
     assert held == stored_bytes("attention.wq.weight", 128, 96, kind, 2)
     # By hand: 128 * 96 bytes and 128 scales of two; half of that and, of 3 groups a row, scales and zeros.
@@ -112,13 +121,13 @@ def test_torchs_order_holds_the_same_weights() -> None:
     weight = random(192, 544, torch.bfloat16)
     packed, rows = PackedInt4(weight), Int4(weight)
     assert torch.equal(packed.dequantize(), rows.dequantize())
-    assert isinstance(quantized("int4", False, weight), PackedInt4)
-    assert isinstance(quantized("int4", False, weight, weight[:70]), Int4)  # no whole number of blocks
+    assert isinstance(quantized_linear("int4", False, weight), PackedInt4)
+    assert isinstance(quantized_linear("int4", False, weight, weight[:70]), Int4)  # no whole number of blocks
 
 
-@pytest.mark.parametrize("m", [1, 5, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("m", [1, 5, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1])
 @pytest.mark.parametrize("kind", [Int8, pytest.param(PackedInt4, marks=needs_packing), Int4])
-def test_products_with_few_and_many_rows(kind: type[quantize.Quantized], m: int) -> None:
+def test_products_with_few_and_many_rows(kind: type[quantize.QuantizedLinear], m: int) -> None:
     layer = kind(random(128, 96, torch.bfloat16))
     x = random(m, 96, torch.bfloat16)
     expected = x.double() @ layer.dequantize().double().T
