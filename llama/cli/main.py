@@ -16,6 +16,7 @@ from llama.checkpoint.verify import verify
 from llama.cli.bench import bench
 from llama.cli.chat import chat
 from llama.cli.complete import complete
+from llama.cli.plan import plan
 from llama.console import in_one_line
 from llama.convert import convert
 from llama.errors import is_out_of_memory
@@ -24,7 +25,6 @@ from llama.evaluate.harness import lm_eval
 from llama.evaluate.inspect import inspect
 from llama.evaluate.perplexity import perplexity
 from llama.interrupt import restore_interrupt
-from llama.memory.plan import plan
 from llama.parallel.groups import current_world, is_main_rank
 from llama.parallel.heartbeat import PeerError, final_message, tell_torchrun
 

@@ -20,8 +20,8 @@ from llama import Llama, Tokenizer
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.verify import check, verify
 from llama.cli.main import COMMANDS, run
+from llama.cli.plan import plan
 from llama.convert import ConvertError, convert
-from llama.memory.plan import plan
 from llama.model import rotary_angles
 from llama.params import CheckpointError, ModelArgs, read_params
 

@@ -21,7 +21,8 @@ from llama import Llama, ModelArgs
 from llama.accelerate.quantized_weight import QuantizedWeight
 from llama.checkpoint.folder import Checkpoint, tensor_shapes
 from llama.cli import main as cli
-from llama.memory.plan import Sizes, count_parameters, plan, read_bytes, sizes
+from llama.cli.plan import plan, read_bytes
+from llama.memory.sizes import Sizes, count_parameters, sizes
 from llama.parallel.device import DTYPES
 from llama.params import CheckpointError, legal_world_sizes
 
