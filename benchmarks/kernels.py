@@ -1,4 +1,4 @@
-"""Kernels for weights in fewer bits: milliseconds for all matrices of the demo model's layers, in bfloat16.
+"""Times kernels for quantized weights: milliseconds for all matrices of the demo model's layers, in bfloat16.
 
     python benchmarks/kernels.py
 
@@ -40,13 +40,13 @@ def with_torchao(weight: torch.Tensor) -> nn.Module:
 
 def milliseconds(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], rows: int) -> float:
     inputs = [torch.randn(rows, k).bfloat16() for _, k in SHAPES] * LAYERS
-    taken = []
+    seconds = []
     for _ in range(ROUNDS):
         started = time.perf_counter()
         for layer, x in zip(layers, inputs, strict=True):
             layer(x)
-        taken.append(time.perf_counter() - started)
-    return 1000 * median(taken)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * median(seconds)
 
 
 @torch.inference_mode()
@@ -60,8 +60,8 @@ def main() -> None:
     except ImportError:
         pass
     print(f"| torch {torch.__version__}, {torch.get_num_threads()} threads, ms | 1 row | 512 rows |\n|---|---|---|")
-    for name, make in kernels.items():
-        layers = [make(weight) for weight in weights]
+    for name, kernel in kernels.items():
+        layers = [kernel(weight) for weight in weights]
         print(f"| {name} | {milliseconds(layers, 1):.1f} | {milliseconds(layers, 512):.0f} |", flush=True)
 
 

@@ -101,7 +101,7 @@ def _prefill_bytes(
     prompts = args.max_batch_size * args.max_seq_len * dim * size  # hidden states of all positions
 
     def dequantized(key: str, columns: int, rows: int) -> int:
-        """A dequantized weight, and its numbers before they are scaled."""
+        """Bytes of a dequantized weight and of q before it is scaled; 0 where the weight is not quantized."""
         kind = scheme_of(key, columns, quantize)
         packed = device == "cpu" and dtype == torch.bfloat16  # torch's packed layout needs one more copy to reorder
         return 0 if kind is None else rows * columns * (size if kind == "int8" else 1 + size + packed * size)
@@ -143,8 +143,9 @@ def count_parameters(args: ModelArgs, tied: bool = False) -> dict[str, int]:
 def read_model(path: Path, vocab_size: int | None) -> tuple[ModelArgs, bool, int, list[str]]:
     """Read the model's shape from a checkpoint folder, or from a params.json alone; no weights are read.
 
-    vocab_size: needed where params.json does not say it (-1). Returns the shape, whether the embedding serves as the
-    output layer, the axis on which the files split the embedding, and notes. Raises CheckpointError or ValueError.
+    vocab_size: used where params.json does not say it (-1); None is that of Llama 2.
+    Returns the shape, whether the embedding serves as the output layer, the axis on which the files split the
+    embedding, and notes. Raises CheckpointError or ValueError.
     """
     tied, axis, notes = False, 0, list[str]()
     folder = path.parent if path.name == "params.json" and path.is_file() else path

@@ -1,4 +1,4 @@
-"""Which kernel multiplies by a dense weight: all give the same, the fastest is kept, and any file can be read."""
+"""Kernels for dense weights: all give the same result, the fastest is kept in a file, and a damaged file is ignored."""
 
 import json
 import time
@@ -49,7 +49,7 @@ def test_the_fastest_is_kept_in_a_file(folder: Path, monkeypatch: pytest.MonkeyP
     assert linear.kernel(weight, 16) is kernel
     (file,) = folder.iterdir()
     assert json.loads(file.read_text()) == {"torch.float32 8x8 16": "other"}
-    # Read, not measured again; others are added.
+    # The file is read, not measured again; other shapes are added.
     file.write_text('{"torch.float32 8x8 16": "torch"}')
     linear._choices.cache_clear()
     assert linear.kernel(weight, 16) is slow and linear.kernel(torch.ones(9, 8), 1) is kernel
