@@ -37,7 +37,7 @@ from llama.engine.engine import Engine
 from llama.engine.requests import Each, Row, Settings, check_int, check_list
 from llama.engine.sampling import sample_top_p
 from llama.engine.streaming import Stop, TextPiece, TextStream, read_stops
-from llama.errors import EXPLAIN, is_out_of_memory
+from llama.errors import OOM_EXPLAINERS, is_out_of_memory
 from llama.files import as_path
 from llama.memory.check import Choice, check_memory, explained
 from llama.model import Transformer, TransformerBlock
@@ -527,7 +527,9 @@ def _load(
             model = Transformer(checkpoint.params, embedding_axis=checkpoint.embedding_axis)
         model.place_caches(dtype, device)
         held = room.sizes.total - room.sizes.prefill
-        EXPLAIN[model] = partial(explained, room, device, held, "send fewer or shorter prompts at once, or build anew")
+        OOM_EXPLAINERS[model] = partial(
+            explained, room, device, held, "send fewer or shorter prompts at once, or build anew"
+        )
         with release_freed_memory():
             load_weights(model, checkpoint, dtype, finish if room.quantize else None)
             if room.quantize:
@@ -558,7 +560,7 @@ def check_same(values: dict[str, Any], way: str) -> None:
         for name in told[0] | others:
             if (first := told[0].get(name)) != (other := others.get(name)):
                 error = ValueError(f"rank {rank} has {name} {other}, rank 0 has {first}: {way}")
-                error.__dict__["told_by"] = 0
+                error.__dict__["reporting_rank"] = 0
                 raise error
 
 

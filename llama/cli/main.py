@@ -26,7 +26,7 @@ from llama.evaluate.perplexity import perplexity
 from llama.interrupt import restore_interrupt
 from llama.memory.plan import plan
 from llama.parallel.groups import current_world, is_main_rank
-from llama.parallel.heartbeat import PeerError, final_message, tell_torchrun
+from llama.parallel.heartbeat import PeerError, prepare_lost_rank_exit, write_torchrun_error
 
 Command = Callable[..., Any]
 Commands = dict[str, "Command | Commands"]
@@ -53,16 +53,16 @@ def ending_in_one_line() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, TypeError, OSError, FloatingPointError, PeerError) as error:
-        tell_torchrun(in_one_line(error))
+        write_torchrun_error(in_one_line(error))
         sys.exit(f"error: {in_one_line(error)}" if _should_tell(error) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
-        line = final_message(error)
+        line = prepare_lost_rank_exit(error)
         if is_out_of_memory(error):  # before or after a model has its place
             line = f"out of memory or threads ({in_one_line(error)}): free some, or raise the limits (ulimit -v, -u)"
         if line:
-            tell_torchrun(line)
+            write_torchrun_error(line)
             sys.exit(f"error: {line}")
         raise
 
@@ -70,7 +70,7 @@ def ending_in_one_line() -> Iterator[None]:
 def _should_tell(error: BaseException) -> bool:
     """Whether this rank is the one to print an error: each its own, but one of those that all raise together."""
     rank = current_world().rank
-    return error.__dict__.get("told_by", rank) == rank
+    return error.__dict__.get("reporting_rank", rank) == rank
 
 
 def _read_words(command: Command | Commands, words: list[str]) -> list[str]:

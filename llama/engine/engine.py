@@ -32,7 +32,7 @@ from llama.engine.requests import (
     shared_prefix,
 )
 from llama.engine.sampling import Sampler, wide_dtype
-from llama.errors import EXPLAIN, explain_oom
+from llama.errors import OOM_EXPLAINERS, explain_oom
 from llama.model import Transformer
 from llama.parallel.groups import all_gather_object, broadcast, current_world, is_main_rank, model_parallel, shutdown
 from llama.tokenizer import Tokenizer
@@ -74,8 +74,8 @@ class Engine:
         with self.lock:
             if model is old.model:
                 return
-            if isinstance(model, torch.nn.Module) and (explain := EXPLAIN.get(old.model)):
-                EXPLAIN[model] = explain
+            if isinstance(model, torch.nn.Module) and (explain := OOM_EXPLAINERS.get(old.model)):
+                OOM_EXPLAINERS[model] = explain
             self._executor = Executor(_checked(model), fused=old.fused, native=old.native, graph=old.graph)
             self._held_at = -1
 

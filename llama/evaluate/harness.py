@@ -33,7 +33,7 @@ def lm_eval(words: list[str]) -> None:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             cli_evaluate()
     except Exception as error:
-        error.__dict__["told_by"] = 0  # rank 0 has the same one, or a PeerError about it
+        error.__dict__["reporting_rank"] = 0  # rank 0 has the same one, or a PeerError about it
         raise
 
 
