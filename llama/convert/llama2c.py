@@ -39,6 +39,8 @@ ORDER = {
 
 @dataclass
 class Header:
+    """What the header of a file says; `start` is where its data begin."""
+
     version: int
     dim: int
     hidden_dim: int

@@ -1,4 +1,4 @@
-"""From the configuration of another format to the keys of params.json, checked. All readers use it."""
+"""Checked values of another format's configuration, and the keys of params.json that follow from them."""
 
 from collections.abc import Mapping
 from sys import float_info
@@ -46,8 +46,8 @@ def head_params(dim: int, n_heads: int, n_kv_heads: int, head_dim: int) -> dict[
     """n_heads, n_kv_heads, and head_dim if it is not dim / n_heads. Raises ConvertError for impossible combinations."""
     if head_dim % 2 or n_heads % n_kv_heads:
         raise ConvertError(
-            f"{n_heads} heads of size {head_dim} and {n_kv_heads} KV heads are inconsistent (the size is even, the "
-            "number of KV heads divides that of heads): fetch the model again"
+            f"{n_heads} heads of size {head_dim} and {n_kv_heads} KV heads are inconsistent (the size must "
+            "be even, and KV heads must divide heads): fetch the model again"
         )
     explicit = {} if n_heads * head_dim == dim else {"head_dim": head_dim}
     return {"n_heads": n_heads, "n_kv_heads": n_kv_heads, **explicit}
