@@ -27,7 +27,7 @@ from helpers.faults import (
     flip,
     write_list,
 )
-from llama import files as sniff
+from llama import files
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.verify import BLOCK, Findings, _check_count, check, is_finite, verify
 from llama.convert import ConvertError, convert
@@ -362,17 +362,17 @@ def test_the_demo_passes(demo: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", sniff.EMPTY),
-        (POINTER, sniff.LFS_POINTER),
-        (PAGE, sniff.WEB_PAGE),
-        (DENIED, sniff.WEB_PAGE),
-        (b"\xef\xbb\xbf<Error>", sniff.WEB_PAGE),
-        (b"GGUF\3\0\0\0", sniff.GGUF),
-        (b"\x08\0\0\0\0\0\0\0{}      ", sniff.SAFETENSORS),
-        (b"PK\3\4", sniff.ZIP),
-        (pickle.dumps([1], protocol=2), sniff.PICKLE),
-        (b' {"a": 1}', sniff.JSON),
-        (b"[1]", sniff.JSON),
+        (b"", files.EMPTY),
+        (POINTER, files.LFS_POINTER),
+        (PAGE, files.WEB_PAGE),
+        (DENIED, files.WEB_PAGE),
+        (b"\xef\xbb\xbf<Error>", files.WEB_PAGE),
+        (b"GGUF\3\0\0\0", files.GGUF),
+        (b"\x08\0\0\0\0\0\0\0{}      ", files.SAFETENSORS),
+        (b"PK\3\4", files.ZIP),
+        (pickle.dumps([1], protocol=2), files.PICKLE),
+        (b' {"a": 1}', files.JSON),
+        (b"[1]", files.JSON),
         (b"\n\x0e\n\x05<unk>\x15", None),  # a SentencePiece model
         (b"IQ== 0\nIg== 1\n", None),  # Llama 3's ranks
         (b"d41d8cd98f00b204e9800998ecf8427e  params.json\n", None),
@@ -380,13 +380,13 @@ def test_the_demo_passes(demo: Path, capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_what_a_file_is(content: bytes, expected: str | None, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
-    assert sniff.detect_format(tmp_path / "file") == expected
+    assert files.detect_format(tmp_path / "file") == expected
 
 
 def test_real_files_are_what_they_are(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = checkpoint("mha")
-    assert sniff.detect_format(folder / FIRST) == sniff.ZIP
-    assert sniff.detect_format(folder / "params.json") == sniff.JSON
-    assert sniff.detect_format(folder / "tokenizer.model") is None
+    assert files.detect_format(folder / FIRST) == files.ZIP
+    assert files.detect_format(folder / "params.json") == files.JSON
+    assert files.detect_format(folder / "tokenizer.model") is None
     torch.save({}, tmp_path / "old", _use_new_zipfile_serialization=False)
-    assert sniff.detect_format(tmp_path / "old") == sniff.OLD_TORCH
+    assert files.detect_format(tmp_path / "old") == files.OLD_TORCH
