@@ -41,10 +41,10 @@ $(VENV)/.installed-%: setup.py requirements.txt | $(VENV)/.created
 	@rm -f $@
 	@echo "Installing llama-runner[$*] into $(VENV): about 2 minutes, longer the first time where torch must be downloaded"
 	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c requirements.txt -e '.[$*]' || \
-		{ echo "make: the install failed, the reason is above; when it is mended, run make again" >&2; exit 1; }
+		{ echo "make: the install failed, the reason is above; fix it, then run make again" >&2; exit 1; }
 	@touch $@
 
-# A working .venv is kept, whoever made it; a broken one (its Python was removed, an interrupted run) is made anew.
+# A working .venv is kept, whoever made it; a broken one (its Python was removed, an interrupted run) is recreated.
 # Debian's python3 has no ensurepip without python3-venv: there, PYTHON's own pip puts a pip into the environment.
 $(VENV)/.created:
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \

@@ -1,5 +1,5 @@
-"""benchmarks/compare.py: what it times is the same model everywhere, shown on a small random one, and a peer that
-crashes does not end it."""
+"""benchmarks/compare.py: all sides hold the same model, shown with a small random one, and a peer that crashes does not
+end the comparison."""
 
 import argparse
 import json
@@ -124,7 +124,7 @@ def test_a_crash_is_in_the_table_and_the_others_are_measured(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """llama.cpp ends by SIGILL in the last round of a case, transformers raises in a prefill, Meta does not fail."""
+    """llama.cpp dies of SIGILL in the last round of a case, transformers raises in a prefill, Meta does not fail."""
     log = tmp_path / "log"
 
     def peers(kind: str, folder: Path, gguf: Path | None) -> dict[str, Callable[[], sides.Side]]:
@@ -161,7 +161,7 @@ def test_a_crash_is_in_the_table_and_the_others_are_measured(
 
 
 class Fixed(sides.Side):
-    """Always answers with the same id, or fails with `reason`."""
+    """Always returns the same id, or fails with `reason`."""
 
     def __init__(self, name: str, reason: str = ""):
         self.name, self.reason = name, reason

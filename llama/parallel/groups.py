@@ -63,7 +63,7 @@ def is_main_rank() -> bool:
 # Process group ------------------------------------------------------------------------------------
 
 _open_models = 0  # models that use the groups
-_owns_default_group = False  # False: the program initialized torch.distributed itself, and will destroy it
+_owns_default_group = False  # whether this package created it: one that the program created is the program's to destroy
 _owns_model_parallel_group = False  # the same for fairscale's groups
 _stores: Stores | None = None  # one per process: rank 0 can bind torchrun's port only once
 _heartbeat: Heartbeat | None = None  # None in a world of one
@@ -93,7 +93,7 @@ def init_process_groups(world: World, device: torch.device) -> None:
     """Create torch's default process group and fairscale's model-parallel group, where they do not exist yet.
 
     The backend is nccl for a cuda device if this torch has it, else gloo. Raises ValueError if existing groups use
-    another backend or have another size. On all ranks of a host but its first, print() shows nothing afterwards.
+    another backend or have another size. Until `shutdown`, print() shows nothing on all ranks of a host but its first.
     """
     global _owns_default_group, _owns_model_parallel_group, _excepthooks
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"

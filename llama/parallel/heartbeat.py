@@ -114,11 +114,11 @@ def rendezvous(rank: int, size: int) -> Stores:
 
 
 class Heartbeat:
-    """This rank's heartbeat, those of the others, and exchanges that end when one of them stops.
+    """This rank's heartbeat, those of the other ranks, and an exchange of values that fails when one of them stops.
 
     `generation` distinguishes the keys of this heartbeat from those of earlier ones in the same store; all ranks give
     the same. An operation on a store blocks for as long as the store's host does not answer, whatever its timeout. So
-    the main thread uses no store: threads do, and it waits for their results.
+    `all_gather` runs them in a thread and waits for its result, which Ctrl-C and the checks below can interrupt.
     """
 
     def __init__(self, stores: Stores, generation: int, rank: int, size: int):
@@ -154,7 +154,7 @@ class Heartbeat:
                         return
                 results.put(store.multi_get(keys))
                 store.add("read", 1)
-                store.delete_key(old_key)  # every rank that has started this round has read it
+                store.delete_key(old_key)  # all ranks are in this round, so they have read it
             except Exception as error:
                 results.put(error)
 

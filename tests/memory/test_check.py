@@ -18,7 +18,7 @@ from helpers.paths import ROOT
 from helpers.ranks import run_ranks
 from llama import Llama, ModelArgs
 from llama.checkpoint.errors import CheckpointError
-from llama.memory import check as memory
+from llama.memory import check
 from llama.memory.check import Choice, InsufficientMemoryError, check_memory, free_bytes, suggestions
 from llama.parallel.groups import World
 
@@ -49,7 +49,7 @@ def applied(flags: str, choice: Choice) -> Choice:
 
 
 def refusal(choice: Choice, free: int, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(check, "free_bytes", lambda device: free)
     device = torch.device(choice.device)
     with pytest.raises(InsufficientMemoryError) as caught:
         check_memory(choice.args, choice.world_size, choice.dtype, device, False, 1, choice.quantize)
@@ -121,7 +121,7 @@ def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_fits_or_is_unknown_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     args = ModelArgs(**SEVEN_B, max_seq_len=4096, max_batch_size=1)
     for free in (20 * GIB, None):
-        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(check, "free_bytes", lambda device, free=free: free)
         check_memory(args, 1, torch.float16, CARD, False, 1, None)
     assert not issubclass(InsufficientMemoryError, CheckpointError) and issubclass(InsufficientMemoryError, ValueError)
 
@@ -184,14 +184,14 @@ def test_free_on_a_cpu(
     }.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(memory, "PROC", proc)
-    monkeypatch.setattr(memory, "CGROUPS", cgroups)
-    monkeypatch.setattr(memory, "current_world", lambda: World(0, ranks, 0, ranks))
+    monkeypatch.setattr(check, "PROC", proc)
+    monkeypatch.setattr(check, "CGROUPS", cgroups)
+    monkeypatch.setattr(check, "current_world", lambda: World(0, ranks, 0, ranks))
     assert free_bytes(CPU) == free // ranks
 
 
 def test_free_is_unknown_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "PROC", tmp_path / "nowhere")
+    monkeypatch.setattr(check, "PROC", tmp_path / "nowhere")
     assert free_bytes(CPU) is None
 
 
@@ -255,12 +255,12 @@ def limited(folder: Path) -> list[str]:
         free_bytes,
         lambda device: 2**40,
     ):  # refused before loading; while loading, if the estimate is wrong
-        memory.free_bytes = free
+        check.free_bytes = free
         try:
             Llama.build(folder, max_seq_len=8192, max_batch_size=32)
         except InsufficientMemoryError as error:
             errors.append(str(error))
-    memory.free_bytes = free_bytes
+    check.free_bytes = free_bytes
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     llama = Llama.build(folder, max_seq_len=4096, max_batch_size=64, plain=True)
     prompts = [[3 + i] * 4000 for i in range(64)]
@@ -313,7 +313,7 @@ def test_a_card_that_others_have_filled(
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(owner, "forward" if step == "hidden" else "logits", short)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: GIB * 5 // 4)
+    monkeypatch.setattr(check, "free_bytes", lambda device: GIB * 5 // 4)
     with pytest.raises(
         InsufficientMemoryError, match=r"out of memory on cpu, 2\.50 GiB more were asked for, 1\.25 GiB"
     ) as caught:

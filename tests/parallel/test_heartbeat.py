@@ -356,7 +356,7 @@ def exchange_objects(folder: Path) -> list[Any]:
 
 
 def test_exchanges_of_objects(checkpoint: Callable[..., Path]) -> None:
-    """A value that cannot be pickled raises on every rank; values that were read are deleted from the store."""
+    """A value that cannot be pickled raises before it is sent; values that were read are deleted from the store."""
     assert run_ranks(2, exchange_objects, checkpoint("mha")) == [[True, True, True]] * 2
 
 
