@@ -1,22 +1,12 @@
 """`Llama`: build a model from a checkpoint folder, complete texts, answer dialogs."""
 
-import logging
-import math
-import time
-import traceback
-import zlib
 from collections.abc import Generator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
-import torch
 from typing_extensions import Unpack
 
-from llama.accelerate.executor import Executor, can_compile
-from llama.accelerate.native import release_freed_memory
-from llama.accelerate.quantize import SCHEMES
-from llama.accelerate.quantized_weight import held_bytes, quantize_part
+from llama.accelerate.executor import Executor
 from llama.chat.formats import (
     B_INST,
     B_SYS,
@@ -31,29 +21,14 @@ from llama.chat.formats import (
     Role,
     for_tokenizer,
 )
-from llama.checkpoint.folder import OUTPUT, Checkpoint, load_weights
-from llama.checkpoint.verify import check_before_loading
 from llama.engine.engine import Engine
-from llama.engine.requests import Each, Row, Settings, check_int, check_list
+from llama.engine.requests import Row, check_list
 from llama.engine.sampling import sample_top_p
 from llama.engine.streaming import Stop, TextPiece, TextStream, read_stops
-from llama.errors import EXPLAIN, is_out_of_memory
-from llama.files import as_path
-from llama.memory.check import Choice, check_memory, explained
-from llama.model import Transformer, TransformerBlock
-from llama.parallel.device import pick_device, pick_dtype, share_cores
-from llama.parallel.groups import (
-    all_gather_object,
-    connect_ranks,
-    current_world,
-    init_process_groups,
-    raise_on_all_ranks,
-    shutdown,
-)
-from llama.params import CheckpointError, check_world_size
-from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
-
-log = logging.getLogger(__name__)
+from llama.loading import load
+from llama.model import Transformer
+from llama.options import BuildOptions, Each, ModelOptions, SamplingOptions, Settings, with_options
+from llama.tokenizer import Tokenizer
 
 # What Meta's module of this name has.
 __all__ = [
@@ -118,6 +93,7 @@ class Llama(Engine):
         self.chat_format = chat_format or for_tokenizer(tokenizer)
 
     @staticmethod
+    @with_options(BuildOptions)
     def build(
         ckpt_dir: str | Path,
         tokenizer_path: str | Path | None = None,
@@ -125,115 +101,29 @@ class Llama(Engine):
         max_batch_size: int = 8,
         model_parallel_size: int | None = None,
         seed: int = 1,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        quantize: str | None = None,
-        compile: bool | str = "auto",
-        plain: bool = False,
-        chat_format: str | None = None,
+        **options: Unpack[BuildOptions],
     ) -> "Llama":
         """Load a folder of consolidated.NN.pth shards, however many, onto the ranks that torchrun started, or onto one.
 
-        tokenizer_path: default is tokenizer.model or tokenizer.json in `ckpt_dir` or beside it.
-        max_seq_len, max_batch_size: positions (prompt and answer) and rows that the KV cache has room for.
-        model_parallel_size: the number of ranks, which is known anyway; another number is an error.
-        seed: given to torch.manual_seed, as in Meta's code; calls without a seed of their own draw from there.
-        device: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:N" or "mps".
-        dtype: "auto" (the checkpoint's, where the device computes in it), "float32", "bfloat16" or "float16".
-        quantize: hold the weights as "int8" or "int4" (`llama.accelerate.quantize` has what that means).
-        compile: the decode step, once: on a CPU by the machine's C compiler, on CUDA by torch.compile, which takes
-            minutes. "auto" compiles on CPUs where there is a compiler; True and False say so.
-        plain: compute as the modules are written in `llama.model`, nothing merged or compiled.
-        chat_format: how dialogs are written, a name of `chat_format.FORMATS`; default is what the tokenizer says.
+        tokenizer_path: default is tokenizer.model or tokenizer.json in `ckpt_dir` or in its parent folder.
+        max_seq_len, max_batch_size: positions (prompt and answer) and rows of the KV cache.
+        model_parallel_size: the number of ranks. It is detected; another number is an error.
+        seed: passed to torch.manual_seed, as in Meta's code; calls without a seed of their own draw from it.
 
         Raises CheckpointError and TokenizerError (both ValueErrors) for files that do not fit, ValueError for
-        arguments and for a model that does not fit the memory that is free, on every rank (PeerError where only another
-        rank failed). Prints one line to stderr.
+        arguments and for a model that does not fit into free memory, TypeError for unknown options. An error is raised
+        on every rank: PeerError where only another rank failed. Logs one line about what was loaded.
         """
-        started = time.perf_counter()
-        world = current_world()
-        try:
-            connect_ranks(world)
-            with raise_on_all_ranks():
-                for name, value in (("ckpt_dir", ckpt_dir), ("tokenizer_path", tokenizer_path or ckpt_dir)):
-                    if not isinstance(value, str | Path):
-                        raise TypeError(f"{name} is {value!r}, expected a path")
-                check_int("max_seq_len", max_seq_len, 1)
-                check_int("max_batch_size", max_batch_size, 1)
-                check_int("seed", seed, 0)
-                if seed >= 2**64:
-                    raise ValueError(f"seed is {seed}, expected a whole number below 2**64, as torch takes them")
-                if model_parallel_size not in (None, world.size):
-                    raise ValueError(
-                        f"model_parallel_size is {model_parallel_size}, but {world.size} ranks are running: leave it "
-                        "out, checkpoints load at any number of ranks"
-                    )
-                if quantize not in (None, *SCHEMES):
-                    raise ValueError(f"quantize {quantize!r}: expected {' or '.join(SCHEMES)}")
-                if compile != "auto" and not isinstance(compile, bool):
-                    raise ValueError(f"compile is {compile!r}, expected True, False or 'auto'")
-                if plain and (quantize or compile is True):
-                    raise ValueError("plain excludes quantize and compile: leave one of them out")
-                where = pick_device(device, world)
-            check_same(
-                {
-                    "--max_seq_len": max_seq_len,
-                    "--max_batch_size": max_batch_size,
-                    "--seed": seed,
-                    "--device": where.type,
-                    "--dtype": dtype,
-                    "--quantize": quantize,
-                    "--compile": compile,
-                    "--plain": plain,
-                    "--chat_format": chat_format,
-                },
-                "start all ranks with the same arguments",
-            )
-            share_cores(world)
-            init_process_groups(world, where)
-            with raise_on_all_ranks():
-                checkpoint = Checkpoint(ckpt_dir)
-                for note in checkpoint.notes:
-                    log.info(f"note: {note}")
-                args = checkpoint.params
-                args.max_seq_len, args.max_batch_size = max_seq_len, max_batch_size
-                check_world_size(args, world.size)
-                if args.sliding_window is not None and max_seq_len > args.sliding_window:
-                    raise CheckpointError(
-                        f"max_seq_len {max_seq_len} goes beyond this model's sliding window of {args.sliding_window} "
-                        f"positions, which is not implemented: give --max_seq_len {args.sliding_window} or less"
-                    )
-                words = as_path(tokenizer_path or find_tokenizer(as_path(ckpt_dir)))
-                tokenizer = Tokenizer(words, use_scaled_rope=args.use_scaled_rope)
-                if tokenizer.n_words != args.vocab_size:
-                    raise TokenizerError(
-                        f"the tokenizer has {tokenizer.n_words} ids, the model {args.vocab_size}: "
-                        "give the tokenizer that came with the checkpoint (--tokenizer_path)"
-                    )
-                dialogs = for_tokenizer(tokenizer, chat_format)
-                kind = pick_dtype(dtype, checkpoint.dtype, where)
-                tied = OUTPUT not in checkpoint.shapes
-                room = check_memory(args, world.size, kind, where, tied, checkpoint.embedding_axis, quantize)
-                faults, sums = check_before_loading(checkpoint, world.local_rank, world.local_size)
-                if faults:
-                    more = f"; and {len(faults) - 1} more: python -m llama verify {ckpt_dir}" if faults[1:] else ""
-                    raise CheckpointError(faults[0] + more)
-                files = [path for path in (words, words.with_name("tokenizer_config.json")) if path.is_file()]
-                sums |= {path.name: f"{zlib.crc32(path.read_bytes()):08x}" for path in files}
-            check_same({"--dtype": _name(kind)}, "name one that all hosts can compute in")
-            check_same(vars(args), "give all hosts the same params.json")
-            check_same(sums, "these are their sums, give all hosts the same files")
-            is_compiled = can_compile(False if plain else compile, where, kind)
-            with raise_on_all_ranks():
-                executor, note = _load(checkpoint, kind, where, room, None if plain else is_compiled)
-        except BaseException:
-            shutdown()
-            raise
-        model = executor.model
-        log.info(_summary(model, checkpoint, world.size, kind, note, time.perf_counter() - started))
-        torch.manual_seed(seed)  # of every rank, and last: nothing that loads draws from it
-        return Llama(model, tokenizer, dialogs, executor=executor)
+        values: ModelOptions = {
+            "ckpt_dir": ckpt_dir,  # type: ignore[typeddict-item]  # a Path, too
+            "tokenizer_path": tokenizer_path,  # type: ignore[typeddict-item]  # a Path, too
+            "max_seq_len": max_seq_len,
+            "max_batch_size": max_batch_size,
+            "model_parallel_size": model_parallel_size,
+            "seed": seed,
+        }
+        executor, tokenizer, chat_format = load(values, options)
+        return Llama(executor.model, tokenizer, chat_format, executor=executor)
 
     @property
     def dialogs(self) -> ChatFormat:
@@ -254,6 +144,7 @@ class Llama(Engine):
     def formatter(self, value: ChatFormat) -> None:
         self.chat_format = value
 
+    @with_options(SamplingOptions)
     def text_completion(
         self,
         prompts: Sequence[str],
@@ -264,16 +155,13 @@ class Llama(Engine):
         echo: bool = False,
         *,
         stop: Stop = None,
-        top_k: Each[int | None] = None,
-        repetition_penalty: Each[float] = 1.0,
-        seed: Each[int | None] = None,
-        n: int = 1,
+        **settings: Unpack[SamplingOptions],
     ) -> list[CompletionPrediction]:
         """Continue texts, any number of them; BOS goes first where the tokenizer adds one.
 
         stop: texts that end an answer and are cut off it, for all prompts (["\\n\\n", "User:"]) or a list for each.
         echo: the prompt goes before the answer.
-        logprobs: True, or the number of alternatives. `request.Settings` has the meanings of the others.
+        logprobs: True, or the number of alternatives.
 
         Returns a dict a prompt, or n of them for each: "generation" (text), "finish_reason" ("stop" or "length"); with
         logprobs "tokens" (the text of each id) and "logprobs"; with alternatives "top_logprobs", a list of
@@ -286,10 +174,7 @@ class Llama(Engine):
             temperature=temperature,
             top_p=top_p,
             max_gen_len=max_gen_len,
-            top_k=top_k,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            n=n,
+            **settings,
         )
         k = self._alternatives(logprobs)
         for _ in self._pieces(rows, texts, k, echo):
@@ -300,6 +185,7 @@ class Llama(Engine):
             self._add_details(answers[-1], row, text, k)
         return answers
 
+    @with_options(Settings)
     def stream_text(
         self, prompts: Sequence[str], *, stop: Stop = None, echo: bool = False, **settings: Unpack[Settings]
     ) -> Generator[TextPiece, None, None]:
@@ -307,6 +193,7 @@ class Llama(Engine):
         its "generation". Bytes that may become a character and the beginning of a stop text are held back."""
         return self._pieces(*self._text_rows(prompts, stop, echo, **settings), echo=echo, is_read=True)
 
+    @with_options(SamplingOptions)
     def chat_completion(
         self,
         dialogs: Sequence[Dialog],
@@ -316,10 +203,7 @@ class Llama(Engine):
         logprobs: bool | int = False,
         *,
         stop: Stop = None,
-        top_k: Each[int | None] = None,
-        repetition_penalty: Each[float] = 1.0,
-        seed: Each[int | None] = None,
-        n: int = 1,
+        **settings: Unpack[SamplingOptions],
     ) -> list[ChatPrediction]:
         """Answer dialogs, any number of them; `chat_format.encode(dialog)` shows the ids. Arguments as in
         `text_completion`.
@@ -334,10 +218,7 @@ class Llama(Engine):
             temperature=temperature,
             top_p=top_p,
             max_gen_len=max_gen_len,
-            top_k=top_k,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            n=n,
+            **settings,
         )
         k = self._alternatives(logprobs)
         for _ in self._pieces(rows, texts, k):
@@ -393,6 +274,7 @@ class Llama(Engine):
                 answers[-1]["tokens"] = [self.tokenizer.token_piece(token) for token in row.tokens]
         return answers
 
+    @with_options(Settings)
     def stream_chat(
         self, dialogs: Sequence[Dialog], *, stop: Stop = None, **settings: Unpack[Settings]
     ) -> Generator[TextPiece, None, None]:
@@ -507,83 +389,3 @@ def infilling_prompt_tokens(tokenizer: Tokenizer, pre: str, suf: str, suffix_fir
     if suffix_first:
         return [tokenizer.bos_id, begin, end, *after, middle, *before]
     return [tokenizer.bos_id, begin, *before, end, *after, middle]
-
-
-def _load(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, room: Choice, compile: bool | None
-) -> tuple[Executor, str]:
-    """The model and what computes it, and what `build` says of its form; `compile` is None for plain layers."""
-    model: Transformer | None = None
-    is_native = bool(compile) and device.type == "cpu"
-    kept = 0
-
-    def finish(part: torch.nn.Module) -> None:
-        nonlocal kept
-        if isinstance(part, TransformerBlock):
-            kept += quantize_part(part, room.quantize, is_native)
-
-    try:
-        with torch.device("meta"):
-            model = Transformer(checkpoint.params, embedding_axis=checkpoint.embedding_axis)
-        model.place_caches(dtype, device)
-        held = room.sizes.total - room.sizes.prefill
-        EXPLAIN[model] = partial(explained, room, device, held, "send fewer or shorter prompts at once, or build anew")
-        with release_freed_memory():
-            load_weights(model, checkpoint, dtype, finish if room.quantize else None)
-            if room.quantize:
-                kept += quantize_part(model.output, room.quantize, is_native, OUTPUT)
-        executor = Executor(
-            model, fused=compile is not None, native=is_native, graph=bool(compile) and device.type == "cuda"
-        )
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        tensors = [] if model is None else [t for cache in model.caches for t in (cache.k, cache.v)]
-        weights = () if model is None else (weight for weight in model.parameters() if not weight.is_meta)
-        held = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta) + held_bytes(weights)
-        traceback.clear_frames(error.__traceback__)
-        del tensors, weights
-        model = None  # not kept by the traceback of whoever tries a smaller one
-        raise explained(room, device, held, "the model is not loaded", error) from None
-    if compile is None:
-        return executor, ", plain layers"
-    if room.quantize is None:
-        return executor, ""
-    return executor, f", weights in {room.quantize}{f' but for {kept} whose width does not allow it' if kept else ''}"
-
-
-def check_same(values: dict[str, Any], way: str) -> None:
-    """Raise ValueError on all ranks where one was started with other values than rank 0."""
-    for rank, others in enumerate(told := all_gather_object(values)):
-        for name in told[0] | others:
-            if (first := told[0].get(name)) != (other := others.get(name)):
-                error = ValueError(f"rank {rank} has {name} {other}, rank 0 has {first}: {way}")
-                error.__dict__["told_by"] = 0
-                raise error
-
-
-def _summary(
-    model: Transformer, checkpoint: Checkpoint, ranks: int, dtype: torch.dtype, note: str, seconds: float
-) -> str:
-    """The line that `build` prints: what was loaded from what, in which dtype, where, and the memory it took."""
-    args = model.params
-    size = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-    weights, cache = held_bytes(model.parameters()), sum(kv.k.nbytes + kv.v.nbytes for kv in model.caches)
-    tied = "" if OUTPUT in checkpoint.shapes else " (the embedding serves as output)"
-    stored = "" if dtype == checkpoint.dtype else f" (stored as {_name(checkpoint.dtype)})"
-    over = f" over {torch.distributed.get_backend()}" if ranks > 1 else ""
-    factor = args.rope_factor if args.use_scaled_rope else args.rope_linear_factor
-    scaled = "" if factor is None else f", RoPE scaled by {factor:g}"
-    return (
-        f"llama: {size / 1e6:,.1f}M parameters{tied}, {_count(len(checkpoint.paths), 'shard')} -> "
-        f"{_count(ranks, 'rank')}{over}, {_name(dtype)}{stored}{note} on {model.freqs_cis.device}{scaled}; "
-        f"{weights / 1e6:,.1f} MB weights and {cache / 1e6:,.1f} MB cache a rank; {seconds:.1f} s"
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -1,50 +1,25 @@
 """What a call asks for (prompts and settings, checked, one `Row` for each sample of each prompt), and what it gets."""
 
-import math
-import numbers
 import operator
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypedDict, TypeVar
+from typing import Any, TypeAlias
 
 import torch
+from typing_extensions import Unpack
 
+from llama.options import Each as Each
+from llama.options import Settings as Settings
+from llama.options import StopIds as StopIds
+from llama.options import check_int as check_int
+from llama.options import declared, suggestion
 from llama.params import ModelArgs
 
-T = TypeVar("T")
 Ids: TypeAlias = tuple[int, ...]
 Prompts: TypeAlias = Sequence[Sequence[int]] | torch.Tensor  # lists of ids, or an integer tensor [bsz, seqlen]
-Each: TypeAlias = T | Sequence[T]  # one value for all prompts, or a list with one for each
-StopIds = Sequence[int] | Sequence[Sequence[int] | None] | None
 # A pass takes about as long as so many more ids in another one: it reads all weights.
 PASS_COST = 64
-
-
-class Settings(TypedDict, total=False):
-    """Settings of a call, each one value or a list with one for each prompt (n: one value).
-
-    max_gen_len: ids to generate at most; None is as far as max_seq_len goes.
-    repetition_penalty: the logits of ids in the prompt or generated so far are divided by it where positive, else
-        multiplied (CTRL, arXiv:1909.05858); 1 changes nothing.
-    top_k: keep the k highest logits (and their equals); None keeps all.
-    temperature: divides the logits; 0 takes the most probable id.
-    top_p: keep ids whose more probable ids sum to at most this; 1 keeps all.
-    stop_token_ids: ids that end a row, beside the tokenizer's own.
-    seed: the row's random stream; sample j of a prompt draws with seed + j. With None each sampled row draws its seed
-        from torch's default generator, so `torch.manual_seed`, which `build` calls, too, makes a call repeat. Rows of
-        temperature 0 draw none.
-    n: samples of each prompt, one after another in the results; they share the prompt's computation.
-    """
-
-    max_gen_len: Each[int | None]
-    temperature: Each[float]
-    top_p: Each[float]
-    top_k: Each[int | None]
-    repetition_penalty: Each[float]
-    stop_token_ids: StopIds
-    seed: Each[int | None]
-    n: int
 
 
 Alternatives = list[tuple[int, float]]  # (id, log-probability), best first
@@ -110,53 +85,60 @@ def read_rows(
     draw_seed: Callable[[], int],
     model_stop: Iterable[int],
     prompts: Prompts,
-    *,
-    max_gen_len: Each[int | None] = None,
-    temperature: Each[float] = 0.6,
-    top_p: Each[float] = 0.9,
-    top_k: Each[int | None] = None,
-    repetition_penalty: Each[float] = 1.0,
-    stop_token_ids: StopIds = None,
-    seed: Each[int | None] = None,
-    n: int = 1,
+    **settings: Unpack[Settings],
 ) -> list[Row]:
-    """Rows in the order of the prompts, `n` for each.
+    """Rows in the order of the prompts, `n` for each; `options.Settings` has the defaults and meanings of `settings`.
 
-    draw_seed: called once for each sampled row without a seed. model_stop: the tokenizer's stop ids, in force beside
-        `stop_token_ids`.
+    draw_seed: called once for each sampled row without a seed. model_stop: the tokenizer's stop ids, in force together
+        with `stop_token_ids`.
 
     Raises ValueError or TypeError for settings out of range and for prompts that are empty, longer than max_seq_len,
     or hold ids outside the vocabulary.
     """
-    check_int("n", n, 1)
     if isinstance(prompts, torch.Tensor):
         prompts = _rows_of(prompts)
     check_list("prompts of ids", "lists", prompts)
-
-    def each(name: str, value: Any, check: Callable[[str, Any], Any]) -> list[Any]:
-        return [check(name, item) for item in per_prompt(name, value, len(prompts))]
-
-    settings = zip(
-        each("max_gen_len", max_gen_len, _optional_int(0)),
-        each("temperature", temperature, _number),
-        each("top_p", top_p, _fraction),
-        each("top_k", top_k, _optional_int(1)),
-        each("repetition_penalty", repetition_penalty, _positive),
-        _stops(stop_token_ids, len(prompts)),
-        each("seed", seed, _optional_int(0)),
-        strict=True,
-    )
     texts = [read_ids(f"prompt {i}", prompt, args) for i, prompt in enumerate(prompts)]
+    n, each = _read_settings(settings, len(prompts))
     rows: list[Row] = []
-    for ids, (most, heat, p, k, penalty, stop, first_seed) in zip(texts, settings, strict=True):
-        limit = args.max_seq_len if most is None else min(len(ids) + most, args.max_seq_len)
+    for ids, one in zip(texts, each, strict=True):
+        length = one["max_gen_len"]
+        limit = args.max_seq_len if length is None else min(len(ids) + length, args.max_seq_len)
         for j in range(n):
-            if first_seed is not None:
-                stream = random.Random(first_seed + j)
+            if one["seed"] is not None:
+                stream = random.Random(one["seed"] + j)
             else:
-                stream = random.Random(draw_seed() if heat else 0)
-            rows.append(Row(len(rows), ids, limit, heat, p, k or 0, penalty, stop.union(model_stop), stream))
+                stream = random.Random(draw_seed() if one["temperature"] else 0)
+            rows.append(
+                Row(
+                    len(rows),
+                    ids,
+                    limit,
+                    one["temperature"],
+                    one["top_p"],
+                    one["top_k"] or 0,
+                    one["repetition_penalty"],
+                    one["stop_token_ids"].union(model_stop),
+                    stream,
+                )
+            )
     return rows
+
+
+def _read_settings(settings: Settings, count: int) -> tuple[int, list[dict[str, Any]]]:
+    """(n, the other settings of each prompt), all checked."""
+    options = declared(Settings)
+    for name in settings:
+        if name not in options:
+            raise TypeError(f"there is no setting {name}{suggestion(name, options)}")
+    n = options.pop("n")
+    columns = []
+    for name, option in options.items():
+        value = settings.get(name, option.default)
+        values = _stop_lists(value, count) if name == "stop_token_ids" else per_prompt(name, value, count)
+        columns.append([option.check(name, item) for item in values])
+    rows = [dict(zip(options, row, strict=True)) for row in zip(*columns, strict=True)]
+    return n.check("n", settings.get("n", n.default)), rows
 
 
 def _rows_of(prompts: torch.Tensor) -> list[list[int]]:
@@ -185,57 +167,16 @@ def check_list(what: str, of: str, value: Any) -> None:
         raise TypeError(f"{what} are a list of {of}, not {type(value).__name__}{hint}")
 
 
-def check_int(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}, expected a whole number")
-    if value < least:
-        raise ValueError(f"{name} is {value}, expected a whole number from {least}")
-
-
 def check_alternatives(name: str, k: Any, least: int, args: ModelArgs) -> None:
     check_int(name, k, least)
     if k > args.vocab_size:
         raise ValueError(f"{name} is {k}, but the vocabulary has {args.vocab_size} ids")
 
 
-def _optional_int(least: int) -> Callable[[str, Any], int | None]:
-    def check(name: str, value: Any) -> int | None:
-        if value is None:
-            return None
-        check_int(name, value, least)
-        return int(value)
-
-    return check
-
-
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}, expected a number")
-    if not 0 <= float(value) < math.inf:
-        raise ValueError(f"{name} is {value!r}, expected a number from 0")
-    return float(value)
-
-
-def _fraction(name: str, value: Any) -> float:
-    if _number(name, value) > 1:
-        raise ValueError(f"{name} is {value!r}, expected a number from 0 to 1")
-    return float(value)
-
-
-def _positive(name: str, value: Any) -> float:
-    if _number(name, value) == 0:
-        raise ValueError(f"{name} is {value!r}, expected a number above 0")
-    return float(value)
-
-
-def _stops(value: Any, count: int) -> list[set[int]]:
+def _stop_lists(value: Any, count: int) -> list[Any]:
     """Ids for all prompts ([2, 13]), or a list of them for each ([[2], [13], None])."""
-    shared = not isinstance(value, Sequence) or not any(isinstance(item, Sequence | None) for item in value)
-    try:
-        lists = [value] * count if shared else per_prompt("stop_token_ids", value, count)
-        return [set(map(operator.index, () if ids is None else ids)) for ids in lists]
-    except TypeError:
-        raise TypeError(f"stop_token_ids is {value!r}, expected a list of ids, or one for each prompt") from None
+    is_shared = not isinstance(value, Sequence) or not any(isinstance(item, Sequence | None) for item in value)
+    return [value] * count if is_shared else per_prompt("stop_token_ids", value, count)
 
 
 def read_ids(name: str, value: Any, args: ModelArgs, *, any_length: bool = False) -> list[int]:

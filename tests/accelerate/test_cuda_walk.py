@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llama import Llama, generation
+from llama import Llama, loading
 from llama.accelerate import executor
 from llama.engine import engine, sampling
 from llama.evaluate import scoring
@@ -114,7 +114,7 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     patch.setattr(dist, "is_nccl_available", lambda: True)
     patch.setattr(dist, "init_process_group", init_fake)
     patch.setattr(dist, "get_backend", lambda *group: "nccl")
-    patch.setattr(generation, "check_before_loading", lambda *arguments: ([], {}))  # looks for NaN in the files
+    patch.setattr(loading, "check_before_loading", lambda *arguments: ([], {}))  # looks for NaN in the files
     for module in (engine, scoring):
         patch.setattr(module, "read_back", lambda values: np.ones(values.shape).tolist())
     patch.setattr(engine, "draw_seed", lambda: 1)  # a number that is read from a tensor, of the CPU

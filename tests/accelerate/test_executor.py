@@ -19,7 +19,7 @@ from torch import nn
 
 from golden.make_checkpoint import TOKENIZER
 from helpers.tolerance import BFLOAT16, LOGPROB, gamma, near
-from llama import Llama, ModelArgs, generation, model
+from llama import Llama, ModelArgs, loading, model
 from llama.accelerate import executor, native
 from llama.accelerate.executor import Dense
 from llama.accelerate.quantize import FEW_ROWS, Int4, Int8, Quantized
@@ -109,7 +109,7 @@ def test_weights_damaged_behind_the_check_are_told(
     weights["layers.1.feed_forward.w2.weight"][7, 40] = float("nan")
     torch.save(weights, tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text((checkpoint("gqa") / "params.json").read_text())
-    monkeypatch.setattr(generation, "check_before_loading", lambda *_: ([], {}))
+    monkeypatch.setattr(loading, "check_before_loading", lambda *_: ([], {}))
     llama = Llama.build(tmp_path, TOKENIZER, max_seq_len=32, max_batch_size=1, **form)
     with pytest.raises(FloatingPointError, match="not finite"):
         llama.generate([[5, 6, 7]], 4, temperature=0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.ranks import free_port
-from llama import Llama, generation
+from llama import Llama, loading
 from llama.accelerate.executor import Executor
 from llama.cli import main as cli
 from llama.parallel import groups as distributed
@@ -44,9 +44,9 @@ def go(how: str) -> None:
 
 def rank(folder: str, phase: str, how: str | None) -> None:
     """Build, then wait for rank 0 in the phase "wait", or generate for ever. `how` is set on the rank that goes."""
-    load, hidden, calls = generation.load_weights, Executor.hidden, 0
+    load, hidden, calls = loading.load_weights, Executor.hidden, 0
 
-    def loading(*args: object) -> None:
+    def slow_load(*args: object) -> None:
         meet("load")
         if how and phase == "load":
             go(how)
@@ -63,7 +63,7 @@ def rank(folder: str, phase: str, how: str | None) -> None:
         time.sleep(0.01)  # forty ranks share the cores
         return hidden(self, *args, **named)
 
-    generation.load_weights, Executor.hidden = loading, passing  # type: ignore[assignment, method-assign]
+    loading.load_weights, Executor.hidden = slow_load, passing  # type: ignore[assignment, method-assign]
     llama = Llama.build(folder, max_seq_len=512)
     if phase == "wait":
         if how:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from llama import Llama, Transformer, generation
+from llama import Llama, Transformer, loading
 from llama.checkpoint.folder import Checkpoint, Finish
 from llama.parallel.groups import connect_ranks, current_world, init_process_groups, shutdown
 
@@ -30,13 +30,13 @@ def touched_bytes() -> dict[str, int]:
 
 def main(ckpt_dir: str, tokenizer: str, dtype: str, quantize: str | None = None) -> None:
     touched: dict[str, int] = {}
-    load_weights = generation.load_weights
+    load_weights = loading.load_weights
 
     def load_and_look(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype, finish: Finish = None) -> None:
         load_weights(model, checkpoint, dtype, finish)
         touched.update(touched_bytes())  # now: the files are unmapped when `build` returns
 
-    generation.load_weights = load_and_look
+    loading.load_weights = load_and_look
     llama = Llama.build(ckpt_dir, tokenizer, max_seq_len=16, max_batch_size=1, dtype=dtype, quantize=quantize)
     llama.generate([[1, *range(3, 16)]], max_gen_len=2, temperature=0)  # fills the cache
     llama.close()

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from helpers.faults import data_of, edit_params, edit_shard, flip
 from helpers.paths import HELPERS, PYTHONPATH, ROOT
 from helpers.ranks import free_port, run_ranks
-from llama import Llama, generation
+from llama import Llama, loading
 from llama.accelerate.executor import Executor
 from llama.cli import chat
 from llama.parallel import groups as distributed
@@ -230,7 +230,7 @@ def build_on_hosts_of_their_own(pairs: list[list[dict]]) -> list[str]:
 
 def compute_otherwise(folder: Path) -> list[str]:
     kinds = [torch.float32, torch.bfloat16]
-    generation.pick_dtype = lambda *_: kinds[current_world().rank]
+    loading.pick_dtype = lambda *_: kinds[current_world().rank]
     return build_differently([[{"ckpt_dir": folder}] * 2])
 
 
@@ -274,13 +274,13 @@ def load_slowly(folder: Path) -> float:
     than ranks wait for another in the middle of a step."""
     os.environ["LLAMA_TIMEOUT"] = "6"
     if current_world().rank == 1:
-        load = generation.load_weights
+        load = loading.load_weights
 
         def slowly(*args: Any) -> None:
             time.sleep(8)
             load(*args)
 
-        generation.load_weights = slowly  # type: ignore[assignment]
+        loading.load_weights = slowly  # type: ignore[assignment]
     started = time.monotonic()
     llama = Llama.build(folder)
     llama.generate([[5, 6]], 2)
