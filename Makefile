@@ -39,7 +39,7 @@ test-gpu:
 
 # --strict: a broken link or anchor is an error.
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The stamp of an extra is written last, so a failed or interrupted install leaves none and is done again.
 $(VENV)/.installed-%: pyproject.toml requirements.txt | $(VENV)/.created
