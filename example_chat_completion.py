@@ -1,10 +1,13 @@
 """Answer dialogs: torchrun --nproc_per_node N example_chat_completion.py --ckpt_dir DIR"""
 
 import logging
+from typing import Any
+
+import fire
 
 from llama import Dialog, Llama
 from llama.chat.formats import base_model_note
-from llama.cli.main import run
+from llama.cli.command import one_line_errors
 from llama.cli.output import show
 
 DIALOGS: list[Dialog] = [
@@ -34,31 +37,14 @@ def main(
     max_seq_len: int = 512,
     max_gen_len: int | None = None,
     max_batch_size: int = 8,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-    compile: bool | str = "auto",
-    plain: bool = False,
-    chat_format: str | None = None,
-    seed: int = 1,
+    **options: Any,
 ) -> None:
     """Answer a few dialogs and print them, on a terminal as they come.
 
-    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
+    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and in its parent.
+    options: those of `Llama.build`, as --dtype float32 or --chat_format chatml.
     """
-    llama = Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        compile=compile,
-        plain=plain,
-        chat_format=chat_format,
-    )
+    llama = Llama.build(str(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size, **options)
     if note := base_model_note(ckpt_dir):
         logging.getLogger("llama").info(note)
     pieces = llama.stream_chat(DIALOGS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
@@ -68,4 +54,5 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    with one_line_errors():
+        fire.Fire(main)

@@ -1,7 +1,11 @@
 """Continue texts: torchrun --nproc_per_node N example_text_completion.py --ckpt_dir DIR"""
 
+from typing import Any
+
+import fire
+
 from llama import Llama
-from llama.cli.main import run
+from llama.cli.command import one_line_errors
 from llama.cli.output import show
 
 PROMPTS = [
@@ -26,33 +30,19 @@ def main(
     max_seq_len: int = 128,
     max_gen_len: int | None = 64,
     max_batch_size: int = 4,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-    compile: bool | str = "auto",
-    plain: bool = False,
-    seed: int = 1,
+    **options: Any,
 ) -> None:
     """Continue a few prompts and print them, on a terminal as they come.
 
-    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
+    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and in its parent.
+    options: those of `Llama.build`, as --dtype float32 or --seed 2.
     """
-    llama = Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        compile=compile,
-        plain=plain,
-    )
+    llama = Llama.build(str(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size, **options)
     pieces = llama.stream_text(PROMPTS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
     show(pieces, [f"{prompt}\n> " for prompt in PROMPTS], f"\n{'-' * 40}\n")
     llama.close()
 
 
 if __name__ == "__main__":
-    run(main)
+    with one_line_errors():
+        fire.Fire(main)

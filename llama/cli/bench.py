@@ -22,8 +22,11 @@ import torch
 import torch.distributed as dist
 
 from llama.accelerate.executor import Executor
+import click
+
 from llama.accelerate.quantized_weight import held_bytes
 from llama.checkpoint.folder import Checkpoint
+from llama.cli.command import Command, build_arguments, model_options
 from llama.engine.engine import read_back
 from llama.engine.requests import check_int
 from llama.files import as_path
@@ -61,50 +64,42 @@ COLUMNS: dict[str, tuple[str, str, float]] = {
 }
 
 
-def bench(
-    *,
-    ckpt_dir: str,
-    batch: str | int | Sequence[int] = (1, 4, 16),
-    prompt: str | int | Sequence[int] = (128, 512),
-    gen: int = 64,
-    no_cache: bool = False,
-    json: bool = False,
-    plot: str | None = None,
-    tokenizer_path: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-    compile: bool | str = "auto",
-    plain: bool = False,
-) -> None:
-    """Measure prefill, decoding, memory and bandwidth, for every batch size with every prompt length.
-
-    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
-    batch, prompt: rows at a time, and random ids in each: whole numbers with commas between them.
-    gen: ids that each row generates: the first comes with the prompt, the others are the steps that are timed.
-    no_cache: also time computing the whole prefix again at each step, which is what the KV cache saves.
-    json: one object with the machine, the bandwidth (bytes a second) and the rows, in seconds and bytes.
-    plot: a PNG to draw: step time and memory at contexts of 128, 256, ... up to the longest prompt, for one row.
-    quantize, compile, plain: as in `Llama.build`.
-    """
+@click.command(cls=Command)
+@click.option("--batch", default="1,4,16", show_default=True, help="rows at a time, with commas between them")
+@click.option("--prompt", default="128,512", show_default=True, help="random ids in each row, with commas between them")
+@click.option(
+    "--gen",
+    type=int,
+    default=64,
+    show_default=True,
+    help="ids that each row generates; the first comes with the prompt, the others are the steps that are timed",
+)
+@click.option(
+    "--no_cache", is_flag=True, help="also time steps without a KV cache, each of which computes the whole prefix"
+)
+@click.option("--json/--no_json", help="print one object: machine, bandwidth (bytes/s) and rows, in seconds and bytes")
+@click.option(
+    "--plot", help="a PNG to draw: step time and memory of one row at contexts of 128, 256, ... up to --prompt"
+)
+@model_options("max_seq_len", "max_batch_size", "seed", "chat_format")
+def bench(batch: str, prompt: str, gen: int, no_cache: bool, json: bool, plot: str | None, **options: Any) -> None:
+    """Measure prefill, decode, memory and bandwidth, for every batch size with every prompt length."""
     batches, prompts = read_list("batch", batch), read_list("prompt", prompt)
     longest = max(prompts)
     check_int("gen", gen, 2)  # one step at least
     if is_main_rank():
         if plot is not None:
             _check_plot(as_path(plot), longest)
-        window = Checkpoint(ckpt_dir).params.sliding_window
+        window = Checkpoint(options["ckpt_dir"]).params.sliding_window
         if window is not None and longest + gen > window:
             raise ValueError(
                 f"--prompt {longest} and --gen {gen} are more than the {window} positions of this model's sliding "
                 "window: give less"
             )
-    options: dict[str, Any] = {"quantize": quantize, "compile": compile, "plain": plain}
+    ckpt_dir = options["ckpt_dir"]
     points: list[dict[str, Any]] = []
     try:
-        llama = Llama.build(
-            ckpt_dir, tokenizer_path, longest + gen, max(batches), device=device, dtype=dtype, **options
-        )
+        llama = Llama.build(**build_arguments(options), max_seq_len=longest + gen, max_batch_size=max(batches))
         rate = bandwidth(llama.executor.device)
         if plot is not None:
             points = measure_contexts(llama.executor, longest, rate)
@@ -116,7 +111,8 @@ def bench(
         raise ValueError(
             f"--batch {max(batches)} with --prompt {longest} needs more memory than there is: give smaller ones"
         ) from error
-    machine = _machine(llama) | options | {"compile": llama.executor.is_compiled}
+    form = {name: options[name] for name in ("quantize", "plain")}
+    machine = _machine(llama) | form | {"compile": llama.executor.is_compiled}
     if is_main_rank():
         if json:
             print(dumps({"machine": machine, "bandwidth": rate, "rows": found, "contexts": points}))

@@ -5,8 +5,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
 
 from llama.chat.formats import Message, base_model_note, split_system
+from llama.cli.command import Command, build_arguments, model_options, sampling_arguments, sampling_options, stop_option
 from llama.cli.keyboard import interrupts, read_line, session
 from llama.cli.output import dim, write
 from llama.console import in_one_line, visible
@@ -27,59 +31,24 @@ HELP = """\
 Ctrl-C stops an answer, Ctrl-D leaves. A message that begins with / goes behind a space."""
 
 
-def chat(
-    ckpt_dir: str,
-    tokenizer_path: str | None = None,
-    system: str | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    top_k: int | None = None,
-    repetition_penalty: float = 1.0,
-    stop: list[str] | None = None,
-    max_seq_len: int | None = None,
-    max_gen_len: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-    compile: bool | str = "auto",
-    plain: bool = False,
-    chat_format: str | None = None,
-    seed: int = 1,
-) -> None:
+@click.command(cls=Command)
+@click.option("--system", help="the system message")
+@stop_option
+@sampling_options()
+@model_options("max_batch_size", max_seq_len=None)
+def chat(system: str | None, stop: list[str] | None, **options: Any) -> None:
     """Talk to a model. /help in it lists the commands; lines can also come through a pipe.
 
-    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
-    system: the system message. max_seq_len: positions for the whole dialog; when it is full, the oldest turns go. The
-    default is 2048, or the model's sliding window where that is less.
-    max_gen_len: longest answer in tokens; default is as far as the context goes.
+    The dialog has --max_seq_len positions: 2048, or the model's sliding window where that is less. When they are full,
+    the oldest turns are dropped.
     """
-    if max_seq_len is None:
-        max_seq_len = 2048
-        with contextlib.suppress(CheckpointError):  # build tells it better
-            max_seq_len = min(max_seq_len, read_params(ckpt_dir).sliding_window or max_seq_len)
-    llama = Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        1,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        compile=compile,
-        plain=plain,
-        chat_format=chat_format,
-    )
-    talk = Conversation(
-        llama,
-        system,
-        max_gen_len=max_gen_len,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        stop=stop,
-    )
+    ckpt_dir = options["ckpt_dir"]
+    if options["max_seq_len"] is None:
+        options["max_seq_len"] = 2048
+        with contextlib.suppress(CheckpointError):  # build raises it, too, with more to say
+            options["max_seq_len"] = min(2048, read_params(ckpt_dir).sliding_window or 2048)
+    llama = Llama.build(**build_arguments(options), max_batch_size=1)
+    talk = Conversation(llama, system, stop=stop, **sampling_arguments(options))
     with session():
         if warning := base_model_note(ckpt_dir):
             note(warning)

@@ -13,7 +13,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
+import click
+
 from llama.chat.formats import Message
+from llama.cli.command import Command, build_arguments, model_options, sampling_arguments, sampling_options, stop_option
 from llama.cli.output import show
 from llama.console import in_one_line
 from llama.engine.requests import check_int
@@ -32,43 +35,41 @@ WINDOW_JOBS = 4096
 WINDOW_CHARACTERS = LINE_LIMIT
 
 
+@click.command(cls=Command)
+@click.argument("text", required=False)
+@click.option(
+    "--file",
+    help='JSON lines, {"prompt": "..."} or {"messages": [...]}; other keys are ignored. Any size: it is read twice, first '
+    "to check every line, then a few thousand lines at a time, the longest prompts of these first",
+)
+@click.option(
+    "--out",
+    help='where the answers go, each as soon as its batch ends: {"line": 7, "prompt": ..., "generation": ..., '
+    '"finish_reason": ...}. If it exists, the lines that it lacks are added',
+)
+@click.option("--keep_going/--no_keep_going", help="skip lines of the file that cannot be read or do not fit")
+@click.option(
+    "--batch_tokens",
+    type=int,
+    default=8192,
+    show_default=True,
+    help="a batch's rows times its longest prompt and answer are at most this, or one row",
+)
+@stop_option
+@sampling_options(max_gen_len=128)
+@model_options(max_batch_size=16)
 def complete(
-    text: str | None = None,
-    *,
-    ckpt_dir: str,
-    file: str | None = None,
-    out: str | None = None,
-    keep_going: bool = False,
-    batch_tokens: int = 8192,
-    tokenizer_path: str | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    top_k: int | None = None,
-    repetition_penalty: float = 1.0,
-    stop: list[str] | None = None,
-    max_gen_len: int | None = 128,
-    max_seq_len: int = 512,
-    max_batch_size: int = 16,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str | None = None,
-    compile: bool | str = "auto",
-    plain: bool = False,
-    chat_format: str | None = None,
-    seed: int = 1,
+    text: str | None,
+    file: str | None,
+    out: str | None,
+    keep_going: bool,
+    batch_tokens: int,
+    stop: list[str] | None,
+    **options: Any,
 ) -> None:
-    """Continue a text, or each line of a file.
+    """Continue TEXT, or what comes through a pipe, or each line of a --file.
 
-    text: what to continue, the one word that needs no flag; without it, what comes through a pipe.
-    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and beside it.
-    file: JSON lines, {"prompt": "..."} or {"messages": [...]} for a dialog; other keys are left alone. Any size: it is
-        read twice, first to check every line, then a few thousand lines at a time, the longest prompts of these first.
-    out: where the answers go, a line as soon as its batch ends, in the order of the work: {"line": 7, "prompt": ...,
-        "generation": ..., "finish_reason": ...}. If it is there, the lines it lacks are done.
-    keep_going: skip lines of the file that cannot be read or do not fit, instead of refusing the file.
-    batch_tokens: rows of a batch times their longest prompt and answer are at most this, or one row.
-    stop: a text that ends the answer ("\\n" is a line break), or a JSON list of them: '["\\n\\n", "User:"]'.
-    seed: line N of a file draws with seed + N, whatever stands beside it.
+    Line N of a file draws with --seed + N, whatever else is in its batch.
     """
     if (file is None) != (out is None):
         raise ValueError("--file and --out go together")
@@ -77,27 +78,10 @@ def complete(
     if file is None and text is None and sys.stdin.isatty():
         raise ValueError('nothing to continue: give a text ("..."), pipe one in, or --file prompts.jsonl --out FILE')
     check_int("batch_tokens", batch_tokens, 1)
-    llama = Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size if file else 1,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        compile=compile,
-        plain=plain,
-        chat_format=chat_format,
-    )
-    settings: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "repetition_penalty": repetition_penalty,
-        "max_gen_len": max_gen_len,
-        "stop": stop,
-    }
+    if file is None:
+        options["max_batch_size"] = 1
+    llama = Llama.build(**build_arguments(options))
+    settings, seed = sampling_arguments(options) | {"stop": stop}, options["seed"]
     if file is None or out is None:
         if text is None:
             text = read_pipe()

@@ -1,43 +1,50 @@
-"""Command lines: every mistake is one line, and nothing runs before it is told."""
+"""Command lines: every mistake is one line on stderr, and nothing runs before it is reported."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from llama import Llama
 from llama.cli import main as cli
+from llama.cli.command import Command, Group, model_options, run, stop_option
 from llama.evaluate.lm_eval_adapter import MetaLlama
 
 
-def command(source: str, count: int = 1, verbose: bool = False) -> None:
+@click.command(cls=Command)
+@click.argument("source")
+@click.argument("count", type=int, default=1)
+@click.option("--verbose/--no_verbose")
+def command(source: str, count: int, verbose: bool) -> None:
     raise AssertionError("ran")
 
 
-def fails(reason: BaseException) -> Callable[[], None]:
+def fails(reason: BaseException) -> click.Command:
     def raising() -> None:
         raise reason
 
-    return raising
+    return Command("fails", callback=raising)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--source", "x", "--cuont", "3"], "unknown flag --cuont; there are --source, --count, --verbose"),
-        (["--source=x", "--cuont=3"], "unknown flag --cuont"),
-        (["x", "--cuont=3"], "unknown flag --cuont"),
-        ([], "--source is missing; --help tells more"),
-        (["--count", "3"], "--source is missing"),
+        (["--source", "x", "--cuont", "3"], "unknown flag --cuont: did you mean --count?"),
+        (["--source=x", "--cuont=3"], "unknown flag --cuont: did you mean --count?"),
+        (["x", "--cuont=3"], "unknown flag --cuont: did you mean --count?"),
+        (["x", "--zzz"], "unknown flag --zzz: --help lists the flags"),
+        ([], "Missing argument 'SOURCE'."),
+        (["--count", "3"], "Missing argument 'SOURCE'."),
         (["-cuont", "3", "x"], "unknown flag --cuont"),
-        (["a", "1", "True", "b"], "4 words without a flag, but 3 have a place"),
+        (["x", "--count", "three"], "Invalid value for '[COUNT]': 'three' is not a valid integer."),
+        (["a", "1", "b", "c"], "2 words too many ('b'); expected [source] [count]"),
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
@@ -49,9 +56,8 @@ def test_misspelt_and_missing_flags_run_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["program", *(["go"] if nested else []), *words])
-    target: Any = {"go": command} if nested else command
     with pytest.raises(SystemExit) as ended:
-        cli.run(target)
+        run(Group("llama", commands={"go": command}) if nested else command)
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -61,15 +67,15 @@ def test_misspelt_and_missing_flags_run_nothing(
 def test_words_without_flags_fill_what_is_left(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["program", *words])
     with pytest.raises(AssertionError, match="ran"):
-        cli.run(command)
+        run(command)
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "auto"),
+        ([], None),
         (["--compile"], True),
-        (["--compile", "auto"], "auto"),
+        (["--compile", "auto"], None),
         (["--compile=False"], False),
         (["--no-compile"], False),
         (["--no_compile", "--quiet"], False),
@@ -77,40 +83,42 @@ def test_words_without_flags_fill_what_is_left(words: list[str], monkeypatch: py
     ],
 )
 def test_switches(words: list[str], expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[object] = []
+    """`compile` of a command line is None where nobody set it: `build` then has its own default."""
+    seen: list[object] = []
 
-    def switched(compile: bool | str = "auto", quiet: bool = False) -> None:
-        given.append((compile, quiet))
+    @click.command(cls=Command)
+    @click.option("--quiet/--no_quiet")
+    @model_options("ckpt_dir")
+    def switched(compile: bool | None, quiet: bool, **options: Any) -> None:
+        seen.append((compile, quiet))
 
     monkeypatch.setattr(sys, "argv", ["program", *words])
-    cli.run(switched)
-    assert given == [(expected, "--quiet" in words)]
+    run(switched)
+    assert seen == [(expected, "--quiet" in words)]
 
 
 def test_every_command_compiles_by_default() -> None:
-    """As `build` does: `signature` sees what fire and the harness call."""
-    takers: list[Callable[..., Any]] = [
-        Llama.build,
-        MetaLlama.__init__,
-        *(each for each in cli.COMMANDS.values() if callable(each)),
-    ]
-    found = [p["compile"].default for taker in takers if "compile" in (p := signature(taker).parameters)]
-    assert found == ["auto"] * 7
+    """As `build` does, which takes its own default where a command line says nothing."""
+    assert signature(Llama.build).parameters["compile"].default == "auto"
+    assert signature(MetaLlama.__init__).parameters["compile"].default == "auto"
+    flags = [p for each in cli.app.commands.values() for p in each.params if p.name == "compile"]
+    assert len(flags) == 5 and all(flag.get_default(click.Context(cli.app)) is None for flag in flags)
 
 
 @pytest.mark.parametrize("error", [ValueError("no such shard"), TypeError("no number"), FileNotFoundError("nothing")])
 def test_a_users_mistake_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["program"])
     with pytest.raises(SystemExit) as ended:
-        cli.run(fails(error))
+        run(fails(error))
     assert ended.value.code == f"error: {error}"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["chatt"], "no command 'chatt'; there are bench, chat, complete, conformance, "),
-        (["conformance", "exprot"], "no command 'exprot'; there are compare, export"),
+        (["chatt"], "no command 'chatt': did you mean chat?"),
+        (["xyz"], "no command 'xyz'; there are bench, chat, complete, conformance, "),
+        (["conformance", "exprot"], "no command 'exprot': did you mean export?"),
     ],
 )
 def test_a_mistyped_command_is_one_line(
@@ -124,22 +132,22 @@ def test_a_mistyped_command_is_one_line(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Resource temporarily unavailable"), MemoryError()])
-def test_a_shortage_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["program"])
     with pytest.raises(SystemExit, match=r"^error: out of memory or threads \(.*\): free some, or raise the limits"):
-        cli.run(fails(error))
+        run(fails(error))
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["program"])
     with pytest.raises(AttributeError):
-        cli.run(fails(AttributeError("a bug")))
+        run(fails(AttributeError("a bug")))
 
 
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["program"])
     with pytest.raises(SystemExit) as ended:
-        cli.run(fails(KeyboardInterrupt()))
+        run(fails(KeyboardInterrupt()))
     assert ended.value.code == 130
 
 
@@ -152,7 +160,7 @@ def test_ctrl_c_while_packages_are_imported(library: str, tmp_path: Path) -> Non
         "import sys, time\n"
         "class Waits:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'llama.evaluate.perplexity': time.sleep(30)\n"
+        "        if name == 'llama.cli.perplexity': time.sleep(30)\n"
         "sys.meta_path.insert(0, Waits())\n"
     )
     process = subprocess.Popen(
@@ -177,7 +185,12 @@ def test_convert_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert str(ended.value.code).startswith(f"error: {tmp_path / 'none.gguf'} does not exist")
 
 
-def texts(text: str = "none", *, stop: list[str] | None = None, count: int = 1, go_on: bool = False) -> None:
+@click.command(cls=Command)
+@click.argument("text", default="none")
+@stop_option
+@click.option("--count", type=int, default=1)
+@click.option("--go_on/--no_go_on")
+def texts(text: str, stop: list[str] | None, count: int, go_on: bool) -> None:
     """Print what arrived."""
     print(repr((text, stop, count, go_on)))
 
@@ -193,7 +206,6 @@ def texts(text: str = "none", *, stop: list[str] | None = None, count: int = 1, 
         (["--text=--count"], ("--count", None, 1, False)),
         (["--go_on", "a text"], ("a text", None, 1, True)),
         (["--go-on", "False", "x"], ("x", None, 1, False)),
-        (["-t", "short"], ("short", None, 1, False)),
         (['it\'s "so"\n'], ('it\'s "so"\n', None, 1, False)),
         (["--stop", "\\n", "--stop", "b"], ("none", ["\n", "b"], 1, False)),
         (["--stop", '["a", "\\n"]'], ("none", ["a", "\n"], 1, False)),
@@ -205,7 +217,7 @@ def test_texts_arrive_as_they_were_written(
     words: list[str], expected: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["program", "go", *words])
-    cli.run({"go": texts})
+    run(Group("llama", commands={"go": texts}))
     assert capsys.readouterr().out == f"{expected!r}\n"
 
 
@@ -215,7 +227,7 @@ def test_a_flag_without_its_value(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["program", *words])
     with pytest.raises(SystemExit):
-        cli.run(texts)
+        run(texts)
     assert "needs a value" in capsys.readouterr().err
 
 
@@ -224,7 +236,7 @@ def test_help_runs_nothing_wherever_it_stands(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["program", "go", "--count", "3", "--help"])
     with pytest.raises(SystemExit) as ended:
-        cli.run({"go": texts})
+        run(Group("llama", commands={"go": texts}))
     shown = capsys.readouterr()
     assert ended.value.code == 0 and "(" not in shown.out and "--stop" in shown.out + shown.err
     assert "METADATA" not in shown.out + shown.err
