@@ -62,6 +62,10 @@ def box(x: float, y: float, width: float, height: float, fill: str, style: str =
     return f'<rect x="{x:g}" y="{y:g}" width="{width:.1f}" height="{height:g}" fill="{fill}" {style}/>'
 
 
+def shown(piece: str) -> str:
+    return piece.replace(" ", "·").replace("\n", "⏎")
+
+
 def inspect_svg(look: dict[str, Any]) -> str:
     """The sentence with its tokens coloured by their probability, and a table with a row for each."""
     tokens = look["tokens"]
@@ -78,13 +82,13 @@ def inspect_svg(look: dict[str, Any]) -> str:
         y += ROW
         percent, place = token["percent"], {name: LEFT + at for name, at in COLUMNS.items()}
         parts.append(text(place[""], y, f"{'+' if token['generated'] else ' '}{token['position']}", 'fill="#666"'))
-        parts.append(text(place["token"], y, token["piece"]))
+        parts.append(text(place["token"], y, shown(token["piece"])))
         if percent is None:
             continue
         parts.append(box(place["probability"], y - 12, max(percent, 0.5), 15, color(percent)))
         parts.append(text(place["probability"] + 4, y, f"{percent:.2f}%" if percent >= 0.01 else "<0.01%"))
         parts.append(text(place["rank"], y, f"{token['rank']:,}"))
-        best = "   ".join(f"{other['piece']} {other['percent']:.0f}%" for other in token["top"])
+        best = "   ".join(f"{shown(other['piece'])} {other['percent']:.0f}%" for other in token["top"])
         parts.append(text(place["expected here"], y, best, 'fill="#444"'))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 18}" width="{WIDTH}" height="{y + 18}" '

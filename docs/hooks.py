@@ -34,23 +34,29 @@ def top_document(name: str) -> str:
 
 def commands_page() -> str:
     """Usage, help and flags of every command, from the command line's own tree."""
-    import typer
+    import click
 
     from llama.cli.main import app
 
     parts = [
         "# Commands",
-        "`llama COMMAND` and `python -m llama COMMAND` are the same. Flags may be written with `-` or `_`: `--max-seq-len` "
-        "is `--max_seq_len`. `llama COMMAND --help` prints what is here. [Options](options.md) has those that several "
-        "commands share, with their names in Python.",
+        "`llama COMMAND` and `python -m llama COMMAND` are the same. `llama COMMAND --help` prints what is here.",
+        "A flag may be written with `-` or `_`: `--max-seq-len` is `--max_seq_len`. [Options](options.md) has the options "
+        "that several commands share, with their names in Python.",
     ]
-    for path, command in _commands("llama", typer.main.get_command(app)):
-        parts += [f"## {path}", *_command(path, command)]
+    for path, command in _commands("llama", app):
+        context = click.Context(command, info_name=path)
+        usage = " ".join([path, *command.collect_usage_pieces(context)])
+        parts += [f"## {path}", f"```text\n{usage}\n```", as_markdown(inspect.cleandoc(command.help or ""))]
+        flags = [p for p in command.params if isinstance(p, click.Option) and not p.hidden and p.name != "help"]
+        if flags:
+            rows = [_flag(context, option) for option in sorted(flags, key=lambda option: not option.required)]
+            parts.append(_table(("flag", "values", "default", "meaning"), rows))
     return "\n\n".join(parts) + "\n"
 
 
 def _commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
-    """(path, click command) of each command that can be called, not of groups."""
+    """(path, command) of each command that can be called, groups excluded."""
     if not hasattr(command, "commands"):
         yield path, command
         return
@@ -59,57 +65,14 @@ def _commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
             yield from _commands(f"{path} {name}", child)
 
 
-def _command(path: str, command: Any) -> list[str]:
-    """The paragraphs of one command."""
-    shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
-    arguments = [parameter for parameter in shown if parameter.param_type_name == "argument"]
-    usage = " ".join([path, *(["[OPTIONS]"] if len(shown) > len(arguments) else []), *map(_metavar, arguments)])
-    parts = [f"```text\n{usage}\n```", as_markdown(inspect.cleandoc(command.help or ""))]
-    rows = [
-        (
-            f"`{_metavar(parameter)}`"
-            if parameter in arguments
-            else " ".join(f"`{flag}`" for flag in _flags(parameter)),
-            _values(parameter),
-            _default(parameter),
-            getattr(parameter, "help", None) or "",
-        )
-        for parameter in (*arguments, *(parameter for parameter in shown if parameter not in arguments))
-        if parameter.name != "help"
-    ]
-    return [*parts, _table(("option", "values", "default", "meaning"), rows)] if rows else parts
-
-
-def _metavar(parameter: Any) -> str:
-    name = str(parameter.metavar or parameter.name.upper())
-    name += "..." if parameter.nargs != 1 and not name.endswith("...") else ""
-    return name if parameter.required else f"[{name}]"
-
-
-def _flags(parameter: Any) -> list[str]:
-    """One spelling of each flag: of --max_seq_len and --max-seq-len the first."""
-    flags: list[str] = []
-    for flag in (*parameter.opts, *parameter.secondary_opts):
-        if flag.startswith("-") and flag.replace("-", "_") not in [other.replace("-", "_") for other in flags]:
-            flags.append(flag)
-    return flags
-
-
-def _values(parameter: Any) -> str:
-    if getattr(parameter, "is_flag", False):
-        return ""
-    choices = getattr(parameter.type, "choices", None)
-    return ", ".join(f"`{choice}`" for choice in choices) if choices else str(parameter.type.name)
-
-
-def _default(parameter: Any) -> str:
-    if parameter.required:
-        return "required"
-    shown = getattr(parameter, "show_default", None)
-    if isinstance(shown, str):
-        return shown
-    default = parameter.default
-    return "" if default is None or callable(default) or default is False or default == () else f"`{default}`"
+def _flag(context: Any, option: Any) -> tuple[str, str, str, str]:
+    """A row of the table of flags."""
+    choices = getattr(option.type, "choices", None)
+    values = "" if option.is_flag else ", ".join(f"`{choice}`" for choice in choices or [option.type.name])
+    shown = option.get_help_extra(context)
+    default = f"`{shown['default']}`" if "default" in shown else shown.get("required", "")
+    flags = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+    return flags, values, default, option.help or ""
 
 
 def options_page() -> str:
@@ -132,8 +95,8 @@ def options_page() -> str:
     parts = [
         "# Options",
         "Every option is declared once, in `llama/options.py`. Commands take it as a flag (`--max_seq_len 2048`), "
-        "Python as a keyword argument (`max_seq_len=2048`), `llama lm_eval` in `--model_args`. Which command takes which, "
-        "and defaults that a command changes, are in [commands](commands.md).",
+        "Python as a keyword argument (`max_seq_len=2048`), `llama lm_eval` in `--model_args`. [Commands](commands.md) "
+        "says which command takes which option, and where its default is another one.",
     ]
     for title, (options, text) in groups.items():
         rows = [
