@@ -18,12 +18,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import click
 import torch
 import torch.distributed as dist
 
 from llama.accelerate.executor import Executor
-import click
-
 from llama.accelerate.quantized_weight import held_bytes
 from llama.checkpoint.folder import Checkpoint
 from llama.cli.command import Command, build_arguments, model_options

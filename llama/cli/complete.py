@@ -39,8 +39,8 @@ WINDOW_CHARACTERS = LINE_LIMIT
 @click.argument("text", required=False)
 @click.option(
     "--file",
-    help='JSON lines, {"prompt": "..."} or {"messages": [...]}; other keys are ignored. Any size: it is read twice, first '
-    "to check every line, then a few thousand lines at a time, the longest prompts of these first",
+    help='JSON lines, {"prompt": "..."} or {"messages": [...]}; other keys are ignored. It may have any size: it is '
+    "read twice, first to check every line, then some thousand lines at a time, the longest prompts of these first",
 )
 @click.option(
     "--out",

@@ -1,85 +1,20 @@
-"""The page of `inspect`: one HTML file without scripts or outside resources. Beside it what its table needs, too: the
-data of both, and how pieces, probabilities and their colours look."""
+"""A token report as an HTML file, without scripts or external resources."""
 
-import unicodedata
 from collections.abc import Iterator
 from html import escape
 from itertools import pairwise
-from typing import TypedDict
 
 from llama.console import visible
+from llama.evaluate.text_report import LEVELS, level, percent_text, shown
+from llama.evaluate.token_report import Alternative, Token, TokenReport
 
 
-class Alternative(TypedDict):
-    """An id that the model held for probable. percent: 100 * exp(logprob)."""
+def html_report(report: TokenReport, name: str, summary: str) -> str:
+    """The HTML text: tokens coloured by probability, with the numbers of one in a card that opens on hover or focus.
 
-    id: int
-    piece: str
-    logprob: float
-    percent: float
-
-
-class Token(TypedDict):
-    """An id of a text, and what the model expected in its place, knowing the ids before it.
-
-    position: from 0. piece: the id as people read it, special ids by name. text: what it adds to the text; joined,
-    these are the text, and a character of several ids comes with the last of them.
-    logprob: natural logarithm. rank: 1 for the most probable id. entropy: of the distribution over all ids, in nats.
-    top: the most probable ids in its place, best first. These five are None, top is empty, where nothing stands before.
-    next: the most probable id behind it.
+    name: of the model, the heading. summary: a line below it.
     """
-
-    position: int
-    id: int
-    piece: str
-    text: str
-    generated: bool
-    logprob: float | None
-    percent: float | None
-    rank: int | None
-    entropy: float | None
-    top: list[Alternative]
-    next: Alternative
-
-
-class TokenReport(TypedDict):
-    """next: the most probable ids behind the last token, best first."""
-
-    tokens: list[Token]
-    next: list[Alternative]
-
-
-# The least percent of each colour but the last.
-LEVELS = (50, 10, 1, 0.1)
-
-
-def level(percent: float) -> int:
-    """The colour of a probability, 0 for the highest."""
-    return sum(percent < least for least in LEVELS)
-
-
-def percent_text(percent: float) -> str:
-    return f"{percent:.2f}" if percent >= 0.005 else "<0.01"
-
-
-def width(text: str) -> int:
-    """The columns that a text takes on a terminal."""
-    return sum(
-        0 if unicodedata.category(char) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(char) in "WF")
-        for char in text
-    )
-
-
-def shown(piece: str) -> str:
-    """A piece in one line, with everything in it visible: white space, control characters, marks without a width."""
-    text = visible(piece.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥"))
-    alone = not width(text)  # an accent would go onto whatever stands before it
-    return "".join(f"<U+{ord(char):04X}>" if alone or not char.isprintable() else char for char in text)
-
-
-def html_report(look: TokenReport, name: str, summary: str) -> str:
-    """The page's text. name: what was asked, a model. summary: a line for its head."""
-    tokens = look["tokens"]
+    tokens = report["tokens"]
     text = "".join(token["text"] for token in tokens)
     title = shown(text if len(text) <= 60 else f"{text[:60]}…").replace("·", " ")
     generated = ' <span class="g">generated</span>' if any(token["generated"] for token in tokens) else ""
@@ -99,30 +34,30 @@ def html_report(look: TokenReport, name: str, summary: str) -> str:
 <p class="legend">{"".join(_legend())}{generated}</p>
 <p>Point at a token, tap it, or go there with the Tab key.</p>
 </header>
-<main translate="no" tabindex="-1">{"".join(map(_token, tokens))}{_after(look["next"])}</main>
+<main translate="no" tabindex="-1">{"".join(map(_token, tokens))}{_next(report["next"])}</main>
 </body>
 </html>
 """
 
 
 def _legend() -> Iterator[str]:
-    for i, (most, least) in enumerate(pairwise((100, *LEVELS, 0))):
-        span = f"{least:g} to {most:g} %" if least else f"under {most:g} %"
+    for i, (upper, lower) in enumerate(pairwise((100, *LEVELS, 0))):
+        span = f"{lower:g} to {upper:g} %" if lower else f"under {upper:g} %"
         yield f'<span class="p{i}">{span}</span> '
 
 
 def _token(token: Token) -> str:
-    # Line breaks and ids without a text of their own get a mark, which style sheets show and copied text lacks.
+    # Line breaks and ids without text get a mark. The style sheet shows it, and copied text does not contain it.
     text = escape(visible(token["text"])).replace("\n", _mark("⏎") + "\n") or _mark(shown(token["piece"]))
-    kinds = ["t"]
+    classes = ["t"]
     card = f"<b><bdi>{escape(shown(token['piece']))}</bdi></b> token {token['position']}, id {token['id']}"
     if token["generated"]:
-        kinds.append("g")
+        classes.append("g")
         card += ", generated"
     if token["percent"] is None:
-        card += '<span class="h">Nothing stands before it, so nothing was expected.</span>'
+        card += '<span class="h">Nothing predicts the first token.</span>'
     else:
-        kinds.append(f"p{level(token['percent'])}")
+        classes.append(f"p{level(token['percent'])}")
         numbers = {
             "probability": f"{percent_text(token['percent'])} %",
             "logprob": f"{token['logprob']:.3f}",
@@ -132,20 +67,21 @@ def _token(token: Token) -> str:
         card += f'<span class="n">{"".join(f"<span>{key}<b>{number}</b></span>" for key, number in numbers.items())}'
         card += f'</span><span class="h">Expected here, %</span>{_bars(token["top"], token["id"])}'
     card += f'<span class="h">Expected after it, %</span>{_bars([token["next"]])}'
-    return _with_card(kinds, text, card)
+    return _with_card(classes, text, card)
 
 
-def _after(alternatives: list[Alternative]) -> str:
+def _next(alternatives: list[Alternative]) -> str:
     return _with_card(["t"], _mark("next?"), f"<b>What comes next, %</b>{_bars(alternatives)}")
 
 
-def _with_card(kinds: list[str], text: str, card: str) -> str:
-    return f'<span class="{" ".join(kinds)}" tabindex="0">{text}<span class="card">{card}</span></span>'
+def _with_card(classes: list[str], text: str, card: str) -> str:
+    return f'<span class="{" ".join(classes)}" tabindex="0">{text}<span class="card">{card}</span></span>'
 
 
-def _bars(alternatives: list[Alternative], own: int | None = None) -> str:
+def _bars(alternatives: list[Alternative], chosen: int | None = None) -> str:
+    """chosen: the id that the text has at this position, which is highlighted."""
     return "".join(
-        f'<span class="a{" own" * (alternative["id"] == own)}" style="--w:{alternative["percent"]:.1f}%">'
+        f'<span class="a{" own" * (alternative["id"] == chosen)}" style="--w:{alternative["percent"]:.1f}%">'
         f"<bdi>{escape(shown(alternative['piece']))}</bdi> {escape(percent_text(alternative['percent']))}</span>"
         for alternative in alternatives
     )
@@ -155,8 +91,8 @@ def _mark(sign: str) -> str:
     return f'<i data-s="{escape(sign)}"></i>'
 
 
-# Cards open over the header: at the bottom of a narrow window, where a thumb is, beside the text in a wide one. Its
-# place is kept free of text, so that a card is never outside the window and covers no token.
+# Cards open over the header: at the bottom of a narrow window, within reach of a thumb, or next to the text in a wide
+# one. The text never extends there, so a card is always inside the window and covers no token.
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1b1f;--dim:#5c5c66;--card:#f5f5f8;--line:#cfcfd6;--bar:#c9dcf5;
 --p0:#c4ead0;--p1:#e3efb8;--p2:#fde7a3;--p3:#fdc79a;--p4:#f9a8a8;scroll-padding-bottom:min(20rem,50vh)}

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from helpers.commands import call
 from helpers.paths import ROOT
 from helpers.ranks import CONTEXT
 from llama import Llama, Message
@@ -430,7 +431,7 @@ def test_nothing_but_visible_text_reaches_the_terminal(
         patch.setattr(sys, "stdout", screen)
         patch.setattr(sys, "stderr", screen)
         patch.setattr(Llama, "_pieces", hostile_pieces)
-        chat(str(checkpoint("mha")))
+        call(chat, ckpt_dir=checkpoint("mha"))
         screen.flush()
         shown = os.read(master, 65536).decode()
     os.close(master)
@@ -457,7 +458,7 @@ def test_a_broken_off_answer_does_not_come_back(
     lines = ["Hello", "/reset", "The licence", f"/save {tmp_path / 'dialog'}"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     monkeypatch.setattr("llama.cli.chat.write", slow)
-    chat(str(checkpoint("mha")), max_gen_len=5)
+    call(chat, ckpt_dir=checkpoint("mha"), max_gen_len=5)
     assert slowed
     dialog = json.loads((tmp_path / "dialog").read_text(encoding="utf-8"))
     assert [message["content"] for message in dialog[::2]] == ["The licence"]

@@ -23,6 +23,7 @@ from helpers.commands import Ended
 from helpers.paths import HELPERS, PYTHONPATH, ROOT
 from llama import Llama, Tokenizer, files
 from llama.chat.formats import ChatFormat, Message
+from llama.cli import complete
 from llama.cli import main as cli
 from llama.console import LONGEST, in_one_line
 from llama.tokenizer import SIZE_LIMIT, TokenizerError
@@ -574,7 +575,7 @@ def test_a_file_that_changes_meanwhile_is_told(
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     text = "".join(json.dumps({"prompt": word}) + "\n" for word in ("one", "two", "three"))
     file.write_text(text)
-    strike_off = cli.complete.__globals__["_strike_off"]
+    strike_off = complete._strike_off
 
     def and_change(*args: Any) -> int:
         file.write_text(change(text))

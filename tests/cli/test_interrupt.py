@@ -30,14 +30,11 @@ os.execv(sys.executable, [sys.executable, *words])
 """
 SIGNALS_ITSELF = """
 import os, signal
-from helpers.paths import ROOT
-from llama.cli.main import run
+from llama.cli.command import one_line_errors
 
-def main() -> None:
+with one_line_errors():
     os.kill(os.getpid(), signal.SIGINT)
     print("SIGINT was ignored")
-
-run(main)
 """
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fire
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,7 +20,8 @@ from helpers.paths import ROOT
 from llama import Llama, Tokenizer
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.verify import check, verify
-from llama.cli.main import COMMANDS, run
+from llama.cli.command import one_line_errors
+from llama.cli.main import main
 from llama.convert import ConvertError, convert
 from llama.memory.plan import plan
 from llama.model import rotary_angles
@@ -522,7 +524,7 @@ def test_a_tilde_on_the_command_line(
     (home / "p.jsonl").write_text('{"prompt": "Hello"}\n')
     monkeypatch.chdir(home)
     monkeypatch.setattr(sys, "argv", ["llama", *words])
-    run(COMMANDS)
+    main()
     assert not (home / "~").exists()
     for word in words:
         name, _, path = word.partition("=~/")
@@ -535,7 +537,8 @@ def test_examples_take_a_tilde(home: Path, monkeypatch: pytest.MonkeyPatch, buil
     import example_text_completion
 
     monkeypatch.setattr(sys, "argv", ["example", "--ckpt_dir=~/x", "--max_gen_len=1"])
-    run(example_text_completion.main)
+    with one_line_errors():
+        fire.Fire(example_text_completion.main)
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-1B-Instruct", "mistralai/Mistral-7B-v0.3"])

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers.commands import Ended
+from helpers.commands import Ended, call
 from helpers.paths import GOLDEN
 from helpers.ranks import run_ranks
 from helpers.tolerance import logprob_sum
 from llama import Llama
-from llama.evaluate.perplexity import perplexity, score_text
+from llama.cli.perplexity import perplexity
+from llama.evaluate.perplexity import score_text
 from llama.evaluate.scoring import token_logprobs
 
 TEXT = "The first sentence.\nA second one,\r\n with an é. \n"
@@ -76,7 +77,7 @@ def test_what_no_float_holds_is_none(build: Callable[..., Llama]) -> None:
 
 def on_a_rank(folder: Path, file: Path) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as shown:
-        perplexity([str(file)], ckpt_dir=str(folder), json=True, max_seq_len=32, stride=9)
+        call(perplexity, file, ckpt_dir=folder, json=True, max_seq_len=32, stride=9)
     return shown.getvalue()
 
 
@@ -129,7 +130,7 @@ def test_several_files_in_a_table(checkpoint: Callable[..., Path], tmp_path: Pat
         (b"\xef\xbb\xbf", [], "is empty: there is nothing to score"),
         (b"text \xff\xfe", [], "is not a UTF-8 text: byte 5 is 0xff"),
         (b"\x7fELF\0\0", [], "is not a text: byte 4 is NUL"),
-        (b"a", ["--bos", "False"], "is one token, and nothing comes before it to predict it from: --bos True puts BOS"),
+        (b"a", ["--bos", "False"], "is one token, with no token before it to predict it from: give --bos True"),
         (b"text", ["--stride", "9", "--max_seq_len", "8"], "stride is 9, but a window has only max_seq_len 8 ids"),
         (b"text", ["--stride", "0"], "stride is 0, expected a whole number from 1"),
         (b"text", ["--bos", "maybe"], "bos is 'maybe', expected True or False"),

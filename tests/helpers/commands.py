@@ -4,6 +4,7 @@ import io
 import sys
 from typing import NamedTuple
 
+import click
 import pytest
 
 from llama.cli import main as cli
@@ -36,3 +37,9 @@ def run_command(
         message = "" if isinstance(ended.code, int) else f"{ended.code}\n"
     out, err = capsys.readouterr()
     return Ended(status, out, err + message)
+
+
+def call(command: click.Command, *words: object, **flags: object) -> None:
+    """Run a command in this process, its errors raised as they are."""
+    arguments = [*map(str, words), *(f"--{name}={value}" for name, value in flags.items())]
+    command.main(arguments, standalone_mode=False)

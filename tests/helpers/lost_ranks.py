@@ -17,7 +17,7 @@ from typing import Any
 from helpers.ranks import free_port
 from llama import Llama, loading
 from llama.accelerate.executor import Executor
-from llama.cli import main as cli
+from llama.cli.command import one_line_errors
 from llama.parallel import groups as distributed
 
 EVER = 3600
@@ -89,7 +89,7 @@ def start(folder: str, scenario: str) -> tuple[list[int], int, str, str]:
         os.environ["GONE"] = f"{out}/gone"
         with open(f"{out}/{number}", "w") as file:
             os.dup2(file.fileno(), 2)
-        with cli.ending_in_one_line():
+        with one_line_errors():
             rank(folder, phase, how if number == int(lost) else None)
     return pids, port, f"{out}/gone", out
 

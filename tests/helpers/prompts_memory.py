@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+from helpers.commands import call
 from helpers.rss import anonymous_bytes
 from llama import Llama
 from llama.cli import complete
@@ -29,7 +30,7 @@ def main(ckpt_dir: str, file: str, out: str) -> None:
         return llama
 
     Llama.build = staticmethod(built)  # type: ignore[method-assign]
-    complete.complete(ckpt_dir=ckpt_dir, file=file, out=out, keep_going=True, max_gen_len=1, max_seq_len=64)
+    call(complete.complete, ckpt_dir=ckpt_dir, file=file, out=out, keep_going=True, max_gen_len=1, max_seq_len=64)
     print(grown[0])
 
 
