@@ -41,7 +41,7 @@ def commands_page() -> str:
     parts = [
         "# Commands",
         "`llama COMMAND` and `python -m llama COMMAND` are the same. `llama COMMAND --help` prints what is here.",
-        "A flag may be written with `-` or `_`: `--max-seq-len` is `--max_seq_len`. [Options](options.md) has the options "
+        "A flag may be written with `-` or `_`: `--max-seq-len` is `--max_seq_len`. [Options](options.md) has those "
         "that several commands share, with their names in Python.",
     ]
     for path, command in _commands("llama", app):
