@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from llama import Llama
-from llama.checkpoint.folder import OUTPUT, tensor_shapes, without_layer
+from llama.checkpoint.layout import OUTPUT, tensor_shapes, without_layer
 from llama.convert import convert
 from llama.convert.gguf import LAYER_NAMES, NAMES
 from llama.parallel.device import DTYPES

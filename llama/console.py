@@ -1,4 +1,4 @@
-"""What people read: log lines, and text made safe to show.
+"""What people read: log lines, progress, tables, and text made safe to show.
 
 Modules log with `logging.getLogger(__name__)`. The logger "llama" has one handler, which prints on rank 0, to stderr:
 stdout belongs to results. LLAMA_LOG is the level: debug, info (the default) or warning.
@@ -7,10 +7,19 @@ stdout belongs to results. LLAMA_LOG is the level: debug, info (the default) or 
 import logging
 import os
 import sys
+import time
 import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from llama.parallel.groups import is_main_rank
 
+T = TypeVar("T")
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 LONGEST = 4000  # characters of a message
 # Marks that turn the direction of text, and so can show other words than there are.
@@ -61,3 +70,39 @@ def configure_logging() -> None:
         logger.addHandler(_Handler())
     if level not in LEVELS:
         logger.warning("LLAMA_LOG is %r, expected %s: info is used", level, ", ".join(LEVELS))
+
+
+def progress(items: Sequence[T], label: str) -> Iterator[T]:
+    """Iterate, drawing a bar with count and time left on rank 0's stderr when that is a terminal. What takes less than
+    a second draws none."""
+    is_visible = sys.stderr is not None and sys.stderr.isatty() and is_main_rank()
+    started, bar = time.perf_counter(), None
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            if bar is None and is_visible and time.perf_counter() - started > 1:
+                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                # What the program prints meanwhile stays its own.
+                bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False)
+                task = bar.add_task(label, total=len(items))
+                bar.start()
+            if bar is not None:
+                bar.update(task, completed=done)
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def print_table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print rows on stdout, of which the first is the head: `left` columns to the left, the others to the right.
+
+    On a terminal long heads are wrapped; elsewhere a row is a line.
+    """
+    is_terminal = sys.stdout.isatty()
+    console = Console(file=sys.stdout, width=None if is_terminal else 10_000, highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for i, head in enumerate(rows[0]):
+        table.add_column(Text(head), justify="left" if i < left else "right")
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    console.print(table)

@@ -16,7 +16,9 @@ from llama.accelerate.executor import Executor, can_compile
 from llama.accelerate.native import release_freed_memory
 from llama.accelerate.quantized_weight import held_bytes, quantize_part
 from llama.chat.formats import ChatFormat, for_tokenizer
-from llama.checkpoint.folder import OUTPUT, Checkpoint, load_weights
+from llama.checkpoint.errors import CheckpointError
+from llama.checkpoint.folder import Checkpoint, load_weights
+from llama.checkpoint.layout import OUTPUT, check_world_size
 from llama.checkpoint.verify import check_before_loading
 from llama.errors import EXPLAIN, is_out_of_memory
 from llama.files import as_path
@@ -33,7 +35,6 @@ from llama.parallel.groups import (
     raise_on_all_ranks,
     shutdown,
 )
-from llama.params import CheckpointError, check_world_size
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
 log = logging.getLogger(__name__)

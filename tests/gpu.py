@@ -28,7 +28,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from golden.make_checkpoint import write  # noqa: E402  (the path above makes it importable)
 from llama import Llama  # noqa: E402
-from llama.checkpoint.folder import OUTPUT, Checkpoint  # noqa: E402
+from llama.checkpoint.folder import Checkpoint  # noqa: E402
+from llama.checkpoint.layout import OUTPUT  # noqa: E402
 from llama.cli import bench  # noqa: E402
 from llama.memory.plan import sizes  # noqa: E402
 from llama.parallel.device import DTYPES, pick_device  # noqa: E402

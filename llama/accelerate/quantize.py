@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from llama.accelerate.linear import linear
-from llama.checkpoint.folder import EMBEDDING, OUTPUT
+from llama.checkpoint.layout import EMBEDDING, OUTPUT
 
 SCHEMES = ("int8", "int4")
 GROUP = 32

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from llama.accelerate.native import NativeQuantized
 from llama.accelerate.quantize import Quantized, quantized, scheme_of, should_quantize
-from llama.checkpoint.folder import JOINED
+from llama.checkpoint.layout import FUSED
 
 NO_ORIGINAL = (
     "this weight is stored in {} bits, its original is gone and it cannot be written: build without quantize, or "
@@ -117,9 +117,7 @@ def quantize_part(part: nn.Module, scheme: str | None, is_native: bool, key: str
     """Replace the weights of a block, or of the output layer (key OUTPUT), by quantized ones: those of layers with the
     same input as parts of one matrix. Returns how many a scheme leaves unchanged because of their width."""
     kept = 0
-    groups = (
-        {key: [part]} if key else {name: [part.get_submodule(n) for n in layers] for name, layers in JOINED.items()}
-    )
+    groups = {key: [part]} if key else {name: [part.get_submodule(n) for n in layers] for name, layers in FUSED.items()}
     for name, layers in groups.items():
         weights = [layer.get_parameter("weight") for layer in layers]
         kind = scheme_of(name, weights[0].shape[1], scheme)

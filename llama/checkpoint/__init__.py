@@ -1,4 +1,4 @@
-"""Files to tensors of this rank: shards in Meta's layout, resharding for any number of ranks, verification.
+"""Checkpoint files to the tensors of one rank: params.json, shards in Meta's layout, resharding, verification.
 
-Imports console, files, params, parallel and model (for shapes). Other formats are converted first, by `convert`.
+Imports model and the rows below it. Other formats are converted to Meta's layout first, by `llama.convert`.
 """

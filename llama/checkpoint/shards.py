@@ -1,129 +1,134 @@
-"""One file of weights, read into Meta's names, whichever tool saved it.
+"""Read one file of weights into tensors under Meta's names, whichever tool saved it.
 
 Meta's own files are a dictionary of tensors by name. Trainers and fine-tuners wrap it (`{"model": ..., "step": ...}`),
 put a prefix before the names (`module.`, `_orig_mod.`), and save buffers along with the weights; Mistral publishes
-consolidated.safetensors. What is ambiguous is refused by name.
+consolidated.safetensors. A file that can be read in two ways is refused, and the error names both.
 """
 
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llama.checkpoint.errors import CheckpointError, some_names
+from llama.checkpoint.layout import Tensors
 from llama.errors import is_out_of_memory
-from llama.files import FOLDER, GGUF, LFS_POINTER, OLD_TORCH, PICKLE, SAFETENSORS, ZIP, detect_format, is_plain
-from llama.params import CheckpointError
+from llama.files import FOLDER, GGUF, LFS_POINTER, OLD_TORCH, PICKLE, SAFETENSORS, ZIP, detect_format
 
-Tensors = dict[str, torch.Tensor]
-FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Entries of a file that hold the weights, beside an optimizer and the like.
+# Entries under which trainers store the weights, next to an optimizer and the like.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
-DEEPEST = 4  # so many of them within one another
+MAX_WRAPPERS = 4  # nested in one another
 # Before every name: nn.DataParallel and DeepSpeed (module), Lightning (model), torch.compile (_orig_mod), FSDP.
 PREFIX = re.compile(r"(?:(?:module|model|_orig_mod|_forward_module|_fsdp_wrapped_module)\.)*")
 # Within names, where single layers were wrapped: layers.0._orig_mod.attention.wq.weight.
 INSERTED = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Buffers, which the model computes for itself: rotary frequencies (Llama 1 has them), masks, caches.
+# Buffers that the model computes itself: rotary frequencies (Llama 1's files have them), masks, caches.
 BUFFER = re.compile(
     r"(?:.*\.)?(?:rope\.freqs|freqs_cis|freqs_cos|freqs_sin|inv_freq|(?:causal_|attn_)?mask|cache_[kv]|[kv]_cache)"
 )
-OLD_NOTE = (
+OLD_FORMAT_NOTE = (
     "the weights are in the format that torch.save wrote before 1.6, which cannot be memory-mapped: every rank reads "
-    "the files whole and holds them beside the model until it is loaded (plan does not count that)"
+    "whole files and keeps them in memory until the model is loaded (plan does not count that)"
 )
 
 
 @dataclass
 class Shard:
-    """The tensors of a file under Meta's names, and what was done to get there, a line each."""
+    """The tensors of a file under Meta's names, and notes: a line for each thing that was renamed or skipped."""
 
     tensors: Tensors
     notes: list[str]
 
 
 def open_shard(path: Path) -> Shard:
-    """Map a file into memory and find the weights in it. Raises CheckpointError where it holds something else."""
-    content = read_file(path)
-    content, wrappers, beside = _unwrap(path, content)
+    """Memory-map a file and find the weights in it. Raises CheckpointError where it holds anything else."""
+    content, wrappers, others = _unwrap(path, read_file(path))
     notes = []
     if wrappers:
-        left = f"; left unread beside it: {first(beside)}" if beside else ""
-        notes.append(f"the weights were taken from the entry {'.'.join(wrappers)!r}{left}")
-    content, buffers = _without_buffers(content)
-    content, removed = _without_prefix(path, content)
+        skipped = f"; entries not read: {some_names(sorted(others))}" if others else ""
+        notes.append(f"the weights were read from the entry {'.'.join(wrappers)!r}{skipped}")
+    content, buffers = _remove_buffers(content)
+    content, removed = _remove_prefixes(path, content)
     if removed:
-        notes.append(f"{' and '.join(map(repr, sorted(removed)))} was taken out of the names of the weights")
+        notes.append(f"{' and '.join(map(repr, sorted(removed)))} was removed from the names of the weights")
     if buffers:
-        notes.append(f"buffers were left out, which are computed here: {first(buffers)}")
+        notes.append(f"buffers that the model computes itself were skipped: {some_names(buffers)}")
     tensors = _check_plain(path, content)
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
-        notes.append("weights are stored as float64, and taken as float32")
-    if is_read_whole(path):
-        notes.append(OLD_NOTE)
+        notes.append("weights are stored as float64 and loaded as float32")
+    if needs_full_read(path):
+        notes.append(OLD_FORMAT_NOTE)
     return Shard(tensors, notes)
 
 
 def open_tensors(path: Path) -> Tensors:
-    """Map a file of torch.save that holds nothing but tensors by name, and keep the names. Raises CheckpointError."""
+    """Memory-map a file of torch.save that holds only tensors by name, and keep the names. Raises CheckpointError."""
     return _check_plain(path, read_file(path))
 
 
-def is_read_whole(path: Path) -> bool:
-    """Whether a file has to be read into memory, as it cannot be mapped."""
+def needs_full_read(path: Path) -> bool:
+    """Whether a file cannot be memory-mapped, so that opening it reads all of it."""
     try:
         return detect_format(path) == OLD_TORCH
     except OSError:  # `read_file` explains it
         return False
 
 
-def names_note(shards: dict[int, Path]) -> list[str]:
-    """A line where the files, by number, have other names than Meta's."""
-    others = [path.name for number, path in sorted(shards.items()) if path.name != f"consolidated.{number:02d}.pth"]
-    return [f"the weights were read from {first(others)}"] if others else []
+def is_plain_tensor(value: Any) -> bool:
+    """Whether it is a dense CPU tensor whose elements are all stored, each at a place of its own.
 
-
-def first(names: Iterable[str], limit: int = 4) -> str:
-    """The names that come first, and how many there are beside them."""
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    Other tensors (meta, sparse, expanded, overlapping) can claim any size without the data, and are no weights.
+    Transposed tensors and slices are plain.
+    """
+    if not isinstance(value, torch.Tensor) or value.is_nested:
+        return False
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_neg():
+        return False
+    span = 0  # of the axes with smaller strides: the offset of their last element
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride <= span:
+            return False
+        span += stride * max(0, size - 1)
+    return value.untyped_storage().nbytes() >= value.numel() * value.itemsize
 
 
 # What a file holds --------------------------------------------------------------------------------
 
 
 def read_file(path: Path) -> Any:
-    """What was saved, memory-mapped where the format allows it. Nothing in the file can run: pickles are read
-    weights-only. Raises CheckpointError."""
+    """What was saved, memory-mapped where the format allows it. Raises CheckpointError.
+
+    Nothing in the file can run: pickles are loaded with weights_only=True.
+    """
     try:
         kind = detect_format(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): mend that or fetch it again") from error
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): fix that or fetch it again") from error
     if path.suffix == ".safetensors":
         return _read_safetensors(path, kind)
     if kind not in (ZIP, OLD_TORCH) or (kind == ZIP and not zipfile.is_zipfile(path)):
         if kind in (None, ZIP):
             raise CheckpointError(f"{path} is cut off or damaged: fetch it again")
-        raise CheckpointError(f"{path} is {kind}, not what torch.save writes: {way_out(kind)}")
+        raise CheckpointError(f"{path} is {kind}, not what torch.save writes: {suggest_fix(kind)}")
     try:
         return torch.load(path, map_location="cpu", mmap=kind == ZIP, weights_only=True)
-    except Exception as error:  # torch.load raises a dozen kinds; all mean that this file is no checkpoint
+    except Exception as error:  # torch.load raises a dozen types; all mean that this file is no checkpoint
         if isinstance(error, pickle.UnpicklingError):
-            raise CheckpointError(_refused(path, str(error))) from error
-        # The first sentence: what torch says behind it are guesses.
+            raise CheckpointError(_explain_refusal(path, str(error))) from error
+        # The first sentence; the rest of torch's message is guesses.
         reason = re.split(r"\n|(?<=\w)\. |  \(", str(error).strip())[0] or type(error).__name__
-        way = "raise the limit on memory (ulimit -v)" if is_out_of_memory(error) else "fetch it again"
-        raise CheckpointError(f"{path} cannot be read ({reason}): {way}") from error
+        fix = "raise the limit on memory (ulimit -v)" if is_out_of_memory(error) else "fetch it again"
+        raise CheckpointError(f"{path} cannot be read ({reason}): {fix}") from error
 
 
-def way_out(kind: str | None) -> str:
-    """For a file that holds another kind than weights."""
-    ways = {
-        LFS_POINTER: "fetch the file that it stands for (git lfs pull)",
+def suggest_fix(kind: str | None) -> str:
+    """What to do about a file of format `kind` (see `llama.files`) where a file of weights was expected."""
+    fixes = {
+        LFS_POINTER: "fetch the file that it points to (git lfs pull)",
         SAFETENSORS: "rename it to end in .safetensors",
         ZIP: "rename it to end in .pth",
         OLD_TORCH: "rename it to end in .pth",
@@ -131,16 +136,16 @@ def way_out(kind: str | None) -> str:
         GGUF: "convert it with: python -m llama convert SRC DST",
         FOLDER: "put the file there",
     }
-    return ways.get(kind or "", "fetch it again")
+    return fixes.get(kind or "", "fetch it again")
 
 
-def _refused(path: Path, reason: str) -> str:
-    """The line for a file whose objects torch.load does not make."""
+def _explain_refusal(path: Path, reason: str) -> str:
+    """The message for a file with objects that weights_only refuses. reason: torch's own, which may name the class."""
     name = re.search(r"(?:GLOBAL|allowlisted:?|global) ([A-Za-z_][\w.]*\.\w+)", reason)
-    found = f" ({name[1]})" if name else ""
+    refused = f" ({name[1]})" if name else ""
     return (
-        f"{path} holds more than tensors, which could run code: it was not loaded{found}; where you trust it, take the "
-        f"weights out of torch.load('{path.name}', weights_only=False) and save them alone: "
+        f"{path} holds more than tensors, which could run code: it was not loaded{refused}; where you trust it, take "
+        f"the weights out of torch.load('{path.name}', weights_only=False) and save them alone: "
         "torch.save(model.state_dict(), 'new.pth')"
     )
 
@@ -153,72 +158,78 @@ def _read_safetensors(path: Path, kind: str | None) -> Tensors:
             f"{path} needs the Python package safetensors: pip install 'llama-runner[convert]'"
         ) from None
     if kind not in (None, SAFETENSORS):
-        raise CheckpointError(f"{path} is {kind}, not a safetensors file: {way_out(kind)}")
+        raise CheckpointError(f"{path} is {kind}, not a safetensors file: {suggest_fix(kind)}")
     try:
         file = safe_open(path, framework="pt")
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is cut off or damaged ({error}): fetch it again") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): mend that") from error
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): fix that") from error
 
 
 def _unwrap(path: Path, content: Any) -> tuple[dict[str, Any], list[str], list[str]]:
-    """(tensors by name, the entries they lie in from the outermost on, what lies beside those)."""
+    """(tensors by name, the entries that they are nested in from the outermost on, the other entries)."""
     wrappers: list[str] = []
-    beside: list[str] = []
+    others: list[str] = []
     while True:
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
             raise CheckpointError(f"{path} does not hold tensors by name: not a Llama checkpoint in Meta's layout")
-        found = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
-        if len(found) > 1:
-            raise CheckpointError(f"{path} holds the entries {' and '.join(found)}, which may both be it: save one")
-        if not found or len(wrappers) == DEEPEST:
-            return content, wrappers, beside
-        others = [key for key in content if key != found[0]]
-        if tensors := [key for key in others if isinstance(content[key], torch.Tensor) and "." in key]:
+        nested = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
+        if len(nested) > 1:
             raise CheckpointError(
-                f"{path} holds weights in the entry {found[0]} and beside it ({first(tensors)}): save one of them"
+                f"{path} holds the entries {' and '.join(nested)}, both could be the weights: save one"
             )
-        wrappers += found
-        beside += others
-        content = content[found[0]]
+        if not nested or len(wrappers) == MAX_WRAPPERS:
+            return content, wrappers, others
+        outside = [key for key in content if key != nested[0]]
+        if tensors := [key for key in outside if isinstance(content[key], torch.Tensor) and "." in key]:
+            raise CheckpointError(
+                f"{path} holds weights inside the entry {nested[0]} and outside it ({some_names(sorted(tensors))}): "
+                "save one of them"
+            )
+        wrappers += nested
+        others += outside
+        content = content[nested[0]]
 
 
-def _without_buffers(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(the others, names of buffers, with N for the layer)."""
-    buffers = [key for key in content if BUFFER.fullmatch(key)]
-    named = {re.sub(r"\.\d+\.", ".N.", key) for key in buffers}
-    return {key: value for key, value in content.items() if key not in set(buffers)}, sorted(named)
+def _remove_buffers(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(the other tensors, names of the buffers with N for the layer's number)."""
+    buffers = {key for key in content if BUFFER.fullmatch(key)}
+    names = {re.sub(r"\.\d+\.", ".N.", key) for key in buffers}
+    return {key: value for key, value in content.items() if key not in buffers}, sorted(names)
 
 
-def _without_prefix(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """(tensors by Meta's names, what was taken out of them)."""
+def _remove_prefixes(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """(tensors by Meta's names, what was removed from the names)."""
     if any(key.endswith("embed_tokens.weight") for key in content):
-        way = "name it pytorch_model.bin, beside its config.json, and convert that folder: python -m llama convert"
-        raise CheckpointError(f"{path} holds tensors under Hugging Face's names: {way}")
-    prefixes = {key: PREFIX.match(key)[0] for key in content}  # type: ignore[index]  # it matches nothing, too
+        fix = "name it pytorch_model.bin, put config.json next to it, and convert that folder: python -m llama convert"
+        raise CheckpointError(f"{path} holds tensors under Hugging Face's names: {fix}")
+    prefixes = {key: PREFIX.match(key)[0] for key in content}  # type: ignore[index]  # it also matches nothing
     if len(set(prefixes.values())) > 1:
         examples = {prefix: key for key, prefix in reversed(prefixes.items())}
         raise CheckpointError(
-            f"{path} holds names with different prefixes ({first(examples.values())}): save one model's state_dict"
+            f"{path} holds names with different prefixes ({some_names(sorted(examples.values()))}): "
+            "save one model's state_dict"
         )
     removed = set(prefixes.values()) - {""}
-    plain: dict[str, Any] = {}
+    renamed: dict[str, Any] = {}
     for key, value in content.items():
         name = INSERTED.sub("", key[len(prefixes[key]) :])
         removed |= set(INSERTED.findall(key[len(prefixes[key]) :]))
-        if name in plain:
-            raise CheckpointError(f"{path} holds {name} twice, under names that wrappers made: save it once")
-        plain[name] = value
-    return plain, removed
+        if name in renamed:
+            raise CheckpointError(f"{path} holds {name} twice, with and without a wrapper's prefix: save it once")
+        renamed[name] = value
+    return renamed, removed
 
 
 def _check_plain(path: Path, content: Any) -> Tensors:
-    """The same, detached. Raises CheckpointError for what is no tensor with all its numbers."""
+    """The tensors, detached. Raises CheckpointError for anything but plain tensors by name (see `is_plain_tensor`)."""
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise CheckpointError(f"{path} does not hold tensors by name: not a Llama checkpoint in Meta's layout")
-    if odd := [key for key, value in content.items() if not is_plain(value)]:
-        way = f"save those alone, or as one of the entries {', '.join(WRAPPERS)}"
-        raise CheckpointError(f"{path} holds {first(odd)}, expected plain tensors with all their numbers: {way}")
+    if odd := [key for key, value in content.items() if not is_plain_tensor(value)]:
+        fix = f"save those alone, or as one of the entries {', '.join(WRAPPERS)}"
+        raise CheckpointError(
+            f"{path} holds {some_names(sorted(odd))}, expected plain tensors with every element stored: {fix}"
+        )
     return {key: tensor.detach() for key, tensor in content.items()}

@@ -26,13 +26,13 @@ from llama.accelerate.executor import Executor
 from llama.accelerate.quantized_weight import held_bytes
 from llama.checkpoint.folder import Checkpoint
 from llama.cli.command import Command, build_arguments, model_options
+from llama.console import print_table, progress
 from llama.engine.engine import read_back
 from llama.engine.requests import check_int
 from llama.files import as_path
 from llama.generation import Llama
 from llama.model import Transformer
 from llama.parallel.groups import current_world, is_main_rank, process_group
-from llama.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,8 @@ def bench(batch: str, prompt: str, gen: int, no_cache: bool, json: bool, plot: s
             print(dumps({"machine": machine, "bandwidth": rate, "rows": found, "contexts": points}))
         else:
             facts = [str(value) if name == "cpu" else f"{name} {value}" for name, value in machine.items() if value]
-            print(f"{', '.join(facts)}, reads {rate / 1e9:.1f} GB/s", *table(found), sep="\n")
+            print(f"{', '.join(facts)}, reads {rate / 1e9:.1f} GB/s")
+            print_table(table(found), left=0)
         if plot is not None:
             draw(points, as_path(plot), f"{as_path(ckpt_dir).resolve().name}, {machine['dtype']}, one row")
             log.info(f"{plot}: steps at contexts of {points[0]['context']:,} to {points[-1]['context']:,}")
@@ -350,8 +351,8 @@ def _machine(llama: Llama) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Head and rows, aligned. Columns without a figure are left out, and `cache` where all rows have it."""
+def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Head and rows. Columns without a figure are left out, and `cache` where all rows have it."""
     columns = []
     for key, (head, form, factor) in COLUMNS.items():
         values = [row[key] for row in rows]
@@ -359,8 +360,8 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         if key == "cache":
             cells[1:] = ["yes" if value else "no" for value in values]
         if set(cells[1:]) != {"-"} and not (key == "cache" and all(values)):
-            columns.append([f"{cell:>{max(map(len, cells))}}" for cell in cells])
-    return ["  ".join(line) for line in zip(*columns, strict=True)]
+            columns.append(cells)
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def draw(points: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from llama.chat.formats import Message, base_model_note, split_system
+from llama.checkpoint.errors import CheckpointError
+from llama.checkpoint.params_json import read_params
 from llama.cli.command import Command, build_arguments, model_options, sampling_arguments, sampling_options, stop_option
 from llama.cli.keyboard import interrupts, read_line, session
 from llama.cli.output import dim, write
@@ -20,7 +22,6 @@ from llama.generation import Llama
 from llama.memory.check import InsufficientMemoryError
 from llama.parallel.groups import all_gather_object, broadcast_object, current_world, is_main_rank
 from llama.parallel.heartbeat import PeerError
-from llama.params import CheckpointError, read_params
 
 HELP = """\
 /reset         forget the dialog; the system message stays

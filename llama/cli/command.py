@@ -74,6 +74,8 @@ class Command(click.Command):
                 words = []
             elif flag not in named and words:
                 named[flag] = [words.pop(0)]
+            if argument.required and not named.get(flag):
+                raise click.MissingParameter(ctx=ctx, param=argument)
         if words:
             places = " ".join(f"[{argument.name}]" for argument in arguments.values()) or "none"
             raise click.UsageError(f"{len(words)} words too many ({words[0]!r}); expected {places}: quote spaces", ctx)
@@ -91,6 +93,7 @@ class Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        args[0] = args[0].replace("-", "_")
         if args[0] not in self.commands:
             raise click.UsageError(f"no command {args[0]!r}{suggestion(args[0], self.commands)}", ctx)
         return super().resolve_command(ctx, args)

@@ -20,7 +20,7 @@ from llama.cli.command import Command, build_arguments, model_options, sampling_
 from llama.cli.output import show
 from llama.console import in_one_line
 from llama.engine.requests import check_int
-from llama.files import as_path, on_rank_0, read_pipe
+from llama.files import as_path, read_pipe, run_on_rank_0
 from llama.generation import Llama
 from llama.parallel.groups import is_main_rank, raise_on_all_ranks
 from llama.params import ModelArgs
@@ -129,13 +129,13 @@ def _complete_file(
             held.enter_context(_lock(out))
             return jobs, work, _strike_off(out, file, todo)
 
-        jobs, work, done = on_rank_0(begin)
+        jobs, work, done = run_on_rank_0(begin)
         if done:
             log.info(f"{out}: {done} of {jobs} answers are there already")
         progress = Progress(jobs - done, work * (jobs - done) // max(1, jobs))  # of those left, about as much
         held.callback(progress.clear)
         windows = _windows(llama, file, todo)
-        while window := on_rank_0(lambda: next(windows, [])):
+        while window := run_on_rank_0(lambda: next(windows, [])):
             for batch in batches(window, batch_tokens, settings["max_gen_len"], llama.model.params):
                 make: Any = llama._text_rows if batch[0].key == "prompt" else llama._chat_rows
                 rows, texts = make([job.given for job in batch], seed=[seed + job.line for job in batch], **settings)

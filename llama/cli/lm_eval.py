@@ -6,6 +6,7 @@ from llama.evaluate.harness import lm_eval as run_harness
 
 
 @click.command(
+    "lm_eval",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     add_help_option=False,
 )

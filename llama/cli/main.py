@@ -8,8 +8,9 @@ from llama.cli.convert import convert
 from llama.cli.inspect import inspect
 from llama.cli.lm_eval import lm_eval
 from llama.cli.perplexity import perplexity
+from llama.cli.verify import verify
 
-COMMANDS = [bench, chat, complete, convert, inspect, lm_eval, perplexity]
+COMMANDS = [bench, chat, complete, convert, inspect, lm_eval, perplexity, verify]
 
 app = Group("llama", commands=COMMANDS, context_settings=CONTEXT, help="Run Llama checkpoints in Meta's layout.")
 

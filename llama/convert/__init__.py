@@ -11,22 +11,11 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint.folder import tensor_shapes
+from llama.checkpoint.layout import tensor_shapes
+from llama.checkpoint.paths import hub_command, list_shards, misnamed_shards
 from llama.convert import gguf, hf, llama2c, meta
 from llama.convert.meta import ConvertError, Source
-from llama.files import (
-    GGUF,
-    LFS_POINTER,
-    OLD_TORCH,
-    PICKLE,
-    SAFETENSORS,
-    ZIP,
-    as_path,
-    detect_format,
-    hub_command,
-    number_shards,
-    other_shards,
-)
+from llama.files import GGUF, LFS_POINTER, OLD_TORCH, PICKLE, SAFETENSORS, ZIP, as_path, detect_format
 from llama.parallel.device import DTYPES
 
 log = logging.getLogger(__name__)
@@ -140,7 +129,7 @@ def _reader(src: Path) -> Callable[[Path], Source]:
 
 
 def _holds_shards(folder: Path) -> bool:
-    return bool(number_shards(folder)[0] or other_shards(folder))
+    return bool(list_shards(folder)[0] or misnamed_shards(folder))
 
 
 def _base_model(config: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama.checkpoint.folder import EMBEDDING, OUTPUT, tensor_shapes
+from llama.checkpoint.layout import EMBEDDING, OUTPUT, tensor_shapes
 from llama.convert.meta import ConvertError, Source
 from llama.convert.params import (
     MOST_LAYERS,

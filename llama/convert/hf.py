@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 import torch
 
 from llama.chat.formats import for_tokenizer
-from llama.checkpoint.folder import EMBEDDING, OUTPUT, tensor_shapes, without_layer
+from llama.checkpoint.layout import EMBEDDING, OUTPUT, tensor_shapes, without_layer
 from llama.checkpoint.shards import open_tensors
-from llama.checkpoint.verify import damaged_records, read_zip
+from llama.checkpoint.zip_integrity import damaged_records, read_zip
+from llama.console import progress
 from llama.convert.meta import ConvertError, Source, raw
 from llama.convert.params import (
     MOST_LAYERS,
@@ -36,7 +37,6 @@ from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import hf_tokenizer
 from llama.files import JSON, SAFETENSORS, ZIP, detect_format
 from llama.params import ModelArgs
-from llama.progress import progress
 from llama.tokenizer import Tokenizer, check_size, find_tokenizer, read_tokenizer_json
 
 NAMES = {EMBEDDING: "model.embed_tokens.weight", "norm.weight": "model.norm.weight", OUTPUT: "lm_head.weight"}

@@ -19,10 +19,14 @@ import torch
 from torch._utils import _rebuild_tensor_v2
 
 from llama.chat.formats import base_model_note
-from llama.checkpoint.folder import OUTPUT, Checkpoint, computed_dtype, shard_axis
-from llama.checkpoint.verify import Findings, check_bytes, check_kinship, is_finite, read_checklists
-from llama.params import ModelArgs, legal_world_sizes, load_params
-from llama.progress import progress
+from llama.checkpoint.checksums import check_files, read_checklists
+from llama.checkpoint.folder import Checkpoint, compute_dtype
+from llama.checkpoint.layout import OUTPUT, legal_world_sizes, shard_axis
+from llama.checkpoint.params_json import load_params
+from llama.checkpoint.report import Report
+from llama.checkpoint.tensor_checks import check_same_model, is_finite
+from llama.console import progress
+from llama.params import ModelArgs
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
 LLAMA3_VOCAB = 128_000  # a vocabulary so large is Llama 3's
@@ -92,12 +96,12 @@ def read(folder: Path) -> Source:
     """
     checkpoint = Checkpoint(folder)
     shards = range(len(checkpoint.paths))
-    findings = Findings()
+    findings = Report()
     listed = read_checklists(folder, findings)
-    check_bytes([*checkpoint.paths, folder / "params.json"], listed, folder, findings)
-    check_kinship(dict(enumerate(checkpoint.paths)), {i: checkpoint[i] for i in shards}, checkpoint.shapes, findings)
+    check_files([*checkpoint.paths, folder / "params.json"], listed, folder, findings)
+    check_same_model(dict(enumerate(checkpoint.paths)), {i: checkpoint[i] for i in shards}, checkpoint.shapes, findings)
     notes = list(checkpoint.notes)
-    for fault in findings.faults:
+    for fault in findings.problems:
         if fault.startswith(tuple(map(str, checkpoint.paths))):
             raise ConvertError(fault)
         notes.append(fault)  # of a params.json that was edited since its sum was made, or a file that is not needed
@@ -119,7 +123,7 @@ def read(folder: Path) -> Source:
     tensors: dict[str, Callable[[], torch.Tensor]] = {
         name: partial(_whole, checkpoint, name) for name in checkpoint.shapes
     }
-    dtypes = {name: computed_dtype(checkpoint[0][name].dtype) for name in checkpoint.shapes}
+    dtypes = {name: compute_dtype(checkpoint[0][name].dtype) for name in checkpoint.shapes}
     axis = -1 if len(checkpoint.paths) == 1 else checkpoint.embedding_axis  # one file divides nothing
     return Source(params, tensors, files, dtypes, axis, notes=notes)
 

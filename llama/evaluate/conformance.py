@@ -25,12 +25,13 @@ import torch
 import llama
 from llama.accelerate.executor import score
 from llama.chat.formats import Dialog
+from llama.checkpoint.params_json import LIMITS
+from llama.console import progress
 from llama.files import as_path, read_text
 from llama.generation import Llama
 from llama.model import Transformer, TransformerBlock, apply_rotary_emb, rotary_angles
 from llama.parallel.groups import current_world
-from llama.params import LIMITS, ModelArgs
-from llama.progress import progress
+from llama.params import ModelArgs
 
 log = logging.getLogger(__name__)
 

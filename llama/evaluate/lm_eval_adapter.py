@@ -11,10 +11,10 @@ from lm_eval.utils import hash_string
 
 from llama import Llama
 from llama.chat.formats import BOS, EOS, FORMATS, ChatFormat, Dialog, render
+from llama.console import progress
 from llama.engine.streaming import TextStream
 from llama.evaluate.scoring import loglikelihood, prefix_id, rolling_loglikelihood, with_bos
 from llama.parallel.groups import broadcast_object, is_main_rank
-from llama.progress import progress
 
 AUTO_BATCH_SIZE = 8  # what `Llama.build` takes
 MARK = "\0"  # stands for the content of a message, to find where it goes

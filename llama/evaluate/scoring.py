@@ -14,11 +14,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from llama.accelerate.executor import Executor, Measure, log_norm, score
+from llama.console import progress
 from llama.engine.engine import Engine, read_back
 from llama.engine.requests import Alternatives, alternatives, check_alternatives, check_int, check_list, read_ids
 from llama.errors import explain_oom
 from llama.params import ModelArgs
-from llama.progress import progress
 from llama.tokenizer import Tokenizer
 
 # One pass computes at most so many positions, padding included, or one text: enough to keep arithmetic busy.

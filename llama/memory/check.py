@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from llama.accelerate.quantize import SCHEMES
+from llama.checkpoint.layout import legal_world_sizes
 from llama.memory.plan import Sizes, largest, sizes
 from llama.parallel.groups import current_world
-from llama.params import ModelArgs, legal_world_sizes
+from llama.params import ModelArgs
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 STEP = 64  # proposed contexts are multiples of so many positions

@@ -14,19 +14,24 @@ import torch
 
 from llama.accelerate.executor import PREFILL_CHUNK
 from llama.accelerate.quantize import FEW_ROWS, SCHEMES, scheme_of, stored_bytes
-from llama.checkpoint.folder import (
+from llama.checkpoint.errors import CheckpointError
+from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.layout import (
     EMBEDDING,
     OUTPUT,
-    Checkpoint,
+    check_world_size,
+    legal_world_sizes,
     rank_slice,
     shard_axis,
     tensor_shapes,
     without_layer,
 )
+from llama.checkpoint.params_json import load_params
+from llama.checkpoint.paths import describe_path, list_shards
 from llama.engine.requests import check_int
-from llama.files import as_path, describe_path, number_shards
+from llama.files import as_path
 from llama.parallel.device import DTYPES
-from llama.params import CheckpointError, ModelArgs, check_world_size, legal_world_sizes, load_params
+from llama.params import ModelArgs
 
 LLAMA_2_VOCAB = 32000
 QUERIES, KEYS, GATES = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight", "layers.0.feed_forward.w1.weight"
@@ -230,7 +235,7 @@ def _read(path: Path, vocab_size: int | None) -> tuple[ModelArgs, bool, int, lis
     folder = path.parent if path.name == "params.json" and path.is_file() else path
     if not (folder / "params.json").exists():
         raise CheckpointError(f"{path} {describe_path(path)}, or a file named params.json")
-    if folder == path and number_shards(folder)[0]:
+    if folder == path and list_shards(folder)[0]:
         checkpoint = Checkpoint(folder)
         args, tied, axis = checkpoint.params, OUTPUT not in checkpoint.shapes, checkpoint.embedding_axis
         notes += checkpoint.notes

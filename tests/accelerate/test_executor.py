@@ -24,7 +24,7 @@ from llama.accelerate import executor, native
 from llama.accelerate.executor import Dense
 from llama.accelerate.quantize import FEW_ROWS, Int4, Int8, Quantized
 from llama.cache import KVCache
-from llama.checkpoint.folder import tensor_shapes
+from llama.checkpoint.layout import tensor_shapes
 
 
 def ids(bsz: int, seqlen: int, seed: int = 0) -> torch.Tensor:

@@ -14,7 +14,7 @@ from helpers.tolerance import BFLOAT16, gamma
 from llama import Llama, ModelArgs
 from llama.accelerate import quantize
 from llama.accelerate.quantize import FEW_ROWS, GROUP, Int4, Int8, PackedInt4, quantized, scheme_of, stored_bytes
-from llama.checkpoint.folder import EMBEDDING, OUTPUT, tensor_shapes
+from llama.checkpoint.layout import EMBEDDING, OUTPUT, tensor_shapes
 from llama.evaluate.scoring import rolling_loglikelihood, token_logprobs
 
 needs_packing = pytest.mark.skipif(not quantize.packed_half(), reason="this torch has no int4 kernel for this CPU")

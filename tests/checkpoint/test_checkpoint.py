@@ -19,10 +19,12 @@ from helpers.faults import Bomb, edit_params, edit_shard
 from helpers.paths import ROOT
 from helpers.ranks import run_ranks
 from llama import Llama, ModelArgs
-from llama.checkpoint.folder import Checkpoint, rank_slice, tensor_shapes
-from llama.checkpoint.verify import check
+from llama.checkpoint.errors import CheckpointError
+from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.layout import legal_world_sizes, rank_slice, tensor_shapes
+from llama.checkpoint.params_json import read_params
+from llama.checkpoint.verify import check_folder
 from llama.convert import convert
-from llama.params import CheckpointError, legal_world_sizes, read_params
 from llama.tokenizer import TokenizerError
 
 
@@ -52,21 +54,21 @@ def message(folder: Path, **arguments: Any) -> str:
     ("changes", "expected"),
     [
         ({"rope_alpha": 2}, "unknown key 'rope_alpha'; this runner knows dim, n_layers"),
-        ({"dim": "64x"}, "dim is '64x', expected a positive whole number"),
-        ({"dim": "64.5"}, "dim is 64.5, expected a positive whole number"),
-        ({"dim": 64.5}, "dim is 64.5, expected a positive whole number"),
-        ({"dim": True}, "dim is True, expected a positive whole number"),
-        ({"n_layers": 0}, "n_layers is 0, expected a positive whole number"),
+        ({"dim": "64x"}, "dim is '64x', expected a positive integer"),
+        ({"dim": "64.5"}, "dim is 64.5, expected a positive integer"),
+        ({"dim": 64.5}, "dim is 64.5, expected a positive integer"),
+        ({"dim": True}, "dim is True, expected a positive integer"),
+        ({"n_layers": 0}, "n_layers is 0, expected a positive integer"),
         ({"norm_eps": float("nan")}, "norm_eps is nan, expected a positive number"),
         ({"rope_theta": float("inf")}, "rope_theta is inf, expected a positive number"),
-        ({"norm_eps": 1}, "norm_eps is 1, expected a positive number of 0 to 1"),
-        ({"rope_theta": 0.5}, "rope_theta is 0.5, expected a positive number of 1 to 1e+12"),
-        ({"rope_linear_factor": 1e-9}, "rope_linear_factor is 1e-09, expected a positive number of 1 to 1e+12"),
+        ({"norm_eps": 1}, "norm_eps is 1, expected a positive number from 0 to 1"),
+        ({"rope_theta": 0.5}, "rope_theta is 0.5, expected a positive number from 1 to 1e+12"),
+        ({"rope_linear_factor": 1e-9}, "rope_linear_factor is 1e-09, expected a positive number from 1 to 1e+12"),
         ({"norm_eps": -1e-5}, "norm_eps is -1e-05, expected a positive number"),
         ({"use_scaled_rope": 1}, "use_scaled_rope is 1, expected true or false"),
         ({"vocab_size": -2}, "vocab_size is -2, expected"),
-        ({"n_heads": 7}, "dim 64, n_heads 7, n_kv_heads 7 and head_dim 9 do not go together"),
-        ({"n_kv_heads": 3}, "do not go together"),
+        ({"n_heads": 7}, "dim 64, n_heads 7, n_kv_heads 7 and head_dim 9 are inconsistent"),
+        ({"n_kv_heads": 3}, "are inconsistent"),
         ({"n_heads": "drop"}, "n_heads is missing"),
         ({"vocab_size": 500}, "wrong shape"),
         ({"n_layers": 4}, "missing: layers.3.attention.wk.weight, layers.3.attention.wo.weight"),
@@ -160,7 +162,7 @@ def test_every_query_head_finds_its_kv_head_on_its_rank() -> None:
 
 
 def test_a_world_size_that_does_not_divide_names_those_that_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama.params import check_world_size
+    from llama.checkpoint.layout import check_world_size
 
     with pytest.raises(CheckpointError, match=r"3 ranks cannot share this model .* start 1, 2, 4, 8"):
         check_world_size(Checkpoint(folder).params, 3)
@@ -198,7 +200,7 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
 def test_half_of_the_shards_do_not_pass_for_a_whole_model(folder: Path) -> None:
     (folder / "consolidated.01.pth").unlink()
     edit_params(folder, vocab_size=512)
-    assert "is not the whole of the model in params.json (files missing" in message(folder)
+    assert "does not match params.json as the only shard (files missing" in message(folder)
 
 
 def test_every_tensor_is_accounted_for(folder: Path) -> None:
@@ -256,7 +258,7 @@ def test_transposed_weights_slices_and_parameters_are_weights(folder: Path, tmp_
     found = Checkpoint(folder)[0]
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert not found[wq].is_contiguous() and not found[w1].is_contiguous() and not found[wo].requires_grad
-    assert not check(folder).faults
+    assert not check_folder(folder).problems
     Llama.build(folder, max_seq_len=16).close()
     convert(str(folder), str(tmp_path / "converted"))
 
@@ -267,7 +269,7 @@ def test_a_limit_on_memory_is_told(tmp_path: Path) -> None:
     script = """if True:
         import re, resource, sys
         from pathlib import Path
-        from llama.checkpoint.folder import open_shard
+        from llama.checkpoint.shards import open_shard
         used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
         open_shard(Path(sys.argv[1]))

@@ -18,7 +18,7 @@ from golden.make_checkpoint import TOKENIZER, layout
 from helpers.paths import HELPERS
 from helpers.rss import anonymous_bytes
 from llama.accelerate.quantize import stored_bytes
-from llama.checkpoint.folder import without_layer
+from llama.checkpoint.layout import without_layer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID/status and smaps, which Linux has")
 

@@ -28,10 +28,14 @@ from helpers.faults import (
     write_list,
 )
 from llama import files as sniff
+from llama.checkpoint.errors import CheckpointError
 from llama.checkpoint.folder import Checkpoint
-from llama.checkpoint.verify import BLOCK, Findings, _check_count, check, is_finite, verify
+from llama.checkpoint.report import Report
+from llama.checkpoint.tensor_checks import check_count, is_finite
+from llama.checkpoint.verify import check_folder
+from llama.checkpoint.zip_integrity import BLOCK
+from llama.cli.verify import verify
 from llama.convert import ConvertError, convert
-from llama.params import CheckpointError
 
 
 @pytest.fixture
@@ -63,9 +67,9 @@ def test_a_whole_folder_passes(
 def test_listed_files_pass(kind: str, form: str, copy: Callable[..., Path]) -> None:
     folder = copy()
     write_list(folder, kind, form)
-    found = check(folder)
-    assert (found.faults, found.notes) == ([], [])
-    assert "4 files against their listed sums" in found.checked
+    found = check_folder(folder)
+    assert (found.problems, found.notes) == ([], [])
+    assert "4 files against their listed hashes" in found.checked
 
 
 def test_capital_digits_and_a_list_in_two_kinds(copy: Callable[..., Path]) -> None:
@@ -74,7 +78,7 @@ def test_capital_digits_and_a_list_in_two_kinds(copy: Callable[..., Path]) -> No
     lines = (folder / "checklist.chk").read_text().splitlines()
     lines[0] = f"{hashlib.md5((folder / FIRST).read_bytes()).hexdigest().upper()}  {FIRST}"
     (folder / "checklist.chk").write_text("\n".join(lines))
-    assert not check(folder).faults
+    assert not check_folder(folder).problems
 
 
 def test_metas_layout_with_the_tokenizer_beside(copy: Callable[..., Path]) -> None:
@@ -82,10 +86,10 @@ def test_metas_layout_with_the_tokenizer_beside(copy: Callable[..., Path]) -> No
     tokenizer = (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
     write_list(folder)
     write_list(folder.parent, name="tokenizer_checklist.chk")
-    found = check(folder)
-    assert (found.faults, found.notes) == ([], [])
+    found = check_folder(folder)
+    assert (found.problems, found.notes) == ([], [])
     flip(tokenizer, random.Random(1), 1)
-    (line,) = (line for line in check(folder).faults if "is not the listed file" in line)
+    (line,) = (line for line in check_folder(folder).problems if "does not match tokenizer_checklist.chk" in line)
     assert line.startswith(str(tokenizer))
 
 
@@ -93,8 +97,8 @@ def test_tied_embeddings_are_a_note(copy: Callable[..., Path]) -> None:
     folder = copy()
     for path in folder.glob("*.pth"):
         edit_shard(path, lambda t: t.pop("output.weight"))
-    found = check(folder)
-    assert not found.faults and "no file has output.weight" in found.notes[-1]
+    found = check_folder(folder)
+    assert not found.problems and "no file has output.weight" in found.notes[-1]
 
 
 def test_files_in_no_list_are_notes(copy: Callable[..., Path]) -> None:
@@ -102,8 +106,8 @@ def test_files_in_no_list_are_notes(copy: Callable[..., Path]) -> None:
     write_list(folder)
     lines = (folder / "checklist.chk").read_text().splitlines()
     (folder / "checklist.chk").write_text(lines[0] + "\n")
-    found = check(folder)
-    assert not found.faults and [note.split("/")[-1] for note in found.notes] == [
+    found = check_folder(folder)
+    assert not found.problems and [note.split("/")[-1] for note in found.notes] == [
         f"{name} is in no checklist" for name in (SECOND, "params.json", "tokenizer.model")
     ]
 
@@ -114,8 +118,8 @@ def test_files_saved_under_no_number_are_noted(copy: Callable[..., Path]) -> Non
         tensors = torch.load(path)
         with path.open("wb") as file:
             torch.save(tensors, file)  # a stream has no name
-    found = check(folder)
-    assert not found.faults and "nothing in the shards says which part" in found.notes[-1]
+    found = check_folder(folder)
+    assert not found.problems and "the shards do not record their numbers" in found.notes[-1]
 
 
 def test_files_written_without_crcs_are_noted(copy: Callable[..., Path]) -> None:
@@ -125,8 +129,8 @@ def test_files_written_without_crcs_are_noted(copy: Callable[..., Path]) -> None
         edit_shard(folder / FIRST, lambda t: None)
     finally:
         torch.serialization.set_crc32_options(True)
-    found = check(folder)
-    assert not found.faults and f"{folder / FIRST} was written without CRCs" in found.notes[0]
+    found = check_folder(folder)
+    assert not found.problems and f"{folder / FIRST} was written without CRCs" in found.notes[0]
 
 
 def test_a_shard_of_another_number_of_bytes_than_blocks(tmp_path: Path) -> None:
@@ -134,12 +138,12 @@ def test_a_shard_of_another_number_of_bytes_than_blocks(tmp_path: Path) -> None:
     sizes = [3, BLOCK // 4, 3 * BLOCK // 4 + 5, 1, 0, 17]
     path = tmp_path / FIRST
     torch.save({str(i): torch.randn(n) for i, n in enumerate(sizes)}, path)
-    assert not any("damaged" in line for line in check(tmp_path).faults)
+    assert not any("damaged" in line for line in check_folder(tmp_path).problems)
     for start, stop in data_of(path):
         if start < stop:
             content = path.read_bytes()
             flip(path, random.Random(start), start, stop)
-            assert sum("is damaged in" in line for line in check(tmp_path).faults) == 1
+            assert sum("is damaged in" in line for line in check_folder(tmp_path).problems) == 1
             path.write_bytes(content)
 
 
@@ -148,7 +152,7 @@ def test_a_shard_of_another_number_of_bytes_than_blocks(tmp_path: Path) -> None:
 
 def spoil(folder: Path, fault: str) -> list[str]:
     FAULTS[fault].damage(folder, random.Random(fault))
-    return check(folder).faults
+    return check_folder(folder).problems
 
 
 @pytest.mark.parametrize("kind", ["md5", "sha256"])
@@ -161,11 +165,11 @@ def test_a_checklist_tells_too(fault: str, kind: str, copy: Callable[..., Path])
     faults = spoil(folder, fault)
     assert all(SECOND in line or fault == "swapped" for line in faults) and faults
     text = {
-        "swapped": "holds what checklist.chk calls",
-        "repeated": "holds what checklist.chk calls consolidated.00.pth",
+        "swapped": "holds what checklist.chk lists as",
+        "repeated": "holds what checklist.chk lists as consolidated.00.pth",
     }
     text |= {
-        "another model's": f"is not the listed file: its {kind} is",
+        "another model's": f"does not match checklist.chk: its {kind} is",
         "no last shard": "is missing, but checklist.chk",
     }
     assert text.get(fault, "damaged") in faults[-1]
@@ -183,7 +187,7 @@ def test_a_flipped_bit_is_found_wherever_a_reader_looks(seed: int, copy: Callabl
         if kind == "rest":
             spans = list(zip(edges[::2], edges[1::2], strict=True))
         flip(folder / SECOND, rng, *rng.choice(spans))
-        faults = check(folder).faults
+        faults = check_folder(folder).problems
         if kind == "weights" or faults:
             assert len(faults) == 1 and faults[0].startswith(str(folder / SECOND))
         else:
@@ -200,17 +204,17 @@ def test_headers_that_contradict_the_directory(copy: Callable[..., Path]) -> Non
         (offset,) = (info.header_offset for info in archive.infolist() if info.filename.endswith("/data/7"))
     content = path.read_bytes()
     path.write_bytes(content[: offset + 8] + b"\x08" + content[offset + 9 :])  # compressed, says its header
-    (line,) = check(path.parent).faults
+    (line,) = check_folder(path.parent).problems
     assert line.startswith(f"{path} is damaged in consolidated.01/data/7 (header)")
     with zipfile.ZipFile(path, "w") as archive:
         for name, record in records.items():
             archive.writestr(name, record)
         start = archive.fp.tell()  # type: ignore[union-attr]
-    assert not check(path.parent).faults
+    assert not check_folder(path.parent).problems
     content = path.read_bytes()
     at = content.index(b"data/7", start) - len("consolidated.01/") - 46 + 20  # both lengths in the directory
     path.write_bytes(content[:at] + (10**9).to_bytes(4, "little") * 2 + content[at + 8 :])
-    (line,) = check(path.parent).faults
+    (line,) = check_folder(path.parent).problems
     assert line.startswith(f"{path} is damaged in consolidated.01/data/7 (length): fetch")
 
 
@@ -231,10 +235,10 @@ def test_two_directories(copy: Callable[..., Path]) -> None:
         content[: end + 48] + (64).to_bytes(8, "little") + content[end + 56 :],
     ):
         path.write_bytes(damaged)
-        (line,) = check(path.parent).faults
+        (line,) = check_folder(path.parent).problems
         assert line.startswith(str(path)) and "fetch it again" in line
     path.write_bytes(content)
-    assert not check(path.parent).faults
+    assert not check_folder(path.parent).problems
 
 
 def test_two_files_joined_are_not_converted(copy: Callable[..., Path], tmp_path: Path) -> None:
@@ -245,18 +249,18 @@ def test_two_files_joined_are_not_converted(copy: Callable[..., Path], tmp_path:
 
 
 def test_a_number_that_a_name_or_params_json_makes_up_costs_nothing(copy: Callable[..., Path]) -> None:
-    folder, found = copy(), Findings()
-    _check_count({0: folder / FIRST, 1: folder / SECOND}, 2**40, found)
-    assert found.faults == [
+    folder, found = copy(), Report()
+    check_count({0: folder / FIRST, 1: folder / SECOND}, 2**40, found)
+    assert found.problems == [
         f"{folder} lacks {THIRD}, consolidated.03.pth, consolidated.04.pth, consolidated.05.pth and "
-        "1,099,511,627,770 more of the model's 1,099,511,627,776 parts: fetch them"
+        "1,099,511,627,770 more of the model's 1,099,511,627,776 shards: fetch them"
     ]
     names = ["consolidated.9999999.pth", "consolidated.-2.pth", "consolidated.\u0660\u0662.pth"]
     for name in names:
         shutil.copy(folder / FIRST, folder / name)
-    found = check(folder)
-    assert not found.faults
-    assert f"{folder}: {names[1]}, {names[0]}, {names[2]} not looked at: numbers of shards have up" in found.notes[0]
+    found = check_folder(folder)
+    assert not found.problems
+    assert f"{folder}: {names[1]}, {names[0]}, {names[2]} ignored: numbers of shards have up" in found.notes[0]
     assert len(Checkpoint(folder).paths) == 2
 
 
@@ -295,8 +299,8 @@ def test_faults_of_several_files_are_all_told(seed: int, copy: Callable[..., Pat
     (folder / names[2]).unlink()
     edit_params(folder, vocab_size=512)
     (folder / "tokenizer.model").write_bytes(b"")
-    lines = check(folder).faults
-    for name, message in zip(names, ["is damaged in", f"missing: {WQ}", "is missing, one of 4 parts"], strict=False):
+    lines = check_folder(folder).problems
+    for name, message in zip(names, ["is damaged in", f"missing: {WQ}", "is missing, one of 4 shards"], strict=False):
         assert len([line for line in lines if name in line and message in line]) == 1, lines
     assert len(lines) == 4 and not any(names[3] in line for line in lines)
 
@@ -305,11 +309,11 @@ def test_extra_and_missing_files_by_the_shapes(copy: Callable[..., Path]) -> Non
     """How many files there should be, the tensors say."""
     four, two = copy("mha", 4, "four"), copy("mha", 2, "two")
     shutil.copy(four / THIRD, two / THIRD)
-    (line,) = check(two).faults
-    assert line.startswith(f"{two / THIRD} is one file too many, expected 2 of them")
+    (line,) = check_folder(two).problems
+    assert line.startswith(f"{two / THIRD} is one file too many, expected 2 shards")
     (four / "consolidated.03.pth").unlink()
     (four / SECOND).unlink()
-    assert [line.split(" ")[0] for line in check(four).faults] == [
+    assert [line.split(" ")[0] for line in check_folder(four).problems] == [
         str(four / SECOND),
         str(four / "consolidated.03.pth"),
     ]
@@ -319,7 +323,7 @@ def test_the_odd_one_is_blamed(copy: Callable[..., Path]) -> None:
     folder = copy("llama31", 4)
     for key in ("norm.weight", "layers.0.ffn_norm.weight"):
         edit_shard(folder / FIRST, lambda t, key=key: t.update({key: t[key].flip(0) * 1.5}))  # type: ignore[misc]
-    (line,) = check(folder).faults
+    (line,) = check_folder(folder).problems
     assert line.startswith(f"{folder / FIRST} has other norms than {SECOND}")
 
 
@@ -330,7 +334,7 @@ def test_norms_that_were_rounded_differently_pass(copy: Callable[..., Path]) -> 
         tensors = torch.load(path)
         rounded = {key: tensor * (1 + sign * 0.002 if "norm" in key else 1) for key, tensor in tensors.items()}
         torch.save({key: tensor.bfloat16() for key, tensor in rounded.items()}, path)
-    assert not check(folder).faults
+    assert not check_folder(folder).problems
 
 
 def test_a_tokenizer_of_another_size(copy: Callable[..., Path], tmp_path: Path) -> None:
@@ -338,7 +342,7 @@ def test_a_tokenizer_of_another_size(copy: Callable[..., Path], tmp_path: Path) 
     for path in folder.glob("*.pth"):
         rows = {"tok_embeddings.weight": 500, "output.weight": 250}
         edit_shard(path, lambda t: t.update({key: t[key][:n].clone() for key, n in rows.items()}))  # noqa: B023  # called now
-    (line,) = check(folder).faults
+    (line,) = check_folder(folder).problems
     assert line.startswith(f"{folder / 'tokenizer.model'} has 512 ids, expected the model's 500")
 
 
@@ -346,14 +350,14 @@ def test_no_folder_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere does not exist: give the folder with"):
         verify(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text("{}")
-    assert any("is a Hugging Face folder" in line for line in check(tmp_path).faults)
+    assert any("is a Hugging Face folder" in line for line in check_folder(tmp_path).problems)
 
 
 def test_the_demo_passes(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verify(str(demo))
     note, line = capsys.readouterr().out.splitlines()
-    assert note == "note: no file has output.weight: the embedding serves as the output too"
-    assert "4 files against their listed sums" in line and "1 shard of 272 tensors" in line
+    assert note == "note: no file has output.weight: the embedding is used as the output too"
+    assert "4 files against their listed hashes" in line and "1 shard of 272 tensors" in line
 
 
 # What a file is -----------------------------------------------------------------------------------

@@ -238,5 +238,5 @@ def test_help_runs_nothing_wherever_it_stands(
     with pytest.raises(SystemExit) as ended:
         run(Group("llama", commands={"go": texts}))
     shown = capsys.readouterr()
-    assert ended.value.code == 0 and "(" not in shown.out and "--stop" in shown.out + shown.err
+    assert ended.value.code == 0 and "('none'" not in shown.out and "--stop" in shown.out + shown.err
     assert "METADATA" not in shown.out + shown.err

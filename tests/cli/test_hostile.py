@@ -392,7 +392,7 @@ def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
     write_json(tmp_path, changed())
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
-    with pytest.raises(TokenizerError, match=rf"{name}\b.* cannot be read: it is a pipe or a device, no file"):
+    with pytest.raises(TokenizerError, match=rf"{name}\b.* cannot be read: it is a pipe or a device, not a file"):
         Tokenizer(tmp_path / ("tokenizer.json" if "config" in name else name))
 
 
@@ -611,9 +611,9 @@ def test_texts_taken_whole_have_a_limit(
         stream.truncate(2**40)
     started = time.perf_counter()
     ended = command("perplexity", str(file))
-    assert (ended.status, ended.err) == (1, f"error: {file} has more than {files.LIMIT:,} bytes: divide it\n")
+    assert (ended.status, ended.err) == (1, f"error: {file} has more than {files.MAX_TEXT_BYTES:,} bytes: divide it\n")
     assert time.perf_counter() - started < 5
-    monkeypatch.setattr(files, "LIMIT", 9)
+    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 9)
     file.write_text("nine char")
     assert files.read_text(file) == "nine char"
     for name in ("complete", "inspect"):

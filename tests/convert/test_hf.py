@@ -18,7 +18,8 @@ from golden.make_checkpoint import TOKENIZER
 from helpers.paths import LLAMA3
 from llama import Llama, ModelArgs, Tokenizer
 from llama.chat.formats import ChatFormat, base_model_note
-from llama.checkpoint.folder import Checkpoint, tensor_shapes
+from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.layout import tensor_shapes
 from llama.convert import ConvertError, convert
 from llama.tokenizer import find_tokenizer
 

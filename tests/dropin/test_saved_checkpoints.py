@@ -15,17 +15,21 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from helpers.commands import call
 from helpers.faults import Bomb, edit_params
 from helpers.paths import ROOT
 from llama import Llama, Tokenizer
+from llama.checkpoint.errors import CheckpointError
 from llama.checkpoint.folder import Checkpoint
-from llama.checkpoint.verify import check, verify
+from llama.checkpoint.params_json import read_params
+from llama.checkpoint.verify import check_folder
 from llama.cli.command import one_line_errors
 from llama.cli.main import main
+from llama.cli.verify import verify
 from llama.convert import ConvertError, convert
 from llama.memory.plan import plan
 from llama.model import rotary_angles
-from llama.params import CheckpointError, ModelArgs, read_params
+from llama.params import ModelArgs
 
 PROMPT = [1, 20, 300, 4, 77]
 Tensors = dict[str, Any]
@@ -102,30 +106,28 @@ class Saved(NamedTuple):
     shards: int = 1
 
 
-WRAPPED = "the weights were taken from the entry"
+WRAPPED = "the weights were read from the entry"
 IGNORED = {"max_seq_len": 2048, "max_batch_size": 4, "model_parallel_size": 1, "use_kv_cache": True, "dropout": 0.1}
 WAYS: dict[str, Saved] = {
     "model": Saved(every(lambda t: {"model": t}), f"{WRAPPED} 'model'"),
     "state_dict and step": Saved(
-        every(lambda t: {"state_dict": t, "step": 7}), f"{WRAPPED} 'state_dict'; left unread beside it: step"
+        every(lambda t: {"state_dict": t, "step": 7}), f"{WRAPPED} 'state_dict'; entries not read: step"
     ),
-    "an optimizer beside": Saved(
-        every(with_optimizer), f"{WRAPPED} 'model'; left unread beside it: optimizer, step", 2
-    ),
+    "an optimizer beside": Saved(every(with_optimizer), f"{WRAPPED} 'model'; entries not read: optimizer, step", 2),
     "a wrapper in a wrapper": Saved(every(lambda t: {"state_dict": {"model": t}}), f"{WRAPPED} 'state_dict.model'"),
-    "DataParallel": Saved(prefixed("module."), "'module.' was taken out of the names of the weights", 2),
-    "torch.compile": Saved(prefixed("_orig_mod."), "'_orig_mod.' was taken out of"),
-    "Lightning": Saved(prefixed("model."), "'model.' was taken out of"),
-    "stacked prefixes": Saved(prefixed("module._orig_mod."), "'module._orig_mod.' was taken out of"),
+    "DataParallel": Saved(prefixed("module."), "'module.' was removed from the names of the weights", 2),
+    "torch.compile": Saved(prefixed("_orig_mod."), "'_orig_mod.' was removed from"),
+    "Lightning": Saved(prefixed("model."), "'model.' was removed from"),
+    "stacked prefixes": Saved(prefixed("module._orig_mod."), "'module._orig_mod.' was removed from"),
     "a compiled layer": Saved(
         every(lambda t: {key.replace("layers.1.", "layers.1._orig_mod."): v for key, v in t.items()}),
-        "'_orig_mod.' was taken out of",
+        "'_orig_mod.' was removed from",
     ),
-    "float64": Saved(every(lambda t: {key: v.double() for key, v in t.items()}), "stored as float64, and taken as", 2),
+    "float64": Saved(every(lambda t: {key: v.double() for key, v in t.items()}), "stored as float64 and loaded as", 2),
     "parameters": Saved(every(lambda t: {key: nn.Parameter(v) for key, v in t.items()})),
     "buffers": Saved(
         every(with_buffers),
-        "buffers were left out, which are computed here: causal_mask, freqs_cis, layers.N.attention.cache_k, "
+        "buffers that the model computes itself were skipped: causal_mask, freqs_cis, layers.N.attention.cache_k, "
         "layers.N.attention.mask and 1 more",
         2,
     ),
@@ -136,7 +138,7 @@ WAYS: dict[str, Saved] = {
         as_safetensors("consolidated.00.safetensors"), "read from consolidated.00.safetensors"
     ),
     "torch.save before 1.6": Saved(
-        every(lambda t: t, _use_new_zipfile_serialization=False), "every rank reads the files whole", 2
+        every(lambda t: t, _use_new_zipfile_serialization=False), "every rank reads whole files", 2
     ),
     "a byte order mark": Saved(params_text(lambda text: text.encode("utf-8-sig")), "byte-order mark was skipped"),
     "CRLF": Saved(params_text(lambda text: text.replace("\n", "\r\n").encode())),
@@ -258,9 +260,11 @@ def test_mistrals_own_release(checkpoint: Callable[..., Path], tmp_path: Path) -
     (folder / "params.json").write_text(json.dumps(written))
     ids, logits = answer(folder)
     assert ids == expected[0] and torch.equal(logits, expected[1])
-    assert not check(folder).faults
+    assert not check_folder(folder).problems
     edit_params(folder, hidden_dim=width - 8)  # multiple_of would give the width above
-    with pytest.raises(CheckpointError, match=r"consolidated.safetensors is not the whole of .*wrong shape"):
+    with pytest.raises(
+        CheckpointError, match=r"safetensors does not match params.json as the only shard .*wrong shape"
+    ):
         Llama.build(folder)
     edit_params(folder, hidden_dim=width)
     convert(folder, tmp_path / "hf", to="hf")
@@ -291,7 +295,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         every(lambda t: {key if key == "norm.weight" else f"module.{key}": v for key, v in t.items()}),
         "holds names with different prefixes (module.",
     ),
-    "an unknown prefix": (prefixed("student."), "its names begin with 'student.', which is not known here"),
+    "an unknown prefix": (prefixed("student."), "its names begin with 'student.', an unknown prefix"),
     "an unknown wrapper": (every(lambda t: {"weights": t}), "holds weights, expected plain tensors"),
     "wrappers without end": (
         every(lambda t: {"model": {"model": {"model": {"model": {"model": t}}}}}),
@@ -306,7 +310,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a bias called mask": (every(lambda t: t | {"maskless": torch.ones(2)}), "unexpected: maskless"),
     "an unknown key": (params(norm_type="layernorm"), "unknown key 'norm_type'"),
     "biases": (params(use_biases=True), "unknown key 'use_biases'"),
-    "a text that is no number": (params(dim="many"), "dim is 'many', expected a positive whole number"),
+    "a text that is no number": (params(dim="many"), "dim is 'many', expected a positive integer"),
     "a wrong number as text": (params(n_layers="3.5"), "n_layers is 3.5, expected"),
     "two names for one number": (
         lambda folder: shutil.copy(single(folder), folder / "consolidated.pth"),
@@ -336,7 +340,7 @@ def test_what_is_ambiguous_is_refused_by_name(name: str, copy: Callable[..., Pat
         Llama.build(folder, max_seq_len=8)
     line = str(caught.value)
     assert expected in line and "\n" not in line and "fetch it again" not in line
-    faults = check(folder).faults
+    faults = check_folder(folder).problems
     assert faults and not any("fetch it again" in fault for fault in faults)
 
 
@@ -359,7 +363,7 @@ def test_files_cut_short_without_sums(name: str, damage: Callable[[bytes], bytes
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError, match="fetch it again"):
         Llama.build(folder)
-    (fault,) = check(folder).faults
+    (fault,) = check_folder(folder).problems
     assert fault.startswith(str(path)) and fault.endswith("fetch it again")
 
 
@@ -369,14 +373,14 @@ def test_files_without_sums_are_noted_and_checked_by_a_list(copy: Callable[..., 
     folder = copy()
     as_safetensors("consolidated.safetensors")(folder)
     path = folder / "consolidated.safetensors"
-    assert any("holds no sums of its data" in note for note in check(folder).notes)
+    assert any("holds no checksums" in note for note in check_folder(folder).notes)
     write_list(folder)
-    assert not any("sums of its data" in note for note in check(folder).notes)
+    assert not any("checksums: only" in note for note in check_folder(folder).notes)
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
-    (fault,) = check(folder).faults
-    assert fault.startswith(str(path)) and "is not the listed file" in fault
+    (fault,) = check_folder(folder).problems
+    assert fault.startswith(str(path)) and "does not match checklist.chk" in fault
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -388,7 +392,7 @@ def test_old_files_cannot_run_code(wrapped: bool, copy: Callable[..., Path], tmp
     )(folder)
     with pytest.raises(CheckpointError, match="could run code: it was not loaded"):
         Llama.build(folder)
-    assert check(folder).faults and not marker.exists()
+    assert check_folder(folder).problems and not marker.exists()
 
 
 def test_a_wrapper_that_holds_itself(copy: Callable[..., Path]) -> None:
@@ -470,7 +474,7 @@ def test_gguf_carries_the_numbers_in_its_divisors(
     ("changes", "expected"),
     [
         ({"rope_low_freq_factor": 5.0}, "rope_high_freq_factor is 4, expected rope_low_freq_factor (5) or more"),
-        ({"rope_original_context_length": 0}, "rope_original_context_length is 0, expected a positive whole number"),
+        ({"rope_original_context_length": 0}, "rope_original_context_length is 0, expected a positive integer"),
         ({"rope_high_freq_factor": "x"}, "rope_high_freq_factor is 'x', expected a positive number"),
     ],
 )
@@ -547,7 +551,7 @@ def test_a_name_on_the_hub_is_answered_with_its_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command = f"hf download {name} --local-dir checkpoints/{name.split('/')[1]}"
-    for ask in (lambda: Llama.build(name), lambda: verify(name), lambda: plan(name), lambda: convert(name, "out")):
+    for ask in (lambda: Llama.build(name), lambda: call(verify, name), lambda: plan(name), lambda: convert(name, "out")):
         with pytest.raises(ValueError) as caught:
             ask()
         assert f"{name} does not exist" in str(caught.value) and str(caught.value).count(command) == 1

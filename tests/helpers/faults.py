@@ -1,6 +1,6 @@
-"""Everything that can be wrong with what is loaded or converted: what is done to it, and what is said about it.
+"""Everything that can be wrong with a checkpoint or a source of `convert`: how to damage one, and the expected error.
 
-`python tests/faults.py` prints docs/faults.md.
+`PYTHONPATH=tests python -m helpers.faults` prints docs/faults.md.
 """
 
 import hashlib
@@ -44,30 +44,30 @@ class Bomb:
 
 
 def write_list(folder: Path, kind: str = "md5", form: str = "{}  {}\n", name: str = "checklist.chk") -> None:
-    """A checklist of all files that lie there."""
+    """Write a checklist of all files in a folder."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix != ".chk" and path.is_file()]
     lines = [form.format(hashlib.new(kind, path.read_bytes()).hexdigest(), path.name) for path in files]
     (folder / name).write_text("".join(lines))
 
 
 def flip(path: Path, rng: random.Random, start: int = 0, stop: int | None = None) -> None:
-    """Turn one bit of a file somewhere in [start, stop)."""
+    """Flip one random bit of a file in [start, stop)."""
     content = bytearray(path.read_bytes())
     content[rng.randrange(start, stop or len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
 
 
 def data_of(path: Path) -> list[tuple[int, int]]:
-    """[start, stop) of the tensors in a shard."""
+    """[start, stop) of each tensor's bytes in a shard."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        found = []
+        spans = []
         for info in archive.infolist():
             file.seek(info.header_offset + 26)
             lengths = int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
             start = info.header_offset + 30 + lengths
             if "/data/" in info.filename:
-                found.append((start, start + info.file_size))
-    return found
+                spans.append((start, start + info.file_size))
+    return spans
 
 
 def swap(folder: Path, rng: random.Random) -> None:
@@ -90,15 +90,15 @@ def truncate(folder: Path, rng: random.Random) -> None:
 
 
 def grow(folder: Path, rng: random.Random) -> None:
-    """A gap of zeros, as a download that was resumed at the wrong place leaves."""
-    content, at = (folder / SECOND).read_bytes(), rng.randrange(1000, 100_000)
-    (folder / SECOND).write_bytes(content[:at] + bytes(rng.randrange(1, 5000)) + content[at:])
+    """Insert zeros, as a download does that was resumed at the wrong offset."""
+    content, offset = (folder / SECOND).read_bytes(), rng.randrange(1000, 100_000)
+    (folder / SECOND).write_bytes(content[:offset] + bytes(rng.randrange(1, 5000)) + content[offset:])
 
 
 def zero(folder: Path, rng: random.Random) -> None:
-    """A hole: pages that were never written."""
-    content, at = bytearray((folder / SECOND).read_bytes()), rng.randrange(1000, 100_000)
-    content[at : at + 4096] = bytes(4096)
+    """A hole: a page that was never written."""
+    content, offset = bytearray((folder / SECOND).read_bytes()), rng.randrange(1000, 100_000)
+    content[offset : offset + 4096] = bytes(4096)
     (folder / SECOND).write_bytes(content)
 
 
@@ -107,7 +107,7 @@ def flip_weight(folder: Path, rng: random.Random) -> None:
 
 
 def foreign(folder: Path, rng: random.Random) -> None:
-    """A part of another model of the same shapes."""
+    """Replace a shard by one of another model with the same shapes."""
     generator = torch.Generator().manual_seed(rng.randrange(2**32))
     edit_shard(folder / SECOND, lambda tensors: [t.normal_(generator=generator) for t in tensors.values()])
 
@@ -160,7 +160,7 @@ def change(**keys: Any) -> Damage:
 
 
 def loop(name: str) -> Damage:
-    """A file that nobody can open, not even root."""
+    """A link to itself, which nobody can open, not even root."""
 
     def link(folder: Path, rng: random.Random) -> None:
         (folder / name).unlink()
@@ -178,14 +178,14 @@ def become_folder(name: str) -> Damage:
 
 
 def join(folder: Path, rng: random.Random) -> None:
-    """A damaged copy and a good one behind it, as a download that was started again may leave."""
+    """A damaged copy followed by a good one, as a download that was restarted may leave."""
     good = (folder / SECOND).read_bytes()
     flip_weight(folder, rng)
     (folder / SECOND).write_bytes((folder / SECOND).read_bytes() + good)
 
 
 def become_pipe(name: str) -> Damage:
-    """Who opens it waits for somebody to write."""
+    """A pipe: opening it blocks until somebody writes."""
 
     def become(folder: Path, rng: random.Random) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -195,7 +195,7 @@ def become_pipe(name: str) -> Damage:
 
 
 def become_device(name: str) -> Damage:
-    """Who reads it reads without end."""
+    """A device: reading it never ends."""
 
     def become(folder: Path, rng: random.Random) -> None:
         (folder / name).unlink()
@@ -210,7 +210,7 @@ def five_digits(folder: Path, rng: random.Random) -> None:
 
 
 def flip_header(folder: Path, rng: random.Random) -> None:
-    """A bit of a record's name, behind which lie its data."""
+    """Flip a bit of a record's name in its local header."""
     content = bytearray((folder / SECOND).read_bytes())
     content[content.index(b"data/7") + 5] ^= 1
     (folder / SECOND).write_bytes(content)
@@ -232,9 +232,11 @@ def no_embedding(folder: Path, rng: random.Random) -> None:
 
 
 class Fault(NamedTuple):
-    """What `verify` says, and what `build` says: one line with the path of `file` (or of the folder) and this in it.
+    """How to damage a folder, and the errors of `verify` and `build`.
 
-    build: None where it is the same, "" where build does not look at it and loads the model. It may blame another file.
+    verify: part of its one line, which also has the path of `file` (or of the folder).
+    build: part of its line, which may name another file. None: the same as `verify`. "": build does not read the
+    damaged file and loads the model.
     """
 
     damage: Damage
@@ -247,9 +249,10 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13
 PAGE = b"\n<!DOCTYPE html><html><body>403 Forbidden</body></html>"
 DENIED = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>AccessDenied</Code></Error>'
 NAN, INFINITY = float("nan"), float("inf")
-PARAMS, WORDS, LIST = "params.json", "tokenizer.model", "checklist.chk"
-CONFIG, PIPE, HOLLOW = "tokenizer_config.json", "it is a pipe or a device, no file", ", expected plain tensors with all"
-NOT_PART = "is not one of 2 parts of the model in params.json"
+PARAMS, TOKENIZER, CHECKLIST = "params.json", "tokenizer.model", "checklist.chk"
+CONFIG = "tokenizer_config.json"
+PIPE, NOT_PLAIN = "it is a pipe or a device, not a file", ", expected plain tensors with every element stored"
+MISMATCH = "does not match params.json as one of 2 shards"
 NO_SHARDS = "holds no consolidated.NN.pth: give the folder of one model"
 FAULTS: dict[str, Fault] = {
     # Shards
@@ -258,11 +261,11 @@ FAULTS: dict[str, Fault] = {
     "a hole": Fault(zero, SECOND, "damaged"),
     "a gap": Fault(grow, SECOND, "damaged"),
     "cut short": Fault(truncate, SECOND, "cut short at"),
-    "two files joined": Fault(join, SECOND, "two files joined, or something stands before"),
-    "something behind": Fault(
+    "two files joined": Fault(join, SECOND, "two files joined, or extra bytes before"),
+    "bytes after the end": Fault(
         lambda folder, rng: (folder / SECOND).open("ab").write(b"\n"),
         SECOND,
-        "or something stands before, within or be",
+        "or extra bytes before, inside or after",
     ),
     "empty": Fault(write(SECOND, b""), SECOND, "is an empty file, expected a file of torch.save: fetch it again"),
     "LFS pointer": Fault(write(SECOND, POINTER), SECOND, "is a Git LFS pointer, expected a file of torch.save"),
@@ -274,8 +277,8 @@ FAULTS: dict[str, Fault] = {
     "JSON answer": Fault(write(SECOND, b'{"error": "gated"}'), SECOND, "is a JSON text"),
     "GGUF": Fault(write(SECOND, b"GGUF\3\0\0\0"), SECOND, "is a GGUF file, expected a file of torch.save"),
     "safetensors": Fault(write(SECOND, b"\x20\0\0\0\0\0\0\0{}"), SECOND, "is a safetensors file"),
-    "pickle": Fault(write(SECOND, pickle.dumps({"a": 1})), SECOND, "is a bare pickle, expected a file of torch.save"),
-    "noise": Fault(write(SECOND, random.Random(5).randbytes(5000)), SECOND, "is of no known kind"),
+    "pickle": Fault(write(SECOND, pickle.dumps({"a": 1})), SECOND, "is a plain pickle, expected a file of torch.save"),
+    "noise": Fault(write(SECOND, random.Random(5).randbytes(5000)), SECOND, "is of unknown format"),
     "code": Fault(bomb(SECOND), SECOND, "holds more than tensors, which could run code"),
     "code in the first shard": Fault(bomb(FIRST), FIRST, "holds more than tensors, which could run code"),
     "compressed": Fault(deflate, SECOND, "compression, which torch.save does not use"),
@@ -288,13 +291,13 @@ FAULTS: dict[str, Fault] = {
     "first shard a pipe": Fault(become_pipe(FIRST), FIRST, PIPE),
     "a device": Fault(become_device(SECOND), SECOND, PIPE),
     "no first shard": Fault(
-        remove(FIRST), FIRST, "is missing, one of 2 parts of the model: fetch it", "lacks consolidated.00.pth"
+        remove(FIRST), FIRST, "is missing, one of 2 shards of the model: fetch it", "lacks consolidated.00.pth"
     ),
     "no last shard": Fault(
         remove(SECOND),
         SECOND,
-        "is missing, one of 2 parts of the model: fetch it",
-        "is not the whole of the model in params.json (files missing, or another model's?)",
+        "is missing, one of 2 shards of the model: fetch it",
+        "does not match params.json as the only shard (files missing, or another model's?)",
     ),
     "no shard": Fault(leave_nothing, "", NO_SHARDS),
     "a Hugging Face folder": Fault(become_hugging_face, "", "is a Hugging Face folder, not one in Meta's layout"),
@@ -302,7 +305,7 @@ FAULTS: dict[str, Fault] = {
         lambda folder, rng: shutil.copy(folder / FIRST, folder / THIRD),
         THIRD,
         "holds the same tensors as consolidated.00.pth",
-        "is not one of 3 parts of the model in params.json (files missing, or another model's?)",
+        "does not match params.json as one of 3 shards (files missing, or another model's?)",
     ),
     "a number twice": Fault(
         lambda folder, rng: shutil.copy(folder / FIRST, folder / "consolidated.000.pth"),
@@ -310,10 +313,10 @@ FAULTS: dict[str, Fault] = {
         "has the same number as consolidated.00.pth",
         "has the same number as",
     ),
-    "a number far off": Fault(
+    "a number too large": Fault(
         lambda folder, rng: (folder / SECOND).rename(folder / "consolidated.9999.pth"),
         SECOND,
-        "is missing, one of 2 parts of the model: fetch it",
+        "is missing, one of 2 shards of the model: fetch it",
         "lacks consolidated.01.pth, consolidated.02.pth, consolidated.03.pth, consolidated.04.pth and 9994 more",
     ),
     "numbers of five digits": Fault(five_digits, "", "holds consolidated.00000.pth, expected a number of up to four"),
@@ -322,37 +325,39 @@ FAULTS: dict[str, Fault] = {
     ),
     "swapped": Fault(swap, FIRST, "was saved as consolidated.01.pth, expected consolidated.00.pth"),
     "another model's": Fault(foreign, SECOND, "has other norms than consolidated.00.pth"),
-    "another type": Fault(edit(lambda t: t.update({WQ: t[WQ].bfloat16()})), SECOND, "has other types than"),
-    "no float": Fault(edit(lambda t: t.update({WQ: t[WQ].to(torch.int8)})), SECOND, f"wrong type: {WQ} torch.int8"),
+    "another type": Fault(edit(lambda t: t.update({WQ: t[WQ].bfloat16()})), SECOND, "has other dtypes than"),
+    "not a float": Fault(edit(lambda t: t.update({WQ: t[WQ].to(torch.int8)})), SECOND, f"wrong type: {WQ} torch.int8"),
     "float64": Fault(
-        edit(lambda t: t.update({WQ: t[WQ].double()})), SECOND, "has other types than consolidated.00.pth"
+        edit(lambda t: t.update({WQ: t[WQ].double()})), SECOND, "has other dtypes than consolidated.00.pth"
     ),
     "NaN": Fault(edit(lambda t: t[WQ][3].fill_(NAN)), SECOND, f"holds NaN or infinity in {WQ}"),
     "infinity": Fault(edit(lambda t: t["norm.weight"][0].fill_(-INFINITY)), SECOND, "holds NaN or infinity in norm"),
     "a shape": Fault(
         edit(lambda t: t.update({WQ: torch.ones(1)})), SECOND, f"wrong shape: {WQ} (1,), expected (32, 64)"
     ),
-    "a shape without numbers": Fault(
-        edit(lambda t: t.update({WQ: torch.empty(32, 64, device="meta")})), SECOND, f"holds {WQ}{HOLLOW}"
+    "a meta tensor": Fault(
+        edit(lambda t: t.update({WQ: torch.empty(32, 64, device="meta")})), SECOND, f"holds {WQ}{NOT_PLAIN}"
     ),
-    "one number for all": Fault(
-        edit(lambda t: t.update({WQ: torch.ones(1).expand(32, 64)})), SECOND, f"holds {WQ}{HOLLOW}"
+    "an expanded tensor": Fault(
+        edit(lambda t: t.update({WQ: torch.ones(1).expand(32, 64)})), SECOND, f"holds {WQ}{NOT_PLAIN}"
     ),
-    "rows that overlap": Fault(
-        edit(lambda t: t.update({WQ: torch.ones(5000).as_strided((32, 64), (1, 1))})), SECOND, f"holds {WQ}{HOLLOW}"
+    "overlapping rows": Fault(
+        edit(lambda t: t.update({WQ: torch.ones(5000).as_strided((32, 64), (1, 1))})), SECOND, f"holds {WQ}{NOT_PLAIN}"
     ),
-    "sparse": Fault(edit(lambda t: t.update({WQ: t[WQ].to_sparse()})), SECOND, f"holds {WQ}{HOLLOW}"),
+    "sparse": Fault(edit(lambda t: t.update({WQ: t[WQ].to_sparse()})), SECOND, f"holds {WQ}{NOT_PLAIN}"),
     "sparse in the first shard": Fault(
         lambda folder, rng: edit_shard(folder / FIRST, lambda t: t.update({WQ: t[WQ].to_sparse()})),
         FIRST,
-        f"holds {WQ}{HOLLOW}",
+        f"holds {WQ}{NOT_PLAIN}",
     ),
-    "two entries that may be it": Fault(
-        wrap(lambda t: {"model": t, "state_dict": t}), SECOND, "holds the entries model and state_dict, which may both"
+    "two entries with weights": Fault(
+        wrap(lambda t: {"model": t, "state_dict": t}),
+        SECOND,
+        "holds the entries model and state_dict, both could be the weights",
     ),
-    "an entry of another name": Fault(wrap(lambda t: {"net": t, "step": 7}), SECOND, f"holds net, step{HOLLOW}"),
-    "weights beside an entry": Fault(
-        wrap(lambda t: {"model": t, WQ: t[WQ]}), SECOND, f"holds weights in the entry model and beside it ({WQ})"
+    "an unknown entry": Fault(wrap(lambda t: {"net": t, "step": 7}), SECOND, f"holds net, step{NOT_PLAIN}"),
+    "weights outside an entry": Fault(
+        wrap(lambda t: {"model": t, WQ: t[WQ]}), SECOND, f"holds weights inside the entry model and outside it ({WQ})"
     ),
     "arguments of a trainer": Fault(
         wrap(lambda t: {"model": t, "args": Namespace(lr=1)}), SECOND, "it was not loaded (argparse.Namespace); where"
@@ -366,7 +371,7 @@ FAULTS: dict[str, Fault] = {
         rename_all,
         FIRST,
         "has no tok_embeddings.weight, expected a Llama checkpoint in Meta's layout",
-        "has no tok_embeddings.weight: its names begin with 'net.', which is not known here",
+        "has no tok_embeddings.weight: its names begin with 'net.', an unknown prefix",
     ),
     "Hugging Face's names": Fault(
         wrap(lambda t: {"model.embed_tokens.weight": t[WQ]}),
@@ -374,10 +379,10 @@ FAULTS: dict[str, Fault] = {
         "holds tensors under Hugging Face's names: name it",
     ),
     "a name twice": Fault(
-        edit(lambda t: t.update({f"layers.1._orig_mod.{WQ[9:]}": t[WQ]})), SECOND, f"holds {WQ} twice, under names that"
+        edit(lambda t: t.update({f"layers.1._orig_mod.{WQ[9:]}": t[WQ]})), SECOND, f"holds {WQ} twice, with and without"
     ),
-    "a name too few": Fault(edit(lambda t: t.pop(WQ)), SECOND, f"missing: {WQ}"),
-    "a name too many": Fault(edit(lambda t: t.update({"extra": torch.ones(1)})), SECOND, "unexpected: extra"),
+    "a missing tensor": Fault(edit(lambda t: t.pop(WQ)), SECOND, f"missing: {WQ}"),
+    "an extra tensor": Fault(edit(lambda t: t.update({"extra": torch.ones(1)})), SECOND, "unexpected: extra"),
     "no names": Fault(lambda folder, rng: torch.save([1], folder / SECOND), SECOND, "does not hold tensors by name"),
     "no embedding": Fault(
         no_embedding,
@@ -403,33 +408,35 @@ FAULTS: dict[str, Fault] = {
     "params.json a list": Fault(write(PARAMS, b"[64]"), PARAMS, "holds a list, expected an object"),
     "a strange key": Fault(change(alpha=1), PARAMS, "unknown key 'alpha'; this runner knows dim"),
     "a missing key": Fault(change(n_heads="drop"), PARAMS, "n_heads is missing"),
-    "a text for a number": Fault(change(dim="64x"), PARAMS, "dim is '64x', expected a positive whole number"),
-    "a list for a number": Fault(change(dim=[64]), PARAMS, "dim is [64], expected a positive whole number"),
+    "a text for a number": Fault(change(dim="64x"), PARAMS, "dim is '64x', expected a positive integer"),
+    "a list for a number": Fault(change(dim=[64]), PARAMS, "dim is [64], expected a positive integer"),
     "a number for a flag": Fault(change(use_scaled_rope=1), PARAMS, "use_scaled_rope is 1, expected true or false"),
-    "a negative size": Fault(change(n_layers=-1), PARAMS, "n_layers is -1, expected a positive whole number"),
+    "a negative size": Fault(change(n_layers=-1), PARAMS, "n_layers is -1, expected a positive integer"),
     "an absurd number of layers": Fault(change(n_layers=10**9), PARAMS, "n_layers is 1000000000, expected"),
     "an absurd width": Fault(change(dim=10**30), PARAMS, "dim is 1000000000000000000000000000000, expected"),
-    "a width that is large": Fault(change(dim=2**23), FIRST, NOT_PART),
+    "a width that is large": Fault(change(dim=2**23), FIRST, MISMATCH),
     "NaN for a number": Fault(change(norm_eps=NAN), PARAMS, "norm_eps is nan, expected a positive number"),
     "an absurd norm_eps": Fault(
         change(norm_eps=1e11), PARAMS, "norm_eps is 100000000000.0, expected a positive number"
     ),
     "an absurd theta": Fault(
-        change(rope_theta=1e-300), PARAMS, "rope_theta is 1e-300, expected a positive number of 1 to"
+        change(rope_theta=1e-300), PARAMS, "rope_theta is 1e-300, expected a positive number from 1 to"
     ),
-    "heads that do not divide": Fault(change(n_heads=7), PARAMS, "do not go together"),
-    "another model's params.json": Fault(change(dim=128), FIRST, NOT_PART),
+    "heads that do not divide": Fault(change(n_heads=7), PARAMS, "and head_dim 9 are inconsistent"),
+    "another model's params.json": Fault(change(dim=128), FIRST, MISMATCH),
     "a layer too many": Fault(change(n_layers=4), FIRST, "missing: layers.3.attention.wk.weight"),
     "a layer too few": Fault(change(n_layers=2), FIRST, "unexpected: layers.2.attention.wk.weight"),
     "another vocabulary": Fault(change(vocab_size=500), FIRST, "wrong shape: output.weight (256, 64)"),
     # Tokenizer
-    "no tokenizer": Fault(remove(WORDS), "", "no tokenizer.model or tokenizer.json in"),
-    "an empty tokenizer": Fault(write(WORDS, b""), WORDS, "is an empty file"),
-    "a tokenizer's pointer": Fault(write(WORDS, POINTER), WORDS, "is a Git LFS pointer"),
-    "a tokenizer's page": Fault(write(WORDS, PAGE), WORDS, "is an HTML or XML page", "is not a SentencePiece model"),
-    "a tokenizer's folder": Fault(become_folder(WORDS), "", "no tokenizer.model or tokenizer.json in"),
-    "a broken tokenizer": Fault(write(WORDS, b"\n nothing"), WORDS, "is not a SentencePiece model"),
-    "a tokenizer that is a pipe": Fault(become_pipe(WORDS), "", "no tokenizer.model or tokenizer.json in"),
+    "no tokenizer": Fault(remove(TOKENIZER), "", "no tokenizer.model or tokenizer.json in"),
+    "an empty tokenizer": Fault(write(TOKENIZER, b""), TOKENIZER, "is an empty file"),
+    "a tokenizer's pointer": Fault(write(TOKENIZER, POINTER), TOKENIZER, "is a Git LFS pointer"),
+    "a tokenizer's page": Fault(
+        write(TOKENIZER, PAGE), TOKENIZER, "is an HTML or XML page", "is not a SentencePiece model"
+    ),
+    "a tokenizer's folder": Fault(become_folder(TOKENIZER), "", "no tokenizer.model or tokenizer.json in"),
+    "a broken tokenizer": Fault(write(TOKENIZER, b"\n nothing"), TOKENIZER, "is not a SentencePiece model"),
+    "a tokenizer that is a pipe": Fault(become_pipe(TOKENIZER), "", "no tokenizer.model or tokenizer.json in"),
     "tokenizer_config.json a pipe": Fault(become_pipe(CONFIG), CONFIG, PIPE),
     "an unknown chat format": Fault(
         write(CONFIG, b'{"chat_format": "nonsense"}'), CONFIG, "chat format 'nonsense': expected llama2, llama3"
@@ -441,22 +448,22 @@ FAULTS: dict[str, Fault] = {
     "a listed file is gone": Fault(
         add_line(f"{'0' * 32}  LICENSE"), "LICENSE", "is missing, but checklist.chk lists it", ""
     ),
-    "a line of nonsense": Fault(add_line("nonsense"), LIST, "line 5 is 'nonsense', expected an md5 or sha256", ""),
-    "a sum too short": Fault(add_line(f"{'0' * 31}  LICENSE"), LIST, "line 5 is '000", ""),
-    "a path": Fault(add_line(f"{'0' * 32}  ../model/{FIRST}"), LIST, "names '../model/consolidated.00.pth'", ""),
-    "an absolute path": Fault(add_line(f"{'0' * 64}  /etc/passwd"), LIST, "names '/etc/passwd' in line 5", ""),
-    "the folder above": Fault(add_line(f"{'0' * 64}  .."), LIST, "names '..' in line 5", ""),
+    "a line of nonsense": Fault(add_line("nonsense"), CHECKLIST, "line 5 is 'nonsense', expected an md5 or sha256", ""),
+    "a sum too short": Fault(add_line(f"{'0' * 31}  LICENSE"), CHECKLIST, "line 5 is '000", ""),
+    "a path": Fault(add_line(f"{'0' * 32}  ../model/{FIRST}"), CHECKLIST, "names '../model/consolidated.00.pth'", ""),
+    "an absolute path": Fault(add_line(f"{'0' * 64}  /etc/passwd"), CHECKLIST, "names '/etc/passwd' in line 5", ""),
+    "the folder above": Fault(add_line(f"{'0' * 64}  .."), CHECKLIST, "names '..' in line 5", ""),
     "a name of 300 letters": Fault(
-        add_line(f"{'0' * 32}  {'a' * 300}"), LIST, "in line 5, expected the name of a file", ""
+        add_line(f"{'0' * 32}  {'a' * 300}"), CHECKLIST, "in line 5, expected the name of a file", ""
     ),
-    "a list that is a pipe": Fault(become_pipe(LIST), LIST, PIPE, ""),
-    "a list of megabytes": Fault(write(LIST, b"#" * 2**21), LIST, "it has more than 1,048,576 bytes", ""),
-    "an empty list": Fault(write(LIST, b""), LIST, "is an empty file", ""),
-    "a list that is a page": Fault(write(LIST, PAGE), LIST, "is an HTML or XML page", ""),
+    "a list that is a pipe": Fault(become_pipe(CHECKLIST), CHECKLIST, PIPE, ""),
+    "a list of megabytes": Fault(write(CHECKLIST, b"#" * 2**21), CHECKLIST, "it has more than 1,048,576 bytes", ""),
+    "an empty list": Fault(write(CHECKLIST, b""), CHECKLIST, "is an empty file", ""),
+    "a list that is a page": Fault(write(CHECKLIST, PAGE), CHECKLIST, "is an HTML or XML page", ""),
 }
 
 
-# Other formats: what lies in the folder (a name -> its text), and what convert's one line must say ------------------
+# Other formats: the files of a folder (name -> text), and part of convert's error ------------------------------------
 
 
 def config(**changes: Any) -> str:
@@ -548,16 +555,17 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
 
 
 def table() -> str:
-    """docs/faults.md."""
+    """The text of docs/faults.md."""
     lines = [
         "# Faults",
         "",
-        "What was done to a folder on purpose, and the one line that answers it (a part of it; each names the file and",
-        "a way out). Written by `python tests/faults.py`; `tests/test_faults.py` does every one of them.",
+        "A test makes each fault below on purpose, and the error must contain the text in the table. Every error is",
+        "one line that also names the file and suggests a fix. Written by `PYTHONPATH=tests python -m helpers.faults`,",
+        "tested by `tests/checkpoint/test_faults.py` and `tests/convert/test_convert.py`.",
         "",
         f"## A folder of `consolidated.NN.pth`: {len(FAULTS)} faults",
         "",
-        "`build` is what every command that loads a model says, on each rank, before any memory is taken.",
+        "`build` is what every command that loads a model prints, on each rank, before memory for weights is taken.",
         "",
         "| fault | `verify` | `build` |",
         "|---|---|---|",

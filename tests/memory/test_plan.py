@@ -19,11 +19,12 @@ from helpers.paths import HELPERS
 from helpers.ranks import run_ranks
 from llama import Llama, ModelArgs
 from llama.accelerate.quantized_weight import QuantizedWeight
-from llama.checkpoint.folder import Checkpoint, tensor_shapes
+from llama.checkpoint.errors import CheckpointError
+from llama.checkpoint.folder import Checkpoint
+from llama.checkpoint.layout import legal_world_sizes, tensor_shapes
 from llama.cli import main as cli
 from llama.memory.plan import Sizes, count_parameters, plan, read_bytes, sizes
 from llama.parallel.device import DTYPES
-from llama.params import CheckpointError, legal_world_sizes
 
 SEVEN_B = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
 SEVENTY_B = {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8}
@@ -281,7 +282,7 @@ def test_a_folders_vocabulary_is_its_embeddings(
     with pytest.raises(ValueError, match="vocab_size is 500, but the model's is 512"):
         plan(str(checkpoint("mha", 2)), vocab_size=500)
     edit_params(tmp_path / "tied", n_layers=4)
-    with pytest.raises(CheckpointError, match="is not one of 2 parts of the model"):
+    with pytest.raises(CheckpointError, match=r"does not match params\.json as one of 2 shards"):
         plan(str(tmp_path / "tied"))
 
 

@@ -17,10 +17,10 @@ import gpu
 from helpers.paths import ROOT
 from helpers.ranks import run_ranks
 from llama import Llama, ModelArgs
+from llama.checkpoint.errors import CheckpointError
 from llama.memory import check as memory
 from llama.memory.check import Choice, InsufficientMemoryError, check_memory, free_bytes, suggestions
 from llama.parallel.groups import World
-from llama.params import CheckpointError
 
 GIB = 2**30
 SEVEN_B: dict[str, Any] = {"dim": 4096, "n_heads": 32, "n_layers": 32, "vocab_size": 32000}

@@ -1,0 +1,23 @@
+"""What the checks of a folder found."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Report:
+    """Problems, notes (which are no problems), and what was checked: a line each.
+
+    bad_files: the files that have a problem, so that later checks can skip them.
+    digests: shard's file name -> a checksum of the checksums of its tensors, for comparing hosts.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+    bad_files: set[Path] = field(default_factory=set)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def add_problem(self, path: Path, problem: str) -> None:
+        self.problems.append(f"{path} {problem}")
+        self.bad_files.add(path)
