@@ -4,8 +4,8 @@ and Meta's implementation. Writes docs/accuracy.md.
     python benchmarks/budgets.py --ckpt_dir checkpoints/smollm2-135m-instruct --out docs/accuracy.md
 
 What is exact: the numpy forward of tests/helpers/plain.py, which shares no code with the package, on the weights as the
-files store them. A second route, transformers with its float32 parts replaced by float64 ones, must give the same logits to
-1e-9, or nothing is written. (`benchmarks/accuracy.py` is about fewer bits alone: the whole text, random weights,
+files store them. A second route, transformers with its float32 parts replaced by float64 ones, must give the same logits
+to 1e-9, or nothing is written. (`benchmarks/accuracy.py` is about fewer bits alone: the whole text, random weights,
 llama.cpp.) Needs '.[test]'. A quarter of an hour on two cores.
 """
 

@@ -1,4 +1,4 @@
-"""A dialog that goes on: the cache keeps what was said, so a turn computes only what is new."""
+"""`Conversation`: a dialog over several turns. Its KV cache is kept, so a turn computes only the new ids."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -13,10 +13,12 @@ from llama.generation import Llama
 class Turn:
     """What the last `say` did.
 
-    prompt_tokens: ids of the whole dialog, of which `reused` were still in the cache. new_tokens: ids of the answer.
-    dropped: turns that were forgotten, the oldest first, to make room.
-    finish_reason: "stop", "length" (max_gen_len or the context's end), or None until then and for an answer broken off.
-    kept: whether the turn is part of the dialog from now on.
+    prompt_tokens: ids of the dialog without the answer, of which `reused` were still in the cache.
+    new_tokens: ids of the answer.
+    dropped: the number of turns dropped from the dialog, oldest first, because it did not fit max_seq_len.
+    finish_reason: "stop", "length" (max_gen_len or max_seq_len is reached), or None while the answer is generated and
+        if its reader stopped early.
+    kept: whether the turn was added to the dialog.
     """
 
     prompt_tokens: int
@@ -28,23 +30,26 @@ class Turn:
 
     @property
     def context(self) -> int:
-        """Positions in use: the dialog and the answer."""
+        """Positions in use: those of the dialog and the answer."""
         return self.prompt_tokens + self.new_tokens
 
 
 class Conversation:
-    """One user, one model, and what they have said.
+    """A dialog between one user and one model.
 
-    messages: the dialog so far, {"role": ..., "content": ...} of user and assistant in turn. system: the system
-    message. Both may be edited or cut, in pairs, at any time: the next turn computes what comes after the first change.
-    last: the last `Turn`.
+    messages: the dialog so far, {"role": ..., "content": ...}, user and assistant alternating. system: the system
+    message, or None. Both may be edited at any time, and messages removed in pairs: the next turn computes what comes
+    after the first change. last: the last `Turn`.
 
-    The settings are one value each, with the meanings of `chat_completion`; with a `seed` each answer draws from that
-    stream. A quarter of max_seq_len, or max_gen_len where that is less, is kept free for the answer: when the dialog
-    needs the room, the oldest turns are dropped whole, and the system message stays.
+    The settings have the meanings of `chat_completion`, one value each. With a `seed`, every answer is sampled with it.
 
-    Other calls of `llama` may come between turns; the next turn then computes the dialog again. Under torchrun every
-    rank holds the conversation and makes the same calls.
+    A quarter of max_seq_len, or max_gen_len if that is less, is reserved for the answer. If the dialog does not fit the
+    remaining positions, its oldest turns are dropped. The system message is always kept.
+
+    Other calls of `llama` may come between turns: the next turn then computes the dialog again. Under torchrun every
+    rank holds a conversation and makes the same calls.
+
+    Raises ValueError or TypeError for settings out of range, and ValueError for a model without a chat format.
     """
 
     def __init__(
@@ -71,28 +76,31 @@ class Conversation:
             "repetition_penalty": repetition_penalty,
             "seed": seed,
         }
-        # Mistakes are told now, not at the first question; so is a model without a chat format.
+        # These raise errors about the arguments here, not in the first `say`.
         self._format = llama.dialogs
         read_rows(llama.model.params, lambda: 0, (), [[0]], **self.settings)
         read_stops(stop, 1)
-        self._room = llama.model.params.max_seq_len // 4 if max_gen_len is None else max_gen_len
+        quarter = llama.model.params.max_seq_len // 4
+        self._reserved = quarter if max_gen_len is None else min(quarter, max_gen_len)
         self.messages: list[Message] = []
         self.last: Turn | None = None
-        self._open: Generator[str, None, None] | None = None
+        self._answering: Generator[str, None, None] | None = None
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """Say something and get the answer in pieces. With the first piece the turn joins `messages`, where the answer
-        grows as it is read; whoever stops reading leaves what has come until then.
+        """Send a user message, and yield the answer in pieces.
 
-        Raises ValueError when the system message and `text` alone fill the context. What the dialog's format refuses
-        is answered with the fixed refusal and joins nothing.
+        The turn is added to `messages` with the first piece, and its answer grows with every piece. If the reader stops
+        early, the part that was read stays there. Only one answer is generated at a time: another `say` ends this one.
+
+        A message that the chat format refuses is answered with the fixed refusal, and the turn is not added.
+
+        Raises ValueError where the system message and `text` alone fill max_seq_len.
         """
         user: Message = {"role": "user", "content": text}
         limit = self.llama.model.params.max_seq_len
-        free = min(limit // 4, self._room)
         start = 0  # messages before it are dropped
         needed = self._length(user, start)
-        while needed + free > limit and start < len(self.messages):
+        while needed + self._reserved > limit and start < len(self.messages):
             start += 2
             needed = self._length(user, start)
         if needed >= limit:
@@ -102,15 +110,15 @@ class Conversation:
             )
         messages = [*self.messages[start:], user]
         rows, texts = self.llama._chat_rows([[*self._system(), *messages]], self.stop, **self.settings)
-        if self._open is not None:
-            self._open.close()  # one answer at a time
+        if self._answering is not None:
+            self._answering.close()
         self.last = Turn(needed, start // 2)
-        self._open = self._answer(messages, rows[0], texts[0], self.last)
-        return self._open
+        self._answering = self._answer(messages, rows[0], texts[0], self.last)
+        return self._answering
 
     def dialog(self) -> list[Message]:
-        """The system message, where there is one, and the messages: what `chat_completion` takes, but for the next
-        question."""
+        """The system message, if there is one, and the messages. With a question appended, it is a dialog for
+        `chat_completion`."""
         return [*self._system(), *self.messages]
 
     def _system(self) -> list[Message]:
@@ -128,7 +136,7 @@ class Conversation:
             accepted = self._format.refusal(dialog) is None
             if accepted and not turn.kept:
                 self.messages, turn.kept = dialog, True
-            elif turn.kept and not accepted:  # a tag in the answer would have every later turn refused
+            elif turn.kept and not accepted:  # the answer contains a tag, and the format would refuse every later turn
                 turn.kept = False
                 if self.messages and self.messages[-1] is answer:
                     del self.messages[-2:]

@@ -15,7 +15,7 @@ import torch
 from llama.accelerate.executor import Executor, can_compile
 from llama.accelerate.native import release_freed_memory
 from llama.accelerate.quantized_weight import held_bytes, quantize_part
-from llama.chat.formats import ChatFormat, for_tokenizer
+from llama.chat.formats import ChatFormat, find_chat_format
 from llama.checkpoint.errors import CheckpointError
 from llama.checkpoint.folder import Checkpoint, load_weights
 from llama.checkpoint.layout import OUTPUT, check_world_size
@@ -124,7 +124,7 @@ def _open(model: ModelOptions, build: BuildOptions, device: torch.device, world:
             f"the tokenizer has {tokenizer.n_words} ids, the model {args.vocab_size}: "
             "give the tokenizer that came with the checkpoint (--tokenizer_path)"
         )
-    chat_format = for_tokenizer(tokenizer, build["chat_format"])
+    chat_format = find_chat_format(tokenizer, build["chat_format"])
     dtype = pick_dtype(build["dtype"], checkpoint.dtype, device)
     tied = OUTPUT not in checkpoint.shapes
     fit = check_memory(args, world.size, dtype, device, tied, checkpoint.embedding_axis, build["quantize"])

@@ -16,13 +16,14 @@ from helpers.paths import LLAMA2, LLAMA3, MISTRAL
 from helpers.vocabularies import random_texts, write_ranks
 from llama import Tokenizer
 from llama.engine.streaming import TextStream
-from llama.tokenizer import LLAMA3_SPLIT, RANKS_LIMIT, TokenizerError, find_tokenizer, read_ranks
+from llama.tokenizer import TokenizerError, find_tokenizer
+from llama.vocabulary.tiktoken_ranks import LLAMA3_SPLIT, RANKS_LIMIT, read_ranks
 
 SENTENCEPIECE = Tokenizer(TOKENIZER)
 
 
 def joined(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The text of ids as a stream gives it."""
+    """The text of ids, decoded by a TextStream."""
     stream, pieces = TextStream(tokenizer), []
     for token in ids:
         stream.push(token)
@@ -33,7 +34,7 @@ def joined(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 def test_sentencepiece_ids() -> None:
     assert (SENTENCEPIECE.n_words, SENTENCEPIECE.bos_id, SENTENCEPIECE.eos_id) == (512, 1, 2)
-    assert SENTENCEPIECE.pad_id == -1  # this tokenizer has no padding, as Meta's have none
+    assert SENTENCEPIECE.pad_id == -1  # this tokenizer has no padding, like Meta's
     assert SENTENCEPIECE.stop_tokens == {2} and SENTENCEPIECE.adds_bos
     ids = SENTENCEPIECE.encode("The licence", bos=False, eos=False)
     assert SENTENCEPIECE.encode("The licence", bos=True, eos=True) == [1, *ids, 2]
@@ -58,7 +59,7 @@ def test_single_tokens_keep_their_space() -> None:
 @example("\u2581")
 def test_sentencepiece_decodes_what_it_encoded(text: str) -> None:
     decoded = SENTENCEPIECE.decode(SENTENCEPIECE.encode(text, bos=True, eos=True))
-    # U+2581 is how SentencePiece writes a space, so it comes back as one.
+    # SentencePiece writes a space as U+2581, so U+2581 in a text is decoded to a space.
     assert decoded == text.replace("\u2581", " ")
 
 
@@ -83,12 +84,12 @@ def test_mistral_ids_are_those_of_mistrals_package() -> None:
         assert tokenizer.decode(ids) == peer.decode(ids) == text
 
 
-def test_what_is_not_a_text_is_an_error() -> None:
+def test_encode_refuses_other_types() -> None:
     with pytest.raises(TypeError, match="must be a string, not int"):
         SENTENCEPIECE.encode(5, bos=True, eos=False)  # type: ignore[arg-type]  # the mistake under test
 
 
-def test_tokenizers_are_found_in_and_beside_the_folder(tmp_path: Path) -> None:
+def test_tokenizers_are_found_in_the_folder_and_its_parent(tmp_path: Path) -> None:
     folder = tmp_path / "llama-2-7b"
     folder.mkdir()
     with pytest.raises(TokenizerError, match=r"no tokenizer.model or tokenizer.json in .* give --tokenizer_path"):
@@ -149,7 +150,7 @@ def test_llama3_ids_are_those_of_metas_package(llama31: Tokenizer) -> None:
 NOT_IN_THE_DEMO = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
 
 
-def test_special_tokens_where_they_are_asked_for(llama31: Tokenizer, json_folder: Path) -> None:
+def test_allowed_special(llama31: Tokenizer, json_folder: Path) -> None:
     from llama_models.llama3.tokenizer import Tokenizer as Peer
 
     text = "<|start_header_id|>user<|end_header_id|>\n\nHi  <|eot_id|><|eot_id|> <|eot_i"
@@ -182,8 +183,8 @@ def test_ranks_decode_what_they_encoded(text: str, llama31: Tokenizer) -> None:
 
 @PER_EXAMPLE
 @given(data=st.data())
-def test_pieces_of_any_ranks_joined_are_the_whole(data: st.DataObject, llama31: Tokenizer) -> None:
-    """Half characters, and characters that end in the middle of an id, too."""
+def test_streamed_pieces_of_any_ranks_are_the_decoded_text(data: st.DataObject, llama31: Tokenizer) -> None:
+    """Also for incomplete characters, and for characters that end in the middle of an id."""
     bytes_ = st.integers(0, 255)  # the first ranks are the bytes
     ids = data.draw(st.lists(bytes_ | st.integers(0, 128_255), max_size=30))
     assert joined(llama31, ids) == llama31.decode(ids)
@@ -199,7 +200,7 @@ def test_single_ranks(llama31: Tokenizer) -> None:
 def test_ranks_of_any_number(tmp_path: Path) -> None:
     tokenizer = Tokenizer(write_ranks(tmp_path / "tokenizer.model", b"th", b" the", b"the"))
     assert (tokenizer.n_words, tokenizer.bos_id, tokenizer.stop_tokens) == (259 + 256, 259, {260, 259 + 9})
-    # Bytes are their own ranks, counted from above; " the" is a token, though no two tokens make it.
+    # The rank of a byte is 255 minus the byte. " the" is found although no two tokens merge into it.
     assert tokenizer.encode("a the", bos=True, eos=True) == [259, 255 - ord("a"), 257, 260]
     assert tokenizer.decode([257, 256, 514]) == " theth<|reserved_special_token_250|>"
 
@@ -234,7 +235,7 @@ def test_damaged_ranks(tmp_path: Path, change: Callable[[str], str], message: st
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_too_big_for_ranks_is_not_read(tmp_path: Path) -> None:
+def test_a_rank_file_that_is_too_large(tmp_path: Path) -> None:
     path = write_ranks(tmp_path / "tokenizer.model")
     with path.open("r+b") as file:
         file.truncate(RANKS_LIMIT + 1)
@@ -266,10 +267,10 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 @given(text=st.text())
 @example(text="  leading and trailing  ")
 @example(text="👩\u200d👩\u200d👧 <s></s><|im_end|>\x00\r\n")
-def test_any_text_comes_back(text: str, any_tokenizer: Tokenizer) -> None:
-    if any_tokenizer.kind == "tokenizer.json":  # the demo's, which has no token for some bytes
+def test_decode_inverts_encode(text: str, any_tokenizer: Tokenizer) -> None:
+    if any_tokenizer.kind == "tokenizer.json":  # the demo model's, which has no token for some bytes
         text = "".join(character for character in text if not NOT_IN_THE_DEMO & set(character.encode()))
-    with_ends = any_tokenizer.kind != "tiktoken"  # which decodes them to their names
+    with_ends = any_tokenizer.kind != "tiktoken"  # it decodes BOS and EOS to their names
     ids = any_tokenizer.encode(text, bos=any_tokenizer.adds_bos and with_ends, eos=with_ends)
     assert not any_tokenizer.stop_tokens & set(ids[:-1])
     if any_tokenizer.kind == "sentencepiece":
@@ -291,10 +292,12 @@ def test_long_runs_have_tiktokens_own_ids(llama31: Tokenizer) -> None:
     peer = tiktoken.Encoding("peer", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
     for text in (" " * 100_000, "a" * 100_000, " " * 70_000 + "x" * 70_000):
         assert llama31.encode(text, bos=False, eos=False) == peer.encode_ordinary(text)
-    assert len(llama31.encode(" " * 100_000, bos=False, eos=False)) == 782  # cut at every 25,000 they are 784
+    assert (
+        len(llama31.encode(" " * 100_000, bos=False, eos=False)) == 782
+    )  # split every 25,000 characters they would be 784
 
 
-def test_white_space_that_tiktoken_cannot_take(llama31: Tokenizer) -> None:
+def test_the_longest_white_space_that_tiktoken_takes(llama31: Tokenizer) -> None:
     assert llama31.encode("x" + " " * 999_998 + "x", bos=False, eos=False)
     assert len(llama31.encode("a " * 500_000, bos=False, eos=False)) == 500_001
     message = r"^the text holds 999,999 white-space characters in a row, tiktoken takes 999,998: shorten them$"
@@ -307,7 +310,7 @@ def test_white_space_that_tiktoken_cannot_take(llama31: Tokenizer) -> None:
 
 @pytest.fixture
 def configured(tmp_path: Path, json_folder: Path) -> Callable[..., Tokenizer]:
-    """configured(kind, **keys): a tokenizer of this kind beside a tokenizer_config.json with these keys."""
+    """configured(kind, **keys): a tokenizer of this kind, with a tokenizer_config.json of these keys."""
 
     def make(kind: str, **keys: Any) -> Tokenizer:
         path = json_folder / ("tokenizer.json" if kind == "tokenizer.json" else "tokenizer.model")
@@ -325,7 +328,7 @@ KINDS = ("sentencepiece", "tiktoken", "tokenizer.json")
 
 
 @pytest.mark.parametrize(("kind", "default"), list(zip(KINDS, ("llama2", "llama3", None), strict=True)))
-def test_keys_of_ours(configured: Callable[..., Tokenizer], kind: str, default: str | None) -> None:
+def test_keys_of_this_project(configured: Callable[..., Tokenizer], kind: str, default: str | None) -> None:
     plain = configured(kind)
     assert (plain.kind, plain.chat_format, plain.default_system, plain.system_prefix) == (kind, default, None, "")
     keys: dict[str, Any] = {"chat_format": None, "default_system": "Be brief.", "system_prefix": "Date: today\n"}
@@ -413,7 +416,9 @@ def test_tokenizer_json_mistakes(json_folder: Path) -> None:
     with pytest.raises(TokenizerError, match=r"has no token '<end>', which tokenizer_config.json calls eos_token"):
         Tokenizer(path)
     config.write_text("[]")
-    with pytest.raises(TokenizerError, match=r"which names the special tokens, cannot be read: it holds no object"):
+    with pytest.raises(
+        TokenizerError, match=r"which names the special tokens, cannot be read: it does not hold an object"
+    ):
         Tokenizer(path)
     path.write_text("{}")
     config.write_text("{}")
@@ -431,7 +436,7 @@ def test_the_demo_tokenizer_encodes_the_golden_prompts(demo: Path, smollm2: dict
         assert tokenizer.decode(completion["tokens"]) == completion["text"]
 
 
-def test_ids_may_have_holes(json_folder: Path) -> None:
+def test_unused_ids_have_no_text(json_folder: Path) -> None:
     path = json_folder / "tokenizer.json"
     content = json.loads(path.read_text())
     content["added_tokens"][-1]["id"] = content["model"]["vocab"]["<|im_end|>"] = 300
@@ -442,8 +447,8 @@ def test_ids_may_have_holes(json_folder: Path) -> None:
     assert tokenizer.decode([*letter, 280, *letter, 299]) == joined(tokenizer, [*letter, 280, *letter, 299]) == "aa"
 
 
-def test_eos_is_special_whatever_the_file_says(json_folder: Path) -> None:
-    """Phi-3's </s> is marked as plain text, and its special tokens swallow the white space behind them."""
+def test_eos_is_special_even_if_the_file_does_not_mark_it(json_folder: Path) -> None:
+    """Phi-3's </s> is not marked special, and its special tokens drop the white space after them."""
     path = json_folder / "tokenizer.json"
     content = json.loads(path.read_text())
     content["added_tokens"][-1] |= {"special": False, "rstrip": True}
@@ -455,7 +460,7 @@ def test_eos_is_special_whatever_the_file_says(json_folder: Path) -> None:
     assert 258 not in ids[:-1] and tokenizer.decode(ids) == "a<|im_end|> b"
 
 
-def test_bos_by_the_template_where_the_config_does_not_say(json_folder: Path) -> None:
+def test_bos_is_added_if_the_post_processor_adds_it(json_folder: Path) -> None:
     from tokenizers import processors
 
     path, config_path = json_folder / "tokenizer.json", json_folder / "tokenizer_config.json"
@@ -470,8 +475,8 @@ def test_bos_by_the_template_where_the_config_does_not_say(json_folder: Path) ->
     model.save(str(path))
     assert Tokenizer(path).adds_bos
     config_path.write_text(json.dumps(config | {"add_bos_token": False}))
-    assert Tokenizer(path).adds_bos  # as transformers, which asks the file alone
-    config_path.write_text(json.dumps({"add_bos_token": True}))  # and no BOS at all
+    assert Tokenizer(path).adds_bos  # as in transformers, which uses only the post-processor
+    config_path.write_text(json.dumps({"add_bos_token": True}))  # but no bos_token
     assert not Tokenizer(path).adds_bos
 
 

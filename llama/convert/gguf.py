@@ -30,7 +30,7 @@ from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import sentencepiece_model
 from llama.model import rotary_angles
 from llama.params import ModelArgs
-from llama.tokenizer import LLAMA3_SPLIT
+from llama.vocabulary.tiktoken_ranks import LLAMA3_SPLIT
 
 NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": "norm.weight", OUTPUT: OUTPUT}
 LAYER_NAMES = {

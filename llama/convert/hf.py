@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from llama.chat.formats import for_tokenizer
+from llama.chat.formats import find_chat_format
 from llama.checkpoint.layout import EMBEDDING, OUTPUT, tensor_shapes, without_layer
 from llama.checkpoint.shards import open_tensors
 from llama.checkpoint.zip_integrity import damaged_records, read_zip
@@ -440,7 +440,7 @@ def write(source: Source, folder: Path, dtypes: dict[str, torch.dtype], shards: 
         tokenizer = Tokenizer(path, use_scaled_rope=args.use_scaled_rope)
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
         ids = {name: None if value == -1 else value for name, value in ids.items()}
-        dialogs = for_tokenizer(tokenizer)
+        dialogs = find_chat_format(tokenizer)
         stops = tokenizer.stop_tokens | (dialogs.stop_tokens if dialogs else set())
     _write_json(folder / "config.json", _config(source, dtypes[EMBEDDING]) | ids)
     _write_json(folder / "generation_config.json", ids | {"eos_token_id": sorted(stops) or None})

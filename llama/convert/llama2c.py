@@ -23,7 +23,7 @@ from llama.convert.params import feed_forward_params, head_params
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import read_llama2c, sentencepiece_model
 from llama.params import ModelArgs
-from llama.tokenizer import check_size
+from llama.vocabulary.backend import check_size
 
 MAGIC = b"24ka"  # "ak42" as a little-endian number
 HEADER = 256  # bytes before the data in versions 1 and 2

@@ -11,7 +11,8 @@ from typing import Any
 
 from llama.convert.meta import ConvertError
 from llama.convert.template import TEMPLATES
-from llama.tokenizer import LLAMA3_SPLIT, Tokenizer, read_ranks
+from llama.tokenizer import Tokenizer
+from llama.vocabulary.tiktoken_ranks import LLAMA3_SPLIT, read_ranks
 
 Piece = tuple[str, float, int]  # text with U+2581 for spaces, score, type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's types, which are GGUF's too

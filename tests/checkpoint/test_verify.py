@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from helpers.commands import call
 from helpers.faults import (
     DENIED,
     FAULTS,
@@ -56,7 +57,7 @@ def copy(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]
 def test_a_whole_folder_passes(
     name: str, shards: int, checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verify(str(checkpoint(name, shards)))
+    call(verify, str(checkpoint(name, shards)))
     *notes, last = capsys.readouterr().out.splitlines()
     assert last.startswith("OK: ") and "tokenizer.model with 512 ids" in last and f"{shards} shard" in last
     assert len(notes) == 1 and "no checklist.chk in" in notes[0]
@@ -348,13 +349,13 @@ def test_a_tokenizer_of_another_size(copy: Callable[..., Path], tmp_path: Path) 
 
 def test_no_folder_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere does not exist: give the folder with"):
-        verify(str(tmp_path / "nowhere"))
+        call(verify, str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text("{}")
     assert any("is a Hugging Face folder" in line for line in check_folder(tmp_path).problems)
 
 
 def test_the_demo_passes(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    verify(str(demo))
+    call(verify, str(demo))
     note, line = capsys.readouterr().out.splitlines()
     assert note == "note: no file has output.weight: the embedding is used as the output too"
     assert "4 files against their listed hashes" in line and "1 shard of 272 tensors" in line

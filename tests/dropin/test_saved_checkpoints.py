@@ -185,7 +185,7 @@ def test_answers_are_those_of_the_untouched_folder(
     assert last.startswith("llama: 0.2M parameters")
     assert len(notes) == bool(way.said) and all(line.startswith("note: ") and way.said in line for line in notes)
 
-    verify(str(folder))
+    call(verify, str(folder))
     *lines, last = capsys.readouterr().out.splitlines()
     assert last.startswith("OK: ")
     assert [line for line in lines if line in notes] == notes, "verify says it, too"
@@ -551,7 +551,8 @@ def test_a_name_on_the_hub_is_answered_with_its_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command = f"hf download {name} --local-dir checkpoints/{name.split('/')[1]}"
-    for ask in (lambda: Llama.build(name), lambda: call(verify, name), lambda: plan(name), lambda: convert(name, "out")):
+    asks = (lambda: Llama.build(name), lambda: call(verify, name), lambda: plan(name), lambda: convert(name, "out"))
+    for ask in asks:
         with pytest.raises(ValueError) as caught:
             ask()
         assert f"{name} does not exist" in str(caught.value) and str(caught.value).count(command) == 1

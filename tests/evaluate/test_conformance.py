@@ -1,4 +1,4 @@
-"""Kits of vectors: every number of one by another route, and what `compare` says of implementations that are wrong."""
+"""Conformance kits: every number computed a second way, and what `compare` reports for wrong implementations."""
 
 import copy
 import hashlib
@@ -22,12 +22,15 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from golden.make_checkpoint import MODELS, TOKENIZER
 from helpers import plain
-from helpers.commands import Ended, run_command
+from helpers.commands import Ended, call, run_command
 from helpers.paths import ROOT
 from helpers.peers import llama_models_vectors
 from llama import Llama
+from llama.cli.conformance import export
 from llama.convert import convert
-from llama.evaluate.conformance import DIALOGS, LAYER, PROMPTS, STEPS, bound_of, export
+from llama.evaluate.conformance.bounds import error_bound
+from llama.evaluate.conformance.export import DIALOGS, N_NEXT_IDS, PROMPTS
+from llama.evaluate.conformance.layout import LAYER
 
 sys.path.insert(0, str(ROOT / "docs"))
 
@@ -38,13 +41,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @pytest.fixture(scope="module")
 def kit(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """kit(name, dtype="float32"): what `conformance export` writes of a seeded model."""
+    """kit(name, dtype="float32"): the kit of a seeded model, written by `conformance export`."""
     made: dict[tuple[str, str], Path] = {}
 
     def make(name: str, dtype: str = "float32") -> Path:
         if (name, dtype) not in made:
             made[name, dtype] = tmp_path_factory.mktemp("kits") / f"{name}-{dtype}"
-            export(ckpt_dir=str(checkpoint(name)), out=str(made[name, dtype]), dtype=dtype)
+            call(export, ckpt_dir=checkpoint(name), out=made[name, dtype], dtype=dtype)
         return made[name, dtype]
 
     return make
@@ -52,7 +55,7 @@ def kit(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def hugging_face(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """hugging_face(name): a seeded model in Hugging Face's layout."""
+    """hugging_face(name): the folder of a seeded model in Hugging Face's layout."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -66,16 +69,16 @@ def hugging_face(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def theirs(hugging_face: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """theirs(kit, name, spoil=None, dtype="float32"): a transformers model's vectors, after spoil(model)."""
+    """theirs(kit, name, break_model=None, dtype="float32"): a transformers model's side, after break_model(model)."""
 
     def make(
-        kit: Path, name: str, spoil: Callable[[Any], None] | None = None, dtype: str = "float32", **config: Any
+        kit: Path, name: str, break_model: Callable[[Any], None] | None = None, dtype: str = "float32", **config: Any
     ) -> Path:
         folder = hugging_face(name)
         model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **config).eval()
-        if spoil is not None:
+        if break_model is not None:
             with torch.no_grad():
-                spoil(model)
+                break_model(model)
         example.write(model, AutoTokenizer.from_pretrained(folder), kit, tmp_path / "other")
         return tmp_path / "other"
 
@@ -93,21 +96,21 @@ def conformance(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     return run
 
 
-def about(folder: Path) -> dict[str, Any]:
+def kit_json(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "kit.json").read_text())
 
 
 def edit(folder: Path, **changes: Any) -> None:
-    (folder / "kit.json").write_text(json.dumps(about(folder) | changes))
+    (folder / "kit.json").write_text(json.dumps(kit_json(folder) | changes))
 
 
 def change(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], prompt: int | str = 0) -> None:
-    """Change the tensors of a prompt or file; sums, where there are some, follow."""
+    """Edit the tensors of a prompt or file, and update the sums in kit.json if it has any."""
     path = folder / (f"{prompt}.safetensors" if isinstance(prompt, str) else f"prompt-{prompt:02d}.safetensors")
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-    if sums := about(folder).get("sha256"):
+    if sums := kit_json(folder).get("sha256"):
         edit(folder, sha256=sums | {path.name: hashlib.sha256(path.read_bytes()).hexdigest()})
 
 
@@ -118,9 +121,9 @@ def change(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], promp
 def test_every_number_equals_a_plain_float64_forward(
     name: str, kit: Callable[..., Path], checkpoint: Callable[..., Path], measured: Callable[[str, object], None]
 ) -> None:
-    """tests/plain.py shares no code with the package."""
+    """helpers/plain.py shares no code with the package."""
     params, weights = plain.load(checkpoint(name))
-    made, worst, width = about(kit(name)), 0.0, weights["layers.0.feed_forward.w2.weight"].shape[1]
+    made, worst, width = kit_json(kit(name)), 0.0, weights["layers.0.feed_forward.w2.weight"].shape[1]
     assert len(made["prompts"]) == len(PROMPTS) == 3
     for number, prompt in enumerate(made["prompts"]):
         vectors = load_file(kit(name) / f"prompt-{number:02d}.safetensors")
@@ -128,7 +131,7 @@ def test_every_number_equals_a_plain_float64_forward(
         exact = plain.forward(params, weights, ids)
         for i in range(params["n_layers"]):
             exact[f"layers.{i}.cache_k"] = exact[f"layers.{i}.k"]
-        assert prompt["next_ids"] == exact["logits"][-STEPS - 1 : -1].argmax(-1).tolist()
+        assert prompt["next_ids"] == exact["logits"][-N_NEXT_IDS - 1 : -1].argmax(-1).tolist()
         scores = exact["logits"] - np.log(np.exp(exact["logits"]).sum(-1, keepdims=True))
         exact["logprobs"] = scores[range(len(ids) - 1), ids[1:]]
         assert vectors.keys() == exact.keys()
@@ -136,7 +139,7 @@ def test_every_number_equals_a_plain_float64_forward(
             assert found.dtype == torch.float32 and found.shape == exact[key].shape
             layer, quantity = (int(key.split(".")[1]), key.split(".")[2]) if "." in key else (params["n_layers"], key)
             largest = np.abs(exact[key]).max() + (np.abs(exact["logits"]).max() if key == "logprobs" else 0)
-            bound = bound_of(quantity, layer, "float32", width) * largest
+            bound = error_bound(quantity, layer, "float32", width) * largest
             worst = max(worst, float(np.abs(found.double().numpy() - exact[key]).max() / bound))
     measured(f"kit to float64, {name}, worst part of a bound", worst)
     assert worst <= 1
@@ -144,9 +147,9 @@ def test_every_number_equals_a_plain_float64_forward(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_rope_rows_at_far_positions(name: str, kit: Callable[..., Path], checkpoint: Callable[..., Path]) -> None:
-    """Angles are float32: a few of their last bits are wrong, 2^-22 radians a position."""
+    """Angles are computed in float32, with an error of up to 2^-22 radians per position."""
     params = plain.load(checkpoint(name))[0]
-    positions = about(kit(name))["rope_positions"]
+    positions = kit_json(kit(name))["rope_positions"]
     assert {0, 1, 4095, 8191, 131071} <= set(positions)
     rows = load_file(kit(name) / "rope.safetensors")
     angles = np.outer(positions, plain.frequencies(params, params["dim"] // params["n_heads"]))
@@ -157,7 +160,7 @@ def test_rope_rows_at_far_positions(name: str, kit: Callable[..., Path], checkpo
 
 def test_rope_rows_are_the_models_own(kit: Callable[..., Path], build: Callable[..., Llama]) -> None:
     model = build("llama31", max_seq_len=8192).model
-    positions = [p for p in about(kit("llama31"))["rope_positions"] if p < 8192]
+    positions = [p for p in kit_json(kit("llama31"))["rope_positions"] if p < 8192]
     rows = load_file(kit("llama31") / "rope.safetensors")
     assert torch.equal(rows["rope.cos"][: len(positions)], model.freqs_cis.real[positions])
     assert torch.equal(rows["rope.sin"][: len(positions)], model.freqs_cis.imag[positions])
@@ -165,7 +168,7 @@ def test_rope_rows_are_the_models_own(kit: Callable[..., Path], build: Callable[
 
 def test_ids_of_texts_and_dialogs(kit: Callable[..., Path]) -> None:
     pieces = SentencePieceProcessor(model_file=str(TOKENIZER))
-    made = about(kit("mha"))
+    made = kit_json(kit("mha"))
     assert [prompt["text"] for prompt in made["prompts"]] == list(PROMPTS)
     assert [prompt["ids"] for prompt in made["prompts"]] == [[1, *pieces.encode(text)] for text in PROMPTS]
     assert made["chat_format"] == "llama2" and [d["messages"] for d in made["dialogs"]] == [list(d) for d in DIALOGS]
@@ -177,8 +180,8 @@ def test_ids_of_texts_and_dialogs(kit: Callable[..., Path]) -> None:
     ]
 
 
-def test_a_kit_says_what_it_is(kit: Callable[..., Path]) -> None:
-    made = about(kit("llama31"))
+def test_kit_json_describes_the_model(kit: Callable[..., Path]) -> None:
+    made = kit_json(kit("llama31"))
     assert (made["format"], made["version"], made["dtype"]) == ("llama-conformance", 1, "float32")
     sizes = {"dim": 128, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": 16, "vocab_size": 512}
     rope = {"rope_theta": 500000.0, "use_scaled_rope": True, "rope_scaling_factor": 8.0, "rope_linear_factor": None}
@@ -212,13 +215,16 @@ def test_prompts_of_a_file_come_after_the_built_in_ones(
     (tmp_path / "texts").write_text("One more\n\n  and\u2028another  \r\n", "utf-8", newline="")
     words = ("export", "--ckpt_dir", checkpoint("mha"), "--out", tmp_path / "kit", "--prompts", tmp_path / "texts")
     assert conformance(*words, "--dtype", "bfloat16").status == 0
-    assert [prompt["text"] for prompt in about(tmp_path / "kit")["prompts"][3:]] == ["One more", "  and\u2028another  "]
+    assert [prompt["text"] for prompt in kit_json(tmp_path / "kit")["prompts"][3:]] == [
+        "One more",
+        "  and\u2028another  ",
+    ]
     vectors = load_file(tmp_path / "kit" / "prompt-04.safetensors")
     assert vectors["layers.1.q"].dtype == torch.bfloat16 and vectors["logits"].dtype == torch.float32
-    assert len(vectors["norm"]) == len(about(tmp_path / "kit")["prompts"][4]["ids"]) + STEPS
+    assert len(vectors["norm"]) == len(kit_json(tmp_path / "kit")["prompts"][4]["ids"]) + N_NEXT_IDS
 
 
-def test_what_export_refuses(
+def test_mistakes_of_export(
     checkpoint: Callable[..., Path],
     conformance: Callable[..., Ended],
     tmp_path: Path,
@@ -229,24 +235,26 @@ def test_what_export_refuses(
     ended = conformance(*words, tmp_path / "there")
     assert (ended.status, ended.err) == (
         1,
-        f"error: {tmp_path / 'there'} exists and is left as it is: name another folder\n",
+        f"error: {tmp_path / 'there'} exists and is left unchanged: name another folder\n",
     )
     ended = conformance(*words, tmp_path / "new", "--max_seq_len", 10)
-    assert ended.status == 1 and "but max_seq_len is 10: give --max_seq_len" in ended.err.splitlines()[-1]
+    assert ended.status == 1 and "and max_seq_len is 10: give --max_seq_len" in ended.err.splitlines()[-1]
     ended = conformance(*words, tmp_path / "new", "--prompts", tmp_path / "none")
     assert ended.status == 1 and "does not exist: name a text file" in ended.err
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     ended = conformance(*words, tmp_path / "new")
-    assert ended.status == 1 and ended.err.startswith("error: 2 ranks are running: vectors are exported by one")
+    assert ended.status == 1 and ended.err.startswith(
+        "error: 2 ranks are running, but export needs one: start it without torchrun"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 def test_a_model_that_overflows_gives_no_kit(
     checkpoint: Callable[..., Path], conformance: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    """Gates and values of some hundreds each: their product is more than float16 holds."""
+    """Gate and up projections in the hundreds: their product overflows float16."""
     shutil.copytree(checkpoint("mha"), tmp_path / "mha")
     weights = torch.load(tmp_path / "mha" / "consolidated.00.pth", weights_only=True)
     for name in ("w1", "w3"):
@@ -260,7 +268,7 @@ def test_a_model_that_overflows_gives_no_kit(
     assert conformance(*words).status == 0
 
 
-# Implementations that are right -------------------------------------------------------------------
+# Correct implementations --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -276,7 +284,7 @@ def test_transformers_agrees(
     conformance: Callable[..., Ended],
     measured: Callable[[str, object], None],
 ) -> None:
-    """Through the worked example, every quantity; a kit of the same dtype, and the float32 one."""
+    """All quantities of docs/conformance_transformers.py, against a kit of the same dtype and one in float32."""
     ended = conformance("compare", kit(name, of), theirs(kit(name, of), name, dtype=dtype), "--json")
     found = json.loads(ended.out)
     assert ended.status == 0 and found["ok"] and found["first"] is None and found["not_compared"] == []
@@ -285,7 +293,7 @@ def test_transformers_agrees(
     part = found["errors"][worst]["of_bound"]
     measured(f"transformers in {dtype} to a kit in {of}, {name}, worst part of a bound ({worst})", part)
     assert part <= 1
-    assert dtype == "float32" or found["errors"]["logits"]["error"] > 1e-5  # it did run in 16 bits
+    assert dtype == "float32" or found["errors"]["logits"]["error"] > 1e-5  # it was computed in 16 bits
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -299,7 +307,7 @@ def test_llama_models_agrees(
     measured: Callable[[str, object], None],
 ) -> None:
     build("mha", max_seq_len=8, max_batch_size=1)  # sets up fairscale's groups
-    made = about(kit(name))
+    made = kit_json(kit(name))
     for number, prompt in enumerate(made["prompts"]):
         vectors = llama_models_vectors(checkpoint(name), prompt["ids"], prompt["next_ids"])
         save_file(vectors, tmp_path / f"prompt-{number:02d}.safetensors")
@@ -337,7 +345,7 @@ def test_the_demo_model_through_the_example_as_a_script(
     assert worst <= 1
 
 
-# Implementations that are wrong -------------------------------------------------------------------
+# Wrong implementations ----------------------------------------------------------------------------
 
 
 def theta(model: Any) -> None:
@@ -347,7 +355,7 @@ def theta(model: Any) -> None:
 
 
 def times(path: str, factor: float) -> Callable[[Any], None]:
-    """A row of one weight is a little larger."""
+    """Multiply one row of a weight."""
     return lambda model: model.get_parameter(path)[3].mul_(factor)
 
 
@@ -356,10 +364,10 @@ def bos(model: Any) -> None:
 
 
 def epsilon(path: str) -> Callable[[Any], None]:
-    def spoil(model: Any) -> None:
+    def damage(model: Any) -> None:
         model.get_submodule(path).variance_epsilon = 1e-3
 
-    return spoil
+    return damage
 
 
 def sees_the_future(model: Any) -> None:
@@ -388,8 +396,8 @@ FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
 def test_a_fault_is_named(
     fault: str, kit: Callable[..., Path], theirs: Callable[..., Path], conformance: Callable[..., Ended]
 ) -> None:
-    spoil, where = FAULTS[fault]
-    ended = conformance("compare", kit("mha"), theirs(kit("mha"), "mha", spoil))
+    damage, where = FAULTS[fault]
+    ended = conformance("compare", kit("mha"), theirs(kit("mha"), "mha", damage))
     (line,) = ended.out.splitlines()
     assert ended.status == 1 and line.startswith(f"DIVERGES: {where}") and line.endswith(" (float32)"), line
 
@@ -398,7 +406,7 @@ def test_a_fault_is_named(
 def test_theta_is_found_without_rope_rows(
     dtype: str, kit: Callable[..., Path], theirs: Callable[..., Path], conformance: Callable[..., Ended]
 ) -> None:
-    """Position 0 is not turned at all; in float32 the next one is found."""
+    """RoPE leaves position 0 unchanged, so position 1 is the first that differs, in float32."""
     other = theirs(kit("mha"), "mha", theta, dtype)
     (other / "rope.safetensors").unlink()
     note, line = conformance("compare", kit("mha"), other).out.splitlines()
@@ -424,15 +432,15 @@ def test_vectors_in_transformers_order_are_found(
 def test_weights_whose_rows_were_not_reordered_are_found(
     which: str, kit: Callable[..., Path], theirs: Callable[..., Path], conformance: Callable[..., Ended]
 ) -> None:
-    """As a converter leaves them that forgets the permutation: Meta's order in a model that turns halves."""
+    """A converter that forgets the permutation leaves Meta's order in a model that rotates halves of a head."""
 
-    def spoil(model: Any) -> None:
+    def damage(model: Any) -> None:
         for layer in model.model.layers:
             weight = layer.self_attn.get_parameter(f"{which}_proj.weight")
             rows = example.interleaved(weight.unflatten(0, (-1, model.config.head_dim)).transpose(-1, -2))
             weight.copy_(rows.transpose(-1, -2).flatten(0, 1))
 
-    ended = conformance("compare", kit("gqa"), theirs(kit("gqa"), "gqa", spoil))
+    ended = conformance("compare", kit("gqa"), theirs(kit("gqa"), "gqa", damage))
     assert ended.status == 1 and ended.out.startswith(f"DIVERGES: layers.0.{which}, prompt 0 ")
 
 
@@ -446,24 +454,24 @@ def test_a_shifted_cache_is_found(
     conformance: Callable[..., Ended],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The prompt is right; the steps find the keys of layer 1 one place further on. Without the cache's contents, the
-    first step's attention tells."""
+    """The prompt is computed correctly, then the cached keys of layer 1 move by one position. If the other side has no
+    cache tensors, the attention of the first decode step differs."""
     made: Any = example.DynamicCache
 
-    def shifted(**kwargs: Any) -> Any:
+    def shifted_cache(**kwargs: Any) -> Any:
         cache = made(**kwargs)
         update = cache.layers[1].update
 
-        def moving(keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def shifted_update(keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if keys.shape[2] == 1 and cache.layers[1].keys.shape[2] == length:
                 cache.layers[1].keys = cache.layers[1].keys.roll(1, dims=2)
             return update(keys, values, *args, **kwargs)
 
-        cache.layers[1].update = moving
+        cache.layers[1].update = shifted_update
         return cache
 
-    monkeypatch.setattr(example, "DynamicCache", shifted)
-    length = len(about(kit("mha", dtype))["prompts"][0]["ids"])
+    monkeypatch.setattr(example, "DynamicCache", shifted_cache)
+    length = len(kit_json(kit("mha", dtype))["prompts"][0]["ids"])
     other = theirs(kit("mha", dtype), "mha", dtype=dtype)
     if lacking == "cache":
         for prompt in range(3):
@@ -482,7 +490,7 @@ def test_other_ids_are_found(
     kit: Callable[..., Path], theirs: Callable[..., Path], conformance: Callable[..., Ended]
 ) -> None:
     other = theirs(kit("mha"), "mha")
-    made = about(other)
+    made = kit_json(other)
     prompts, dialogs = copy.deepcopy(made["prompts"]), copy.deepcopy(made["dialogs"])
     dialogs[2]["ids"][4] += 1
     edit(other, dialogs=dialogs)
@@ -494,10 +502,10 @@ def test_other_ids_are_found(
     edit(other, prompts=prompts)
     ended = conformance("compare", kit("mha"), other)
     n = len(made["prompts"][1]["ids"])
-    assert ended.out == f"DIVERGES: prompt 1 {PROMPTS[1]!r}, id {n} is 0, expected no more\n"
+    assert ended.out == f"DIVERGES: prompt 1 {PROMPTS[1]!r}, id {n} is 0, expected no id\n"
     prompts[1]["ids"] = prompts[1]["ids"][: n - 1]
     edit(other, prompts=prompts)
-    assert f", id {n - 1} is no more, expected " in conformance("compare", kit("mha"), other).out
+    assert f", id {n - 1} is missing, expected " in conformance("compare", kit("mha"), other).out
 
 
 # Compare itself -----------------------------------------------------------------------------------
@@ -505,7 +513,7 @@ def test_other_ids_are_found(
 
 @pytest.fixture
 def copied(kit: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """copied(dtype): another side that is the kit of mha, bit for bit, said to be of this dtype."""
+    """copied(dtype): another side, a copy of the kit of mha whose kit.json names this dtype."""
 
     def make(dtype: str = "float32") -> Path:
         shutil.copytree(kit("mha"), tmp_path / "copy")
@@ -520,7 +528,7 @@ FIRST_LAYER = {"float32": 2 * math.sqrt(192) * 2**-24, "bfloat16": 2**-5, "float
 
 
 def bound(name: str, dtype: str, vectors: dict[str, torch.Tensor]) -> float:
-    """As docs/conformance.md says; mha has 3 layers, and 192 gates in each."""
+    """From docs/conformance.md. mha has 3 layers and a hidden_dim of 192."""
     largest = float(vectors[name].abs().max())
     if name == "embedding":
         return 2 * ROUNDED[dtype] * largest
@@ -535,10 +543,10 @@ def bound(name: str, dtype: str, vectors: dict[str, torch.Tensor]) -> float:
     "name",
     ["embedding", "norm", "logits", "logprobs", *(f"layers.{i}.{name}" for i in (0, 2) for name in LAYER)],
 )
-def test_bounds_are_those_of_the_page(
+def test_bounds_are_those_of_the_documentation(
     name: str, dtype: str, kit: Callable[..., Path], copied: Callable[..., Path], conformance: Callable[..., Ended]
 ) -> None:
-    """A number that is off by 0.99 of the bound passes, by 1.01 it does not: the last one of the last prompt."""
+    """The last number of the last prompt: an error of 0.99 of the bound passes, one of 1.01 does not."""
     other = copied(dtype)
     limit = bound(name, dtype, load_file(kit("mha") / "prompt-02.safetensors"))
 
@@ -571,7 +579,7 @@ def test_bounds_of_rope_rows(
 ) -> None:
     other = copied(dtype)
     edit(other, sha256={})
-    position = about(other)["rope_positions"][row]
+    position = kit_json(other)["rope_positions"][row]
     limit = 2 * ROUNDED[dtype] + position * 2**-21
     rows = load_file(other / "rope.safetensors")
     for part, status in ((0.99, 0), (1.01, 1)):
@@ -586,7 +594,7 @@ def test_bounds_of_rope_rows(
 def test_the_first_in_the_order_of_computation_is_named(
     kit: Callable[..., Path], copied: Callable[..., Path], conformance: Callable[..., Ended]
 ) -> None:
-    """Errors are added from the end: each comes before those that are there already."""
+    """Errors are added in reverse order: each new one comes before those already there."""
     other = copied()
     places = [
         ("logprobs", 0, (2,), "logprobs, prompt 0 {}, position 2 is "),
@@ -616,7 +624,7 @@ def test_the_first_in_the_order_of_computation_is_named(
         assert ended.status == 1 and ended.out.startswith(f"DIVERGES: {where.format(text)}"), (name, ended.out)
 
 
-def test_of_a_position_the_worst_number_is_named(
+def test_the_largest_error_of_a_position_is_named(
     kit: Callable[..., Path], copied: Callable[..., Path], conformance: Callable[..., Ended]
 ) -> None:
     other = copied()
@@ -630,7 +638,7 @@ def test_of_a_position_the_worst_number_is_named(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_are_far(
+def test_numbers_that_are_not_finite_diverge(
     value: float, kit: Callable[..., Path], copied: Callable[..., Path], conformance: Callable[..., Ended]
 ) -> None:
     other = copied()
@@ -643,11 +651,11 @@ def test_numbers_that_are_not_finite_are_far(
     assert found["errors"]["k"] == {"error": None, "of_bound": None}
 
 
-def test_fewer_quantities_are_said(
+def test_missing_quantities_are_listed(
     kit: Callable[..., Path], copied: Callable[..., Path], conformance: Callable[..., Ended]
 ) -> None:
     other = copied()
-    made = about(other)
+    made = kit_json(other)
     for prompt in made["prompts"]:
         del prompt["ids"]
     edit(other, sha256={}, dialogs=[], prompts=made["prompts"])
@@ -667,17 +675,17 @@ def test_fewer_quantities_are_said(
 def test_nothing_to_compare_is_an_error(
     kit: Callable[..., Path], conformance: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    texts = [{"text": prompt["text"], "next_ids": prompt["next_ids"]} for prompt in about(kit("mha"))["prompts"]]
+    texts = [{"text": prompt["text"], "next_ids": prompt["next_ids"]} for prompt in kit_json(kit("mha"))["prompts"]]
     made = {"format": "llama-conformance", "version": 1, "dtype": "float32", "prompts": texts}
     (tmp_path / "kit.json").write_text(json.dumps(made))
     ended = conformance("compare", kit("mha"), tmp_path)
-    assert ended.status == 1 and f"error: {tmp_path} has nothing of what the kit has" in ended.err and not ended.out
+    assert ended.status == 1 and f"error: {tmp_path} has nothing to compare with the kit" in ended.err and not ended.out
 
 
-def test_a_bound_is_made_of_finite_numbers(
+def test_the_kits_logits_must_be_finite(
     kit: Callable[..., Path], copied: Callable[..., Path], conformance: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    """That of logprobs depends on the kit's logits, which the other side may lack."""
+    """The bound of logprobs depends on the kit's logits, even if the other side has none."""
     folder = copied()
     shutil.copytree(folder, tmp_path / "other")
     edit(tmp_path / "other", sha256={})
@@ -705,20 +713,20 @@ def shape(tensors: dict[str, torch.Tensor]) -> None:
     tensors["layers.0.q"] = tensors["layers.0.q"].flatten(1)
 
 
-def whole(tensors: dict[str, torch.Tensor]) -> None:
+def as_integers(tensors: dict[str, torch.Tensor]) -> None:
     tensors["norm"] = tensors["norm"].long()
 
 
-def misspelt(tensors: dict[str, torch.Tensor]) -> None:
+def misnamed(tensors: dict[str, torch.Tensor]) -> None:
     tensors["layer.0.q"] = tensors.pop("layers.0.q")
 
 
-def imaginary(tensors: dict[str, torch.Tensor]) -> None:
+def as_complex(tensors: dict[str, torch.Tensor]) -> None:
     tensors["norm"] = tensors["norm"].to(torch.complex64)
 
 
 def sized(folder: Path, **sizes: Any) -> None:
-    edit(folder, params=about(folder)["params"] | sizes)
+    edit(folder, params=kit_json(folder)["params"] | sizes)
 
 
 def one_row(tensors: dict[str, torch.Tensor]) -> None:
@@ -732,7 +740,7 @@ def without_columns(folder: Path) -> None:
 
 def long_json(folder: Path) -> None:
     with (folder / "kit.json").open("r+b") as file:
-        file.truncate(2**40)  # bytes that are nowhere
+        file.truncate(2**40)  # a sparse file
 
 
 def pipe(path: Path) -> None:
@@ -741,43 +749,43 @@ def pipe(path: Path) -> None:
 
 
 def prompts(folder: Path, **entry: Any) -> list[Any]:
-    first, *others = about(folder)["prompts"]
+    first, *others = kit_json(folder)["prompts"]
     return [first | entry, *others]
 
 
-# What is wrong with a folder, by whose it is, and what is said of it; itself: of a kit that is compared with itself.
-FOLDERS: list[tuple[str, Callable[[Path], Any], str]] = [
+# (which side is damaged, the damage, a part of the message); "itself": a kit that is compared with itself.
+DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("both", lambda f: (f / "kit.json").unlink(), "kit.json is missing: name a folder that"),
     ("both", lambda f: (f / "kit.json").write_text("{"), "kit.json cannot be read as JSON"),
     ("both", lambda f: (f / "kit.json").write_bytes(b"\xff\xfe"), "kit.json cannot be read as JSON"),
-    ("both", lambda f: (f / "kit.json").write_text("[1]"), "it is no kit"),
+    ("both", lambda f: (f / "kit.json").write_text("[1]"), "it is not a kit"),
     ("both", lambda f: (f / "kit.json").write_text("[" * 100000), "kit.json cannot be read as JSON"),
-    ("both", lambda f: edit(f, format="other"), "it is no kit"),
-    ("both", lambda f: edit(f, version=2), "has version 2 of the layout, this is 1: write it anew"),
+    ("both", lambda f: edit(f, format="other"), "it is not a kit"),
+    ("both", lambda f: edit(f, version=2), "has layout version 2, expected 1: write it again"),
     ("both", lambda f: edit(f, dtype="float8"), "dtype is 'float8', expected float32, bfloat16, float16"),
     ("both", lambda f: edit(f, dtype=["float32"]), "dtype is a list, expected a str"),
     ("both", lambda f: edit(f, prompts={"a": 1}), "prompts is a dict, expected a list"),
     ("both", lambda f: edit(f, prompts=["a"]), "prompts[0] has no 'text'"),
     ("both", lambda f: edit(f, prompts=[{"text": "a"}]), "prompts[0] has no 'next_ids'"),
     ("both", lambda f: edit(f, dialogs=[{"ids": [1]}]), "dialogs[0] has no 'messages'"),
-    ("both", lambda f: edit(f, prompts=prompts(f, ids=[1, "2"])), "ids of prompts[0] is no list of whole numbers"),
-    ("both", lambda f: edit(f, rope_positions=[1.5]), "rope_positions is no list of whole numbers"),
+    ("both", lambda f: edit(f, prompts=prompts(f, ids=[1, "2"])), "ids of prompts[0] is not a list of integers"),
+    ("both", lambda f: edit(f, rope_positions=[1.5]), "rope_positions is not a list of integers"),
     ("both", lambda f: edit(f, sha256={"../x": "0"}), "sha256 names '../x', expected rope.safetensors, prompt-00"),
-    ("both", lambda f: pipe(f / "kit.json"), "kit.json cannot be read as JSON (it is no regular file of at most"),
-    ("both", long_json, "kit.json cannot be read as JSON (it is no regular file of at most 16,777,216 bytes)"),
-    ("both", lambda f: pipe(f / "prompt-01.safetensors"), "prompt-01.safetensors is no regular file"),
-    ("both", lambda f: edit(f, rope_positions=[10**400] * 7), "rope_positions is no list of whole numbers from 0 to"),
-    ("both", lambda f: edit(f, rope_positions=[-(10**9)] * 7), "rope_positions is no list of whole numbers from 0 to"),
-    ("both", lambda f: edit(f, rope_positions=[2**31]), "is no list of whole numbers from 0 to 2,147,483,647"),
-    ("both", lambda f: edit(f, prompts=prompts(f, next_ids=[-1])), "next_ids of prompts[0] is no list of whole"),
-    ("both", lambda f: sized(f, n_layers=10**8), "n_layers is '100000000', expected a whole number from 1 to 9,999"),
-    ("both", lambda f: sized(f, n_layers=10_000), "n_layers is '10000', expected a whole number from 1 to 9,999"),
-    ("both", lambda f: sized(f, hidden_dim=-1), "hidden_dim is '-1', expected a whole number from 1 to 16,777,215"),
-    ("both", lambda f: sized(f, hidden_dim=0), "hidden_dim is '0', expected a whole number from 1 to 16,777,215"),
-    ("both", lambda f: sized(f, hidden_dim=10**400), "hidden_dim is '1000000000000000000000000000000…', expected a"),
-    ("both", lambda f: sized(f, dim=True), "dim is 'true', expected a whole number from 1 to 16,777,215"),
-    ("both", lambda f: sized(f, head_dim=7), "head_dim is '7', expected an even number from 1 to 16,777,215"),
-    ("both", without_columns, "head_dim is '1', expected an even number from 1 to 16,777,215"),
+    ("both", lambda f: pipe(f / "kit.json"), "kit.json cannot be read as JSON (it is not a regular file of at most"),
+    ("both", long_json, "kit.json cannot be read as JSON (it is not a regular file of at most 16,777,216 bytes)"),
+    ("both", lambda f: pipe(f / "prompt-01.safetensors"), "prompt-01.safetensors is not a regular file"),
+    ("both", lambda f: edit(f, rope_positions=[10**400] * 7), "rope_positions is not a list of integers from 0 to"),
+    ("both", lambda f: edit(f, rope_positions=[-(10**9)] * 7), "rope_positions is not a list of integers from 0 to"),
+    ("both", lambda f: edit(f, rope_positions=[2**31]), "is not a list of integers from 0 to 2,147,483,647"),
+    ("both", lambda f: edit(f, prompts=prompts(f, next_ids=[-1])), "next_ids of prompts[0] is not a list of"),
+    ("both", lambda f: sized(f, n_layers=10**8), "n_layers is '100000000', expected an integer from 1 to 9,999"),
+    ("both", lambda f: sized(f, n_layers=10_000), "n_layers is '10000', expected an integer from 1 to 9,999"),
+    ("both", lambda f: sized(f, hidden_dim=-1), "hidden_dim is '-1', expected an integer from 1 to 16,777,215"),
+    ("both", lambda f: sized(f, hidden_dim=0), "hidden_dim is '0', expected an integer from 1 to 16,777,215"),
+    ("both", lambda f: sized(f, hidden_dim=10**400), "hidden_dim is '1000000000000000000000000000000…', expected an"),
+    ("both", lambda f: sized(f, dim=True), "dim is 'true', expected an integer from 1 to 16,777,215"),
+    ("both", lambda f: sized(f, head_dim=7), "head_dim is '7', expected an even integer from 1 to 16,777,215"),
+    ("both", without_columns, "head_dim is '1', expected an even integer from 1 to 16,777,215"),
     ("both", lambda f: change(f, one_row, "rope"), "rope.cos is F32 [1, 4], expected floats [7, 4]"),
     (
         "both",
@@ -785,14 +793,14 @@ FOLDERS: list[tuple[str, Callable[[Path], Any], str]] = [
         "logits is F32 [0, 512], expected",
     ),
     ("both", lambda f: change(f, lambda t: t.update(logits=torch.tensor(1.0))), "logits is F32 [], expected"),
-    ("both", lambda f: change(f, imaginary), "norm is C64 [18, 64], expected floats [18, 64]"),
-    ("both", flipped, "prompt-01.safetensors is damaged, its sha256 is another than kit.json says"),
+    ("both", lambda f: change(f, as_complex), "norm is C64 [18, 64], expected floats [18, 64]"),
+    ("both", flipped, "prompt-01.safetensors is damaged, its sha256 is not the one in kit.json"),
     ("both", lambda f: (f / "rope.safetensors").unlink(), "rope.safetensors cannot be read"),
-    ("both", lambda f: change(f, misspelt), "holds 'layer.0.q', which is no name of the layout"),
+    ("both", lambda f: change(f, misnamed), "holds 'layer.0.q', expected names of the layout, such as 'logprobs'"),
     ("other", cut, "prompt-01.safetensors is damaged or cut off"),
     ("other", lambda f: edit(f, params={"dim": 32}), "is of another model: dim is 32, the kit's 64"),
     ("other", lambda f: edit(f, params={"n_kv_heads": 4}), "is of another model: n_kv_heads is 4, the kit's 8"),
-    ("other", lambda f: edit(f, sha256={}, prompts=about(f)["prompts"][:2]), "has 2 prompts, the kit 3"),
+    ("other", lambda f: edit(f, sha256={}, prompts=kit_json(f)["prompts"][:2]), "has 2 prompts, the kit 3"),
     (
         "other",
         lambda f: edit(f, prompts=prompts(f, text="Hi")),
@@ -804,10 +812,10 @@ FOLDERS: list[tuple[str, Callable[[Path], Any], str]] = [
         "next_ids of prompt 0 is '[1, 2]', in the kit '[",
     ),
     ("other", lambda f: edit(f, prompts=[], sha256={}), "has 0 prompts, the kit 3: write those of the kit"),
-    ("other", lambda f: edit(f, dialogs=about(f)["dialogs"][::-1]), "messages of dialog 0 is '[{"),
+    ("other", lambda f: edit(f, dialogs=kit_json(f)["dialogs"][::-1]), "messages of dialog 0 is '[{"),
     ("other", lambda f: edit(f, rope_positions=[0, 1]), "rope_positions are [0, 1], the kit's [0, 1, 2, "),
     ("both", lambda f: change(f, shape), "layers.0.q is F32 [18, 64], expected floats [18, 8, 8]"),
-    ("both", lambda f: change(f, whole), "norm is I64 ["),
+    ("both", lambda f: change(f, as_integers), "norm is I64 ["),
     ("kit", cut, "is not what `conformance export` writes: the kit comes first"),
     ("kit", lambda f: edit(f, params={}), "is not what `conformance export` writes: the kit comes first"),
     ("kit", lambda f: edit(f, sha256={}), "is not what `conformance export` writes: the kit comes first"),
@@ -816,29 +824,29 @@ FOLDERS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("itself", lambda f: edit(f, rope_positions=[0, 1]), "rope.cos is F32 [7, 4], expected floats [2, 4]"),
     ("kit", lambda f: edit(f, prompts=prompts(f, ids=[])), "kit.json is not what `conformance export` writes"),
     ("kit", lambda f: edit(f, prompts=prompts(f, ids=[1])), "embedding is F32 [18, 64], expected floats [5, 64]"),
-    ("itself", lambda f: sized(f, n_layers=2), "holds 'layers.2.attention', which is no name of the layout"),
-    ("itself", lambda f: sized(f, n_layers=9999), "prompt-00.safetensors lacks layers.3.input: export it anew"),
+    ("itself", lambda f: sized(f, n_layers=2), "holds 'layers.2.attention', expected names of the layout"),
+    ("itself", lambda f: sized(f, n_layers=9999), "prompt-00.safetensors lacks layers.3.input: export it again"),
     (
         "kit",
         lambda f: change(f, lambda t: t["norm"][0, 0].fill_(math.nan)),
         "norm is not finite, so it is no reference",
     ),
-    ("kit", lambda f: change(f, lambda t: t.pop("layers.1.k")), "lacks layers.1.k: export it anew"),
+    ("kit", lambda f: change(f, lambda t: t.pop("layers.1.k")), "lacks layers.1.k: export it again"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("whose", "number"),
-    [(whose, n) for n, (of, _, _) in enumerate(FOLDERS) for whose in (("kit", "other") if of == "both" else (of,))],
+    ("side", "number"),
+    [(side, n) for n, (of, _, _) in enumerate(DAMAGES) for side in (("kit", "other") if of == "both" else (of,))],
 )
-def test_a_folder_that_is_wrong_is_named_in_one_line(
-    whose: str, number: int, kit: Callable[..., Path], copied: Callable[..., Path], conformance: Callable[..., Ended]
+def test_a_damaged_folder_is_named_in_one_line(
+    side: str, number: int, kit: Callable[..., Path], copied: Callable[..., Path], conformance: Callable[..., Ended]
 ) -> None:
-    _, spoil, message = FOLDERS[number]
+    _, damage, message = DAMAGES[number]
     folder = copied()
-    spoil(folder)
+    damage(folder)
     sides = {"kit": (folder, kit("mha")), "other": (kit("mha"), folder), "itself": (folder, folder)}
-    ended = conformance("compare", *sides[whose])
+    ended = conformance("compare", *sides[side])
     (line,) = ended.err.splitlines()
     assert ended.status == 1 and line.startswith(f"error: {folder}") and message in line and not ended.out, line
 
@@ -846,7 +854,7 @@ def test_a_folder_that_is_wrong_is_named_in_one_line(
 def test_without_safetensors(
     kit: Callable[..., Path], conformance: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama.evaluate.conformance.find_spec", lambda name: None)
+    monkeypatch.setattr("llama.evaluate.conformance.kit.find_spec", lambda name: None)
     ended = conformance("compare", kit("mha"), kit("mha"))
     assert ended.err == "error: kits need the Python package safetensors: pip install 'llama-runner[convert]'\n"
 

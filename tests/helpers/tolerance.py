@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llama import Llama
-from llama.evaluate.conformance import bound_of
+from llama.evaluate.conformance.bounds import error_bound
 
 BFLOAT16 = 2.0**-8  # the largest error that rounding makes of a number of size 1
 FLOAT32 = 2.0**-24
@@ -36,4 +36,4 @@ def near(llama: Llama, expected: torch.Tensor, dtype: str = "float32") -> float:
     """Of final states or logits of a model that was computed in this dtype."""
     layers: Any = llama.model.layers
     hidden_dim = layers[0].feed_forward.w2.weight.shape[1]
-    return bound_of("logits", len(layers), dtype, hidden_dim) * float(expected.abs().max())
+    return error_bound("logits", len(layers), dtype, hidden_dim) * float(expected.abs().max())

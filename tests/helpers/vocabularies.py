@@ -1,4 +1,4 @@
-"""Small vocabularies of every kind, and texts to try them on."""
+"""Small vocabularies of every kind, and texts to encode with them."""
 
 import base64
 import random
@@ -13,7 +13,7 @@ from llama.convert.vocab import NORMAL, USER_DEFINED, _pieces, sentencepiece_mod
 INFILLING = ["\u2581<PRE>", "\u2581<MID>", "\u2581<SUF>", "\u2581<EOT>"]  # ids 508 to 511
 
 
-ALPHABETS = [  # what tokenizers treat each in its own way
+ALPHABETS = [  # characters that tokenizers treat differently
     " ab\n\t\r",
     "etaoinshrdlu ,.'",
     "0123456789.,- ",
@@ -28,31 +28,31 @@ ALPHABETS = [  # what tokenizers treat each in its own way
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
-    """Short texts, each of one alphabet, of runs of its characters, or of any characters at all."""
-    draw = random.Random(seed)
+    """Short texts: runs of characters of one alphabet, random characters of one, or any characters."""
+    rng = random.Random(seed)
     texts = []
     for i in range(count):
         alphabet = ALPHABETS[i % len(ALPHABETS)]
         if i % 3 == 0:
-            texts.append("".join(draw.choice(alphabet) * draw.randint(1, 40) for _ in range(draw.randint(0, 5))))
+            texts.append("".join(rng.choice(alphabet) * rng.randint(1, 40) for _ in range(rng.randint(0, 5))))
         elif i % 3 == 1:
-            texts.append("".join(draw.choices(alphabet, k=draw.randint(0, 50))))
+            texts.append("".join(rng.choices(alphabet, k=rng.randint(0, 50))))
         else:
-            codes = [draw.choice([draw.randint(0, 0xD7FF), draw.randint(0xE000, 0x10FFFF)]) for _ in range(20)]
-            texts.append("".join(chr(code) + draw.choice(["", " ", "a"]) for code in codes))
+            codes = [rng.choice([rng.randint(0, 0xD7FF), rng.randint(0xE000, 0x10FFFF)]) for _ in range(20)]
+            texts.append("".join(chr(code) + rng.choice(["", " ", "a"]) for code in codes))
     return texts
 
 
 def write_infilling(path: Path) -> Path:
-    """tok512 with the infilling pieces in place of its last four."""
+    """tok512 with its last four pieces replaced by the infilling pieces."""
     pieces = _pieces(TOKENIZER.read_bytes())[:-4] + [(name, -1000.0 - i, NORMAL) for i, name in enumerate(INFILLING)]
     path.write_bytes(sentencepiece_model(pieces))
     return path
 
 
 def write_step(path: Path, source: Path = TOKENIZER, extra: int = 0, dummy_prefix: bool = False) -> Path:
-    """A vocabulary whose last id is <step>, in place of the source's last or behind `extra` - 1 other new pieces. Code
-    Llama 70B's puts no space before a text."""
+    """A vocabulary whose last id is <step>. It replaces the source's last piece, or, with `extra`, follows `extra` - 1
+    other new pieces. dummy_prefix: whether a space goes before texts; Code Llama 70B's adds none."""
     pieces = _pieces(source.read_bytes())
     pieces = pieces + [(f"<new{i}>", -1e6, NORMAL) for i in range(extra - 1)] if extra else pieces[:-1]
     path.write_bytes(sentencepiece_model([*pieces, ("<step>", 0.0, USER_DEFINED)], add_dummy_prefix=dummy_prefix))
@@ -64,14 +64,14 @@ def plain(path: Path) -> SentencePieceProcessor:
 
 
 def write_ranks(path: Path, *tokens: bytes) -> Path:
-    """A rank file of all bytes, the last first, and these tokens."""
-    every = [*(bytes([byte]) for byte in reversed(range(256))), *tokens]
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(every)))
+    """A rank file of all bytes, in descending order, and these tokens."""
+    all_tokens = [*(bytes([byte]) for byte in reversed(range(256))), *tokens]
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(all_tokens)))
     return path
 
 
 def byte_fallback_tokenizer(folder: Path) -> Tokenizer:
-    """A tokenizer.json as Hugging Face writes Llama 2's: 256 bytes, pieces with U+2581 for a space."""
+    """A tokenizer.json like Hugging Face's of Llama 2: 256 bytes, and pieces with U+2581 for spaces."""
     from tokenizers import Tokenizer as Writer
     from tokenizers import decoders, models
 
