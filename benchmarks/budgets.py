@@ -3,9 +3,9 @@ and Meta's implementation. Writes docs/accuracy.md.
 
     python benchmarks/budgets.py --ckpt_dir checkpoints/smollm2-135m-instruct --out docs/accuracy.md
 
-What is exact: the numpy forward of tests/helpers/plain.py, which shares no code with the package, on the weights as the
-files store them. A second route, transformers with its float32 parts replaced by float64 ones, must give the same logits
-to 1e-9, or nothing is written. (`benchmarks/accuracy.py` is about fewer bits alone: the whole text, random weights,
+What is exact: the numpy forward of tests/plain.py, which shares no code with the package, on the weights as the files
+store them. A second route, transformers with its float32 parts replaced by float64 ones, must give the same logits to
+1e-9, or nothing is written. (`benchmarks/accuracy.py` is about fewer bits alone: the whole text, random weights,
 llama.cpp.) Needs '.[test]'. A quarter of an hour on two cores.
 """
 
@@ -296,8 +296,8 @@ Written by `{words}` on {date.today()}, in {minutes:.0f} minutes: {processor()},
 (with several ranks one each), Python {platform.python_version()}, {versions}.
 Change the script, not this page.
 
-Errors are distances from a float64 forward of the weights as the files store them: `tests/helpers/plain.py`, numpy, no
-code shared. A second float64 route, transformers with its float32 parts replaced, has its logits to {agreement:.0e}.
+Errors are distances from a float64 forward of the weights as the files store them: `tests/plain.py`, numpy, no code
+shared. A second float64 route, transformers with its float32 parts replaced, has its logits to {agreement:.0e}.
 Logits here have a standard deviation of {float(logits.std()):.2f}, the largest is {float(logits.abs().max()):.1f}.
 
 {len(texts)} texts of {PROMPT} ids (`{TEXT.name}`) are computed at once; then each goes on with the {STEPS} ids that
