@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from llama.accelerate.executor import Executor, can_compile
+from llama.accelerate.compiled import can_compile
+from llama.accelerate.executor import Executor
 from llama.accelerate.native import release_freed_memory
 from llama.accelerate.quantized_weight import held_bytes, quantize_part
 from llama.chat.formats import ChatFormat, find_chat_format

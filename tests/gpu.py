@@ -31,7 +31,7 @@ from llama import Llama  # noqa: E402
 from llama.checkpoint.folder import Checkpoint  # noqa: E402
 from llama.checkpoint.layout import OUTPUT  # noqa: E402
 from llama.cli import bench  # noqa: E402
-from llama.memory.plan import sizes  # noqa: E402
+from llama.memory.sizes import sizes  # noqa: E402
 from llama.parallel.device import DTYPES, pick_device  # noqa: E402
 from llama.parallel.groups import current_world, is_main_rank  # noqa: E402
 

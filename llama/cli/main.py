@@ -9,9 +9,10 @@ from llama.cli.convert import convert
 from llama.cli.inspect import inspect
 from llama.cli.lm_eval import lm_eval
 from llama.cli.perplexity import perplexity
+from llama.cli.plan import plan
 from llama.cli.verify import verify
 
-COMMANDS = [bench, chat, complete, conformance, convert, inspect, lm_eval, perplexity, verify]
+COMMANDS = [bench, chat, complete, conformance, convert, inspect, lm_eval, perplexity, plan, verify]
 
 app = Group("llama", commands=COMMANDS, context_settings=CONTEXT, help="Run Llama checkpoints in Meta's layout.")
 

@@ -200,7 +200,7 @@ def read_ids(name: str, value: Any, args: ModelArgs, *, any_length: bool = False
 
 
 def alternatives(values: Sequence[float], k: int) -> tuple[float, Alternatives]:
-    """Take the columns of `model.score` apart."""
+    """Take the columns of `logprobs.score` apart."""
     return values[0], [(int(token), logprob) for logprob, token in zip(values[1 : k + 1], values[k + 1 :], strict=True)]
 
 

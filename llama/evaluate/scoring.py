@@ -16,9 +16,11 @@ from itertools import islice
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llama.accelerate.executor import Executor, Measure, log_norm, score
+from llama.accelerate.executor import Executor, Measure
 from llama.console import progress
-from llama.engine.engine import Engine, read_back
+from llama.engine.decode_loop import read_back
+from llama.engine.engine import Engine
+from llama.engine.logprobs import log_norm, score
 from llama.engine.requests import Alternatives, alternatives, check_alternatives, check_int, check_list, read_ids
 from llama.errors import explain_oom
 from llama.params import ModelArgs
@@ -263,7 +265,7 @@ def measure_texts(llama: Engine, texts: Sequence[Text], measure: Measure) -> lis
     """
     results: dict[Text, list[list[float]]] = {text: [] for text in texts}
     measured = [text for text in results if text.start < len(text.ids)]
-    llama.executor.follow()
+    llama.executor.refresh()
     groups = [Group(text.ids[:-1], [text]) for text in measured] if llama.executor.is_aligned else _groups(measured)
     with llama.call():
         for batch in progress(list(_batches(groups, llama.model.params)), "scoring"):

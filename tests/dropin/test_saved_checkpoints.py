@@ -25,9 +25,9 @@ from llama.checkpoint.params_json import read_params
 from llama.checkpoint.verify import check_folder
 from llama.cli.command import one_line_errors
 from llama.cli.main import main
+from llama.cli.plan import plan
 from llama.cli.verify import verify
 from llama.convert import ConvertError, convert
-from llama.memory.plan import plan
 from llama.model import rotary_angles
 from llama.params import ModelArgs
 
@@ -198,7 +198,7 @@ def test_convert_and_plan_take_them_too(
     way = WAYS[name]
     folder = copy(way.shards)
     way.save(folder)
-    plan(str(folder))
+    call(plan, str(folder))
     convert(folder, tmp_path / "out")
     found = torch.load(single(tmp_path / "out"), weights_only=True)
     expected = torch.load(single(checkpoint("mha")), weights_only=True)
@@ -551,7 +551,12 @@ def test_a_name_on_the_hub_is_answered_with_its_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command = f"hf download {name} --local-dir checkpoints/{name.split('/')[1]}"
-    asks = (lambda: Llama.build(name), lambda: call(verify, name), lambda: plan(name), lambda: convert(name, "out"))
+    asks = (
+        lambda: Llama.build(name),
+        lambda: call(verify, name),
+        lambda: call(plan, name),
+        lambda: convert(name, "out"),
+    )
     for ask in asks:
         with pytest.raises(ValueError) as caught:
             ask()

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 
 import llama
-from llama.accelerate.executor import score
 from llama.chat.formats import Dialog
 from llama.console import progress
+from llama.engine.logprobs import score
 from llama.evaluate.conformance.layout import (
     FORMAT,
     QUANTITIES,
