@@ -31,7 +31,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck download.sh .ci/run
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n 4 --dist worksteal
 
 # Installs nothing: a CUDA build of torch is the user's to choose.
 test-gpu:

@@ -33,6 +33,8 @@ from llama.params import ModelArgs
 
 CONTEXT = 1024  # positions that each side has room for
 THREADS = os.cpu_count() or 1
+# How processes of peers start. A plain fork would lack the threads that torch believes it has.
+START_METHOD = "spawn"
 # llama.cpp's type of file for each kind of weights, and its number in llama.h.
 FILE_TYPES = {"float32": ("F32", 0), "bfloat16": ("BF16", 32), "int8": ("Q8_0", 7), "int4": ("Q4_0", 2)}
 
@@ -282,7 +284,7 @@ class Peer(Side):
     def __init__(self, name: str, make: Callable[[], Side]):
         self.name = name
         self._ended = ""
-        context = multiprocessing.get_context("spawn")  # a fork would lack the threads that torch believes it has
+        context: Any = multiprocessing.get_context(START_METHOD)  # typeshed's base class lacks Process
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, torch.get_num_threads()), daemon=True)
         try:

@@ -1,3 +1,4 @@
+import fcntl
 import io
 import json
 import os
@@ -126,6 +127,12 @@ def command(
     return run
 
 
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run, which pytest-xdist's workers share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session")
 def demo() -> Path:
     """The demo checkpoint, bfloat16."""
@@ -141,6 +148,9 @@ def demo_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"{DEMO_GGUF.name} is not there: `make demo` fetches it")
     from llama.convert import convert
 
-    folder = tmp_path_factory.mktemp("demo") / "float32"
-    convert(str(DEMO_GGUF), str(folder), dtype="float32", shards=3)
+    folder = shared_folder(tmp_path_factory) / "demo-float32"
+    with (folder.parent / "demo-float32.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():  # convert moves it there when it is complete
+            convert(str(DEMO_GGUF), str(folder), dtype="float32", shards=3)
     return folder

@@ -41,7 +41,7 @@ def lm_eval(args: tuple[str, ...]) -> None:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             cli_evaluate()
     except Exception as error:
-        error.__dict__["told_by"] = 0  # rank 0 raises the same error, or a PeerError about this rank
+        error.__dict__["reporting_rank"] = 0  # rank 0 raises the same error, or a PeerError about this rank
         raise
 
 

@@ -20,7 +20,7 @@ from llama.engine.requests import (
     check_int,
     read_rows,
 )
-from llama.errors import EXPLAIN
+from llama.errors import OOM_EXPLAINERS
 from llama.model import Transformer
 from llama.parallel.groups import shutdown
 from llama.tokenizer import Tokenizer
@@ -46,8 +46,8 @@ class Engine(DecodeLoop):
         with self.lock:
             if model is old.model:
                 return
-            if isinstance(model, torch.nn.Module) and (explain := EXPLAIN.get(old.model)):
-                EXPLAIN[model] = explain
+            if isinstance(model, torch.nn.Module) and (explain := OOM_EXPLAINERS.get(old.model)):
+                OOM_EXPLAINERS[model] = explain
             self._executor = Executor(_checked(model), fused=old.fused, native=old.native, graph=old.graph)
             self._cached_at = -1
 

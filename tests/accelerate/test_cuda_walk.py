@@ -23,7 +23,7 @@ from llama import Llama, loading
 from llama.accelerate import executor, fused
 from llama.engine import decode_loop, engine, sampling
 from llama.evaluate import scoring
-from llama.parallel import groups as distributed
+from llama.parallel import groups
 from llama.parallel.device import pick_device
 from llama.parallel.groups import World, connect_ranks, current_world, init_process_groups, shutdown
 from llama.parallel.heartbeat import Stores
@@ -85,7 +85,7 @@ def device_guard(tmp_path_factory: pytest.TempPathFactory) -> None:
 class Alone:
     """In place of `Heartbeat`: the other ranks, which do not exist, send what this one sends."""
 
-    def __init__(self, stores: Stores, prefix: str, rank: int, size: int):
+    def __init__(self, stores: Stores, generation: int, rank: int, size: int):
         self.size = size
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -109,8 +109,8 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     for name, value in world.items():
         patch.setenv(name, str(value))
     patch.setenv("OMP_NUM_THREADS", "2")  # a user's choice: build leaves this process its threads
-    patch.setattr(distributed, "_stores", Stores.of(dist.HashStore()))  # in place of torchrun's port
-    patch.setattr(distributed, "Heartbeat", Alone)
+    patch.setattr(groups, "_stores", Stores.of(dist.HashStore()))  # in place of torchrun's port
+    patch.setattr(groups, "Heartbeat", Alone)
     patch.setattr(dist, "is_nccl_available", lambda: True)
     patch.setattr(dist, "init_process_group", init_fake)
     patch.setattr(dist, "get_backend", lambda *group: "nccl")

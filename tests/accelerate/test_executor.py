@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 
@@ -440,6 +439,8 @@ def test_compile_takes_three_values(value: Any, build: Callable[..., Llama]) -> 
 @pytest.fixture
 def graph(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Llama, Any]]:
     """A model with the decode step of CUDA, traced by torch.compile but run by eager kernels."""
+    import torch._dynamo.testing  # takes seconds, in every process that collects this file
+
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiler(f, backend=counter, fullgraph=fullgraph))

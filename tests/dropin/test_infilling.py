@@ -13,7 +13,8 @@ from golden.make_checkpoint import TOKENIZER
 from helpers.peers import transformers_model
 from helpers.vocabularies import INFILLING, plain, write_infilling
 from llama import Llama
-from llama.convert.vocab import _pieces, hf_tokenizer, sentencepiece_model
+from llama.convert.hf_tokenizer import export_tokenizer
+from llama.convert.vocab import read_pieces, sentencepiece_model
 from llama.generation import infilling_prompt_tokens
 from llama.tokenizer import Tokenizer
 
@@ -41,7 +42,7 @@ def test_prompts_equal_transformers(folder: Path, suffix_first: bool) -> None:
     from transformers import CodeLlamaTokenizer
 
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    layout = json.loads(hf_tokenizer(folder / "tokenizer.model", False)["tokenizer.json"])["model"]
+    layout = json.loads(export_tokenizer(folder / "tokenizer.model", False)["tokenizer.json"])["model"]
     merges: Any = list(map(tuple, layout["merges"]))
     peer = CodeLlamaTokenizer(vocab=layout["vocab"], merges=merges)
     assert [peer.prefix_id, peer.middle_id, peer.suffix_id, peer.eot_id] == [508, 509, 510, 511]
@@ -57,7 +58,7 @@ def test_no_space_is_added(folder: Path, tmp_path: Path) -> None:
     """Compared with a SentencePiece model that adds no space before a text."""
     tokenizer = Tokenizer(folder / "tokenizer.model")
     bare = tmp_path / "bare.model"
-    pieces = _pieces((folder / "tokenizer.model").read_bytes())
+    pieces = read_pieces((folder / "tokenizer.model").read_bytes())
     bare.write_bytes(sentencepiece_model(pieces, add_dummy_prefix=False))
     for text in ("the software", " the", "", "\n  x", "é\u263a", "  "):
         ids = tokenizer.encode_infilling(text)

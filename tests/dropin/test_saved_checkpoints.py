@@ -29,6 +29,7 @@ from llama.cli.plan import plan
 from llama.cli.verify import verify
 from llama.convert import ConvertError, convert
 from llama.model import rotary_angles
+from llama.parallel.device import cache_folder
 from llama.params import ModelArgs
 
 PROMPT = [1, 20, 300, 4, 77]
@@ -491,7 +492,9 @@ def test_scaling_that_makes_no_sense(changes: dict[str, Any], expected: str, cop
 
 @pytest.fixture
 def home(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder with a checkpoint in ~/x. The cache stays, so that native.c is not compiled again."""
     shutil.copytree(checkpoint("mha"), tmp_path / "x")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_folder().parent))
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 

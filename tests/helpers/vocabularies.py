@@ -8,7 +8,7 @@ from sentencepiece import SentencePieceProcessor
 
 from golden.make_checkpoint import TOKENIZER
 from llama import Tokenizer
-from llama.convert.vocab import NORMAL, USER_DEFINED, _pieces, sentencepiece_model
+from llama.convert.vocab import NORMAL, USER_DEFINED, read_pieces, sentencepiece_model
 
 INFILLING = ["\u2581<PRE>", "\u2581<MID>", "\u2581<SUF>", "\u2581<EOT>"]  # ids 508 to 511
 
@@ -45,7 +45,9 @@ def random_texts(count: int, seed: int = 0) -> list[str]:
 
 def write_infilling(path: Path) -> Path:
     """tok512 with its last four pieces replaced by the infilling pieces."""
-    pieces = _pieces(TOKENIZER.read_bytes())[:-4] + [(name, -1000.0 - i, NORMAL) for i, name in enumerate(INFILLING)]
+    pieces = read_pieces(TOKENIZER.read_bytes())[:-4] + [
+        (name, -1000.0 - i, NORMAL) for i, name in enumerate(INFILLING)
+    ]
     path.write_bytes(sentencepiece_model(pieces))
     return path
 
@@ -53,7 +55,7 @@ def write_infilling(path: Path) -> Path:
 def write_step(path: Path, source: Path = TOKENIZER, extra: int = 0, dummy_prefix: bool = False) -> Path:
     """A vocabulary whose last id is <step>. It replaces the source's last piece, or, with `extra`, follows `extra` - 1
     other new pieces. dummy_prefix: whether a space goes before texts; Code Llama 70B's adds none."""
-    pieces = _pieces(source.read_bytes())
+    pieces = read_pieces(source.read_bytes())
     pieces = pieces + [(f"<new{i}>", -1e6, NORMAL) for i in range(extra - 1)] if extra else pieces[:-1]
     path.write_bytes(sentencepiece_model([*pieces, ("<step>", 0.0, USER_DEFINED)], add_dummy_prefix=dummy_prefix))
     return path
