@@ -20,6 +20,8 @@ import pytest
 
 from helpers.commands import run_command
 from helpers.paths import ROOT
+from llama.cli.main import app
+from llama.options import BuildOptions, ModelOptions, Settings, declared
 
 TOP = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -169,3 +171,12 @@ def test_commands_and_programs_run(
 def lines_of(text: str) -> list[str]:
     """Lines without white space at their ends, which an editor may remove, and without empty ones at the end."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def test_generated_pages_have_every_command_and_option() -> None:
+    commands, options = hooks.commands_page(), hooks.options_page()
+    headings = set(re.findall(r"^## llama (\w+)", commands, re.MULTILINE))
+    assert headings == set(app.commands)
+    assert "`--max_seq_len`" in commands and "| `--ckpt_dir` | `text` | required |" in commands
+    for name in declared(ModelOptions, BuildOptions, Settings):
+        assert f"| `{name}` |" in options
