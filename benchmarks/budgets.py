@@ -118,7 +118,7 @@ def references(folder: Path, texts: list[list[int]], into: Path) -> list[Referen
         np.save(into / f"{number}.npy", exact)
         (into / f"{number}.json").write_text(json.dumps(ids))
         found.append(Reference(ids, torch.from_numpy(exact)))
-        tell(f"text {number + 1} of {len(texts)} in float64")
+        log(f"text {number + 1} of {len(texts)} in float64")
     return found
 
 
@@ -224,7 +224,7 @@ def run(case: Case, folder: Path, hf: Path, texts: list[Reference]) -> Figures |
     with theirs(folder, hf, case) if peer else ours(folder, case) as forward:
         figures = measure(forward, texts)
     if figures:
-        tell(f"{case}: worst logit {max(figures.worst_logit):.2g}, {time.perf_counter() - started:.0f} s")
+        log(f"{case}: worst logit {max(figures.worst_logit):.2g}, {time.perf_counter() - started:.0f} s")
     gc.collect()
     return figures
 
@@ -260,7 +260,7 @@ def work(folder: Path, references_dir: Path, out: Path) -> None:
         out.write_text(json.dumps([asdict(figures) for figures in found if figures]))
 
 
-def tell(text: str) -> None:
+def log(text: str) -> None:
     if is_main_rank():
         print(text, file=sys.stderr, flush=True)
 
@@ -340,7 +340,7 @@ def main() -> None:
         prompts = [([tokenizer.bos_id] * tokenizer.adds_bos + ids[start:])[:PROMPT] for start in starts][:TEXTS]
         texts = references(folder, prompts, references_dir)
         agreement = second_route(hf, texts[0])
-        tell(f"the float64 routes differ by {agreement:.1g}")
+        log(f"the float64 routes differ by {agreement:.1g}")
         if not agreement < AGREEMENT:
             raise SystemExit(f"budgets.py: the two float64 routes differ by {agreement:.2g}, so neither is exact")
         one = cases(1) + [Case(dtype, None, peer, 1) for peer in PEERS for dtype in DTYPES]

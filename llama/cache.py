@@ -6,8 +6,8 @@ import torch
 class KVCache:
     """Keys and values of the positions seen so far: k and v, [rows, n_local_kv_heads, max_seq_len, head_dim] each.
 
-    Not a module, as it is not part of a checkpoint. Positions beyond those in use hold zeros or old values, which no
-    query attends to: a position is always written before that. They must be finite, as a mask gives them weight 0, and
+    Not a module, as it is not part of a checkpoint. Positions beyond those in use hold zeros or old values. A position
+    is always written before a query attends to it, but masked positions must be finite, too: their weight is 0, and
     0 * NaN is NaN.
 
     first_row: row r of a forward is stored in row first_row + r. An executor sets it while it computes part of a batch.

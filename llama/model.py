@@ -12,6 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fairscale.nn.model_parallel.layers import (  # noqa: F401  as in Meta's module: programs compare modules with them
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from torch import nn
 from typing_extensions import Self
 

@@ -156,8 +156,8 @@ class Executor:
         first_row: the cache row of the first row of `tokens`.
         refresh: check whether the model was changed, which takes a millisecond. Not needed between steps of a call
             during which no user code runs. A model with changed layers is always checked.
-        Where the output layer needs all positions, or the model is called as a whole, these are the logits,
-        [bsz, seqlen, vocab].
+        Returns logits [bsz, seqlen, vocab] instead if the model is a custom one, or if its output layer is hooked or
+        replaced: such a layer is called on all positions.
         """
         if refresh or not self._is_unchanged:
             self.refresh()

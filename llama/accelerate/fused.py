@@ -105,7 +105,8 @@ class Positions:
 
     start_pos: position of each row's first id, one int or [bsz]. ctx_len: number of positions that queries may attend
     to, counted from 0. freqs_cis: rotary angles of the ids, [.., seqlen, head_dim / 2].
-    mask: True where a query may attend, [.., seqlen, ctx_len]; None where `is_causal` or a single query needs none.
+    mask: True where a query may attend, [.., seqlen, ctx_len]; None for a single query, and for a prefill from position
+    0, which is causal.
     """
 
     start_pos: int | torch.Tensor

@@ -27,7 +27,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [.., k] and w
 # Numbers of rows of x that are measured. Other numbers use the kernel of the next larger one, or of the last.
 MEASURED_ROWS = (1, 16, 128)
 LARGEST_ROWS = MEASURED_ROWS[-1]
-REPEATS, MAX_SECONDS = 15, 0.3  # runs of each kernel; after so many seconds, only three
+REPEATS, MAX_SECONDS = 15, 0.3  # runs of each kernel; only three if they take longer than MAX_SECONDS together
 MAX_TIME_RATIO = 0.95  # another kernel is used if its time over that of torch's own is below this
 MEASURED_NUMEL = 2**22  # elements of the weight that is measured, to bound time and memory
 BLOCK_NUMEL, BLOCK_ROWS = 2**19, 256  # elements of a weight and rows of x that are converted to float32 at a time

@@ -4,8 +4,8 @@ native.c's kernels for few rows (`quantize_row` there).
 int8: a scale for each output row. int4: a scale and a zero for each group of 32 columns, q in 0..15 for the value
 (q - 8) * scale + zero. Scales and zeros are bfloat16, and q is chosen for the rounded ones.
 
-The output layer keeps more bits, as half of int8's cost in perplexity would come from it: int8 leaves it unquantized,
-int4 makes it int8.
+The output layer has more bits: int8 leaves it unquantized, int4 makes it int8. Otherwise half of int8's increase in
+perplexity would come from it.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from llama.checkpoint.layout import EMBEDDING, OUTPUT
 
 SCHEMES = ("int8", "int4")
 GROUP = 32  # int4: columns that share a scale and a zero
-# Up to so many rows of x are multiplied by a kernel that reads the quantized weight (gemv). For more rows the weight is
-# dequantized first: at 512 rows those kernels take several times as long.
+# Up to this number of rows, x is multiplied by a kernel that reads the quantized weight (gemv). For more rows the
+# weight is dequantized first: at 512 rows those kernels take several times as long.
 MAX_GEMV_ROWS = 32
 CHUNK_ROWS = 256  # rows quantized at a time, so that no complete matrix is in memory in float32
 

@@ -203,6 +203,15 @@ def stop_option(function: F) -> F:
     )(function)
 
 
+def bos_option(function: F) -> F:
+    return click.option(
+        "--bos",
+        type=click.Choice(["True", "False"], case_sensitive=False),
+        callback=lambda ctx, param, value: None if value is None else value == "True",
+        help="whether BOS goes first; default: where the tokenizer adds it",
+    )(function)
+
+
 # Endings ---------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,7 @@ class Engine(DecodeLoop):
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, executor: Executor | None = None):
         super().__init__(executor or Executor(_checked(model)), tokenizer)
-        self._owns_process_group = executor is not None  # `build` made both, and `close` ends the group
+        self._owns_process_group = executor is not None  # both come from `build`, and `close` ends the group
 
     @property
     def model(self) -> Transformer:

@@ -81,9 +81,9 @@ def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> tor
 
 def probabilities(logits: torch.Tensor, temperature: Setting) -> torch.Tensor:
     """softmax(logits / temperature) for any temperature > 0, [bsz, vocab] in `wide_dtype`."""
-    wide = logits.to(wide_dtype(logits.device))
+    logits = logits.to(wide_dtype(logits.device))
     # The maximum is subtracted before dividing: a small temperature then gives exp(-inf) = 0 and never inf - inf.
-    return torch.softmax((wide - wide.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+    return torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
 
 
 def keep_top_p(probs: torch.Tensor, top_p: Setting) -> torch.Tensor:

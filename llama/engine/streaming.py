@@ -102,10 +102,10 @@ class TextStream:
             return
         self.stopped = True
         self.text = self.text[:begin]
-        decode, kept = self._tokenizer.decode, len(self._ids)
-        while kept > self._prompt and decode(self._ids[: kept - 1]).startswith(self.text):
-            kept -= 1
-        del self._ids[kept:]
+        decode, n = self._tokenizer.decode, len(self._ids)
+        while n > self._prompt and decode(self._ids[: n - 1]).startswith(self.text):
+            n -= 1
+        del self._ids[n:]
         self._overhang = decode(self._ids)[begin:]
 
 

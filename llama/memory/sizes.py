@@ -183,7 +183,7 @@ def sizes_per_rank(
     row = {"ranks": world_size, "dtype": dtype, "quantize": quantize, **asdict(size), "total": size.total}
     if memory is None:
         return row
-    # Contexts beyond a sliding window are not implemented, whatever the memory.
+    # Contexts beyond a sliding window cannot run with any memory: they are not implemented.
     exceeds_window = args.max_seq_len > (args.sliding_window or sys.maxsize)
     return row | {
         "fits": size.total <= memory and not exceeds_window,

@@ -148,8 +148,8 @@ KNOWN: dict[str, tuple[str, set[str], dict[str, Any]]] = {
     "llama-3.1": (LLAMA31, EVERY, {"chat_format": "llama3", "default_system": PREAMBLE, "system_prefix": PREAMBLE}),
     "llama-3.2": (LLAMA32, EVERY, {"chat_format": "llama3", "default_system": PREAMBLE, "system_prefix": PREAMBLE}),
     "chatml": (chatml(), EVERY, {"chat_format": "chatml"}),
-    "chatml behind BOS": (chatml(bos="{{ bos_token }}"), EVERY, {"chat_format": "chatml", "dialog_bos": True}),
-    "chatml behind BOS, default": (
+    "chatml after BOS": (chatml(bos="{{ bos_token }}"), EVERY, {"chat_format": "chatml", "dialog_bos": True}),
+    "chatml after BOS, default": (
         chatml("Be safe.", bos="{{ bos_token }}"),
         EVERY,
         {"chat_format": "chatml", "dialog_bos": True, "default_system": "Be safe."},

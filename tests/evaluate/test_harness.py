@@ -168,9 +168,9 @@ def test_awkward_pairs_equal_hf(ours: MetaLlama, theirs: HFLM) -> None:
         ("Café: naïve ", "façade \N{SNOWMAN}"),
     )
     long = requests(("1 2 3 " * 50, "4"))  # longer than max_seq_len: cut at its beginning
-    for asked in (pairs, long):
+    for instances in (pairs, long):
         for each, (our_sum, our_greedy), (their_sum, greedy) in zip(
-            asked, ours.loglikelihood(asked), theirs.loglikelihood(asked, disable_tqdm=True), strict=True
+            instances, ours.loglikelihood(instances), theirs.loglikelihood(instances, disable_tqdm=True), strict=True
         ):
             within = logprob_sum(len(theirs.tok_encode(each.args[1])))
             assert our_sum == pytest.approx(their_sum, rel=0, abs=within) and our_greedy == greedy
@@ -182,8 +182,8 @@ def test_an_empty_context_is_bos(ours: MetaLlama) -> None:
 
 
 def test_long_contexts_keep_their_end(ours: MetaLlama, theirs: HFLM) -> None:
-    asked = [("word " * 200 + "1, 2, 3,", {"until": ["6"], "max_gen_toks": 12}), ("a b c d", {"max_gen_toks": 4})]
-    assert ours.generate_until(requests(*asked)) == theirs.generate_until(requests(*asked), disable_tqdm=True)
+    requested = [("word " * 200 + "1, 2, 3,", {"until": ["6"], "max_gen_toks": 12}), ("a b c d", {"max_gen_toks": 4})]
+    assert ours.generate_until(requests(*requested)) == theirs.generate_until(requests(*requested), disable_tqdm=True)
 
 
 # Texts and ids ------------------------------------------------------------------------------------
@@ -361,8 +361,8 @@ def test_stop_ids(seeded: MetaLlama, ours: MetaLlama) -> None:
 
 def test_order_is_kept(seeded: MetaLlama) -> None:
     contexts = ["a" * n for n in (3, 30, 1, 12, 7)]
-    asked = requests(*((context, {"max_gen_toks": 5}) for context in contexts))
-    assert seeded.generate_until(asked) == [seeded.generate_until([each])[0] for each in asked]
+    instances = requests(*((context, {"max_gen_toks": 5}) for context in contexts))
+    assert seeded.generate_until(instances) == [seeded.generate_until([each])[0] for each in instances]
 
 
 def test_answers_reach_the_cache(seeded: MetaLlama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Small vocabularies of every kind, and texts to encode with them."""
 
 import base64
+import json
 import random
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from sentencepiece import SentencePieceProcessor
 from golden.make_checkpoint import TOKENIZER
 from llama import Tokenizer
 from llama.convert.vocab import NORMAL, USER_DEFINED, read_pieces, sentencepiece_model
+from llama.engine.streaming import TextStream
 
 INFILLING = ["\u2581<PRE>", "\u2581<MID>", "\u2581<SUF>", "\u2581<EOT>"]  # ids 508 to 511
 
@@ -84,3 +86,30 @@ def byte_fallback_tokenizer(folder: Path) -> Tokenizer:
     writer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text("{}")
     return Tokenizer(folder / "tokenizer.json")
+
+
+def write_byte_level_json(folder: Path) -> Path:
+    """A byte-level tokenizer.json with ChatML's special tokens: ids 0 to 255 are bytes, then three special tokens."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Writer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer = Writer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    writer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    writer.decoder = decoders.ByteLevel()
+    writer.add_special_tokens([AddedToken(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    writer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "add_bos_token": False}
+    config |= {"chat_format": "chatml", "default_system": "Be brief."}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def streamed_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of ids, decoded by a TextStream."""
+    stream, pieces = TextStream(tokenizer), []
+    for token in ids:
+        stream.push(token)
+        pieces.append(stream.take())
+    stream.finish()
+    return "".join([*pieces, stream.take()])
