@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := checkpoints/smollm2-135m-instruct
 
-.PHONY: help demo test test-gpu clean
+.PHONY: help demo test test-gpu docs clean
 # `make -j demo test` would run two pips in one environment.
 .NOTPARALLEL:
 
@@ -14,6 +14,7 @@ help:
 	@echo "make test    ruff, mypy, shellcheck and pytest: installs into $(VENV), no other download"
 	@echo "make test-gpu BIN=/path/to/env/bin"
 	@echo "             runs on your GPUs, with an environment whose torch has CUDA; writes gpu-report.json"
+	@echo "make docs    the documentation as a web site in site/: installs into $(VENV)"
 	@echo "make clean   removes $(VENV), caches and build artefacts; keeps checkpoints/"
 	@echo "Another Python (3.10 or newer): make demo PYTHON=/path/to/python3"
 
@@ -36,8 +37,12 @@ test: $(VENV)/.installed-test
 test-gpu:
 	@$(BIN)/python tests/gpu.py
 
+# --strict: a broken link or anchor is an error.
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # The stamp of an extra is written last, so a failed or interrupted install leaves none and is done again.
-$(VENV)/.installed-%: setup.py requirements.txt | $(VENV)/.created
+$(VENV)/.installed-%: pyproject.toml requirements.txt | $(VENV)/.created
 	@rm -f $@
 	@echo "Installing llama-runner[$*] into $(VENV): about 2 minutes, longer the first time where torch must be downloaded"
 	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c requirements.txt -e '.[$*]' || \
@@ -63,6 +68,6 @@ $(VENV)/.created:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './checkpoints/*' -prune -exec rm -rf {} +
 	@echo "checkpoints/ is kept; remove it yourself to fetch the models again"
