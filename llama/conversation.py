@@ -3,10 +3,13 @@
 from collections.abc import Generator
 from dataclasses import dataclass
 
+from typing_extensions import Unpack
+
 from llama.chat.formats import Message
-from llama.engine.requests import Row, Settings, check_int, read_rows
+from llama.engine.requests import Row, read_rows
 from llama.engine.streaming import Stop, TextStream, read_stops
 from llama.generation import Llama
+from llama.options import Settings, check_int, with_options
 
 
 @dataclass
@@ -52,36 +55,25 @@ class Conversation:
     Raises ValueError or TypeError for settings out of range, and ValueError for a model without a chat format.
     """
 
+    @with_options(Settings)
     def __init__(
         self,
         llama: Llama,
         system: str | None = None,
         *,
-        max_gen_len: int | None = None,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        top_k: int | None = None,
-        repetition_penalty: float = 1.0,
         stop: Stop = None,
-        seed: int | None = None,
+        **settings: Unpack[Settings],
     ):
-        if max_gen_len is not None:
-            check_int("max_gen_len", max_gen_len, 1)
-        self.llama, self.system, self.stop = llama, system, stop
-        self.settings: Settings = {
-            "max_gen_len": max_gen_len,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-        }
+        if settings.get("n", 1) != 1:
+            raise ValueError(f"n is {settings['n']}, but a conversation has one answer at a time")
+        self.llama, self.system, self.stop, self.settings = llama, system, stop, settings
         # These raise errors about the arguments here, not in the first `say`.
         self._format = llama.dialogs
         read_rows(llama.model.params, lambda: 0, (), [[0]], **self.settings)
         read_stops(stop, 1)
-        quarter = llama.model.params.max_seq_len // 4
-        self._reserved = quarter if max_gen_len is None else min(quarter, max_gen_len)
+        self._reserved = llama.model.params.max_seq_len // 4
+        if (max_gen_len := settings.get("max_gen_len")) is not None:
+            self._reserved = min(self._reserved, check_int("max_gen_len", max_gen_len, 1))
         self.messages: list[Message] = []
         self.last: Turn | None = None
         self._answering: Generator[str, None, None] | None = None

@@ -11,13 +11,14 @@ from typing import Any
 import click
 
 from llama.cli.command import Command, bos_option, build_arguments, model_options
-from llama.engine.requests import check_alternatives, check_int
+from llama.engine.requests import check_alternatives
 from llama.evaluate.html_report import html_report
 from llama.evaluate.scoring import check_bos, with_bos
 from llama.evaluate.text_report import summary, text_report
 from llama.evaluate.token_report import TokenReport, inspect_tokens
 from llama.files import as_path, read_pipe
 from llama.generation import Llama
+from llama.options import check_int
 from llama.parallel.groups import is_main_rank, raise_on_all_ranks
 
 log = logging.getLogger(__name__)

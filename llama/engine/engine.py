@@ -9,19 +9,16 @@ from typing_extensions import Self, Unpack
 from llama.accelerate.executor import Executor
 from llama.engine.decode_loop import DecodeLoop
 from llama.engine.requests import (
-    Each,
     Generation,
     Prompts,
     Row,
-    Settings,
-    StopIds,
     Token,
     check_alternatives,
-    check_int,
     read_rows,
 )
 from llama.errors import OOM_EXPLAINERS
 from llama.model import Transformer
+from llama.options import Each, SamplingOptions, Settings, check_int, with_options
 from llama.parallel.groups import shutdown
 from llama.tokenizer import Tokenizer
 
@@ -70,6 +67,7 @@ class Engine(DecodeLoop):
         if self._owns_process_group:
             shutdown()
 
+    @with_options(SamplingOptions)
     def generate(
         self,
         prompt_tokens: Prompts,
@@ -79,14 +77,9 @@ class Engine(DecodeLoop):
         logprobs: bool | int = False,
         echo: bool = False,
         stop_token: int | None = None,
-        *,
-        top_k: Each[int | None] = None,
-        repetition_penalty: Each[float] = 1.0,
-        stop_token_ids: StopIds = None,
-        seed: Each[int | None] = None,
-        n: int = 1,
+        **settings: Unpack[SamplingOptions],
     ) -> Generation:
-        """Continue each prompt, all rows in one batch. `requests.Settings` describes the settings.
+        """Continue each prompt, all rows in one batch.
 
         prompt_tokens: lists of ids, or an integer tensor [bsz, seqlen], each row a prompt.
         A row ends before its first stop id, after `max_gen_len` ids, or where prompt and answer fill max_seq_len.
@@ -106,11 +99,7 @@ class Engine(DecodeLoop):
             max_gen_len=max_gen_len,
             temperature=temperature,
             top_p=top_p,
-            top_k=top_k,
-            repetition_penalty=repetition_penalty,
-            stop_token_ids=stop_token_ids,
-            seed=seed,
-            n=n,
+            **settings,
         )
         k = self._alternatives(logprobs)
         for _ in self._run(self._one_batch(rows), k, echo):
@@ -120,6 +109,7 @@ class Engine(DecodeLoop):
         result.top = [row.prompt_top + row.top for row in rows]
         return result
 
+    @with_options(Settings)
     def stream(
         self, prompt_tokens: Prompts, *, logprobs: bool | int = True, **settings: Unpack[Settings]
     ) -> Generator[list[Token], None, None]:

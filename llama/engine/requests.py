@@ -9,11 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from typing_extensions import Unpack
 
-from llama.options import Each as Each
-from llama.options import Settings as Settings
-from llama.options import StopIds as StopIds
-from llama.options import check_int as check_int
-from llama.options import declared, suggestion
+from llama.options import Settings, check_int, declared, suggestion
 from llama.params import ModelArgs
 
 Ids: TypeAlias = tuple[int, ...]

@@ -2,18 +2,21 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any, ClassVar
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import hash_string
+from typing_extensions import Unpack
 
 from llama import Llama
 from llama.chat.formats import BOS, EOS, FORMATS, ChatFormat, Dialog, render
 from llama.console import progress
 from llama.engine.streaming import TextStream
 from llama.evaluate.scoring import loglikelihood, prefix_id, rolling_loglikelihood, with_bos
+from llama.options import BuildOptions, declared, with_options
 from llama.parallel.groups import broadcast_object, is_main_rank
 
 AUTO_BATCH_SIZE = 8  # what `Llama.build` takes
@@ -27,13 +30,13 @@ Encoded = tuple[tuple[str, str], list[int], list[int]]  # ((context, continuatio
 class MetaLlama(TemplateLM):
     """A checkpoint in Meta's layout. Under torchrun every rank builds one and makes the same calls.
 
-    ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, quantize, compile, plain, chat_format: as in
-        `Llama.build`.
+    Arguments as in `Llama.build`, and:
     batch_size: rows of the KV cache, or "auto" (8). max_batch_size: the same; it overrides batch_size.
 
     Raises ValueError for unknown arguments and for values that `Llama.build` refuses.
     """
 
+    @with_options(BuildOptions)
     def __init__(
         self,
         ckpt_dir: str = "",
@@ -42,20 +45,12 @@ class MetaLlama(TemplateLM):
         batch_size: int | float | str = "auto",
         max_batch_size: int | float | str | None = None,
         seed: int | float | str = 1,
-        device: str = "auto",
-        dtype: str = "auto",
-        quantize: str | None = None,
-        compile: bool | str = "auto",
-        plain: bool = False,
-        chat_format: str | None = None,
-        **unknown: Any,
+        **options: Unpack[BuildOptions],
     ):
         super().__init__()
-        if unknown:
-            raise ValueError(
-                f"meta_llama has no argument {next(iter(unknown))}; there are ckpt_dir, tokenizer_path, max_seq_len, "
-                "batch_size, max_batch_size, seed, device, dtype, quantize, compile, plain, chat_format"
-            )
+        if unknown := [name for name in options if name not in declared(BuildOptions)]:
+            known = [name for name in signature(MetaLlama.__init__).parameters if name != "self"]
+            raise ValueError(f"meta_llama has no argument {unknown[0]}; there are {', '.join(known)}")
         if ckpt_dir == "":
             raise ValueError("meta_llama needs a checkpoint folder: --model_args ckpt_dir=...")
         rows = batch_size if max_batch_size is None else max_batch_size
@@ -65,12 +60,7 @@ class MetaLlama(TemplateLM):
             _read_int("max_seq_len", max_seq_len),
             AUTO_BATCH_SIZE if str(rows).startswith("auto") else _read_int("batch_size", rows),
             seed=_read_int("seed", seed),
-            device=str(device),
-            dtype=str(dtype),
-            quantize=quantize,
-            compile=compile,
-            plain=plain,
-            chat_format=chat_format,
+            **options,
         )
         self._device = self.llama.executor.device
         names = {i: name for name, i in self.llama.tokenizer.special_ids.items()}

@@ -21,8 +21,9 @@ from llama.console import progress
 from llama.engine.decode_loop import read_back
 from llama.engine.engine import Engine
 from llama.engine.logprobs import log_norm, score
-from llama.engine.requests import Alternatives, alternatives, check_alternatives, check_int, check_list, read_ids
+from llama.engine.requests import Alternatives, alternatives, check_alternatives, check_list, read_ids
 from llama.errors import explain_oom
+from llama.options import check_int
 from llama.params import ModelArgs
 from llama.tokenizer import Tokenizer
 
