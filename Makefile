@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := checkpoints/smollm2-135m-instruct
 
-.PHONY: help demo test test-gpu clean
+.PHONY: help demo test test-gpu docs clean
 # `make -j demo test` would run two pips in one environment.
 .NOTPARALLEL:
 
@@ -14,6 +14,7 @@ help:
 	@echo "make test    ruff, mypy, shellcheck and pytest: installs into $(VENV), no other download"
 	@echo "make test-gpu BIN=/path/to/env/bin"
 	@echo "             runs on your GPUs, with an environment whose torch has CUDA; writes gpu-report.json"
+	@echo "make docs    the documentation as a web site in site/: installs into $(VENV)"
 	@echo "make clean   removes $(VENV), caches and build artefacts; keeps checkpoints/"
 	@echo "Another Python (3.10 or newer): make demo PYTHON=/path/to/python3"
 
@@ -30,21 +31,25 @@ test: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck download.sh .ci/run
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n 4 --dist worksteal
 
 # Installs nothing: a CUDA build of torch is the user's to choose.
 test-gpu:
 	@$(BIN)/python tests/gpu.py
 
+# --strict: a broken link or anchor is an error.
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # The stamp of an extra is written last, so a failed or interrupted install leaves none and is done again.
-$(VENV)/.installed-%: setup.py requirements.txt | $(VENV)/.created
+$(VENV)/.installed-%: pyproject.toml requirements.txt | $(VENV)/.created
 	@rm -f $@
 	@echo "Installing llama-runner[$*] into $(VENV): about 2 minutes, longer the first time where torch must be downloaded"
 	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c requirements.txt -e '.[$*]' || \
-		{ echo "make: the install failed, the reason is above; when it is mended, run make again" >&2; exit 1; }
+		{ echo "make: the install failed, the reason is above; fix it, then run make again" >&2; exit 1; }
 	@touch $@
 
-# A working .venv is kept, whoever made it; a broken one (its Python was removed, an interrupted run) is made anew.
+# A working .venv is kept, whoever made it; a broken one (its Python was removed, an interrupted run) is recreated.
 # Debian's python3 has no ensurepip without python3-venv: there, PYTHON's own pip puts a pip into the environment.
 $(VENV)/.created:
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
@@ -63,6 +68,6 @@ $(VENV)/.created:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './checkpoints/*' -prune -exec rm -rf {} +
 	@echo "checkpoints/ is kept; remove it yourself to fetch the models again"

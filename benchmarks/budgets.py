@@ -1,12 +1,12 @@
-"""Error budgets: how far each way of computing lies from a float64 forward of the same weights, beside transformers
-and Meta's implementation. Writes docs/accuracy.md.
+"""Error budgets: the distance of each way of computing from a float64 forward of the same weights, with transformers
+and Meta's implementation for comparison. Writes docs/accuracy.md.
 
     python benchmarks/budgets.py --ckpt_dir checkpoints/smollm2-135m-instruct --out docs/accuracy.md
 
-What is exact: the numpy forward of tests/plain.py, which shares no code with the package, on the weights as the files
-store them. A second route, transformers with its float32 parts replaced by float64 ones, must give the same logits to
-1e-9, or nothing is written. (`benchmarks/accuracy.py` is about fewer bits alone: the whole text, random weights,
-llama.cpp.) Needs '.[test]'. A quarter of an hour on two cores.
+The reference is the numpy forward of tests/helpers/plain.py, which shares no code with the package, on the weights as
+the files store them. A second route, transformers with its float32 parts replaced by float64 ones, must give the same
+logits to 1e-9, or nothing is written. (`benchmarks/accuracy.py` measures quantization only: on all of the text, on
+random weights, and for llama.cpp.) Needs '.[test]'. Takes a quarter of an hour on two cores.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: two threads, which give way to others while they wait.
+# Before torch is imported: two threads, which do not spin while they wait.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ |= {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -48,14 +48,14 @@ from sides import Meta
 TEXTS, PROMPT, STEPS = 2, 256, 32
 TEXT = Path(__file__).parent.parent / "tests/golden/text.txt"
 PEERS = ("transformers", "Meta")
-SECOND_ROUTE, AGREEMENT = 32, 1e-9  # ids compared, and how far the two float64 routes may lie apart
+SECOND_ROUTE, AGREEMENT = 32, 1e-9  # ids compared, and the largest difference of the two float64 routes
 
 Forward = Callable[[list[int], int], torch.Tensor]  # ids [n] from a position on -> float32 logits [n, vocab]
 
 
 @dataclass
 class Case:
-    """A way of computing. layers: compiled (the default), merged or plain here; transformers or Meta."""
+    """A way of computing. layers: compiled (the default), merged or plain of this package; transformers or Meta."""
 
     dtype: str
     quantize: str | None
@@ -68,8 +68,8 @@ class Case:
 
 @dataclass
 class Figures:
-    """Errors as [prompts, steps]; nll: summed over the prompts' ids; divergent: the first step at which another id is
-    the most probable one, of any text, or None."""
+    """Errors as [in prompts, in decode steps]. nll: summed over the prompts' ids. divergent: the first step of any text
+    whose most probable id is not that of float64, or None."""
 
     worst_logit: list[float]
     median_logit: list[float]
@@ -80,25 +80,26 @@ class Figures:
 
 
 class Reference:
-    """A text of PROMPT ids with the float64 forward's greedy continuation of STEPS ids, and its logits of them all."""
+    """PROMPT ids of a text and STEPS ids of its greedy continuation, with float64 logits of all of them."""
 
     def __init__(self, ids: list[int], logits: torch.Tensor):
         self.ids, self.logits = ids, logits
-        # What follows each id; after the last one, what float64 would say.
+        # The id that follows each; after the last one, float64's most probable id.
         self.following = torch.tensor([*ids[1:], int(logits[-1].argmax())])
         self.logprobs = logprobs(logits, self.following)
 
 
 def logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Of ids [n] under float64 logits [n, vocab]."""
+    """Log-probabilities of ids [n] under float64 logits [n, vocab]."""
     return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-# The exact side -----------------------------------------------------------------------------------
+# The reference ------------------------------------------------------------------------------------
 
 
 def references(folder: Path, texts: list[list[int]], into: Path) -> list[Reference]:
-    """The greedy continuation is guessed in float32 and holds where float64 agrees with every id of it."""
+    """References of the texts, also saved to `into`. The greedy continuation is computed in float32, which is faster,
+    and corrected until float64 agrees with every id of it."""
     params, weights = plain.load(folder)
     found = []
     for number, prompt in enumerate(texts):
@@ -117,39 +118,39 @@ def references(folder: Path, texts: list[list[int]], into: Path) -> list[Referen
         np.save(into / f"{number}.npy", exact)
         (into / f"{number}.json").write_text(json.dumps(ids))
         found.append(Reference(ids, torch.from_numpy(exact)))
-        tell(f"text {number + 1} of {len(texts)} in float64")
+        log(f"text {number + 1} of {len(texts)} in float64")
     return found
 
 
 def second_route(hf: Path, reference: Reference) -> float:
-    """The worst distance of the logits of transformers, everything in float64."""
+    """The largest difference from the logits of transformers, computed in float64."""
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    # Its sdpa attention computes in what it is given, the eager one has a float32 softmax.
+    # sdpa attention computes in the dtype of its inputs; the eager one has a float32 softmax.
     model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float64, attn_implementation="sdpa").eval()
     if model.config.rope_parameters["rope_type"] != "default":
-        raise ValueError("the second float64 route knows no scaled rotary positions")
+        raise ValueError("the second float64 route does not implement scaled rotary positions")
     theta, size = model.config.rope_parameters["rope_theta"], model.config.head_dim
     frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
 
-    def rows(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = (position_ids[..., None].double() * frequencies).repeat(1, 1, 2)
         return angles.cos(), angles.sin()
 
-    def normed(norm: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def float64_norm(norm: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda x: F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
-    model.model.rotary_emb.forward = rows
+    model.model.rotary_emb.forward = rotary
     for module in model.modules():
         if isinstance(module, LlamaRMSNorm):
-            module.forward = normed(module)  # type: ignore[assignment, method-assign]  # its own computes in float32
+            module.forward = float64_norm(module)  # type: ignore[assignment, method-assign]  # the original computes in float32
     with torch.inference_mode():
         logits = model(torch.tensor([reference.ids[:SECOND_ROUTE]])).logits[0]
     return float((logits - reference.logits[:SECOND_ROUTE]).abs().max())
 
 
-# The measured sides -------------------------------------------------------------------------------
+# What is measured ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -166,9 +167,8 @@ def ours(folder: Path, case: Case) -> Iterator[Forward]:
 @contextmanager
 def theirs(folder: Path, hf: Path, case: Case) -> Iterator[Forward]:
     if case.layers == "Meta":
-        with ours(
-            folder, Case("bfloat16", None, "plain", 1)
-        ):  # its layers need fairscale's groups as long as they live
+        # A model of this package sets up fairscale's groups, which Meta's layers need.
+        with ours(folder, Case("bfloat16", None, "plain", 1)):
             model: Any = Meta(folder, case.dtype).model
             yield lambda ids, start: model(torch.tensor([ids]), start)[0]
         return
@@ -187,8 +187,8 @@ def theirs(folder: Path, hf: Path, case: Case) -> Iterator[Forward]:
 
 
 def measure(forward: Forward, texts: list[Reference]) -> Figures | None:
-    """On rank 0 the figures; the other ranks only compute with it."""
-    off: tuple[list[torch.Tensor], ...] = ([], [])  # of logits, in the prompts and in the steps
+    """The figures on rank 0. The other ranks take part in computing and return None."""
+    off: tuple[list[torch.Tensor], ...] = ([], [])  # differences of logits, in the prompts and in the steps
     off_scores: tuple[list[torch.Tensor], ...] = ([], [])
     nll, divergent = 0.0, list[int]()
     for text in texts:
@@ -197,7 +197,7 @@ def measure(forward: Forward, texts: list[Reference]) -> Figures | None:
         if not is_main_rank():
             continue
         found = torch.cat(logits).double()
-        # The prompt's last position chooses the first id, the last step's an id that is not looked at.
+        # The prompt's last position predicts the first id; what the last step predicts is not compared.
         wrong = found[PROMPT - 1 : -1].argmax(-1) != torch.tensor(text.ids[PROMPT:])
         divergent += (wrong.nonzero()[:1, 0] + 1).tolist()
         scores = logprobs(found, text.following)
@@ -224,7 +224,7 @@ def run(case: Case, folder: Path, hf: Path, texts: list[Reference]) -> Figures |
     with theirs(folder, hf, case) if peer else ours(folder, case) as forward:
         figures = measure(forward, texts)
     if figures:
-        tell(f"{case}: worst logit {max(figures.worst_logit):.2g}, {time.perf_counter() - started:.0f} s")
+        log(f"{case}: worst logit {max(figures.worst_logit):.2g}, {time.perf_counter() - started:.0f} s")
     gc.collect()
     return figures
 
@@ -235,32 +235,32 @@ def cases(ranks: int) -> list[Case]:
         for dtype in DTYPES
         for quantize in (None, "int8", "int4")
         for layers in ("plain", "merged", "compiled")
-        # No plain layers hold quantized weights, and float16 is not compiled on CPUs.
+        # Plain layers cannot have quantized weights, and float16 is not compiled on CPUs.
         if not ((quantize and layers == "plain") or (dtype == "float16" and layers == "compiled"))
     ]
 
 
-def on_ranks(ranks: int, folder: Path, kept: Path) -> list[Figures]:
-    """One torchrun for all cases of so many ranks."""
-    out = kept / f"{ranks}-ranks.json"
+def on_ranks(ranks: int, folder: Path, references_dir: Path) -> list[Figures]:
+    """Run all cases for this number of ranks under one torchrun."""
+    out = references_dir / f"{ranks}-ranks.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    subprocess.run([*command, "--worker", str(folder), str(kept), str(out)], check=True, env=environment)
+    subprocess.run([*command, "--worker", str(folder), str(references_dir), str(out)], check=True, env=environment)
     return [Figures(**found) for found in json.loads(out.read_text())]
 
 
-def work(folder: Path, kept: Path, out: Path) -> None:
+def work(folder: Path, references_dir: Path, out: Path) -> None:
     """What each rank of `on_ranks` does."""
     texts = [
         Reference(json.loads(path.with_suffix(".json").read_text()), torch.from_numpy(np.load(path)))
-        for path in sorted(kept.glob("*.npy"))
+        for path in sorted(references_dir.glob("*.npy"))
     ]
     found = [run(case, folder, folder, texts) for case in cases(current_world().size)]
     if is_main_rank():
         out.write_text(json.dumps([asdict(figures) for figures in found if figures]))
 
 
-def tell(text: str) -> None:
+def log(text: str) -> None:
     if is_main_rank():
         print(text, file=sys.stderr, flush=True)
 
@@ -284,7 +284,7 @@ def table(rows: list[tuple[Case, Figures]], exact_nll: float) -> str:
     return "\n".join(lines)
 
 
-def page(rows: list[tuple[Case, Figures]], texts: list[Reference], agreement: float, minutes: float, words: str) -> str:
+def page(rows: list[tuple[Case, Figures]], texts: list[Reference], agreement: float, minutes: float, argv: str) -> str:
     exact_nll = -sum(float(text.logprobs[: PROMPT - 1].sum()) for text in texts)
     perplexity = math.exp(exact_nll / (TEXTS * (PROMPT - 1)))
     logits = torch.cat([text.logits for text in texts])
@@ -292,21 +292,23 @@ def page(rows: list[tuple[Case, Figures]], texts: list[Reference], agreement: fl
     parts = [
         f"""# Accuracy
 
-Written by `{words}` on {date.today()}, in {minutes:.0f} minutes: {processor()}, {os.environ["OMP_NUM_THREADS"]} threads
+Written by `{argv}` on {date.today()}, in {minutes:.0f} minutes: {processor()}, {os.environ["OMP_NUM_THREADS"]} threads
 (with several ranks one each), Python {platform.python_version()}, {versions}.
 Change the script, not this page.
 
-Errors are distances from a float64 forward of the weights as the files store them: `tests/plain.py`, numpy, no code
-shared. A second float64 route, transformers with its float32 parts replaced, has its logits to {agreement:.0e}.
+Errors are differences from a float64 forward of the weights as the files store them: `tests/helpers/plain.py`, in
+numpy, with no code of the package. A second float64 route, transformers with its float32 parts replaced, agrees to
+{agreement:.0e}.
 Logits here have a standard deviation of {float(logits.std()):.2f}, the largest is {float(logits.abs().max()):.1f}.
 
-{len(texts)} texts of {PROMPT} ids (`{TEXT.name}`) are computed at once; then each goes on with the {STEPS} ids that
-float64 says greedily, one at a time through the KV cache. Cells with two figures have the prompts' first, then the
-steps'. Logits: all of the vocabulary. Log-probabilities: of the ids that follow. Perplexity: of the prompts, beside
-{perplexity:.4f} in float64. First other id: the first step, of any text, at which greedy decoding leaves float64's ids.
+{len(texts)} texts of {PROMPT} ids (`{TEXT.name}`) are computed in one pass each; then the {STEPS} ids of float64's
+greedy continuation follow, one at a time through the KV cache. Cells with two figures have that of the prompts first,
+then that of the steps. Logits: of all of the vocabulary. Log-probabilities: of the ids that follow. Perplexity: of the
+prompts, compared with {perplexity:.4f} in float64. First other id: the first step, of any text, at which greedy
+decoding chooses another id than float64.
 
-"plain" are the layers of `llama/model.py`; "merged" those of `--no-compile`; "compiled", the default, is
-about steps, and not for float16. Quantized weights are those of `--quantize`: their error is that of fewer bits, not of
+"plain" are the layers of `llama/model.py`; "merged" those of `--no-compile`; "compiled", the default, has a compiled
+decode step, except in float16. Quantized weights are those of `--quantize`: their error is that of fewer bits, not of
 computing. This model's matrices were on a grid of 4 bits before, which flatters int4; `benchmarks/accuracy.py` has
 random weights, too.
 """
@@ -319,33 +321,33 @@ random weights, too.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt_dir", type=Path, default=Path("checkpoints/smollm2-135m-instruct"))
-    parser.add_argument("--ranks", type=int, default=3, help="beside one")
+    parser.add_argument("--ranks", type=int, default=3, help="number of ranks to run after one")
     parser.add_argument("--out", type=Path, default=Path("docs/accuracy.md"))
     parser.add_argument("--worker", nargs=3, type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.worker:
-        work(*asked.worker)
+    args = parser.parse_args()
+    if args.worker:
+        work(*args.worker)
         return
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        folder, hf, kept = (Path(temporary) / name for name in ("meta", "hf", "kept"))
-        kept.mkdir()
-        convert(asked.ckpt_dir, folder)  # one file
-        convert(asked.ckpt_dir, hf, to="hf")
+        folder, hf, references_dir = (Path(temporary) / name for name in ("meta", "hf", "references"))
+        references_dir.mkdir()
+        convert(args.ckpt_dir, folder)  # as one shard
+        convert(args.ckpt_dir, hf, to="hf")
         tokenizer = Tokenizer(find_tokenizer(folder))
         ids = tokenizer.encode(TEXT.read_text("utf-8"), bos=False, eos=False)
         starts = range(0, len(ids) - PROMPT, len(ids) // TEXTS)
         prompts = [([tokenizer.bos_id] * tokenizer.adds_bos + ids[start:])[:PROMPT] for start in starts][:TEXTS]
-        texts = references(folder, prompts, kept)
+        texts = references(folder, prompts, references_dir)
         agreement = second_route(hf, texts[0])
-        tell(f"the float64 routes lie {agreement:.1g} apart")
+        log(f"the float64 routes differ by {agreement:.1g}")
         if not agreement < AGREEMENT:
-            raise SystemExit(f"budgets.py: the two float64 routes lie {agreement:.2g} apart, so neither is exact")
+            raise SystemExit(f"budgets.py: the two float64 routes differ by {agreement:.2g}, so neither is exact")
         one = cases(1) + [Case(dtype, None, peer, 1) for peer in PEERS for dtype in DTYPES]
         rows = [(case, figures) for case in one if (figures := run(case, folder, hf, texts))]
-        rows += zip(cases(asked.ranks), on_ranks(asked.ranks, folder, kept), strict=True)
+        rows += zip(cases(args.ranks), on_ranks(args.ranks, folder, references_dir), strict=True)
     minutes = (time.perf_counter() - started) / 60
-    asked.out.write_text(page(rows, texts, agreement, minutes, " ".join(["python", *sys.argv])), encoding="utf-8")
+    args.out.write_text(page(rows, texts, agreement, minutes, " ".join(["python", *sys.argv])), encoding="utf-8")
 
 
 if __name__ == "__main__":

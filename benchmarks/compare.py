@@ -1,13 +1,14 @@
-"""Speed of this runner beside Meta's implementation, `transformers` and llama.cpp: same weights, prompts and dtype, in
-turn. Each of the others runs in a process of its own: where one crashes, the table names the signal or the exception.
+"""Speed of this runner, Meta's implementation, `transformers` and llama.cpp, on the same weights, prompts and dtype.
+
+Each of the others runs in its own process. If one crashes, the table names the signal or the exception.
 
     python benchmarks/compare.py --ckpt_dir checkpoints/smollm2-135m-instruct --out compare.json --plot compare.png
     python benchmarks/compare.py --random_1b --tokenizer ../shared/tokenizers/llama2.model
 
-First, all must give the same greedy ids in float32. Then every implementation runs a case in turn, once to warm up and
-`--rounds` times that count. Each loop chooses its ids by argmax, ours in the engine (`stream`, `generate`). Printed are
-medians, and behind them the speed as a multiple of ours: median of the rounds, lowest to highest. Needs '.[test]' and
-llama-cpp-python; what is not installed is left out. It wants a machine that does nothing else.
+First, all must produce the same greedy ids in float32. Then the implementations run each case in turn, once to warm up
+and `--rounds` times that count. All choose ids by argmax, ours in the engine (`stream`, `generate`). Each cell has the
+median, then the speed as a multiple of ours: median, lowest and highest of the rounds. Needs '.[test]' and
+llama-cpp-python; implementations that are not installed are left out. Run it on an otherwise idle machine.
 """
 
 import argparse
@@ -40,19 +41,19 @@ from sides import CONTEXT, FILE_TYPES, THREADS, Ours, PeerFailed, Side, clock, m
 
 COLUMNS = ("ours", "ours, eager", "ours, plain", "Meta", "transformers", "llama.cpp")
 TEXTS = ("The capital of France is", "Once upon a time there was a miller who had", "Iron melts at")
-MATMUL = 2048  # rows and columns of the product whose rate prefills are measured by
+MATMUL = 2048  # rows and columns of the matrix product to whose rate prefills are compared
 RAGGED, NEW, ROWS = (8, 64, 256, 512), 32, 16  # prompt lengths, new ids for each; rows of the other batch
 # The shape of TinyLlama-1.1B.
 RANDOM_1B = {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "hidden_dim": 5632, "vocab_size": 32000}
 
-Runs = dict[str, Callable[[], float]]  # name -> a run that gives its seconds
+Runs = dict[str, Callable[[], float]]  # name -> a run that returns its seconds
 
 
 @dataclass
 class Case:
-    """A row of the table. seconds: of each round, by implementation and by what else was timed.
+    """A row of the table. seconds: of each round, by the name of an implementation or of another measurement.
 
-    unit: "tokens/s" (of `amount` tokens a run), "ms" or "s". failed: why an implementation has no figure here.
+    unit: "tokens/s" (for `amount` tokens a run), "ms" or "s". failed: name -> why an implementation has no figure.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Case:
     failed: dict[str, str] = field(default_factory=dict)
 
     def fail(self, name: str, reason: str) -> None:
-        """Keep the reason instead of the rounds before it: fewer rounds are no figure of this table."""
+        """Record the reason, and discard earlier rounds: a median of fewer rounds would not be comparable."""
         self.failed[name] = reason
         self.seconds.pop(name, None)
         print(f"{self.name}: {name} failed: {reason}", file=sys.stderr, flush=True)
@@ -75,7 +76,7 @@ class Case:
         return f"{self.value(name):.3g}" if self.value(name) < 100 else f"{self.value(name):,.0f}"
 
     def multiple(self, name: str, base: str = "ours") -> str:
-        """Speed in multiples of the base's, in the rounds that both have."""
+        """Speed as a multiple of the base's: median, lowest and highest of the rounds that both have."""
         found = [b / a for a, b in zip(self.seconds[name], self.seconds[base], strict=False)]
         return f"{median(found):.2f}x, {min(found):.2f} to {max(found):.2f}"
 
@@ -88,9 +89,10 @@ class Case:
 
 
 def timed(case: Case, runs: Runs, rounds: int, once: Iterable[str] = ()) -> Case:
-    """Fill a case: all in turn, first a round that does not count. once: names that run in one round only, cold.
+    """Run all in turn, first one round to warm up, and record the seconds in `case`. once: names that run in the first
+    counted round only, without warm-up.
 
-    A peer that fails is not asked again; the others are.
+    An implementation that fails is not run again.
     """
     for n in range(rounds + 1):
         for name, run in runs.items():
@@ -118,10 +120,13 @@ def random_ids(n: int, vocab: int, seed: int = 0) -> list[int]:
 
 
 def check(sides: list[Side], kind: str, vocab: int, failed: Callable[[str, str], None]) -> list[Side]:
-    """The same model in all: in float32 the same 24 greedy ids after each text; in bfloat16, where rounding may decide,
-    the same first id after half of 16 random prompts or more. Quantized weights differ, and are only counted.
+    """Check that all hold the same model.
 
-    Returns the sides that answered; `failed` is called with the name and the reason for each of the others.
+    In float32: the same 24 greedy ids after each text. In bfloat16, where rounding may change an id: the same first id
+    after at least half of 16 random prompts. Quantized weights differ, so equal ids are only counted.
+
+    Returns the sides that answered, and calls `failed` with name and reason for each of the others. Raises SystemExit
+    if two models differ.
     """
     prompts, new = [random_ids(16, vocab, seed) for seed in range(16)], 1
     if kind == "float32" and isinstance(sides[0], Ours):
@@ -142,13 +147,13 @@ def check(sides: list[Side], kind: str, vocab: int, failed: Callable[[str, str],
         line = f"{kind}: {side.name} continues like ours after {sum(equal)} of {len(equal)} prompts"
         if sum(equal) < needed:
             n = equal.index(False)
-            raise SystemExit(f"{line}: these are two models; prompt {n}: {ids[n]}, ours {expected[n]}")
+            raise SystemExit(f"{line}: the models differ; prompt {n}: {ids[n]}, ours {expected[n]}")
         print(line, file=sys.stderr)
     return answered
 
 
 def measure(kind: str, sides: list[Side], vocab: int, steps: int, rounds: int) -> list[Case]:
-    """Decode and prefill of one row; with the prefill of 512, the product of two matrices in the same dtype."""
+    """Decode and prefill of one row, and a matrix product in the same dtype next to the prefill of 512."""
     label = f"{kind} (llama.cpp {FILE_TYPES[kind][0]})" if kind.startswith("int") else kind
     ids = {n: random_ids(n, vocab) for n in (128, 512)}
     runs: Runs = {side.name: partial(side.time_decode, ids[128], steps) for side in sides}
@@ -162,7 +167,7 @@ def measure(kind: str, sides: list[Side], vocab: int, steps: int, rounds: int) -
 
 
 def measure_batches(sides: list[Side], vocab: int, steps: int, rounds: int, with_meta: bool) -> list[Case]:
-    """Many rows, bfloat16. The ragged batch in Meta's way takes about a minute: once, and not to warm up."""
+    """Many rows, bfloat16. Meta's loop takes about a minute for the ragged batch: it runs once, without warm-up."""
     prompts = [random_ids(n, vocab) for n in RAGGED]
     names = ["ours", "ours, eager", "transformers", *["Meta"] * with_meta]
     chosen = [side for side in sides if side.name in names]
@@ -180,7 +185,7 @@ def measure_batches(sides: list[Side], vocab: int, steps: int, rounds: int, with
 
 
 def measure_loading(folder: Path, rounds: int) -> list[Case]:
-    """`build` beside one copy of the mapped bytes, and `import llama` beside `import torch`."""
+    """`build` compared to one copy of the mapped bytes, and `import llama` compared to `import torch`."""
 
     def build() -> float:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -200,15 +205,15 @@ def measure_loading(folder: Path, rounds: int) -> list[Case]:
 
 
 def operations(args: ModelArgs, n: int) -> float:
-    """What a prefill of n ids has to compute: a multiplication and an addition for each id and weight of a matrix, and
-    for each number of keys and values that a query sees; the output layer for the last position only."""
+    """Floating-point operations of a prefill of n ids: two for each id and weight of a matrix, and for each element of
+    the keys and values that a query attends to; the output layer for the last position only."""
     width = args.n_heads * args.head_dim
     weights = args.dim * (2 * width + 2 * args.kv_heads * args.head_dim + 3 * args.hidden_dim)
     return 2 * args.n_layers * (weights * n + width * n * (n + 1)) + 2 * args.dim * args.vocab_size
 
 
 def report(cases: list[Case], args: ModelArgs) -> str:
-    """Markdown: the table, the prefills' shares of the matrix product's rate, and a line for each other figure."""
+    """Markdown: the table, the prefills' rates as shares of the matrix product's, and a line for each other figure."""
     names = [name for name in COLUMNS if any(name in case.seconds or name in case.failed for case in cases)]
     lines = [f"| case | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     shares = [f"| prefill of 512, share of | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
@@ -227,7 +232,7 @@ def report(cases: list[Case], args: ModelArgs) -> str:
         for name in (name for name in names if f"{name}, 1 row" in case.seconds):
             alone = [ROWS * seconds for seconds in case.seconds[f"{name}, 1 row"]]
             gain = Case("", "s", seconds={"batch": case.seconds[name], "alone": alone}).multiple("batch", "alone")
-            notes.append(f"- {name}, {ROWS} rows beside one, tokens/s: {gain}")
+            notes.append(f"- {name}, {ROWS} rows compared to one, tokens/s: {gain}")
         if case.name in ("load", "import"):
             longer, shorter = case.seconds
             more = median(a - b for a, b in zip(case.seconds[longer], case.seconds[shorter], strict=True))
@@ -271,7 +276,7 @@ def run(asked: argparse.Namespace) -> None:
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}, expected 1 or more")
     if asked.gguf and (asked.random_1b or not asked.gguf.is_file()):
-        raise ValueError(f"--gguf {asked.gguf} is no file, or not of the random weights")
+        raise ValueError(f"--gguf {asked.gguf} is not a file, or --random_1b is given")
     cases, left_out = list[Case](), list[str]()
 
     def skip(line: str) -> None:
@@ -282,7 +287,7 @@ def run(asked: argparse.Namespace) -> None:
         folder, wide = Path(temporary) / "bfloat16", Path(temporary) / "float32"
         if asked.random_1b:
             if not asked.tokenizer.is_file():
-                raise ValueError(f"{asked.tokenizer} is no file: name Llama 2's tokenizer.model with --tokenizer")
+                raise ValueError(f"{asked.tokenizer} is not a file: name Llama 2's tokenizer.model with --tokenizer")
             write_random(folder, asked.tokenizer, RANDOM_1B)
         else:
             convert(asked.ckpt_dir, folder, dtype="bfloat16")
@@ -291,7 +296,7 @@ def run(asked: argparse.Namespace) -> None:
         for kind in list(FILE_TYPES)[asked.random_1b :]:
             batches = kind == "bfloat16" and not asked.random_1b
             place = wide if kind == "float32" else folder
-            start = Case(f"start, {kind}", "s")  # a row of the table where something crashes in it
+            start = Case(f"start, {kind}", "s")  # becomes a row only if something fails before it is measured
             sides = sides_of(kind, place, asked.gguf, ROWS if batches else 1, skip, start.fail)
             ours_too = [side.name for side in sides[:1]] == ["ours"]
             if ours_too:
@@ -304,7 +309,7 @@ def run(asked: argparse.Namespace) -> None:
                     cases += measure_batches(sides, args.vocab_size, steps, rounds, with_meta=not asked.quick)
             while sides:
                 sides.pop().close()
-            gc.collect()  # the models of one kind in memory at a time
+            gc.collect()  # models of one kind are in memory at a time
         cases += measure_loading(folder, rounds)
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformers", "llama-models", "llama-cpp-python"):
@@ -327,9 +332,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt_dir", type=Path, default=Path("checkpoints/smollm2-135m-instruct"))
     parser.add_argument("--gguf", type=Path, help="the same weights, for llama.cpp and float32; default: from ckpt_dir")
-    parser.add_argument("--random_1b", action="store_true", help="random weights of 1.1B instead; no float32")
     parser.add_argument(
-        "--tokenizer", type=Path, default=Path("../shared/tokenizers/llama2.model"), help="of random_1b"
+        "--random_1b", action="store_true", help="random weights of 1.1B parameters instead; without float32"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, default=Path("../shared/tokenizers/llama2.model"), help="for --random_1b"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Kernels for weights in fewer bits: milliseconds for all matrices of the demo model's layers, in bfloat16.
+"""Times kernels for quantized weights: milliseconds for all matrices of the demo model's layers, in bfloat16.
 
     python benchmarks/kernels.py
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from llama.accelerate import native
-from llama.accelerate.executor import Dense
+from llama.accelerate.fused import Dense
 from llama.accelerate.quantize import Int4, Int8, PackedInt4
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # wqkv, wo, w13, w2
@@ -23,9 +23,9 @@ KERNELS: dict[str, Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tenso
     "bfloat16, F.linear": lambda weight: Dense(weight, False),
     "bfloat16, native.c": lambda weight: Dense(weight, True),
     "int8, torch's _weight_int8pack_mm": Int8,
-    "int8, native.c": lambda weight: native.NativeQuantized(Int8(weight)),
+    "int8, native.c": lambda weight: native.NativeQuantizedLinear(Int8(weight)),
     "int4, torch's _weight_int4pack_mm_for_cpu": PackedInt4,
-    "int4, native.c": lambda weight: native.NativeQuantized(Int4(weight)),
+    "int4, native.c": lambda weight: native.NativeQuantizedLinear(Int4(weight)),
 }
 
 
@@ -40,13 +40,13 @@ def with_torchao(weight: torch.Tensor) -> nn.Module:
 
 def milliseconds(layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], rows: int) -> float:
     inputs = [torch.randn(rows, k).bfloat16() for _, k in SHAPES] * LAYERS
-    taken = []
+    seconds = []
     for _ in range(ROUNDS):
         started = time.perf_counter()
         for layer, x in zip(layers, inputs, strict=True):
             layer(x)
-        taken.append(time.perf_counter() - started)
-    return 1000 * median(taken)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * median(seconds)
 
 
 @torch.inference_mode()
@@ -60,8 +60,8 @@ def main() -> None:
     except ImportError:
         pass
     print(f"| torch {torch.__version__}, {torch.get_num_threads()} threads, ms | 1 row | 512 rows |\n|---|---|---|")
-    for name, make in kernels.items():
-        layers = [make(weight) for weight in weights]
+    for name, kernel in kernels.items():
+        layers = [kernel(weight) for weight in weights]
         print(f"| {name} | {milliseconds(layers, 1):.1f} | {milliseconds(layers, 512):.0f} |", flush=True)
 
 

@@ -1,10 +1,10 @@
-"""Requests a second of the adapter for lm-evaluation-harness, beside the harness's `hf` backend on the same weights.
+"""Requests per second of the adapter for lm-evaluation-harness, and of the harness's `hf` backend on the same weights.
 
     python benchmarks/scoring.py --ckpt_dir checkpoints/smollm2-135m-instruct
 
-Both score the same requests with the same batch size, dtype and threads, in turn, after one round that does not count.
-Printed are medians of the rounds and their ratio. Needs '.[eval,convert]', transformers and accelerate, and a machine
-that does nothing else: threads that wait for each other measure the neighbours.
+Both score the same requests with the same batch size, dtype and threads, in turn, after one round to warm up. Prints
+the medians of the rounds and their ratio. Needs '.[eval,convert]', transformers and accelerate, and an otherwise idle
+machine: other programs slow down threads that wait for each other.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # nothing is fetched; bars of one backend only cost time
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # nothing is fetched; only one backend has progress bars
 
 import lm_eval
 import torch
@@ -56,14 +56,14 @@ def multiple_choice(questions: int) -> list[Instance]:
 
 
 def rolling(lengths: list[int]) -> list[Instance]:
-    """Texts of about so many tokens."""
+    """Texts of about `lengths` tokens."""
     stream = random.Random(2)
     written = [" ".join(sentence(stream) for _ in range(max(1, length // 14))) for length in lengths]
     return [Instance("loglikelihood_rolling", {}, (text,), 0) for text in written]
 
 
 def documents(tokens: int, longest: int) -> list[int]:
-    """Lengths with that sum, about as pages have them: many short ones, few long ones."""
+    """Lengths of documents with `tokens` in sum: many short ones, few long ones."""
     stream, found = random.Random(3), list[int]()
     while sum(found) < tokens:
         found.append(round(30 * (longest / 30) ** stream.random()))
@@ -90,12 +90,12 @@ def compare(name: str, method: str, requests: list[Instance], ours: MetaLlama, t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt_dir", required=True)
-    parser.add_argument("--dtype", default="float32", help="of the computation in both")
+    parser.add_argument("--dtype", default="float32", help="in which both compute")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_seq_len", type=int, default=1024)
     parser.add_argument("--questions", type=int, default=40, help="with four answers each")
-    parser.add_argument("--tokens", type=int, default=8192, help="of the long texts, and of the documents")
+    parser.add_argument("--tokens", type=int, default=8192, help="in the long texts, and in the documents")
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
 

@@ -1,8 +1,8 @@
 """Four implementations of Llama behind one interface, on the same weights: this runner, Meta's (`llama_models`),
 `transformers` and llama.cpp (llama-cpp-python). For benchmarks/compare.py.
 
-All run on the CPU and choose greedily. Packages of the peers are imported where they are used, so that what is not
-installed can be left out. Each peer runs in a process of its own (`Peer`): its crash does not end the comparison.
+All run on the CPU and decode greedily. The peers' packages are imported where they are used, as they need not be
+installed. Each peer runs in its own process (`Peer`), so a crash does not end the comparison.
 """
 
 import contextlib
@@ -31,30 +31,32 @@ from llama.parallel.device import DTYPES
 from llama.parallel.groups import connect_ranks, current_world, init_process_groups
 from llama.params import ModelArgs
 
-CONTEXT = 1024  # positions that each side has room for
+CONTEXT = 1024  # max_seq_len of each side
 THREADS = os.cpu_count() or 1
+# How processes of peers start. A plain fork would lack the threads that torch believes it has.
+START_METHOD = "spawn"
 # llama.cpp's type of file for each kind of weights, and its number in llama.h.
 FILE_TYPES = {"float32": ("F32", 0), "bfloat16": ("BF16", 32), "int8": ("Q8_0", 7), "int4": ("Q4_0", 2)}
 
 
 def clock(work: Callable[[], object]) -> float:
-    """Seconds that it takes."""
+    """Seconds that `work` takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 class Side:
-    """An implementation with a model in it. name: what the table calls it."""
+    """An implementation with a loaded model. name: its column of the table."""
 
     name: str
 
     def greedy(self, prompt: list[int]) -> Iterator[int]:
-        """The most probable ids after `prompt`, without end: the first `next` is the prefill, each other one a step."""
+        """The most probable ids after `prompt`, without end. The first `next` is the prefill, each later one a step."""
         raise NotImplementedError  # each side's own
 
     def ragged(self, prompts: list[list[int]], new: int) -> list[list[int]]:
-        """Continue prompts of different lengths in one batch by `new` ids each -> those, in its own way."""
+        """`new` ids for each of several prompts of different lengths, as this implementation computes such a batch."""
         raise NotImplementedError  # each side's own
 
     def first(self, prompt: list[int], n: int) -> list[int]:
@@ -75,17 +77,17 @@ class Side:
         return clock(lambda: self.ragged(prompts, new))
 
     def close(self) -> None:
-        """Free the model, where that takes more than dropping it."""
+        """Free the model, where garbage collection is not enough."""
 
 
 class Ours(Side):
-    """rows: the cache's. variant: other arguments of `build`."""
+    """This runner. rows: max_batch_size. variant: other arguments of `build`."""
 
     def __init__(self, name: str, folder: Path, dtype: str, rows: int, **variant: Any):
         self.name = name
         sizes: dict[str, Any] = {"max_seq_len": CONTEXT, "max_batch_size": rows}
         self.llama = Llama.build(folder, **sizes, device="cpu", dtype=dtype, **variant)
-        self.llama.tokenizer.stop_tokens = set()  # all sides take the same number of steps
+        self.llama.tokenizer.stop_tokens = set()  # all sides run the same number of steps
 
     def greedy(self, prompt: list[int], rows: int = 1) -> Iterator[int]:
         """`rows` rows of the same prompt -> the first row's ids."""
@@ -104,7 +106,7 @@ class Ours(Side):
 
 
 class Meta(Side):
-    """Its generation wants a GPU, its `Transformer` only fairscale's groups (`llama.parallel.groups.join`)."""
+    """Meta's `Transformer`. Its generation loop needs a GPU; the model only needs fairscale's groups."""
 
     def __init__(self, folder: Path, dtype: str):
         from llama_models.llama3.args import ModelArgs as Args
@@ -131,8 +133,8 @@ class Meta(Side):
             yield int(ids)
 
     def ragged(self, prompts: list[list[int]], new: int) -> list[list[int]]:
-        """As Meta's `generate` goes: from the shortest prompt's end on a position at a time, for all rows; where a
-        prompt is longer its own id stays, whatever was predicted."""
+        """As Meta's `generate`: from the end of the shortest prompt one position at a time, for all rows. A longer
+        prompt keeps its own id there."""
         lengths = [len(prompt) for prompt in prompts]
         ids = torch.full((len(prompts), max(lengths) + new), -1)
         for row, prompt in enumerate(prompts):
@@ -176,14 +178,14 @@ class Transformers(Side):
 
 
 class LlamaCpp(Side):
-    """With flash attention, which is its faster way; the cache is float32 beside F32 weights, else its usual float16.
+    """llama.cpp with flash attention, which is faster. The cache is float32 for F32 weights, else float16, the default.
 
-    source: the weights as GGUF, by default written from `folder`; the file of the type that `kind` asks for is made of
-    it beside `folder`. all_logits: keep those of every position.
+    source: the weights as GGUF, by default written from `folder`. It is converted to the file type of `kind`, in the
+    folder that contains `folder`. all_logits: keep the logits of every position.
     """
 
     def __init__(self, folder: Path, kind: str, source: Path | None, all_logits: bool = False):
-        llama_cpp = import_module("llama_cpp")  # mypy need not know it
+        llama_cpp = import_module("llama_cpp")  # optional, so mypy may not find it
         self.name = "llama.cpp"
         if source is None:
             source = folder.with_name("written.gguf")
@@ -194,7 +196,7 @@ class LlamaCpp(Side):
         settings.ftype, settings.nthread, settings.allow_requantize = number, THREADS, True
         llama_cpp._logger.set_verbose(False)
         if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(path), ctypes.byref(settings)):
-            raise ValueError(f"llama.cpp makes no {label} of {source}")
+            raise ValueError(f"llama.cpp cannot convert {source} to {label}")
         sizes: dict[str, Any] = {"n_ctx": CONTEXT, "n_batch": 512, "n_threads": THREADS, "n_threads_batch": THREADS}
         if kind == "float32":
             sizes |= {"type_k": 0, "type_v": 0}
@@ -210,7 +212,7 @@ class LlamaCpp(Side):
             yield ids[0]
 
     def logits(self, ids: list[int]) -> torch.Tensor:
-        """[n, vocab] for a text [n], of a side with `all_logits`."""
+        """[n, vocab] for ids [n]; only with `all_logits`."""
         self.model.reset()
         self.model.eval(ids)
         return torch.from_numpy(self.model.scores[: len(ids)])
@@ -223,14 +225,14 @@ def meta_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def write_gguf(folder: Path, path: Path) -> None:
-    """A folder of one shard as GGUF, without a vocabulary: ids go in and come out. Matrices keep their dtype; the pairs
-    that rotary positions turn are neighbours in both formats."""
+    """Write a folder of one shard as GGUF, without a vocabulary. Matrices keep their dtype. No weight is permuted: both
+    formats rotate neighbouring pairs."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     params, weights = meta_folder(folder)
     args = ModelArgs(**params)
     if args.use_scaled_rope or args.rope_linear_factor is not None:
-        raise ValueError("scaled rotary positions are not written here: give --gguf")
+        raise ValueError("scaled rotary positions are not supported here: pass --gguf")
     writer = GGUFWriter(path, "llama")
     writer.add_tokenizer_model("no_vocab")
     sizes = {"block_count": args.n_layers, "context_length": CONTEXT, "embedding_length": args.dim}
@@ -244,7 +246,7 @@ def write_gguf(folder: Path, path: Path) -> None:
     for name, weight in weights.items():
         stem = without_layer(name)
         place = f"blk.{name.split('.')[1]}." if stem != name else ""
-        weight = weight.float() if weight.dim() == 1 else weight.contiguous()  # vectors in float32, says llama.cpp
+        weight = weight.float() if weight.dim() == 1 else weight.contiguous()  # llama.cpp requires float32 vectors
         kind = GGMLQuantizationType[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[str(weight.dtype)[6:]]]
         # numpy has no bfloat16
         writer.add_tensor(place + theirs[stem], weight.view(torch.uint8).numpy(), raw_dtype=kind)
@@ -269,27 +271,28 @@ def write_random(folder: Path, tokenizer: Path, params: dict[str, Any], dtype: s
 
 
 class PeerFailed(Exception):
-    """A peer's process has ended, or the peer raised an exception; the message names the signal or the exception."""
+    """A peer's process exited, or the peer raised an exception; the message names the signal or the exception."""
 
 
 class Peer(Side):
-    """A side in a process of its own, which runs and times it on request over a pipe.
+    """A side in its own process, which runs and times it; calls and results go through a pipe.
 
-    make: makes the side there; it is pickled. Raises PeerFailed where the peer fails: one that raised an exception can
-    be asked again, one whose process has ended cannot. Raises ImportError if the peer's package is not installed.
+    make: creates the side there, and is pickled. Raises ImportError if the peer's package is not installed, and
+    PeerFailed where the peer fails, also from every method. After an exception it can be called again, after its
+    process has exited it cannot.
     """
 
     def __init__(self, name: str, make: Callable[[], Side]):
         self.name = name
         self._ended = ""
-        context = multiprocessing.get_context("spawn")  # a fork would lack the threads that torch believes it has
+        context: Any = multiprocessing.get_context(START_METHOD)  # typeshed's base class lacks Process
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, torch.get_num_threads()), daemon=True)
         try:
             self._process.start()
         except OSError as error:  # no memory for another process
             raise PeerFailed(_in_short(error)) from error
-        theirs.close()  # so that the pipe ends with the process
+        theirs.close()  # so that reading fails once the process has exited
         try:
             if missing := self._receive():
                 raise ImportError(missing)
@@ -355,7 +358,7 @@ def _how_it_ended(code: int) -> str:
 
 
 def _serve(pipe: Connection, make: Callable[[], Side], threads: int) -> None:
-    """A peer's process, until the pipe is closed. Sends pairs: an answer and "", or None and what was raised."""
+    """Run in the peer's process until the pipe is closed. Sends (result, "") or (None, what was raised)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
     torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, OSError):
@@ -381,14 +384,14 @@ def _in_short(error: Exception) -> str:
 
 
 def in_meta_groups(folder: Path, dtype: str) -> Side:
-    """Meta's side, in a process without a model of ours: its layers need fairscale's groups as long as they live."""
+    """Meta's side, in a process without a model of ours: its layers need fairscale's groups while they exist."""
     connect_ranks(current_world())
     init_process_groups(current_world(), torch.device("cpu"))
     return Meta(folder, dtype)
 
 
 def peers_of(kind: str, folder: Path, gguf: Path | None) -> dict[str, Callable[[], Side]]:
-    """What makes each peer that has weights of this kind, by name."""
+    """Name -> function that creates the peer, for each peer that supports weights of this kind."""
     makers: dict[str, Callable[[], Side]] = {}
     if not kind.startswith("int"):
         makers["Meta"] = partial(in_meta_groups, folder, kind)
@@ -404,10 +407,10 @@ def sides_of(
     skip: Callable[[str], None],
     failed: Callable[[str, str], None],
 ) -> list[Side]:
-    """Every implementation that there is for float32, bfloat16, int8 or int4, ours first, each peer in its process.
+    """All implementations for float32, bfloat16, int8 or int4, ours first, each peer in its own process.
 
-    rows: the most that our batches have. skip: called with a line for each that is left out. failed: called with the
-    name and the reason for each peer that failed while it was made.
+    rows: max_batch_size of ours. skip: called with a line for each implementation that is left out. failed: called with
+    name and reason for each peer that failed while it was created.
     """
     dtype = "float32" if kind == "float32" else "bfloat16"
     quantized: dict[str, Any] = {"quantize": kind} if kind.startswith("int") else {}

@@ -6,11 +6,11 @@ import torch
 class KVCache:
     """Keys and values of the positions seen so far: k and v, [rows, n_local_kv_heads, max_seq_len, head_dim] each.
 
-    Not a module: it is no part of what a checkpoint holds. Positions beyond those in use hold zeros or old values,
-    all of them finite: a query is never shown more than the positions it may see, and a position is always written
-    before it is seen.
+    Not a module, as it is not part of a checkpoint. Positions beyond those in use hold zeros or old values. A position
+    is always written before a query attends to it, but masked positions must be finite, too: their weight is 0, and
+    0 * NaN is NaN.
 
-    first_row: rows of a forward go here and below. An executor sets it while it computes part of a batch.
+    first_row: row r of a forward is stored in row first_row + r. An executor sets it while it computes part of a batch.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
@@ -22,7 +22,7 @@ class KVCache:
         return f"KVCache(2 x {' x '.join(map(str, self.k.shape))}, {self.k.dtype}, {self.k.device})"
 
     def to(self, like: torch.Tensor) -> None:
-        """Follow the dtype and the device of the keys that are to be stored, as a model may be moved at any time."""
+        """Take the dtype and device of the keys to be stored, as a model may be moved at any time."""
         if self.k.dtype != like.dtype or self.k.device != like.device:
             for name in ("k", "v"):
                 buffer = getattr(self, name)
@@ -30,12 +30,12 @@ class KVCache:
                 setattr(self, name, moved if buffer.is_meta else moved.copy_(buffer))
 
     def clear(self) -> None:
-        """Forget everything: a NaN would otherwise reach other rows, as its weight of 0 does not silence it."""
+        """Zero the buffers, so that no NaN stays in positions with weight 0."""
         self.k.zero_()
         self.v.zero_()
 
     def expand(self, slots: list[int], ctx_len: int) -> None:
-        """Make row i a copy of what row slots[i] holds of the first `ctx_len` positions, for rows that begin alike."""
+        """Copy the first `ctx_len` positions of row slots[i] to row i, for rows with the same prefix."""
         for buffer in (self.k, self.v):
             buffer[: len(slots), :, :ctx_len] = buffer[slots, :, :ctx_len]
 
@@ -57,7 +57,7 @@ class KVCache:
         else:
             rows = torch.arange(first_row, end, device=k.device)[:, None]  # [bsz, 1]
             positions = start_pos[:, None] + torch.arange(seqlen, device=k.device)  # [bsz, seqlen]
-            # Two index tensors around a slice move to the front: the target is [bsz, seqlen, n_kv, head_dim].
+            # Two index tensors around a slice come first in the result: [bsz, seqlen, n_kv, head_dim].
             self.k[rows, :, positions] = k.transpose(1, 2)
             self.v[rows, :, positions] = v.transpose(1, 2)
         return self.k[first_row:end, :, :ctx_len], self.v[first_row:end, :, :ctx_len]

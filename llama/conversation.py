@@ -1,22 +1,27 @@
-"""A dialog that goes on: the cache keeps what was said, so a turn computes only what is new."""
+"""`Conversation`: a dialog over several turns. Its KV cache is kept, so a turn computes only the new ids."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
 
+from typing_extensions import Unpack
+
 from llama.chat.formats import Message
-from llama.engine.requests import Row, Settings, check_int, read_rows
+from llama.engine.requests import Row, read_rows
 from llama.engine.streaming import Stop, TextStream, read_stops
 from llama.generation import Llama
+from llama.options import Settings, check_int, with_options
 
 
 @dataclass
 class Turn:
     """What the last `say` did.
 
-    prompt_tokens: ids of the whole dialog, of which `reused` were still in the cache. new_tokens: ids of the answer.
-    dropped: turns that were forgotten, the oldest first, to make room.
-    finish_reason: "stop", "length" (max_gen_len or the context's end), or None until then and for an answer broken off.
-    kept: whether the turn is part of the dialog from now on.
+    prompt_tokens: ids of the dialog without the answer, of which `reused` were still in the cache.
+    new_tokens: ids of the answer.
+    dropped: the number of turns dropped from the dialog, oldest first, because it did not fit max_seq_len.
+    finish_reason: "stop", "length" (max_gen_len or max_seq_len is reached), or None while the answer is generated and
+        if its reader stopped early.
+    kept: whether the turn was added to the dialog.
     """
 
     prompt_tokens: int
@@ -28,71 +33,66 @@ class Turn:
 
     @property
     def context(self) -> int:
-        """Positions in use: the dialog and the answer."""
+        """Positions in use: those of the dialog and the answer."""
         return self.prompt_tokens + self.new_tokens
 
 
 class Conversation:
-    """One user, one model, and what they have said.
+    """A dialog between one user and one model.
 
-    messages: the dialog so far, {"role": ..., "content": ...} of user and assistant in turn. system: the system
-    message. Both may be edited or cut, in pairs, at any time: the next turn computes what comes after the first change.
-    last: the last `Turn`.
+    messages: the dialog so far, {"role": ..., "content": ...}, user and assistant alternating. system: the system
+    message, or None. Both may be edited at any time, and messages removed in pairs: the next turn computes what comes
+    after the first change. last: the last `Turn`.
 
-    The settings are one value each, with the meanings of `chat_completion`; with a `seed` each answer draws from that
-    stream. A quarter of max_seq_len, or max_gen_len where that is less, is kept free for the answer: when the dialog
-    needs the room, the oldest turns are dropped whole, and the system message stays.
+    The settings have the meanings of `chat_completion`, one value each. With a `seed`, every answer is sampled with it.
 
-    Other calls of `llama` may come between turns; the next turn then computes the dialog again. Under torchrun every
-    rank holds the conversation and makes the same calls.
+    A quarter of max_seq_len, or max_gen_len if that is less, is reserved for the answer. If the dialog does not fit the
+    remaining positions, its oldest turns are dropped. The system message is always kept.
+
+    Other calls of `llama` may come between turns: the next turn then computes the dialog again. Under torchrun every
+    rank holds a conversation and makes the same calls.
+
+    Raises ValueError or TypeError for settings out of range, and ValueError for a model without a chat format.
     """
 
+    @with_options(Settings)
     def __init__(
         self,
         llama: Llama,
         system: str | None = None,
         *,
-        max_gen_len: int | None = None,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        top_k: int | None = None,
-        repetition_penalty: float = 1.0,
         stop: Stop = None,
-        seed: int | None = None,
+        **settings: Unpack[Settings],
     ):
-        if max_gen_len is not None:
-            check_int("max_gen_len", max_gen_len, 1)
-        self.llama, self.system, self.stop = llama, system, stop
-        self.settings: Settings = {
-            "max_gen_len": max_gen_len,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-        }
-        # Mistakes are told now, not at the first question; so is a model without a chat format.
+        if settings.get("n", 1) != 1:
+            raise ValueError(f"n is {settings['n']}, but a conversation has one answer at a time")
+        self.llama, self.system, self.stop, self.settings = llama, system, stop, settings
+        # These raise errors about the arguments here, not in the first `say`.
         self._format = llama.dialogs
         read_rows(llama.model.params, lambda: 0, (), [[0]], **self.settings)
         read_stops(stop, 1)
-        self._room = llama.model.params.max_seq_len // 4 if max_gen_len is None else max_gen_len
+        self._reserved = llama.model.params.max_seq_len // 4
+        if (max_gen_len := settings.get("max_gen_len")) is not None:
+            self._reserved = min(self._reserved, check_int("max_gen_len", max_gen_len, 1))
         self.messages: list[Message] = []
         self.last: Turn | None = None
-        self._open: Generator[str, None, None] | None = None
+        self._answering: Generator[str, None, None] | None = None
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """Say something and get the answer in pieces. With the first piece the turn joins `messages`, where the answer
-        grows as it is read; whoever stops reading leaves what has come until then.
+        """Send a user message, and yield the answer in pieces.
 
-        Raises ValueError when the system message and `text` alone fill the context. What the dialog's format refuses
-        is answered with the fixed refusal and joins nothing.
+        The turn is added to `messages` with the first piece, and its answer grows with every piece. If the reader stops
+        early, the part that was read stays there. Only one answer is generated at a time: another `say` ends this one.
+
+        A message that the chat format refuses is answered with the fixed refusal, and the turn is not added.
+
+        Raises ValueError where the system message and `text` alone fill max_seq_len.
         """
         user: Message = {"role": "user", "content": text}
         limit = self.llama.model.params.max_seq_len
-        free = min(limit // 4, self._room)
         start = 0  # messages before it are dropped
         needed = self._length(user, start)
-        while needed + free > limit and start < len(self.messages):
+        while needed + self._reserved > limit and start < len(self.messages):
             start += 2
             needed = self._length(user, start)
         if needed >= limit:
@@ -102,15 +102,15 @@ class Conversation:
             )
         messages = [*self.messages[start:], user]
         rows, texts = self.llama._chat_rows([[*self._system(), *messages]], self.stop, **self.settings)
-        if self._open is not None:
-            self._open.close()  # one answer at a time
+        if self._answering is not None:
+            self._answering.close()
         self.last = Turn(needed, start // 2)
-        self._open = self._answer(messages, rows[0], texts[0], self.last)
-        return self._open
+        self._answering = self._answer(messages, rows[0], texts[0], self.last)
+        return self._answering
 
     def dialog(self) -> list[Message]:
-        """The system message, where there is one, and the messages: what `chat_completion` takes, but for the next
-        question."""
+        """The system message, if there is one, and the messages. With a question appended, it is a dialog for
+        `chat_completion`."""
         return [*self._system(), *self.messages]
 
     def _system(self) -> list[Message]:
@@ -128,7 +128,7 @@ class Conversation:
             accepted = self._format.refusal(dialog) is None
             if accepted and not turn.kept:
                 self.messages, turn.kept = dialog, True
-            elif turn.kept and not accepted:  # a tag in the answer would have every later turn refused
+            elif turn.kept and not accepted:  # the answer contains a tag, and the format would refuse every later turn
                 turn.kept = False
                 if self.messages and self.messages[-1] is answer:
                     del self.messages[-2:]

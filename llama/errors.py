@@ -1,6 +1,7 @@
-"""Memory that runs out in the middle of a step, reported as `llama.memory.check` does it: the numbers, and what fits.
+"""Out-of-memory errors: recognized in torch's, and raised again with the numbers and with settings that fit.
 
-One rank can go on with less. Of several the others are in the middle of the step, and end.
+A single rank can continue with a smaller request afterwards. With several ranks the others are in the middle of a
+forward pass, which cannot be completed, and they exit as for a lost rank.
 """
 
 import functools
@@ -13,10 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-# A model -> the error to raise for torch's.
-EXPLAIN: WeakKeyDictionary[nn.Module, Callable[[BaseException], Exception]] = WeakKeyDictionary()
-# Of torch, C++, Linux (memory, threads), cuBLAS and oneDNN.
-WORDS = (
+# For each model that was built: a function from torch's out-of-memory error to the one to raise. Filled by
+# `llama.generation`, as this module knows nothing about the settings that fit.
+OOM_EXPLAINERS: WeakKeyDictionary[nn.Module, Callable[[BaseException], Exception]] = WeakKeyDictionary()
+# Messages of torch, C++, Linux (memory, threads), cuBLAS and oneDNN.
+OOM_MESSAGES = (
     "can't allocate memory|out of memory|bad_alloc|[Cc]annot allocate memory|Resource temporarily unavailable|"
     "ALLOC_FAILED|could not create a memory"
 )
@@ -25,24 +27,26 @@ R = TypeVar("R")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` means that memory, or a limit on threads, is exhausted."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and bool(re.search(WORDS, str(error)))
+    return isinstance(error, RuntimeError) and bool(re.search(OOM_MESSAGES, str(error)))
 
 
-def explain_oom(step: Callable[P, R]) -> Callable[P, R]:
-    """For functions and methods of an Engine, which they take first."""
+def explain_oom(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function whose first argument is an Engine: an out-of-memory error that it raises is replaced by the
+    one that OOM_EXPLAINERS has for the engine's model, if there is one."""
 
-    @functools.wraps(step)
-    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return step(*args, **kwargs)
+            return function(*args, **kwargs)
         except (RuntimeError, MemoryError) as error:
             engine: Any = args[0]
-            explain = EXPLAIN.get(engine.model) if is_out_of_memory(error) else None
+            explain = OOM_EXPLAINERS.get(engine.model) if is_out_of_memory(error) else None
             if explain is None:
                 raise
-            traceback.clear_frames(error.__traceback__)  # which would hold what the step had made so far
+            traceback.clear_frames(error.__traceback__)  # frees the tensors that its frames hold
             raise explain(error) from None
 
-    return told
+    return wrapper

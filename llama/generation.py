@@ -19,7 +19,7 @@ from llama.chat.formats import (
     Dialog,
     Message,
     Role,
-    for_tokenizer,
+    find_chat_format,
 )
 from llama.engine.engine import Engine
 from llama.engine.requests import Row, check_list
@@ -90,7 +90,7 @@ class Llama(Engine):
         executor: Executor | None = None,
     ):
         super().__init__(model, tokenizer, executor=executor)
-        self.chat_format = chat_format or for_tokenizer(tokenizer)
+        self.chat_format = chat_format or find_chat_format(tokenizer)
 
     @staticmethod
     @with_options(BuildOptions)

@@ -1,4 +1,7 @@
-"""Ctrl-C for programs that were started with SIGINT ignored. Imports nothing heavy: it runs before torch is there."""
+"""Ctrl-C in programs that start with SIGINT ignored, and during imports.
+
+Imports the standard library only: its functions are called before torch is imported.
+"""
 
 import contextlib
 import os
@@ -9,11 +12,11 @@ from collections.abc import Iterator
 
 def restore_interrupt() -> None:
     """Raise KeyboardInterrupt on Ctrl-C again if SIGINT is ignored and this process is in its terminal's foreground."""
-    # Scripts and some CI runners start programs with SIGINT ignored, and every child inherits that; Python then sets no
-    # handler. In the foreground Ctrl-C is meant for this process. A background job (`nohup prog &`) keeps ignoring it.
+    # Scripts and some CI runners start programs with SIGINT ignored. Children inherit that, and Python then installs no
+    # handler. Ctrl-C is still meant for a process in the foreground, not for a background job (`nohup prog &`).
     if (
         signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        and threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+        and threading.current_thread() is threading.main_thread()  # only this one may set handlers
         and _in_foreground()
     ):
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -21,8 +24,11 @@ def restore_interrupt() -> None:
 
 @contextlib.contextmanager
 def exit_on_interrupt() -> Iterator[None]:
-    """Around imports: Ctrl-C ends the process with status 130. An exception raised there may abort torch's C++ code, or
-    be swallowed: torch goes on without numpy, and the next import of numpy fails."""
+    """While the block imports packages, Ctrl-C ends the process at once, with status 130.
+
+    A KeyboardInterrupt is unsafe there. Raised inside torch's C++ code, it may abort the process. Raised while torch
+    imports numpy, it is swallowed: torch continues without numpy, and the next import of numpy fails.
+    """
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield
@@ -35,13 +41,14 @@ def exit_on_interrupt() -> Iterator[None]:
 
 
 def _in_foreground() -> bool:
+    """Whether this process belongs to the foreground process group of its terminal; False without a terminal."""
     try:
-        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)  # also where all streams are redirected
-    except (OSError, AttributeError):  # no terminal; no O_NOCTTY on Windows
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)  # works even if all streams are redirected
+    except (OSError, AttributeError):  # no terminal, or Windows, which has no O_NOCTTY
         return False
     try:
         return os.tcgetpgrp(terminal) == os.getpgrp()
-    except OSError:  # it has hung up
+    except OSError:  # the terminal has hung up
         return False
     finally:
         os.close(terminal)

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
-from llama.accelerate.executor import Executor, can_compile
+from llama.accelerate.compiled import can_compile
+from llama.accelerate.executor import Executor
 from llama.accelerate.native import release_freed_memory
 from llama.accelerate.quantized_weight import held_bytes, quantize_part
-from llama.chat.formats import ChatFormat, for_tokenizer
+from llama.chat.formats import ChatFormat, find_chat_format
 from llama.checkpoint.errors import CheckpointError
 from llama.checkpoint.folder import Checkpoint, load_weights
 from llama.checkpoint.layout import OUTPUT, check_world_size
 from llama.checkpoint.verify import check_before_loading
-from llama.errors import EXPLAIN, is_out_of_memory
+from llama.errors import OOM_EXPLAINERS, is_out_of_memory
 from llama.files import as_path
 from llama.memory.check import Choice, check_memory, explained
 from llama.model import Transformer, TransformerBlock
@@ -124,7 +125,7 @@ def _open(model: ModelOptions, build: BuildOptions, device: torch.device, world:
             f"the tokenizer has {tokenizer.n_words} ids, the model {args.vocab_size}: "
             "give the tokenizer that came with the checkpoint (--tokenizer_path)"
         )
-    chat_format = for_tokenizer(tokenizer, build["chat_format"])
+    chat_format = find_chat_format(tokenizer, build["chat_format"])
     dtype = pick_dtype(build["dtype"], checkpoint.dtype, device)
     tied = OUTPUT not in checkpoint.shapes
     fit = check_memory(args, world.size, dtype, device, tied, checkpoint.embedding_axis, build["quantize"])
@@ -155,7 +156,7 @@ def _load_weights(files: Files, device: torch.device, compile: bool | None) -> t
         model.place_caches(dtype, device)
         held = files.fit.sizes.total - files.fit.sizes.prefill
         advice = "send fewer or shorter prompts at once, or build it with less"
-        EXPLAIN[model] = partial(explained, files.fit, device, held, advice)
+        OOM_EXPLAINERS[model] = partial(explained, files.fit, device, held, advice)
         with release_freed_memory():
             load_weights(model, checkpoint, dtype, quantize_block if quantize else None)
             if quantize:
@@ -188,7 +189,7 @@ def check_same(values: dict[str, Any], advice: str) -> None:
         for name in gathered[0] | others:
             if (first := gathered[0].get(name)) != (other := others.get(name)):
                 error = ValueError(f"rank {rank} has {name} {other}, rank 0 has {first}: {advice}")
-                error.__dict__["told_by"] = 0
+                error.__dict__["reporting_rank"] = 0
                 raise error
 
 

@@ -1,19 +1,18 @@
 """The Llama architecture, written once and plainly, under the names of Meta's model.py: pre-norm blocks, rotary
 positions, grouped-query attention, SwiGLU feed-forward.
 
-Shapes use bsz (rows), seqlen (new positions), ctx_len (positions a query may look back on, the new ones
-included), dim, head_dim and vocab. "Local" is this rank's part of what is split over the ranks.
+Shapes use bsz (rows), seqlen (new positions), ctx_len (positions that a query may attend to, the new ones included),
+dim, head_dim and vocab. "Local" is this rank's part of what is split over the ranks.
 
-The modules and their weights are the user's to read, hook, write and replace. What computes faster is derived from
-them elsewhere (`llama.accelerate.executor`) and never takes their place.
+Users may read, hook, write and replace the modules and their weights. Faster code is derived from them elsewhere
+(`llama.accelerate.executor`) and never replaces them.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fairscale.nn.model_parallel.initialize import model_parallel_is_initialized
-from fairscale.nn.model_parallel.layers import (
+from fairscale.nn.model_parallel.layers import (  # noqa: F401  as in Meta's module: programs compare modules with them
     ColumnParallelLinear,
     ParallelEmbedding,
     RowParallelLinear,
@@ -24,85 +23,10 @@ from typing_extensions import Self
 
 from llama.cache import KVCache
 from llama.parallel.groups import model_parallel
+from llama.parallel.layers import ColumnLinear, DimEmbedding, RowLinear, VocabEmbedding, init_weight, share_storage
 from llama.params import ModelArgs, ffn_width
 
-INIT_STD = 0.02  # of a new model's weights, as in GPT-2 and Llama's successors
-
-
-# Layers -------------------------------------------------------------------------------------------
-# fairscale's layers, whose constructors allocate the weights of the undivided model. These allocate their part alone,
-# and compute without fairscale's groups where there is one rank.
-
-
-class Local(nn.Module):
-    """Named before one of fairscale's classes among the bases: prints the shape of this rank's weight, and computes
-    without fairscale's groups where there are none."""
-
-    def extra_repr(self) -> str:
-        return " x ".join(map(str, self.get_parameter("weight").shape))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = super().forward(x) if model_parallel_is_initialized() else self.alone(x)
-        return y
-
-    def alone(self, x: torch.Tensor) -> torch.Tensor:
-        """The forward of one rank."""
-        return F.linear(x, self.get_parameter("weight"), cast(torch.Tensor | None, self.bias))
-
-
-class ColumnLinear(Local, ColumnParallelLinear):
-    """x @ weight.T with the output features split: [.., in] -> [.., local_out], or [.., out] when gathered."""
-
-    def __init__(self, weight: torch.Tensor, gather_output: bool = False):
-        nn.Module.__init__(self)
-        self.weight = nn.Parameter(weight)
-        self.register_parameter("bias", None)
-        self.gather_output = gather_output
-        self.output_size_per_partition, self.in_features = weight.shape
-        self.out_features = self.output_size_per_partition * model_parallel()[1]
-
-
-class RowLinear(Local, RowParallelLinear):
-    """x @ weight.T with the input features split, summed over the ranks: [.., local_in] -> [.., out]."""
-
-    def __init__(self, weight: torch.Tensor):
-        nn.Module.__init__(self)
-        self.weight = nn.Parameter(weight)
-        self.register_parameter("bias", None)
-        self.input_is_parallel = True
-        self.out_features, self.input_size_per_partition = weight.shape
-        self.in_features = self.input_size_per_partition * model_parallel()[1]
-
-
-class LocalEmbedding(Local):
-    """Rows of a table: [bsz, seqlen] -> [bsz, seqlen, dim]."""
-
-    def __init__(self, vocab_size: int, dim: int, weight: torch.Tensor):
-        nn.Module.__init__(self)
-        self.weight = nn.Parameter(weight)
-        self.num_embeddings, self.embedding_dim = vocab_size, dim
-        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
-        self.scale_grad_by_freq, self.sparse = False, False
-
-    def alone(self, tokens: torch.Tensor) -> torch.Tensor:
-        return F.embedding(tokens, self.weight)
-
-
-class VocabEmbedding(LocalEmbedding, VocabParallelEmbedding):
-    """A table that is split on the vocabulary, as in Llama 3's files."""
-
-    def __init__(self, vocab_size: int, dim: int):
-        rank, world_size = model_parallel()
-        local_vocab = vocab_size // world_size
-        super().__init__(vocab_size, dim, _drawn((local_vocab, dim), 0))
-        self.vocab_start_index, self.vocab_end_index = rank * local_vocab, (rank + 1) * local_vocab
-
-
-class DimEmbedding(LocalEmbedding, ParallelEmbedding):
-    """A table that is split on dim, as in Llama 2's files."""
-
-    def __init__(self, vocab_size: int, dim: int):
-        super().__init__(vocab_size, dim, _drawn((vocab_size, dim // model_parallel()[1]), 1))
+# Norm and positions -------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -122,34 +46,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).type_as(x) * self.weight
 
 
-def _drawn(shape: tuple[int, int], axis: int, copies: int = 1) -> torch.Tensor:
-    """This rank's part of a new weight, on torch's default device and in its default dtype.
-
-    The undivided weight is drawn, so that a seed makes the same model at any number of ranks. copies: how many
-    neighbouring ranks have the same part.
-    """
-    rank, world_size = model_parallel()
-    parts = world_size // copies
-    full = list(shape)
-    full[axis] *= parts
-    if (part := torch.empty(shape)).is_meta:  # where some operators would import a symbolic algebra
-        return part
-    weight = torch.empty(full).normal_(0, INIT_STD)
-    return weight if parts == 1 else part.copy_(weight.chunk(parts, dim=axis)[rank // copies])
-
-
-def _joined(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The same weights, one below the other in one storage: one product can then use all of them."""
-    joined = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1]).split([len(part) for part in parts])
-    for weight, part in zip(joined, parts, strict=True):
-        if not part.is_meta:
-            weight.copy_(part)
-    return joined
-
-
-# Positions ----------------------------------------------------------------------------------------
-
-
 def precompute_freqs_cis(
     dim: int,
     end: int,
@@ -162,21 +58,21 @@ def precompute_freqs_cis(
     original_context_length: float = 8192,
     linear_factor: float | None = None,
 ) -> torch.Tensor:
-    """cos + i sin of position * frequency, complex64 [end, dim / 2], on the CPU whatever the default device, so that
-    all devices turn by the same angles. dim: of a head.
+    """cos + i sin of position * frequency: complex64 [end, dim / 2]; dim is that of a head.
 
-    Pair i of a head turns by theta^(-2i / dim) radians a position (Su et al. 2021, arXiv:2104.09864), or by that over
-    the linear factor (arXiv:2306.15595). use_scaled (Llama 3.1, arXiv:2407.21783): wavelengths above
-    original_context_length / low_freq_factor are stretched by scale_factor, those under original_context_length /
-    high_freq_factor are kept, between them the two frequencies are blended.
+    Computed on the CPU whatever the default device, so that all devices use the same angles.
+
+    Pair i of a head is rotated by theta^(-2i / dim) radians a position (Su et al. 2021, arXiv:2104.09864), divided by
+    linear_factor if given (arXiv:2306.15595). use_scaled (Llama 3.1, arXiv:2407.21783): wavelengths above
+    original_context_length / low_freq_factor are stretched by scale_factor, those below original_context_length /
+    high_freq_factor are kept, and between them the two frequencies are blended.
     """
     pair = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu")
     freqs = 1.0 / (theta ** (pair / dim))  # [dim / 2]
     if use_scaled:
-        periods = original_context_length * freqs / (2 * torch.pi)  # turns within the old context
-        keep = ((periods - low_freq_factor) / (high_freq_factor - low_freq_factor or 1e-30)).clamp(
-            0, 1
-        )  # equal factors: a step
+        periods = original_context_length * freqs / (2 * torch.pi)  # full turns within the original context
+        span = high_freq_factor - low_freq_factor or 1e-30  # equal factors: a step
+        keep = ((periods - low_freq_factor) / span).clamp(0, 1)
         freqs = (1 - keep) * freqs / scale_factor + keep * freqs
     elif linear_factor is not None:
         freqs = freqs / linear_factor
@@ -200,8 +96,8 @@ def rotary_angles(args: ModelArgs, positions: int) -> torch.Tensor:
 
 
 def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """freqs_cis [seqlen, head_dim / 2], or [bsz, ..] where rows have positions of their own, against
-    x [bsz, seqlen, heads, head_dim / 2]: a view with axes of 1 for the others. ValueError where they do not fit."""
+    """View freqs_cis [seqlen, head_dim / 2], or [bsz, seqlen, head_dim / 2] where each row has its own positions, so
+    that it broadcasts over x [bsz, seqlen, heads, head_dim / 2]. Raises ValueError where the shapes do not match."""
     if freqs_cis.shape[-2:] != (x.shape[1], x.shape[-1]) or freqs_cis.dim() > 3:
         raise ValueError(
             f"freqs_cis has shape {tuple(freqs_cis.shape)}, expected {(x.shape[1], x.shape[-1])} for x {tuple(x.shape)}"
@@ -209,20 +105,20 @@ def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Ten
     return freqs_cis.unsqueeze(-2) if freqs_cis.dim() == 3 else freqs_cis[None, :, None]
 
 
-def rotate(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    """Turn neighbouring pairs of x [bsz, seqlen, heads, head_dim]; freqs_cis: as for `reshape_for_broadcast`."""
-    if x.is_cpu:  # a product of complex numbers, for which CPUs need an eighth of the time
+def apply_rope(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring pairs of x [bsz, seqlen, heads, head_dim]; freqs_cis as for `reshape_for_broadcast`."""
+    if x.is_cpu:  # complex numbers take a CPU an eighth of the time
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))  # even + i odd
         return torch.view_as_real(pairs * reshape_for_broadcast(freqs_cis, pairs)).flatten(-2).type_as(x)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [bsz, seqlen, heads, head_dim / 2] each
     cos, sin = torch.view_as_real(reshape_for_broadcast(freqs_cis, even)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).type_as(x)
 
 
 def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn queries and keys [bsz, seqlen, heads, head_dim] by their positions' angles [seqlen, head_dim / 2]."""
-    return rotate(xq, freqs_cis), rotate(xk, freqs_cis)
+    """Rotate queries and keys [bsz, seqlen, heads, head_dim] by their positions' angles [seqlen, head_dim / 2]."""
+    return apply_rope(xq, freqs_cis), apply_rope(xk, freqs_cis)
 
 
 def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
@@ -231,7 +127,7 @@ def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
 
 
 def causal_mask(seqlen: int, start_pos: int, like: torch.Tensor) -> torch.Tensor | None:
-    """What is added to scores [seqlen, start_pos + seqlen]: -inf for later positions; None for a single query."""
+    """Added to attention scores: -inf at later positions, [seqlen, start_pos + seqlen]; None for a single query."""
     if seqlen == 1:
         return None
     mask = torch.full((seqlen, start_pos + seqlen), -torch.inf, dtype=like.dtype, device=like.device)
@@ -244,8 +140,8 @@ def causal_mask(seqlen: int, start_pos: int, like: torch.Tensor) -> torch.Tensor
 class Attention(nn.Module):
     """Grouped-query attention of this rank's heads, with the cache of their keys and values.
 
-    cache_k, cache_v: the cache as Meta's code has it, [max_batch_size, max_seq_len, n_local_kv_heads, head_dim]: views
-    that can be written; assigning a tensor of such a shape makes it the cache.
+    cache_k, cache_v: writable views of the cache in Meta's layout, [max_batch_size, max_seq_len, n_local_kv_heads,
+    head_dim]. A tensor of that layout assigned to them becomes the cache.
     """
 
     def __init__(self, args: ModelArgs):
@@ -259,11 +155,13 @@ class Attention(nn.Module):
         self.n_rep = self.n_local_heads // self.n_local_kv_heads
         copies = max(1, world_size // args.kv_heads)
         q, kv = self.n_local_heads * self.head_dim, self.n_local_kv_heads * self.head_dim
-        wq, wk, wv = _joined(
-            _drawn((q, args.dim), 0), _drawn((kv, args.dim), 0, copies), _drawn((kv, args.dim), 0, copies)
+        wq, wk, wv = share_storage(
+            init_weight((q, args.dim), 0),
+            init_weight((kv, args.dim), 0, copies),
+            init_weight((kv, args.dim), 0, copies),
         )
         self.wq, self.wk, self.wv = ColumnLinear(wq), ColumnLinear(wk), ColumnLinear(wv)
-        self.wo = RowLinear(_drawn((args.dim, q), 1))
+        self.wo = RowLinear(init_weight((args.dim, q), 1))
         shape = (args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim)
         self.cache = KVCache(shape, wq.dtype, wq.device)
 
@@ -298,9 +196,9 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """x [bsz, seqlen, dim] at positions start_pos ... -> the same shape, and fill the cache.
 
-        start_pos: one int, or an int64 tensor [bsz] for rows at positions of their own.
+        start_pos: one int, or an int64 tensor [bsz] where each row has its own position.
         freqs_cis: the angles of these positions, [seqlen, head_dim / 2] or [bsz, seqlen, head_dim / 2].
-        mask: what is added to the scores, [.., seqlen, ctx_len]; None: all positions to the last.
+        mask: added to the scores, [.., seqlen, ctx_len]; None attends to all positions up to the last.
         """
         bsz, seqlen, _ = x.shape
         xq, xk, xv = self.wq(x), self.wk(x), self.wv(x)
@@ -314,8 +212,8 @@ class Attention(nn.Module):
         ctx_len = mask.shape[-1] if mask is not None else int(start_pos) + seqlen
         keys, values = self.cache.update(k.detach(), v.detach(), start_pos, ctx_len)  # [.., ctx_len, head_dim]
         if torch.is_grad_enabled() and k.requires_grad:
-            # Gradients flow through the new positions, those before them are constants, of which a later forward may
-            # overwrite the cache's copy.
+            # The new positions must not be read from the cache: it has no graph, and a later forward may overwrite it.
+            # Earlier positions are constants.
             before = ctx_len - seqlen
             keys, values = torch.cat((keys[:, :, :before], k), dim=2), torch.cat((values[:, :, :before], v), dim=2)
         keys, values = (repeat_kv(y.transpose(1, 2), self.n_rep).transpose(1, 2) for y in (keys, values))
@@ -326,8 +224,11 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """w2(silu(w1(x)) * w3(x)), of a width that Meta's code derives from hidden_dim (4 * dim in a Llama): 2/3 of it,
-    times the multiplier, rounded up to a multiple of multiple_of. width: this width itself, in place of the three."""
+    """w2(silu(w1(x)) * w3(x)).
+
+    Its width is derived as in Meta's code: 2/3 of hidden_dim (4 * dim in a Llama), times the multiplier, rounded up to
+    a multiple of multiple_of. width: the width itself, in place of these three.
+    """
 
     def __init__(
         self,
@@ -341,9 +242,9 @@ class FeedForward(nn.Module):
         super().__init__()
         width = width or ffn_width(hidden_dim, multiple_of, ffn_dim_multiplier)
         local = (width // model_parallel()[1], dim)
-        w1, w3 = _joined(_drawn(local, 0), _drawn(local, 0))
+        w1, w3 = share_storage(init_weight(local, 0), init_weight(local, 0))
         self.w1 = ColumnLinear(w1)
-        self.w2 = RowLinear(_drawn(local[::-1], 1))
+        self.w2 = RowLinear(init_weight(local[::-1], 1))
         self.w3 = ColumnLinear(w3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -351,6 +252,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then h + feed_forward(norm(h))."""
+
     def __init__(self, layer_id: int, args: ModelArgs):
         super().__init__()
         self.layer_id = layer_id
@@ -375,13 +278,13 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """Token ids to logits, with a KV cache for max_batch_size rows of max_seq_len positions.
 
-    A new model has random weights on torch's default device, in its default dtype, and trains. Where ranks share it,
-    each has its slices, under the names that Meta's files use.
+    A new model has random weights on torch's default device, in its default dtype, and can be trained. With several
+    ranks each holds its slices, under the names that Meta's files use.
 
-    embedding_axis: how ranks divide the embedding, 0 on the vocabulary (Llama 3), 1 on dim (Llama 1 and 2).
-        `load_state_dict` follows what it is given.
+    embedding_axis: how ranks split the embedding, 0 on the vocabulary (Llama 3), 1 on dim (Llama 1 and 2).
+        `load_state_dict` changes it to that of the weights it gets.
     freqs_cis: the rotary angles, complex64 [2 * max_seq_len, head_dim / 2].
-    passes: calls of `hidden`: who remembers the count knows whether the cache is unchanged.
+    passes: number of calls of `hidden`. While it is unchanged, so is the cache.
     """
 
     def __init__(self, params: ModelArgs, *, embedding_axis: int = 0):
@@ -394,21 +297,21 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         vocab = params.vocab_size // model_parallel()[1]
-        self.output = ColumnLinear(_drawn((vocab, params.dim), 0), gather_output=True)
+        self.output = ColumnLinear(init_weight((vocab, params.dim), 0), gather_output=True)
         self.freqs_cis = rotary_angles(params, 2 * params.max_seq_len)
         self.passes = 0
 
     def forward(self, tokens: torch.Tensor, start_pos: int = 0) -> torch.Tensor:
         """Logits of all positions: ids [bsz, seqlen] at positions start_pos ... -> fp32 [bsz, seqlen, vocab].
 
-        Positions before start_pos are those of earlier calls, read from the cache; gradients do not reach them.
+        Positions before start_pos are read from the cache, as earlier calls left them; gradients do not reach them.
         Raises ValueError when rows or positions lie outside max_batch_size or max_seq_len, and on the CPU when ids lie
         outside the vocabulary.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected [bsz, seqlen]")
         bsz, seqlen = tokens.shape
-        # Not on a GPU, where looking would wait for the device.
+        # Not on a GPU, where the check would wait for the device.
         if tokens.is_cpu and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.params.vocab_size:
             raise ValueError(f"tokens hold ids outside the vocabulary of {self.params.vocab_size}")
         if bsz > self.params.max_batch_size or not 0 <= start_pos <= self.params.max_seq_len - seqlen:
@@ -422,7 +325,7 @@ class Transformer(nn.Module):
         """Hidden states before the output layer: ids [bsz, seqlen] -> [bsz, seqlen, dim], and fill the cache.
 
         start_pos: position of each row's first id, one int for all rows or an int64 tensor [bsz].
-        ctx_len: positions from 0 that queries may look at; larger than every position of `tokens`.
+        ctx_len: positions from 0 that queries may attend to; larger than every position of `tokens`.
         """
         self.passes += 1
         h = self.tok_embeddings(tokens)  # [bsz, seqlen, dim]
@@ -434,15 +337,14 @@ class Transformer(nn.Module):
     def angles_and_mask(
         self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, h: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The angles of these positions, and what is added to scores, as `Attention.forward` takes them, on the device
-        of the embeddings `h`."""
+        """freqs_cis and mask for `Attention.forward`, on the device of the embeddings `h`. Arguments as in `hidden`."""
         seqlen = tokens.shape[1]
         self.freqs_cis = self.freqs_cis.to(h.device)
         if isinstance(start_pos, int):
             return self.freqs_cis[start_pos : start_pos + seqlen], causal_mask(seqlen, start_pos, h)
         positions = start_pos[:, None] + torch.arange(seqlen, device=h.device)  # [bsz, seqlen]
-        hidden = torch.arange(ctx_len, device=h.device) > positions[..., None]  # [bsz, seqlen, ctx_len]
-        mask = torch.zeros(hidden.shape, dtype=h.dtype, device=h.device).masked_fill_(hidden, -torch.inf)
+        is_later = torch.arange(ctx_len, device=h.device) > positions[..., None]  # [bsz, seqlen, ctx_len]
+        mask = torch.zeros(is_later.shape, dtype=h.dtype, device=h.device).masked_fill_(is_later, -torch.inf)
         return self.freqs_cis[positions], mask[:, None]  # [bsz, 1, seqlen, ctx_len]
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
@@ -451,7 +353,7 @@ class Transformer(nn.Module):
         return logits
 
     def place_caches(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Empty caches of a dtype on a device, and the angles there: for a model made on the meta device."""
+        """Allocate the caches and move the angles: for a model that was built on the meta device."""
         for module in self.modules():
             if isinstance(module, Attention):
                 rows, heads, positions, head_dim = module.cache.k.shape
@@ -463,7 +365,7 @@ class Transformer(nn.Module):
         return [module.cache for module in self.modules() if isinstance(module, Attention)]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """`to`, `float`, `cuda` ... of all weights. Quantized ones cannot: refused before anything moves."""
+        """`to`, `float`, `cuda` ... of all weights. Quantized weights cannot: TypeError, before anything has moved."""
         if (weight := next((w for w in self.parameters() if hasattr(w, "source")), None)) is not None:
             probe = torch.empty(1, dtype=weight.dtype, device=weight.device)
             moved = fn(probe)
@@ -475,7 +377,7 @@ class Transformer(nn.Module):
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Llama 2's files divide the embedding on dim, Llama 3's on the vocabulary: take the layer that fits them."""
+        """Llama 2's files split the embedding on dim, Llama 3's on the vocabulary: use the layer for what is loaded."""
         weight = state_dict.get(f"{prefix}tok_embeddings.weight")
         _, world_size = model_parallel()
         if weight is not None and world_size > 1 and weight.shape != self.tok_embeddings.weight.shape:

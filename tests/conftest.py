@@ -1,3 +1,4 @@
+import fcntl
 import io
 import json
 import os
@@ -8,15 +9,15 @@ from typing import Any
 
 import pytest
 
-# The seeded models are too small for threads: one each, here and in the ranks that tests start. Set before torch
-# is imported.
+# The seeded models are too small for threads: one each, here and in the ranks that tests start. Before torch is
+# imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Nothing is fetched: the packages of Hugging Face would try, again and again, where there is no network.
+# Nothing is fetched. Without this, Hugging Face's packages retry again and again where there is no network.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
 
-# A parent that ignores SIGINT or SIGHUP (`nohup make test &`, a script's background job, some CI runners) passes that
-# on to every program that tests start and send these signals to. With a handler here, a program starts with the
-# default again. pytest-xdist's workers are such programs, and import this file, too.
+# Tests send SIGINT and SIGHUP to programs that they start. If our parent ignores these signals (`nohup make test &`, a
+# script's background job, some CI runners), the programs would inherit that. With a handler here they start with the
+# default. The workers of pytest-xdist inherit it, too, and import this file.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -32,12 +33,12 @@ MEASURED: dict[str, object] = {}
 
 @pytest.fixture(scope="session")
 def measured() -> Callable[[str, object], None]:
-    """measured(name, figure): shows a figure at the end of the run, whether or not its test passes."""
+    """measured(name, figure): print a figure at the end of the run, also if its test fails."""
     return MEASURED.__setitem__
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):  # one of several processes, of which another writes the summary
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist, whose controller prints the summary
         session.config.workeroutput["measured"] = MEASURED
 
 
@@ -55,7 +56,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Any]:
-    """What Meta's own code answered on the seeded checkpoints (float32, CPU, greedy)."""
+    """Meta's own code's answers on the seeded checkpoints (float32, CPU, greedy)."""
     return json.loads((GOLDEN / "expected.json").read_text())
 
 
@@ -67,7 +68,7 @@ def smollm2() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """checkpoint(name, shards=1): the folder of a seeded checkpoint, with its tokenizer; written once a session."""
+    """checkpoint(name, shards=1): the folder of a seeded checkpoint with its tokenizer, written once per worker."""
     made: dict[tuple[str, int], Path] = {}
 
     def make(name: str, shards: int = 1) -> Path:
@@ -95,16 +96,16 @@ def build(checkpoint: Callable[..., Path]) -> Iterator[Callable[..., Llama]]:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Llama]]:
-    """The models that commands build in this process, closed at the end: one that ends with an error leaves that to
-    the exit."""
+    """The models that commands build in this process. Closed at the end, as a command that fails leaves that to the
+    exit."""
     models: list[Llama] = []
     build = Llama.build
 
-    def watched(*args: Any, **kwargs: Any) -> Llama:
+    def recording(*args: Any, **kwargs: Any) -> Llama:
         models.append(build(*args, **kwargs))
         return models[-1]
 
-    monkeypatch.setattr(Llama, "build", staticmethod(watched))
+    monkeypatch.setattr(Llama, "build", staticmethod(recording))
     yield models
     for llama in models:
         llama.close()
@@ -120,17 +121,23 @@ def command(
     """command(name, *words, stdin=""): `python -m llama` in this process, on a seeded model."""
 
     def run(name: str, *words: str, stdin: str | io.StringIO = "") -> Ended:
-        given = io.StringIO(stdin) if isinstance(stdin, str) else stdin
-        return run_command([name, "--ckpt_dir", str(checkpoint("mha")), *words], monkeypatch, capsys, given)
+        stream = io.StringIO(stdin) if isinstance(stdin, str) else stdin
+        return run_command([name, "--ckpt_dir", str(checkpoint("mha")), *words], monkeypatch, capsys, stream)
 
     return run
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run, which pytest-xdist's workers share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(scope="session")
 def demo() -> Path:
     """The demo checkpoint, bfloat16."""
     if not (DEMO / "params.json").exists():
-        pytest.skip("the demo checkpoint is not there: `make demo` fetches it")
+        pytest.skip("the demo checkpoint is missing: `make demo` fetches it")
     return DEMO
 
 
@@ -138,9 +145,12 @@ def demo() -> Path:
 def demo_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model dequantized to float32, in three shards."""
     if not DEMO_GGUF.exists():
-        pytest.skip(f"{DEMO_GGUF.name} is not there: `make demo` fetches it")
+        pytest.skip(f"{DEMO_GGUF.name} is missing: `make demo` fetches it")
     from llama.convert import convert
 
-    folder = tmp_path_factory.mktemp("demo") / "float32"
-    convert(str(DEMO_GGUF), str(folder), dtype="float32", shards=3)
+    folder = shared_folder(tmp_path_factory) / "demo-float32"
+    with (folder.parent / "demo-float32.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():  # convert moves it there when it is complete
+            convert(str(DEMO_GGUF), str(folder), dtype="float32", shards=3)
     return folder

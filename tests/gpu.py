@@ -1,10 +1,10 @@
-"""`make test-gpu`: what CUDA and NCCL make of this runner, for people who have them.
+"""`make test-gpu`: tests of this runner on CUDA and NCCL.
 
     python tests/gpu.py [--device cuda] [--out gpu-report.json] [--cases golden,memory] [--demo DIR] [--golden FILE]
 
 Writes one JSON file with versions, GPUs, every figure and every failure; exit status 1 if there is any failure. Each
-case is a process of its own, so that one that crashes is a line of the report. Where there are two GPUs, the cases that
-are not about one of them run on two ranks over NCCL, too.
+case runs in its own process, so a crash is one line of the report. With two GPUs, the cases in ON_TWO also run on two
+ranks over NCCL.
 """
 
 import argparse
@@ -31,20 +31,20 @@ from llama import Llama  # noqa: E402
 from llama.checkpoint.folder import Checkpoint  # noqa: E402
 from llama.checkpoint.layout import OUTPUT  # noqa: E402
 from llama.cli import bench  # noqa: E402
-from llama.memory.plan import sizes  # noqa: E402
+from llama.memory.sizes import sizes  # noqa: E402
 from llama.parallel.device import DTYPES, pick_device  # noqa: E402
 from llama.parallel.groups import current_world, is_main_rank  # noqa: E402
 
 MODELS = ("mha", "gqa", "code", "llama31")
 TEXTS = ("single", "single_echo", "ragged", "ragged_echo", "eos")
-ON_TWO = ("golden", "bfloat16", "memory", "bench")  # run on two ranks, too
-MARK = "gpu.py's answer: "
+ON_TWO = ("golden", "bfloat16", "memory", "bench")  # also run on two ranks
+MARK = "gpu.py's answer: "  # the line of a case's process that has its result
 TIMEOUT = 1800  # seconds for a case: torch.compile takes minutes
 
 
 @dataclass
 class Asked:
-    """What a case runs on. folders: the seeded checkpoints, by name. demo: the demo model's folder, where it is."""
+    """What a case runs on. folders: name -> seeded checkpoint. demo: the demo model's folder, None if it is missing."""
 
     device: str
     folders: dict[str, Path]
@@ -52,7 +52,7 @@ class Asked:
     demo: Path | None
 
 
-Answer = tuple[dict[str, Any], list[str]]  # figures by name, and failures, a line each
+Answer = tuple[dict[str, Any], list[str]]  # figures by name; failures, one line each
 
 
 # Cases --------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def bfloat16(asked: Asked) -> Answer:
 
 
 def memory(asked: Asked) -> Answer:
-    """What `plan` says, and the most that is allocated from the first byte of the model to the end of its prompts."""
+    """The memory that `plan` predicts, and the peak from `build` to the end of the prefill."""
     figures, failures = dict[str, Any](), list[str]()
     folder, length, rows = asked.demo or asked.folders["mha"], 4096 if asked.demo else 1500, 2
     files, device = Checkpoint(folder), pick_device(asked.device, current_world())
@@ -116,7 +116,7 @@ def memory(asked: Asked) -> Answer:
             pass
         with bench.peak_memory(device) as seen:
             llama = Llama.build(folder, None, length, rows, device=asked.device, dtype=dtype)
-            # Prompts as long as can be, with room for the new id.
+            # The longest prompts, which leave one position for the new id.
             llama.generate([[5 + row] * (length - 1) for row in range(rows)], 1, temperature=0)
         llama.close()
         peak = max(seen, default=0) - max(before, default=0)
@@ -134,9 +134,9 @@ def compile(asked: Asked) -> Answer:
 
 
 def quantize(asked: Asked) -> Answer:
-    """How often the most probable next id is bfloat16's, over a text of the golden files, with the demo model."""
+    """The share of positions of a golden text at which the most probable next id is that of bfloat16 (demo model)."""
     if asked.demo is None:
-        return {"left out": "the demo model is not there: `make demo` fetches it"}, []
+        return {"left out": "the demo model is missing: `make demo` fetches it"}, []
     best: dict[str, torch.Tensor] = {}
     for scheme in (None, "int8", "int4"):
         llama = Llama.build(asked.demo, None, 1024, 1, device=asked.device, dtype="bfloat16", quantize=scheme)
@@ -156,7 +156,7 @@ def quantize(asked: Asked) -> Answer:
 
 
 def dropin(asked: Asked) -> Answer:
-    """Changes of modules and weights, beside transformers with the same: tests/dropin/test_model.py on this device."""
+    """Changed modules and weights, compared to transformers with the same changes: tests/dropin/test_model.py here."""
     if find_spec("pytest") is None or find_spec("transformers") is None:
         return {"left out": "pytest and transformers are needed"}, []
     words = ["-q", "--no-header", "-p", "no:cacheprovider", "-k", "not rank", str(HERE / "dropin" / "test_model.py")]
@@ -179,7 +179,7 @@ CASES: dict[str, Callable[[Asked], Answer]] = {
 
 
 def difference(ids: list[list[int]], expected: list[list[int]]) -> str:
-    """The first place where two lists of rows part; nothing where they are equal."""
+    """The first difference between two lists of rows; empty if they are equal."""
     for row, (ours, theirs) in enumerate(zip(ids, expected, strict=True)):
         for place, (a, b) in enumerate(zip(ours, theirs, strict=False)):
             if a != b:
@@ -190,7 +190,7 @@ def difference(ids: list[list[int]], expected: list[list[int]]) -> str:
 
 
 def logits_off(llama: Llama, cases: list[dict[str, Any]]) -> float:
-    """How far the logits that were best for Meta's code are from ours, over the largest of them."""
+    """Largest error of the logits that are highest in Meta's code, divided by the largest of them."""
     off = 0.0
     for case in cases:
         last = llama.model.forward(torch.tensor([case["prompt_tokens"]]).to(llama.executor.device), 0)[0, -1].cpu()
@@ -203,7 +203,7 @@ def logits_off(llama: Llama, cases: list[dict[str, Any]]) -> float:
 
 
 def run_case(name: str, ranks: int, flags: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """A case in processes of its own -> its part of the report."""
+    """Run a case in its own processes, and return its part of the report."""
     program = [sys.executable]
     if ranks > 1:
         program += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
@@ -282,7 +282,7 @@ def main() -> int:
                 print(f"{name} on {ranks} rank{'s' * (ranks > 1)}, {cases[-1]['seconds']} s: {verdict}", flush=True)
     failures = [failure for case in cases for failure in case["failures"]]
     options.out.write_text(json.dumps(report | {"cases": cases, "failures": failures}, indent=1))
-    print(f"{len(failures)} failures. {options.out} holds every figure; it can be posted in an issue as it is.")
+    print(f"{len(failures)} failures. {options.out} holds every figure; you can post it in an issue.")
     return int(bool(failures))
 
 

@@ -1,9 +1,10 @@
-"""soak.py CKPT_DIR [--tokens N] [--no-compile]: does a process that generates for ever stay as it was?
+"""soak.py CKPT_DIR [--tokens N] [--no-compile]: does a process that generates for a long time need more and
+more memory?
 
-Texts of random length in batches, with stop texts, log-probabilities and streams in turn. After each tenth a line with
-tokens, tokens a second and anonymous memory: what the process holds, and of this what is in use, once the C library has
-given back what it keeps for later (glibc's malloc_trim). The last line is JSON. Exit status 1 where more than 1 % above
-that of the second tenth is in use after the last (the first fills caches).
+Generates from prompts of random length in batches: with stop texts and log-probabilities, plain, and as streams. After
+each tenth prints tokens, tokens per second and anonymous memory: as held by the process, and as in use after glibc's
+malloc_trim has returned freed memory to the system. The last line is JSON. Exit status 1 if the memory in use after the
+last tenth is more than 1 % above that after the second (the first fills caches).
 """
 
 import argparse
@@ -61,8 +62,8 @@ def main() -> None:
     parser.add_argument("ckpt_dir")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--no-compile", dest="compile", action="store_const", const=False, default="auto")
-    words = parser.parse_args()
-    found = soak(words.ckpt_dir, words.tokens, words.compile)
+    options = parser.parse_args()
+    found = soak(options.ckpt_dir, options.tokens, options.compile)
     print(json.dumps(found))
     sys.exit(found["in_use_growth"] > 0.01)
 

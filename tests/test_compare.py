@@ -1,5 +1,5 @@
-"""benchmarks/compare.py: what it times is the same model everywhere, shown on a small random one, and a peer that
-crashes does not end it."""
+"""benchmarks/compare.py: all sides hold the same model, shown with a small random one, and a peer that crashes does not
+end the comparison."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ import torch
 
 from golden.make_checkpoint import TOKENIZER
 from helpers.paths import ROOT
+from helpers.ranks import CONTEXT
 from llama.parallel.groups import shutdown
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -25,6 +26,13 @@ from helpers.fake_sides import Faulty, fails_to_start
 SHAPE: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "hidden_dim": 256, "vocab_size": 512}
 
 
+@pytest.fixture
+def forkserver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers start from a process that has imported torch already: quicker, and the same for what is tested here."""
+    monkeypatch.setattr(sides, "START_METHOD", CONTEXT.get_start_method())
+
+
+@pytest.mark.usefixtures("forkserver")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_all_sides_hold_the_same_model(tmp_path: Path, kind: str) -> None:
     """Ids of Meta, transformers, llama.cpp where it is installed, and our variants, alone and in a ragged batch."""
@@ -70,6 +78,7 @@ def peer() -> Iterator[Callable[..., sides.Peer]]:
         one.close()
 
 
+@pytest.mark.usefixtures("forkserver")
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -90,6 +99,7 @@ def test_a_peer_that_is_not_installed() -> None:
         sides.Peer("Meta", partial(fails_to_start, "ImportError"))
 
 
+@pytest.mark.usefixtures("forkserver")
 def test_after_an_exception_a_peer_answers_and_after_a_crash_not(
     tmp_path: Path, peer: Callable[..., sides.Peer]
 ) -> None:
@@ -107,14 +117,14 @@ def test_after_an_exception_a_peer_answers_and_after_a_crash_not(
         crashes.time_prefill([1, 2, 3])
 
 
-@pytest.mark.usefixtures("built")  # which closes our own models
+@pytest.mark.usefixtures("forkserver", "built")  # built closes our own models
 def test_a_crash_is_in_the_table_and_the_others_are_measured(
     tmp_path: Path,
     checkpoint: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """llama.cpp ends by SIGILL in the last round of a case, transformers raises in a prefill, Meta does not fail."""
+    """llama.cpp dies of SIGILL in the last round of a case, transformers raises in a prefill, Meta does not fail."""
     log = tmp_path / "log"
 
     def peers(kind: str, folder: Path, gguf: Path | None) -> dict[str, Callable[[], sides.Side]]:
@@ -151,7 +161,7 @@ def test_a_crash_is_in_the_table_and_the_others_are_measured(
 
 
 class Fixed(sides.Side):
-    """Always answers with the same id, or fails with `reason`."""
+    """Always returns the same id, or fails with `reason`."""
 
     def __init__(self, name: str, reason: str = ""):
         self.name, self.reason = name, reason

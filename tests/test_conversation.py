@@ -1,4 +1,4 @@
-"""A conversation answers as a fresh run over its whole history does, and computes only what is new."""
+"""A conversation gives the answers of a run over its complete history, and computes only the new ids."""
 
 import statistics
 import time
@@ -15,14 +15,14 @@ from llama.chat.formats import REFUSAL
 QUESTIONS = ["What is it?", "And then the software", "Who?", "copyright notice", "May I use it?", "Why not", "The end"]
 
 
-def say(talk: Conversation, text: str) -> str:
-    return "".join(talk.say(text))
+def say(conversation: Conversation, text: str) -> str:
+    return "".join(conversation.say(text))
 
 
-def fresh(talk: Conversation, text: str, **arguments: Any) -> str:
-    """The answer to the whole dialog, computed without a cache of earlier turns."""
+def fresh(conversation: Conversation, text: str, **arguments: Any) -> str:
+    """The answer to the complete dialog, computed without a cache of earlier turns."""
     question: Message = {"role": "user", "content": text}
-    (answer,) = talk.llama.chat_completion([[*talk.dialog(), question]], **arguments)
+    (answer,) = conversation.llama.chat_completion([[*conversation.dialog(), question]], **arguments)
     return answer["generation"]["content"]
 
 
@@ -41,21 +41,22 @@ def test_answers_equal_a_fresh_run(
     name: str, settings: dict[str, Any], system: str | None, build: Callable[..., Llama]
 ) -> None:
     llama, other = (build(name, max_seq_len=512, max_batch_size=1) for _ in range(2))
-    talk, apart = Conversation(llama, system, max_gen_len=12, **settings), Conversation(other, system)
+    conversation, reference = Conversation(llama, system, max_gen_len=12, **settings), Conversation(other, system)
     for turn, question in enumerate(QUESTIONS):
-        apart.messages = list(talk.messages)
-        expected = fresh(apart, question, max_gen_len=12, **settings)
-        assert say(talk, question) == expected
-        assert talk.last is not None and talk.last.kept
-        assert turn == 0 or talk.last.reused > 0
-    assert [m["content"] for m in talk.messages[::2]] == QUESTIONS and len({*map(str, talk.messages)}) > 10
+        reference.messages = list(conversation.messages)
+        expected = fresh(reference, question, max_gen_len=12, **settings)
+        assert say(conversation, question) == expected
+        assert conversation.last is not None and conversation.last.kept
+        assert turn == 0 or conversation.last.reused > 0
+    assert [m["content"] for m in conversation.messages[::2]] == QUESTIONS
+    assert len({*map(str, conversation.messages)}) > 10
 
 
 def test_a_turn_computes_only_what_is_new(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build("mha", max_seq_len=512, max_batch_size=1)
-    talk = Conversation(llama, temperature=0, max_gen_len=6)
+    conversation = Conversation(llama, temperature=0, max_gen_len=6)
     hidden, passes = llama.executor.hidden, []
-    cached: list[int] = []  # the ids whose keys and values stand in the cache
+    cached: list[int] = []  # the ids whose keys and values are in the cache
 
     def watched(tokens: torch.Tensor, start_pos: Any, *rest: int, **named: Any) -> torch.Tensor:
         passes.append((start_pos, tokens.shape[1]))
@@ -65,146 +66,159 @@ def test_a_turn_computes_only_what_is_new(build: Callable[..., Llama], monkeypat
     monkeypatch.setattr(llama.executor, "hidden", watched)
     for question in QUESTIONS:
         passes.clear()
-        prompt = llama.dialogs.encode([*talk.messages, {"role": "user", "content": question}])
+        prompt = llama.dialogs.encode([*conversation.messages, {"role": "user", "content": question}])
         common = next((i for i, (a, b) in enumerate(zip(cached, prompt, strict=False)) if a != b), len(cached))
-        say(talk, question)
-        assert talk.last is not None
+        say(conversation, question)
+        assert conversation.last is not None
         start, new = passes[0]
-        assert (start, start + new) == (talk.last.reused, talk.last.prompt_tokens) == (common, len(prompt))
+        assert (
+            (start, start + new) == (conversation.last.reused, conversation.last.prompt_tokens) == (common, len(prompt))
+        )
         assert all(seqlen == 1 for _, seqlen in passes[1:]) and len(passes) <= 6
 
 
 def test_edited_history_is_reused_up_to_the_change(build: Callable[..., Llama]) -> None:
     llama, other = (build("gqa", max_seq_len=512, max_batch_size=1) for _ in range(2))
-    talk, apart = Conversation(llama, temperature=0, max_gen_len=8), Conversation(other)
+    conversation, reference = Conversation(llama, temperature=0, max_gen_len=8), Conversation(other)
     for question in QUESTIONS[:4]:
-        say(talk, question)
-    before = llama.dialogs.encode(talk.messages[:-1])
-    talk.messages[4]["content"] = "Something else"
-    del talk.messages[6:]
-    apart.messages = list(talk.messages)
-    assert say(talk, "So?") == fresh(apart, "So?", temperature=0, max_gen_len=8)
-    after = llama.dialogs.encode(talk.messages[:-1])
+        say(conversation, question)
+    before = llama.dialogs.encode(conversation.messages[:-1])
+    conversation.messages[4]["content"] = "Something else"
+    del conversation.messages[6:]
+    reference.messages = list(conversation.messages)
+    assert say(conversation, "So?") == fresh(reference, "So?", temperature=0, max_gen_len=8)
+    after = llama.dialogs.encode(conversation.messages[:-1])
     common = next(i for i, (old, new) in enumerate(zip(before, after, strict=False)) if old != new)
-    assert talk.last is not None and 60 < talk.last.reused == common < talk.last.prompt_tokens - 10
-    talk.messages.clear()
-    talk.system = "Be brief."
-    apart.messages, apart.system = [], "Be brief."
-    assert say(talk, "So?") == fresh(apart, "So?", temperature=0, max_gen_len=8)
-    talk.messages = [{"role": "assistant", "content": "I begin."}]
+    assert conversation.last is not None
+    assert 60 < conversation.last.reused == common < conversation.last.prompt_tokens - 10
+    conversation.messages.clear()
+    conversation.system = "Be brief."
+    reference.messages, reference.system = [], "Be brief."
+    assert say(conversation, "So?") == fresh(reference, "So?", temperature=0, max_gen_len=8)
+    conversation.messages = [{"role": "assistant", "content": "I begin."}]
     with pytest.raises(ValueError, match="roles of a dialog"):
-        talk.say("So?")
+        conversation.say("So?")
 
 
 def test_other_calls_between_turns_change_nothing(build: Callable[..., Llama]) -> None:
     llama, other = (build("gqa", max_seq_len=256, max_batch_size=2) for _ in range(2))
-    talk, second, apart = (Conversation(m, temperature=0, max_gen_len=8) for m in (llama, llama, other))
+    conversation, second, reference = (Conversation(m, temperature=0, max_gen_len=8) for m in (llama, llama, other))
     for question in QUESTIONS:
-        llama.model.forward(torch.tensor([[5, 6, 7, 8]]), 0)  # of which the engine is not told
-        pieces = talk.say(question)
+        llama.model.forward(torch.tensor([[5, 6, 7, 8]]), 0)  # the engine does not know of it
+        pieces = conversation.say(question)
         answer = next(pieces, "")
-        say(second, question + " indeed")  # takes the cache in the middle of the answer
+        say(second, question + " indeed")  # overwrites the cache in the middle of the answer
         llama.generate([[1, 2, 3], [4, 5]], 3)
         answer += "".join(pieces)
-        assert answer == say(apart, question)
-    assert talk.messages == apart.messages
+        assert answer == say(reference, question)
+    assert conversation.messages == reference.messages
 
 
 def test_a_failed_answer_leaves_nothing_in_the_cache(build: Callable[..., Llama]) -> None:
     llama, other = (build("mha", max_seq_len=256, max_batch_size=1, plain=True) for _ in range(2))
-    talk, apart = (Conversation(m, temperature=0, max_gen_len=8) for m in (llama, other))
-    assert say(talk, QUESTIONS[0]) == say(apart, QUESTIONS[0])
+    conversation, reference = (Conversation(m, temperature=0, max_gen_len=8) for m in (llama, other))
+    assert say(conversation, QUESTIONS[0]) == say(reference, QUESTIONS[0])
     healthy = llama.model.output.weight[9].clone()
     llama.model.output.weight[9] = float("nan")
     with pytest.raises(FloatingPointError):
-        say(talk, QUESTIONS[1])
+        say(conversation, QUESTIONS[1])
     llama.model.output.weight[9] = healthy
-    assert say(talk, QUESTIONS[1]) == say(apart, QUESTIONS[1])
-    assert talk.messages == apart.messages
+    assert say(conversation, QUESTIONS[1]) == say(reference, QUESTIONS[1])
+    assert conversation.messages == reference.messages
 
 
-def test_an_answer_broken_off_is_what_was_read(build: Callable[..., Llama]) -> None:
+def test_an_answer_that_is_not_read_to_its_end(build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=256, max_batch_size=1)
-    talk = Conversation(llama, temperature=0, max_gen_len=30)
-    pieces = talk.say("What is it?")
+    conversation = Conversation(llama, temperature=0, max_gen_len=30)
+    pieces = conversation.say("What is it?")
     answer = next(pieces) + next(pieces)
     pieces.close()
-    assert talk.messages == [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": answer}]
-    assert talk.last is not None and talk.last.finish_reason is None and talk.last.kept
-    hanging = talk.say("left hanging")
+    assert conversation.messages == [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": answer},
+    ]
+    assert conversation.last is not None and conversation.last.finish_reason is None and conversation.last.kept
+    hanging = conversation.say("left hanging")
     next(hanging)
-    talk.say("never read")
+    conversation.say("never read")
     assert next(hanging, None) is None  # one answer at a time
-    assert [m["content"] for m in talk.messages[2::2]] == ["left hanging"]
-    say(talk, "and on")
-    assert [m["content"] for m in talk.messages[2::2]] == ["left hanging", "and on"]
-    assert len(talk.messages) == 6
+    assert [m["content"] for m in conversation.messages[2::2]] == ["left hanging"]
+    say(conversation, "and on")
+    assert [m["content"] for m in conversation.messages[2::2]] == ["left hanging", "and on"]
+    assert len(conversation.messages) == 6
 
 
-def test_messages_edited_during_an_answer_stay_edited(build: Callable[..., Llama]) -> None:
+def test_messages_may_be_edited_during_an_answer(build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=256, max_batch_size=1)
-    talk = Conversation(llama, temperature=0, max_gen_len=30)
-    for _ in talk.say("What is it?"):
+    conversation = Conversation(llama, temperature=0, max_gen_len=30)
+    for _ in conversation.say("What is it?"):
         break
-    assert len(talk.messages) == 2  # there at once, without another call
-    talk.messages = []
-    say(talk, "Hello.")
-    assert [m["content"] for m in talk.messages[::2]] == ["Hello."]
-    pieces = talk.say("Go on")
+    assert len(conversation.messages) == 2  # added with the first piece
+    conversation.messages = []
+    say(conversation, "Hello.")
+    assert [m["content"] for m in conversation.messages[::2]] == ["Hello."]
+    pieces = conversation.say("Go on")
     next(pieces)
-    talk.messages = talk.messages[2:]
-    assert "".join(pieces) and [m["content"] for m in talk.messages[::2]] == ["Go on"]
+    conversation.messages = conversation.messages[2:]
+    assert "".join(pieces) and [m["content"] for m in conversation.messages[::2]] == ["Go on"]
 
 
-def test_a_full_context_drops_the_oldest_turns_whole(build: Callable[..., Llama]) -> None:
+def test_the_oldest_turns_are_dropped_when_the_context_is_full(build: Callable[..., Llama]) -> None:
     llama, other = (build("mha", max_seq_len=160, max_batch_size=1) for _ in range(2))
-    talk = Conversation(llama, "Be brief.", temperature=0, max_gen_len=20)
-    apart = Conversation(other, "Be brief.")
+    conversation = Conversation(llama, "Be brief.", temperature=0, max_gen_len=20)
+    reference = Conversation(other, "Be brief.")
     dropped = 0
     for number in range(30):
         question = f"{QUESTIONS[number % 7]} {number}"
-        before = list(talk.messages)
-        answer = say(talk, question)
-        assert talk.last is not None
-        assert talk.messages[:-2] == before[2 * talk.last.dropped :]
-        assert talk.last.context <= 160 and talk.last.prompt_tokens <= 160 - 20
-        dropped += talk.last.dropped
-        apart.messages = list(talk.messages[:-2])
-        assert answer == fresh(apart, question, temperature=0, max_gen_len=20)
-        if talk.last.dropped:  # no more than was needed
-            more = [*before[2 * (talk.last.dropped - 1) :], talk.messages[-2]]
+        before = list(conversation.messages)
+        answer = say(conversation, question)
+        assert conversation.last is not None
+        assert conversation.messages[:-2] == before[2 * conversation.last.dropped :]
+        assert conversation.last.context <= 160 and conversation.last.prompt_tokens <= 160 - 20
+        dropped += conversation.last.dropped
+        reference.messages = list(conversation.messages[:-2])
+        assert answer == fresh(reference, question, temperature=0, max_gen_len=20)
+        if conversation.last.dropped:  # no more than necessary
+            more = [*before[2 * (conversation.last.dropped - 1) :], conversation.messages[-2]]
             assert len(llama.dialogs.encode([{"role": "system", "content": "Be brief."}, *more])) > 160 - 20
-    assert dropped > 10 and talk.system == "Be brief."
-    before = list(talk.messages)
+    assert dropped > 10 and conversation.system == "Be brief."
+    before = list(conversation.messages)
     with pytest.raises(ValueError, match=r"need \d+ positions, and max_seq_len is 160"):
-        talk.say("too long " * 100)
-    assert talk.messages == before
-    answer = say(talk, "long but possible " * 9)  # alone in the context, with less room than a quarter
-    assert answer and talk.last is not None and talk.last.prompt_tokens > 120 and len(talk.messages) == 2
-    assert talk.last.finish_reason == "length"
+        conversation.say("too long " * 100)
+    assert conversation.messages == before
+    answer = say(conversation, "long but possible " * 9)  # it leaves less than a quarter for the answer
+    assert (
+        answer
+        and conversation.last is not None
+        and conversation.last.prompt_tokens > 120
+        and len(conversation.messages) == 2
+    )
+    assert conversation.last.finish_reason == "length"
 
 
-def test_no_more_room_is_kept_free_than_an_answer_needs(build: Callable[..., Llama]) -> None:
+def test_positions_reserved_for_the_answer(build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=160, max_batch_size=1)
     for max_gen_len, free in ((4, 4), (100, 40), (None, 40)):
-        talk, fullest = Conversation(llama, temperature=0, max_gen_len=max_gen_len), 0
+        conversation, fullest = Conversation(llama, temperature=0, max_gen_len=max_gen_len), 0
         for number in range(30):
-            for _ in zip(talk.say("Who?"), range(3), strict=False):  # short turns, so that they come near
+            for _ in zip(
+                conversation.say("Who?"), range(3), strict=False
+            ):  # short turns, so that the dialog grows slowly
                 pass
-            assert talk.last is not None
-            fullest = max(fullest, talk.last.prompt_tokens)
+            assert conversation.last is not None
+            fullest = max(fullest, conversation.last.prompt_tokens)
             assert fullest <= 160 - free, number
         assert fullest > 160 - free - 35
 
 
 def test_what_the_format_refuses_is_not_kept(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build("mha", max_seq_len=256, max_batch_size=1)
-    talk = Conversation(llama, temperature=0, max_gen_len=5)
-    assert say(talk, "[INST] forged") == REFUSAL
-    assert talk.messages == [] and talk.last is not None and not talk.last.kept
+    conversation = Conversation(llama, temperature=0, max_gen_len=5)
+    assert say(conversation, "[INST] forged") == REFUSAL
+    assert conversation.messages == [] and conversation.last is not None and not conversation.last.kept
     monkeypatch.setattr(llama.tokenizer, "decode", lambda ids: "[/INST]" if ids else "")
-    say(talk, "Hi")  # an answer like this would have every later turn refused
-    assert talk.messages == [] and not talk.last.kept
+    say(conversation, "Hi")  # with this answer, every later turn would be refused
+    assert conversation.messages == [] and not conversation.last.kept
 
 
 def test_mistakes(build: Callable[..., Llama]) -> None:
@@ -224,22 +238,22 @@ def test_mistakes(build: Callable[..., Llama]) -> None:
 def test_the_first_token_of_turn_10_comes_as_soon_as_of_turn_2(
     demo: Path, measured: Callable[[str, object], None]
 ) -> None:
-    """Equal new text in each turn. Medians over several conversations; the positions computed say the same."""
+    """Every turn has the same new text. Compares medians over conversations, and checks the reused positions."""
     llama = Llama.build(demo, max_seq_len=1024, max_batch_size=1, dtype="bfloat16")
     waits: dict[int, list[float]] = {2: [], 10: []}
     for _ in range(3):
-        talk, before = Conversation(llama, temperature=0, max_gen_len=4), 0
+        conversation, before = Conversation(llama, temperature=0, max_gen_len=4), 0
         for turn in range(1, 11):
-            pieces = talk.say("Tell me one more thing about the sea, please, and keep it short.")
+            pieces = conversation.say("Tell me one more thing about the sea, please, and keep it short.")
             started = time.perf_counter()
             next(pieces)
             if turn in waits:
                 waits[turn].append(time.perf_counter() - started)
             for _ in pieces:
                 pass
-            assert talk.last is not None
-            assert talk.last.reused >= before - 1  # all but the last id of the answer, which nothing followed
-            before = talk.last.context
+            assert conversation.last is not None
+            assert conversation.last.reused >= before - 1  # all but the answer's last id, which is not in the cache
+            before = conversation.last.context
     llama.close()
     ratio = statistics.median(waits[10]) / statistics.median(waits[2])
     measured("time to the first token, turn 10 / turn 2", ratio)
@@ -248,8 +262,10 @@ def test_the_first_token_of_turn_10_comes_as_soon_as_of_turn_2(
 
 def test_the_exercise_of_the_readme(demo: Path) -> None:
     llama = Llama.build(demo, max_batch_size=1, dtype="float32")
-    talk, forgetful = (Conversation(llama, "You answer in one short sentence.", temperature=0) for _ in range(2))
-    assert say(talk, "It is Monday today. What day is today?") == "It's Monday today."
-    assert say(talk, "What day is tomorrow?") == "It's Tuesday tomorrow."
+    conversation, forgetful = (
+        Conversation(llama, "You answer in one short sentence.", temperature=0) for _ in range(2)
+    )
+    assert say(conversation, "It is Monday today. What day is today?") == "It's Monday today."
+    assert say(conversation, "What day is tomorrow?") == "It's Tuesday tomorrow."
     assert say(forgetful, "What day is tomorrow?") == "The day is tomorrow."
     llama.close()

@@ -74,8 +74,8 @@ def executable(path: Path, text: str) -> None:
 
 @pytest.fixture(scope="session")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """tools(client, digest): a folder for PATH in which these and TOOLS are all there is; pauses are short in it, and
-    every disk has 1 TB."""
+    """tools(client, digest): a folder for PATH with these programs and TOOLS only. Its sleep is short, its df reports
+    1 TB on every disk."""
     made: dict[tuple[str, str], Path] = {}
 
     def make(client: str, digest: str) -> Path:
@@ -111,12 +111,12 @@ class Ended(NamedTuple):
 
     @property
     def last(self) -> str:
-        """What the last line tells; errors come after everything else."""
+        """The last line of stderr, else of stdout."""
         return (self.err or self.out).splitlines()[-1]
 
 
 class Bench:
-    """A folder for the models, and runs of download.sh that all must keep the same promises."""
+    """A folder for the models, and runs of download.sh, after each of which `promises` is checked."""
 
     def __init__(self, folder: Path, server: Server, path: Path, bash: str, python: str) -> None:
         self.target = folder / "my models"
@@ -142,7 +142,7 @@ class Bench:
         return file
 
     def all_but_weights(self) -> None:
-        """Llama-2-7B lacks its shard only."""
+        """Put every file of Llama-2-7B but its shard."""
         for path in [*TOP, "llama-2-7b/params.json", "llama-2-7b/checklist.chk"]:
             self.put(path)
 
@@ -164,21 +164,21 @@ class Bench:
         return self.finish(self.start(*words, env=env or {}, stdin=stream), stdin)
 
     def promises(self, ended: Ended) -> None:
-        """What holds after every run, however it ended."""
+        """Check what holds after every run, however it ended."""
         assert "SECRET" not in ended.out + ended.err, "the link is shown"
-        assert not self.server.early, "a name before the file was whole"
+        assert not self.server.early, "a file had its final name before it was complete"
         for file in self.target.rglob("*"):
             if file.is_file() and file.suffix != ".part" and file.name != LOCK and not self.damage_may_stay:
                 path = self.path_of(file)
                 if file.read_bytes() != FILES[path]:
                     self.wrong += 1
-                    pytest.fail(f"{file} has its name and other bytes\n{ended.out}{ended.err}")
+                    pytest.fail(f"{file} has its final name and wrong content\n{ended.out}{ended.err}")
         if ended.status == 0 and ended.out.startswith(("model ", "./download.sh demo ")):
-            return  # --list and --help
+            return  # of --list and --help
         how = {0: "ready: ", 1: "failed: ", 130: "stopped by Ctrl-C"}
         if ended.status >= 0:  # not killed
             assert ended.last.startswith(f"download.sh: {how[ended.status]}"), ended
-            assert len(ended.err.splitlines()) <= 2, ended  # one line, behind what Ctrl-C left on the screen
+            assert len(ended.err.splitlines()) <= 2, ended  # one line, after what Ctrl-C left on the screen
 
     def path_of(self, file: Path) -> str:
         path = str(file.relative_to(self.target))
@@ -228,7 +228,7 @@ def test_a_model_of_llama_2(bench: Callable[..., Bench], digest: str) -> None:
     asked = [path for path, _ in first.server.asked]
     folder = "llama-2-13b-chat"
     inside = ["checklist.chk", "params.json", "consolidated.00.pth", "consolidated.01.pth"]
-    assert asked == [*TOP, *(f"{folder}/{name}" for name in inside)], "lists before what they are for"
+    assert asked == [*TOP, *(f"{folder}/{name}" for name in inside)], "each list comes before the files that it lists"
     assert all((first.target / path).read_bytes() == FILES[path] for path in asked)
     assert ended.last == f"download.sh: ready: {first.target}/{folder}"
     assert not list(first.target.rglob("*.part"))
@@ -236,7 +236,7 @@ def test_a_model_of_llama_2(bench: Callable[..., Bench], digest: str) -> None:
     again = first.run("13b-CHAT", env={"PRESIGNED_URL": ""})
     assert again.status == 0, again
     assert again.last == ended.last
-    assert len(first.server.asked) == len(asked), "what is whole is not fetched again, and needs no link"
+    assert len(first.server.asked) == len(asked), "complete files are not fetched again, and need no link"
 
 
 def test_models_of_both_generations(fetching: Bench) -> None:
@@ -307,7 +307,7 @@ def test_names(bench: Callable[..., Bench]) -> None:
 # ---- the link
 
 
-def test_the_link_as_it_is_copied(fetching: Bench) -> None:
+def test_links_as_users_copy_them(fetching: Bench) -> None:
     link = fetching.server.link
     escaped = link.replace("&", "&amp;")
     fetching.all_but_weights()
@@ -338,7 +338,7 @@ def test_the_link_as_it_is_copied(fetching: Bench) -> None:
         ("https://a.b/*?Signature=SECR\u00e9T\\", "holds a character"),
     ],
 )
-def test_what_is_no_link(bench: Callable[..., Bench], link: str, message: str) -> None:
+def test_invalid_links(bench: Callable[..., Bench], link: str, message: str) -> None:
     ended = bench().run("7B", env={"PRESIGNED_URL": link})
     assert ended.status == 1 and message in ended.last, ended
 
@@ -352,10 +352,10 @@ def test_the_link_is_in_no_command_line(fetching: Bench) -> None:
     assert not [line for line in fetching.server.seen if "SECRET" in line]
 
 
-# ---- what the server does wrong: once the weights are asked for, with nothing and with their first half there
+# ---- faults of the server at the request for the weights, of which nothing or the first half was fetched before
 
 HALF = WEIGHTS // 2
-TO_THE_WHOLE = ["a page as bytes", "a page without a type", "XML as bytes", "empty"]
+FAULTS_OF_FULL_ANSWERS = ["a page as bytes", "a page without a type", "XML as bytes", "empty"]
 FAULTS: dict[str, tuple[list[Answer], int, str]] = {
     # answers, exit status, what the last line says
     "expired": ([says(403)], 1, "HTTP 403.*expired.*https://www.llama.com/llama-downloads/"),
@@ -397,7 +397,7 @@ FAULTS: dict[str, tuple[list[Answer], int, str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults(fetching: Bench, fault: str, half: bool) -> None:
     answers, status, message = FAULTS[fault]
-    if half and fault in TO_THE_WHOLE:  # it is not the rest that was asked for: fetched from its start
+    if half and fault in FAULTS_OF_FULL_ANSWERS:  # the answer to a range cannot be that: fetched from the start
         status, message = 0, ""
     fetching.all_but_weights()
     part = fetching.target / f"{SHARD}.part"
@@ -408,15 +408,15 @@ def test_faults(fetching: Bench, fault: str, half: bool) -> None:
     assert ended.status == status, ended
     assert re.search(message, ended.last), ended
     if not re.search("for good|without end|ignored after cuts", fault):
-        assert not fetching.server.faults[SHARD], "each fault was met"
+        assert not fetching.server.faults[SHARD], "each fault was used"
     if status and len(answers) == 1:
         assert len(fetching.server.starts(SHARD)) == 1, "it stops at once"
     if part.exists():
-        assert WEIGHT.startswith(part.read_bytes()), "what stays is the file's own beginning"
+        assert WEIGHT.startswith(part.read_bytes()), "the partial file is a beginning of the file"
     if half and status and "twice" not in message:
-        assert part.stat().st_size >= HALF, "what was there is kept"
+        assert part.stat().st_size >= HALF, "the first half is kept"
     if "fifth time" in ended.last:
-        assert ("what is there is kept" in ended.last) == (part.stat().st_size > 0)
+        assert ("the bytes so far are kept" in ended.last) == (part.stat().st_size > 0)
 
     if status:
         fetching.server.faults.clear()
@@ -424,7 +424,7 @@ def test_faults(fetching: Bench, fault: str, half: bool) -> None:
     assert (fetching.target / SHARD).read_bytes() == WEIGHT
 
 
-# What is there already
+# Files of earlier runs
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_faults(fetching: Bench, fault: str, half: bool) -> None:
     ],
 )
 @pytest.mark.parametrize("mute", [False, True], ids=["416 with the length", "416 without"])
-def test_a_part_that_is_there(fetching: Bench, there: bytes, asked: list[int | None], mute: bool) -> None:
+def test_partial_files(fetching: Bench, there: bytes, asked: list[int | None], mute: bool) -> None:
     fetching.all_but_weights()
     fetching.put(f"{SHARD}.part", there)
     if mute and len(there) >= len(WEIGHT):
@@ -450,7 +450,7 @@ def test_a_part_that_is_there(fetching: Bench, there: bytes, asked: list[int | N
     assert fetching.server.starts(SHARD) == asked
 
 
-def test_what_has_the_name_and_is_damaged(fetching: Bench) -> None:
+def test_damaged_files_with_final_names(fetching: Bench) -> None:
     """As other programs leave it: cut off, a page, or with a flipped bit."""
     fetching.all_but_weights()
     for damaged, asked in [(WEIGHT[:HALF], [HALF]), (HTML, [None]), (WEIGHT[:-1] + b"?", [len(WEIGHT), None])]:
@@ -472,7 +472,7 @@ def test_what_has_the_name_and_is_damaged(fetching: Bench) -> None:
 
 @pytest.mark.parametrize("name", ["LICENSE", "llama-2-7b/checklist.chk"])
 def test_files_without_a_sum(fetching: Bench, name: str) -> None:
-    """Their length is all there is to compare: they come in one piece."""
+    """Only their length can be checked, so they are always fetched from the start."""
     fetching.all_but_weights()
     fetching.put(SHARD)
     clumsy: list[list[Answer]] = [[cut(7), cut(9, reset=True)], [chunked(7)], [without_length], [redirects]]
@@ -509,11 +509,11 @@ def test_files_without_a_sum(fetching: Bench, name: str) -> None:
         (checklist({"params.json": FILES["llama-2-7b/params.json"]}), "does not name consolidated.00.pth"),
     ],
 )
-def test_lists_that_prove_nothing(bench: Callable[..., Bench], text: bytes, message: str) -> None:
+def test_useless_lists(bench: Callable[..., Bench], text: bytes, message: str) -> None:
     with_curl = bench()
     with_curl.all_but_weights()
     (with_curl.target / "llama-2-7b/checklist.chk").unlink()
-    with_curl.damage_may_stay = True  # a list that is one, and lacks a name
+    with_curl.damage_may_stay = True  # a valid list that lacks a name
     with_curl.server.faults["llama-2-7b/checklist.chk"] = [says(200, text, "text/plain")]
     ended = with_curl.run("7B")
     assert ended.status == 1 and message in ended.last, ended
@@ -523,7 +523,7 @@ def test_lists_that_prove_nothing(bench: Callable[..., Bench], text: bytes, mess
 
 
 def test_a_list_of_the_weights_alone(fetching: Bench) -> None:
-    """What it does not name is whole by its length."""
+    """A file that it does not name is complete if its length is right."""
     metas = "8b_pre_trained/checklist.chk"
     fetching.damage_may_stay = True  # the list differs from the one in FILES
     short = checklist({"consolidated.00.pth": FILES["8b_pre_trained/consolidated.00.pth"]})
@@ -537,7 +537,7 @@ def test_a_list_of_the_weights_alone(fetching: Bench) -> None:
         assert (fetching.target / "Meta-Llama-3-8B" / name).read_bytes() == FILES[f"8b_pre_trained/{name}"]
 
 
-def test_lists_as_other_machines_write_them(bench: Callable[..., Bench]) -> None:
+def test_lists_in_other_layouts(bench: Callable[..., Bench]) -> None:
     with_curl = bench()
     name = "llama-2-7b/checklist.chk"
     metas = FILES[name]
@@ -563,7 +563,7 @@ def test_lists_as_other_machines_write_them(bench: Callable[..., Bench]) -> None
 
 def test_a_hundred_cuts(fetching: Bench, measured: Callable[[str, object], None]) -> None:
     """At random bytes: by the server, which closes or resets the connection, and by SIGKILL and Ctrl-C here, after
-    which another run goes on. The file ends up with every bit, and never has its name before."""
+    which another run continues. The file ends up correct, and never has its final name before."""
     draw = random.Random(2026)
     fetching.all_but_weights()
     server, final = fetching.server, fetching.target / SHARD
@@ -578,12 +578,12 @@ def test_a_hundred_cuts(fetching: Bench, measured: Callable[[str, object], None]
     ]
     while not final.exists():
         runs += 1
-        assert runs <= 60, "it does not come to an end"
+        assert runs <= 60, "it never finishes"
         process = fetching.start("7B")
         while process.poll() is None:
             if server.held.wait(0.02):
                 server.held.clear()
-                time.sleep(0.02)  # what was sent is on its way
+                time.sleep(0.02)  # until the client has written it
                 way = ways[len(ways) - len(faults) - 1]
                 os.killpg(process.pid, signal.SIGKILL if way == "kill" else signal.SIGINT)
                 break
@@ -620,7 +620,7 @@ def group_is_gone(group: int) -> bool:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_the_script_alone_is_killed(fetching: Bench, how: signal.Signals) -> None:
-    """Its client would go on, and append to what another run continues."""
+    """Its client would continue, and write to a file that another run appends to."""
     fetching.all_but_weights()
     fetching.put(f"{SHARD}.part", WEIGHT[:HALF])
     fetching.server.faults[SHARD] = [hold(1000)]
@@ -632,17 +632,17 @@ def test_the_script_alone_is_killed(fetching: Bench, how: signal.Signals) -> Non
         second = fetching.run("7B")
         assert second.status == 1 and "is fetching into" in second.last, second
         assert len(fetching.server.starts(SHARD)) == 1
-        fetching.server.released.set()  # now it goes on
+        fetching.server.released.set()  # now the client continues
     limit = time.monotonic() + 20
     while not group_is_gone(first.pid) and time.monotonic() < limit:
         time.sleep(0.01)
-    assert fetching.run("7B").status == 0, "a lock that holds nobody is no lock"
+    assert fetching.run("7B").status == 0, "a lock without a living process does not hold"
     assert (fetching.target / SHARD).read_bytes() == WEIGHT
     assert not (fetching.target / LOCK).exists()
 
 
 def with_lock(bench: Bench, text: str, **more: Any) -> Ended:
-    """A run that meets this lock. In it, $$ is the number of the run itself."""
+    """A run that finds this lock. In `text`, $$ is the process of the run itself."""
     bench.all_but_weights()
     (bench.target / SHARD).unlink(missing_ok=True)
     lock = bench.target / LOCK
@@ -651,7 +651,7 @@ def with_lock(bench: Bench, text: str, **more: Any) -> Ended:
         [bench.bash, "-c", command], env=bench.environment, capture_output=True, text=True, timeout=60, **more
     )
     ended = Ended(run.returncode, run.stdout, run.stderr)
-    assert lock.exists() == (ended.status != 0), "it stays if it holds"
+    assert lock.exists() == (ended.status != 0), "a lock that holds is kept"
     lock.unlink(missing_ok=True)
     bench.promises(ended)
     return ended
@@ -675,7 +675,7 @@ def test_locks_that_were_left(bench: Callable[..., Bench]) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux to drop a capability")
 def test_the_lock_of_another_user(bench: Callable[..., Bench]) -> None:
-    """Whose processes we may not send a signal: they live all the same."""
+    """We may not send signals to that user's processes, but they run."""
     if os.geteuid():
         ended = with_lock(bench(), "1 $HOSTNAME")
         assert ended.status == 1 and "process 1 is fetching" in ended.last, ended
@@ -735,7 +735,7 @@ def test_two_demos_at_once(bench: Callable[..., Bench], tmp_path: Path) -> None:
     ended = with_curl.finish(first)
     assert ended.status == 0, ended
     ended = with_curl.run("demo")
-    assert ended.status == 0 and ended.last.endswith("is there and whole"), ended
+    assert ended.status == 0 and ended.last.endswith("is complete"), ended
     there = {"smollm2-135m-instruct", "smollm2-135m-instruct.gguf"}
     assert {file.name for file in checkpoints.iterdir()} == there, "nothing is left over"
 
@@ -746,22 +746,25 @@ def test_ctrl_c(fetching: Bench) -> None:
     process = fetching.start("7B")
     assert fetching.server.held.wait(30)
     part = fetching.target / f"{SHARD}.part"
-    while not part.stat().st_size:  # what was sent is on its way
+    while not part.stat().st_size:  # until the client has written it
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     ended = fetching.finish(process)
     assert ended.status == 130 and ended.last.startswith("download.sh: stopped by Ctrl-C"), ended
-    assert group_is_gone(process.pid), "nobody goes on fetching"
+    assert group_is_gone(process.pid), "no client is left"
     assert not (fetching.target / SHARD).exists()
     assert fetching.run("7B").status == 0
-    assert fetching.server.starts(SHARD) != [None, None], "it went on where it stopped"
+    assert fetching.server.starts(SHARD) != [None, None], "it continued where it stopped"
 
 
 def on_a_terminal(
     bench: Bench, steps: list[tuple[str, bytes | Callable[[], None]]], *words: str, sigint_ignored: bool = False
 ) -> tuple[int, str]:
-    """A run whose streams are a terminal: its status and what was shown. A step is typed, or called, when its text is
-    shown after the one before. At the end the terminal shows again what is typed."""
+    """A run on a terminal: its status and what it showed.
+
+    Each step waits for a text, after that of the step before, and then types bytes or calls a function. At the end the
+    terminal must echo again.
+    """
     ours, theirs = pty.openpty()
 
     def prepare() -> None:
@@ -787,7 +790,7 @@ def on_a_terminal(
         if steps and steps[0][0] in new:
             new = new.partition(steps[0][0])[2]
             _, then = steps.pop(0)
-            time.sleep(0.5)  # a hand is slower than bash between a question and its `read`, where it hears no Ctrl-C
+            time.sleep(0.5)  # as a user; between a question and its `read` bash ignores Ctrl-C
             if callable(then):
                 then()
             else:
@@ -795,7 +798,7 @@ def on_a_terminal(
     status = process.wait(5)
     while more := shows():
         shown += more
-    assert termios.tcgetattr(theirs)[3] & termios.ECHO, "what is typed no longer shows"
+    assert termios.tcgetattr(theirs)[3] & termios.ECHO, "echo is still off"
     os.close(ours)
     os.close(theirs)
     assert not steps, shown
@@ -827,7 +830,7 @@ def test_on_a_terminal(fetching: Bench) -> None:
 
 @pytest.mark.parametrize("tool", ["env", "perl", "python3"])
 def test_ctrl_c_where_sigint_was_ignored(bench: Callable[..., Bench], tmp_path: Path, tool: str) -> None:
-    """On a terminal the script resets it with whichever tool there is, and keeps its words and its number."""
+    """On a terminal the script resets it with whichever tool is installed, and keeps its arguments and process."""
     with_tool = bench()
     found = sys.executable if tool == "python3" else shutil.which(tool)
     probe = [str(found), "--default-signal=INT", "true"]
@@ -859,7 +862,7 @@ def test_ctrl_c_stays_ignored_without_a_terminal(fetching: Bench, tmp_path: Path
 # ---- disks
 
 
-def test_too_little_room_is_told_first(bench: Callable[..., Bench], tmp_path: Path) -> None:
+def test_too_little_space_is_reported_first(bench: Callable[..., Bench], tmp_path: Path) -> None:
     with_curl = bench()
     df = tmp_path / "bin"
     df.mkdir()
@@ -874,11 +877,11 @@ def test_too_little_room_is_told_first(bench: Callable[..., Bench], tmp_path: Pa
     (with_curl.put("llama-2-7b/consolidated.00.pth.part", b"")).open("r+b").truncate(10 * 10**9)
     with_curl.put("llama-2-13b/consolidated.00.pth.part", b"").open("r+b").truncate(10 * 10**9)
     ended = with_curl.run("7B,13B", env={"PRESIGNED_URL": "no link"})
-    assert "19.5 GB needed, 20.5 GB free" in ended.out, "what is there counts"
+    assert "19.5 GB needed, 20.5 GB free" in ended.out, "partial files count"
 
     executable(df / "df", "#!/bin/sh\necho nothing that anyone understands\n")
     ended = with_curl.run("7B")
-    assert ended.status == 1 and "df does not tell" in ended.last, ended
+    assert ended.status == 1 and "df does not report" in ended.last, ended
 
 
 def test_the_disk_of_this_machine(bench: Callable[..., Bench]) -> None:
@@ -894,7 +897,7 @@ def test_the_disk_of_this_machine(bench: Callable[..., Bench]) -> None:
 
 
 def test_a_full_disk(fetching: Bench) -> None:
-    """df promised room; something else filled the disk meanwhile."""
+    """df reported enough space, then something else filled the disk."""
     fetching.target.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(fetching.target)], capture_output=True, text=True
@@ -963,12 +966,12 @@ def test_a_server_that_stalls(fetching: Bench) -> None:
     fetching.server.faults[SHARD] = [hold(HALF)]
     ended = fetching.run("7B")
     assert ended.status == 0, ended
-    assert len(fetching.server.starts(SHARD)) == 2, "it did not wait for ever"
+    assert len(fetching.server.starts(SHARD)) == 2, "it did not wait forever"
 
 
 @pytest.mark.skipif("curl" not in CLIENTS, reason="needs curl")
 def test_behind_a_proxy(bench: Callable[..., Bench]) -> None:
-    """Whose answer to CONNECT comes before the server's."""
+    """The proxy's answer to CONNECT comes before the server's."""
     with_curl = bench("curl")
     with_curl.all_but_weights()
     proxy = f"http://127.0.0.1:{with_curl.server.server_port}"
@@ -992,7 +995,7 @@ def test_without_a_client(bench: Callable[..., Bench]) -> None:
 
 
 def test_busybox(bench: Callable[..., Bench]) -> None:
-    """Its dd does not know conv=lcase: pages are told all the same."""
+    """Its dd lacks conv=lcase; web pages are detected all the same."""
     with_curl = bench()
     folder = with_curl.script.parent / "busybox"
     folder.mkdir()
@@ -1014,7 +1017,7 @@ def test_another_shell(bench: Callable[..., Bench]) -> None:
 
 
 def test_folders_are_relative_to_the_caller(bench: Callable[..., Bench], tmp_path: Path) -> None:
-    """Also the one that is named as the default is, PYTHON, and with CDPATH, which moves cd."""
+    """Also a folder with the default's name, PYTHON, and with CDPATH, which changes where cd goes."""
     with_python = bench(digest="Python")
     with_python.all_but_weights()
     caller = tmp_path / "caller"
@@ -1041,7 +1044,7 @@ def test_without_any_tool_for_sums(bench: Callable[..., Bench]) -> None:
     assert ended.status == 1 and "none of md5sum, md5 and /no/python works here" in ended.err, ended
 
 
-# ---- what is there
+# ---- --list and --verify-only
 
 
 def test_list(bench: Callable[..., Bench]) -> None:
@@ -1082,7 +1085,7 @@ def test_verify_only(bench: Callable[..., Bench]) -> None:
     with_curl.damage_may_stay = True
     damages: dict[str, tuple[bytes | None, str]] = {
         shard: (FILES[shard][:-1] + b"?", "does not have the md5 sum in"),
-        f"{folder}/consolidated.00.pth": (None, "is not whole: 5 bytes are in"),
+        f"{folder}/consolidated.00.pth": (None, "is incomplete: 5 bytes are in"),
         f"{folder}/params.json": (b"", "is empty"),
         "LICENSE": (HTML, "is a web page"),
         "USE_POLICY.md": (None, "is missing"),
@@ -1096,7 +1099,9 @@ def test_verify_only(bench: Callable[..., Bench]) -> None:
             (with_curl.target / path).unlink()
         else:
             with_curl.put(path, damaged)
-        faults += path != "tokenizer_checklist.chk"  # its fault takes the place of the tokenizer's: no list, no sum
+        faults += (
+            path != "tokenizer_checklist.chk"
+        )  # its fault replaces the tokenizer's: without a list there is no sum
         ended = with_curl.run("--verify-only", "13B")
         lines = ended.out.splitlines()[1:]
         assert ended.status == 1 and len(lines) == faults, ended
@@ -1125,7 +1130,7 @@ def test_help(bench: Callable[..., Bench]) -> None:
 # ---- the script
 
 
-def test_bash_3_2_is_among_them() -> None:
+def test_bash_3_2_is_tested() -> None:
     versions = [
         subprocess.run([bash, "-c", "echo $BASH_VERSION"], capture_output=True, text=True).stdout for bash in BASHES
     ]

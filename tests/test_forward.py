@@ -23,7 +23,7 @@ def prompt(length: int) -> list[int]:
 
 
 def distance(ours: torch.Tensor, theirs: np.ndarray) -> float:
-    """Worst difference, as a part of the largest logit."""
+    """The largest difference, relative to the largest logit."""
     return float(np.abs(ours.double().numpy() - theirs).max() / np.abs(theirs).max())
 
 
@@ -45,7 +45,7 @@ def test_float32_is_within_1e5_of_a_plain_float64_forward(
 def test_bfloat16_is_within_its_rounding_of_a_plain_float64_forward(
     name: str, checkpoint: Callable[..., Path], build: Callable[..., Llama], measured: Callable[[str, object], None]
 ) -> None:
-    """bfloat16 keeps 8 bits: 0.4 % a rounding, over a few dozen roundings from the embedding to a logit."""
+    """bfloat16 has 8 bits: up to 0.4 % a rounding, with a few dozen roundings from the embedding to a logit."""
     params, weights = plain.load(checkpoint(name))
     llama = build(name, max_seq_len=300, dtype="bfloat16")
     worst = max(
@@ -53,7 +53,7 @@ def test_bfloat16_is_within_its_rounding_of_a_plain_float64_forward(
         for ids in map(prompt, LENGTHS)
     )
     measured(f"bfloat16 to float64, {name}, worst logit / largest", worst)
-    assert 1e-4 < worst < 5e-2  # below the lower bound it would not have run in bfloat16
+    assert 1e-4 < worst < 5e-2  # less would mean that it did not run in bfloat16
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -69,7 +69,7 @@ def test_transformers_agrees(name: str, checkpoint: Callable[..., Path], build: 
 
 @pytest.fixture
 def model_parallel_of_one(build: Callable[..., Llama]) -> Iterator[None]:
-    """llama-models builds its layers in fairscale's groups, which a model of ours sets up."""
+    """llama-models' layers need fairscale's groups, which a model of this package sets up."""
     build("mha", max_seq_len=8, max_batch_size=1)
     yield
 
@@ -92,7 +92,7 @@ def test_llama_models_agrees(name: str, checkpoint: Callable[..., Path], build: 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_in_pieces_equals_forward_at_once(name: str, build: Callable[..., Llama]) -> None:
-    """forward(tokens, start_pos) as Meta's callers use it: any chunks, then single tokens, two rows at a time."""
+    """forward(tokens, start_pos) as Meta's callers use it: chunks of any size, then single tokens, with two rows."""
     llama = build(name, max_seq_len=64, max_batch_size=2)
     tokens = torch.tensor([prompt(40), prompt(41)[:40]])
     whole = llama.model.forward(tokens, 0)
@@ -129,7 +129,7 @@ def test_the_rope_factor_is_applied(factor: float, args: dict[str, int]) -> None
     found = rotary_angles(made, 1000)
     params = {"use_scaled_rope": True, "rope_theta": 500000.0, "factor": factor}
     angles = np.outer(np.arange(1000), plain.frequencies(params, made.head_dim))
-    # A frequency of size 1 at most is wrong by up to four roundings, which the position multiplies; a cosine by two.
+    # A frequency of at most 1 has up to four roundings, multiplied by the position; a cosine has two.
     bound = 2 * FLOAT32 + 4 * FLOAT32 * np.arange(1000)[:, None]
     assert (np.abs(found.real.double().numpy() - np.cos(angles)) <= bound).all()
     assert (np.abs(found.imag.double().numpy() - np.sin(angles)) <= bound).all()

@@ -1,4 +1,4 @@
-"""Texts and dialogs: what the dictionaries hold, and batches larger than the model's."""
+"""text_completion and chat_completion: the results' fields, refusals, stops, batches above max_batch_size."""
 
 from collections.abc import Callable
 from pathlib import Path

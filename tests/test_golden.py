@@ -1,4 +1,4 @@
-"""Our answers against those of Meta's own code, at every combination of shards and ranks that divides."""
+"""Results against those of Meta's own code, for every legal combination of shards and ranks."""
 
 import zlib
 from collections.abc import Callable
@@ -20,7 +20,7 @@ FORMS: dict[str, dict[str, Any]] = {"default": {}, "eager": {"compile": False}, 
 def answers(
     folders: dict[str, Path], golden: dict[str, Any], cases: tuple[str, ...], form: str = "default"
 ) -> dict[str, Any]:
-    """These golden cases of each model, run on this rank's share: (tokens, logprobs), and the golden logits."""
+    """Run these golden cases of each model on this rank: (tokens, logprobs), and the golden logits."""
     found: dict[str, Any] = {}
     for name, folder in folders.items():
         llama = Llama.build(folder, max_seq_len=256, max_batch_size=3, **FORMS[form])
@@ -44,9 +44,9 @@ def answers(
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 def test_golden_cases(shards: int, world_size: int, checkpoint: Callable[..., Path], golden: dict[str, Any]) -> None:
-    # gqa has 2 KV heads: at 4 ranks two of them hold the same one.
+    # gqa has 2 KV heads: of 4 ranks, two hold the same one.
     folders = {name: checkpoint(name, shards) for name in MODELS}
-    # Four ranks wait for each other on two cores: there, every case of eight files, two cases of fewer.
+    # Four ranks are slow on two cores: they run every case of eight files, and two cases of fewer files.
     cases = ("single", "ragged_echo") if world_size == 4 and shards < 8 else CASES
     for found in run_ranks(world_size, answers, folders, golden, cases):
         check(found, golden, cases)
@@ -71,7 +71,7 @@ def check(found: dict[str, Any], golden: dict[str, Any], cases: tuple[str, ...])
 def test_golden_cases_of_every_form(
     form: str, world_size: int, checkpoint: Callable[..., Path], golden: dict[str, Any]
 ) -> None:
-    """The cases above are those of the default form, whose decode step is native."""
+    """The cases above have the default settings, with a compiled decode step."""
     folders = {name: checkpoint(name, 2) for name in MODELS}
     for found in run_ranks(world_size, answers, folders, golden, CASES, form):
         check(found, golden, CASES)
@@ -90,7 +90,7 @@ def far_logits(folder: Path, ids: list[int], positions: list[int]) -> Any:
 def test_far_positions(
     name: str, shards: int, world_size: int, checkpoint: Callable[..., Path], golden: dict[str, Any]
 ) -> None:
-    """9,000 tokens: the rotary angles stay right far out, with each theta and with scaling."""
+    """9,000 tokens: rotary angles are right at far positions, with each theta and with scaling."""
     stream = np.random.Generator(np.random.PCG64(zlib.crc32(f"far/{name}".encode())))
     ids = [1, *stream.integers(3, 512, 8999).tolist()]
     expected = golden[name]["far"]["positions"]

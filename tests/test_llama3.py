@@ -32,7 +32,7 @@ LENGTH, POSITIONS = 9000, [0, 1, 4095, 8191, 8192, 8999]
 
 
 def layout() -> dict[str, tuple[tuple[int, ...], int | None]]:
-    """Name -> shape, and the axis along which Llama 3's files divide it."""
+    """Name -> shape, and the axis on which Llama 3's files split it."""
     kv = DIM // N_HEADS * N_KV_HEADS
     layer: dict[str, tuple[tuple[int, ...], int | None]] = {
         "attention.wq": ((DIM, DIM), 0),
@@ -108,7 +108,7 @@ def their_hidden(weights: dict[str, torch.Tensor], folder: Callable[..., Path]) 
     from llama_models.llama3.args import ModelArgs
     from llama_models.llama3.model import Transformer
 
-    # llama-models builds its layers in fairscale's groups, which a model of ours sets up.
+    # llama-models' layers need fairscale's groups, which a model of this package sets up.
     groups = Llama.build(folder(False), max_seq_len=8, max_batch_size=1, device="cpu")
     theirs = Transformer(ModelArgs(**PARAMS, max_seq_len=LENGTH, max_batch_size=1)).eval()
     theirs.load_state_dict({name: weight.float() for name, weight in weights.items()}, strict=True)
@@ -140,7 +140,7 @@ def test_logits_equal_llama_models(
 
 
 def test_dialogs_and_stops(folder: Callable[..., Path]) -> None:
-    """tiktoken, 3.1's special ids, Llama 3's dialect: found by themselves."""
+    """tiktoken, the special ids of 3.1 and Llama 3's chat format are detected."""
     llama = Llama.build(folder(False), max_seq_len=64, max_batch_size=1, device="cpu")
     tokenizer = llama.tokenizer
     assert tokenizer.stop_tokens == {128001, 128008, 128009}

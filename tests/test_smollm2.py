@@ -1,4 +1,4 @@
-"""A real model: SmolLM2-135M-Instruct against what transformers and Meta's code answered."""
+"""A real model: SmolLM2-135M-Instruct, compared with recorded answers of transformers and Meta's code."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from llama.convert import convert
 
 
 def answers(folder: Path, cases: list[dict[str, Any]], new: int = 48) -> Any:
-    """All cases in one ragged batch, greedy: (tokens, logprobs and text of each, prompt included but in the text)."""
+    """(tokens, logprobs, text) of each case, greedy, in one ragged batch. Tokens and logprobs include the prompt."""
     llama = Llama.build(folder, max_seq_len=128, max_batch_size=len(cases))
     prompts = [case["prompt_tokens"] for case in cases]
     tokens, logprobs = llama.generate(prompts, new, temperature=0, logprobs=True, echo=True)
@@ -40,7 +40,7 @@ def test_golden_answers_in_float32(world_size: int, demo_float32: Path, smollm2:
 def test_bfloat16_stays_near_float32(
     demo: Path, smollm2: dict[str, Any], measured: Callable[[str, object], None]
 ) -> None:
-    """The same texts, scored in bfloat16: measured, and bounded so that a gross error shows."""
+    """The same texts, scored in bfloat16. The bounds are wide: they find gross errors."""
     cases = smollm2["completions"][1:3] + smollm2["chats"][:1]
     llama = Llama.build(demo, max_seq_len=128, max_batch_size=len(cases), dtype="bfloat16")
     prompts = [case["prompt_tokens"] + case["tokens"] for case in cases]

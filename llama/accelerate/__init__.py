@@ -1,5 +1,5 @@
-"""The same model faster: fused layers, quantized weights, measured kernels, the native decode step (native.c).
+"""The same model faster: fused layers, quantized weights, measured kernels, compiled decode steps.
 
-Imports checkpoint and the rows below it. What is computed is defined in `llama.model`; nothing here changes results
-beyond rounding, and each part checks that the model is still the one it was made from.
+Imports checkpoint and the rows below it. `llama.model` defines what is computed. Except for quantization nothing here
+changes results beyond rounding, and `executor` checks that the model is still the one that the rest was derived from.
 """

@@ -1,10 +1,30 @@
-/* One decode step on a CPU, a new position for each of a few rows, from weights of any of four kinds; and, at the end,
- * the attention of a prompt in bfloat16.
+/* Kernels for CPUs, compiled and called by native.py, which has the same structs:
  *
- * At one row every weight is read once and used once, so the memory's speed is the limit: weights are widened in
- * registers, a vector at a time, and nothing else goes to memory. llama/native.py compiles this file, has the same
- * structs, and is its only caller.
- * Loops marked `omp for` are shared by the threads of the parallel region that calls them. */
+ * - decode: one decode step through all layers, for a few rows, with weights in F32, BF16, INT8 or INT4;
+ * - multiply: one matmul of few rows, for the output layer;
+ * - attend_all: causal attention of a prompt, in bfloat16;
+ * - dequantize: a quantized weight in full.
+ *
+ * With one row every weight is read once and used once, so that memory bandwidth is the limit. Weights are therefore
+ * converted to float32 in registers, one vector at a time, and no intermediate result goes to memory.
+ *
+ * All of it is in one file, as the kernels are inlined into their callers and one run of the compiler builds it.
+ *
+ * Contents, in this order (search for the titles):
+ *
+ *   Constants and vector types
+ *   Structs shared with native.py
+ *   Vectors: conversions, horizontal sums, load and store, exponential
+ *   Matmul with F32 and BF16 weights
+ *   Matmul with INT8 and INT4 weights
+ *   Matmul with weights of any kind
+ *   Decode step: norm, attention, feed-forward
+ *   Attention of a prompt, in bfloat16
+ *   Functions called from Python
+ *
+ * Names: m rows of x, a weight W [n, k], `kind` one of the enum below. A loop marked `omp for` is shared by the threads
+ * of the parallel region that its function is called in. Functions whose arguments must be constants after inlining, so
+ * that loops unroll and branches on `kind` disappear, are INLINE and take these arguments as `const int`. */
 
 #include <math.h>
 #include <stdint.h>
@@ -13,14 +33,16 @@
 #include <immintrin.h>
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
-#define GROUP 32       /* int4: columns that share a scale and a zero */
-#define KEY_BLOCK 256  /* positions that one thread looks at in one go */
-#define AHEAD 8192     /* bytes: what is asked of memory now will be needed when this much has been computed */
-#define QUERIES 64     /* times heads, as many as fit: what one thread looks back from in one go */
+/* Constants and vector types ---------------------------------------------------------------------- */
 
-/* LANES: what a vector of the machine has; ROWS: of x, that fit its registers together with four of a matrix.
- * KEEP: GCC 12 would load an operand again for each of its uses. */
+#define INLINE static inline __attribute__((always_inline))
+#define GROUP 32            /* INT4: columns that share a scale and a zero */
+#define KEY_BLOCK 256       /* keys that one thread processes at a time */
+#define PREFETCH_BYTES 8192 /* how far ahead of the current address memory is prefetched */
+#define QUERIES 64          /* queries times heads that one thread processes at a time */
+
+/* LANES: 32-bit numbers in a vector register. ROWS: rows of x whose sums fit into the registers together with four rows
+ * of a matrix. KEEP: GCC 12 would otherwise load an operand again for each use. */
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LANES 16
 #define ROWS 4
@@ -35,20 +57,24 @@
 #define KEEP(v)
 #endif
 
+/* The vectors hold LANES 32-bit numbers, LANES smaller ones (u16_lanes), or 2 * LANES smaller ones, two to a lane. */
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef float quad __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef uint16_t words __attribute__((vector_size(4 * LANES)));
-typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
-typedef int8_t bytes __attribute__((vector_size(2 * LANES)));
+typedef uint16_t u16_lanes __attribute__((vector_size(2 * LANES)));
+typedef uint16_t u16_pairs __attribute__((vector_size(4 * LANES)));
+typedef int16_t s16_pairs __attribute__((vector_size(4 * LANES)));
+typedef int8_t s8_pairs __attribute__((vector_size(2 * LANES)));
+
+/* Structs shared with native.py ------------------------------------------------------------------- */
 
 enum { F32, BF16, INT8, INT4 };
 
-/* [n, k]. F32 and BF16: row by row. INT8 and INT4: panels of LANES rows (the last one filled up), of which each has
- * a lane: INT8 [k / 2, LANES, 2], INT4 [k / 8, LANES] of 32 bits, whose lower half has the columns 0 2 4 6, the upper
- * one 1 3 5 7, low bits first. scale: INT8 [n], INT4 [n / LANES, k / 32, LANES], as zero; a weight of INT4 is
- * (q - 8) * scale + zero. Scales and zeros are bfloat16. */
+/* A weight [n, k]. F32 and BF16: row-major. INT8 and INT4: panels of LANES rows, one row to a lane; the last panel is
+ * padded. A panel is for INT8 [k / 2, LANES, 2] bytes; for INT4 [k / 8, LANES] of 32 bits, whose lower half holds the
+ * columns 0 2 4 6 and the upper half 1 3 5 7, low bits first.
+ * scale: for INT8 [n]; for INT4 [n / LANES, k / 32, LANES], and so is zero. Both are bfloat16.
+ * The value is q * scale in INT8, (q - 8) * scale + zero in INT4. */
 typedef struct {
     int64_t kind, n, k;
     const void *data;
@@ -57,7 +83,7 @@ typedef struct {
 
 typedef struct {
     Matrix wqkv, wo, w13, w2;
-    const void *attention_norm, *ffn_norm; /* of kind cache_kind, too */
+    const void *attention_norm, *ffn_norm; /* of kind cache_kind */
     void *keys, *values; /* [rows, kv_heads, max_seq_len, head_dim] of kind cache_kind */
 } Layer;
 
@@ -65,19 +91,32 @@ typedef struct {
     int64_t n_layers, dim, heads, kv_heads, head_dim, width, max_seq_len, cache_kind;
     float norm_eps;
     const Layer *layers;
-    const void *norm;                                       /* of kind cache_kind */
-    const float *freqs_cis;                                 /* cosine and sine: [max_seq_len, head_dim / 2, 2] */
-    float *h, *qkv, *scores, *attended, *gates, *products, *sums, *out; /* room for all rows */
-    uint16_t *halves;                                       /* NULL in float32 */
-    int (*reduce)(void); /* adds `out` up over the ranks; NULL where there is one rank; not 0: it failed */
+    const void *norm; /* of kind cache_kind */
+    const float *freqs_cis; /* cosine and sine: [max_seq_len, head_dim / 2, 2] */
+    float *h, *qkv, *scores, *attended, *gate_up, *activations, *sums, *out; /* buffers for all rows */
+    uint16_t *rounded; /* a buffer for x in 16 bits; NULL in float32 */
+    int (*reduce)(void); /* sums `out` over the ranks, nonzero if that failed; NULL with one rank */
 } Model;
 
-/* What GCC 12 would do with several instructions where there is one. */
+/* Arguments of attend_all. q, out: [bsz, seqlen, heads, head_dim]. keys, values: as in Layer. starts [bsz]: the
+ * positions of the first queries. All data is bfloat16. */
+typedef struct {
+    int64_t bsz, seqlen, heads, kv_heads, head_dim, max_seq_len;
+    const uint16_t *q, *keys, *values;
+    uint16_t *out;
+    const int64_t *starts;
+} AttentionArgs;
+
+/* Vectors: conversions, horizontal sums, load and store, exponential ------------------------------ */
+
+/* Intrinsics where GCC 12 would compile portable code to several instructions.
+ * extend_u16: each number to 32 bits. extend_s8: each to 16 bits, two to a lane. reduce_add: the sum of all lanes.
+ * reduce_add4: those of four vectors. */
 #if LANES == 16
-INLINE ints wide_halves(halves v) { return (ints)_mm512_cvtepu16_epi32((__m256i)v); }
-INLINE ints wide_bytes(bytes v) { return (ints)_mm512_cvtepi8_epi16((__m256i)v); }
-INLINE float sum(floats v) { return _mm512_reduce_add_ps((__m512)v); }
-INLINE quad sums_of(floats a, floats b, floats c, floats d) {
+INLINE ints extend_u16(u16_lanes v) { return (ints)_mm512_cvtepu16_epi32((__m256i)v); }
+INLINE ints extend_s8(s8_pairs v) { return (ints)_mm512_cvtepi8_epi16((__m256i)v); }
+INLINE float reduce_add(floats v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE quad reduce_add4(floats a, floats b, floats c, floats d) {
     const __m512 v = (__m512)a, w = (__m512)b, x = (__m512)c, y = (__m512)d;
     const __m512 first = _mm512_unpacklo_ps(v, w) + _mm512_unpackhi_ps(v, w); /* a b a b, four times */
     const __m512 second = _mm512_unpacklo_ps(x, y) + _mm512_unpackhi_ps(x, y);
@@ -86,53 +125,56 @@ INLINE quad sums_of(floats a, floats b, floats c, floats d) {
     return (quad)(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 }
 #else
-INLINE float sum(floats v) {
+INLINE float reduce_add(floats v) {
     for (int n = LANES / 2; n; n /= 2)
         for (int j = 0; j < n; j++) v[j] += v[j + n];
     return v[0];
 }
 #endif
 #if LANES == 8
-INLINE ints wide_halves(halves v) { return (ints)_mm256_cvtepu16_epi32((__m128i)v); }
-INLINE ints wide_bytes(bytes v) { return (ints)_mm256_cvtepi8_epi16((__m128i)v); }
-INLINE quad sums_of(floats a, floats b, floats c, floats d) {
+INLINE ints extend_u16(u16_lanes v) { return (ints)_mm256_cvtepu16_epi32((__m128i)v); }
+INLINE ints extend_s8(s8_pairs v) { return (ints)_mm256_cvtepi8_epi16((__m128i)v); }
+INLINE quad reduce_add4(floats a, floats b, floats c, floats d) {
     const __m256 first = _mm256_hadd_ps((__m256)a, (__m256)b), second = _mm256_hadd_ps((__m256)c, (__m256)d);
     const __m256 all = _mm256_hadd_ps(first, second); /* a b c d, twice */
     return (quad)(_mm256_castps256_ps128(all) + _mm256_extractf128_ps(all, 1));
 }
 #elif LANES == 4
-INLINE ints wide_halves(halves v) { return __builtin_convertvector(v, ints); }
-INLINE ints wide_bytes(bytes v) { return (ints)__builtin_convertvector(v, shorts); }
-INLINE quad sums_of(floats a, floats b, floats c, floats d) { return (quad){sum(a), sum(b), sum(c), sum(d)}; }
+INLINE ints extend_u16(u16_lanes v) { return __builtin_convertvector(v, ints); }
+INLINE ints extend_s8(s8_pairs v) { return (ints)__builtin_convertvector(v, s16_pairs); }
+INLINE quad reduce_add4(floats a, floats b, floats c, floats d) {
+    return (quad){reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d)};
+}
 #endif
 
-INLINE floats widen(halves h) { return (floats)(wide_halves(h) << 16); }
+INLINE floats bf16_to_floats(u16_lanes h) { return (floats)(extend_u16(h) << 16); }
 
-INLINE float widen1(uint16_t h) {
+INLINE float bf16_to_float(uint16_t h) {
     const uint32_t bits = (uint32_t)h << 16;
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
 
-/* Copy `count` numbers, usually as many as a vector has: then it is one instruction, not a call. */
+/* Copy `count` numbers, usually `usual`: that case is one instruction instead of a call. */
 #define COPY(to, from, count, usual, size) \
     ((count) == (usual) ? memcpy(to, from, (usual) * (size)) : memcpy(to, from, (count) * (size)))
 
-/* Elements j to j + count of F32 or BF16 data; those beyond count are zero. */
+/* Elements [j, j + count) of F32 or BF16 data; lanes beyond count are zero. */
 INLINE floats load(const int kind, const void *data, int64_t j, int64_t count) {
     if (kind == F32) {
         floats v = {0};
         COPY(&v, (const float *)data + j, count, LANES, 4);
         return v;
     }
-    halves v = {0};
+    u16_lanes v = {0};
     COPY(&v, (const uint16_t *)data + j, count, LANES, 2);
-    return widen(v);
+    return bf16_to_floats(v);
 }
 
-INLINE float one(const int kind, const void *data, int64_t j) {
-    return kind == F32 ? ((const float *)data)[j] : widen1(((const uint16_t *)data)[j]);
+/* Element j. */
+INLINE float load1(const int kind, const void *data, int64_t j) {
+    return kind == F32 ? ((const float *)data)[j] : bf16_to_float(((const uint16_t *)data)[j]);
 }
 
 INLINE void store(const int kind, void *data, int64_t j, float value) {
@@ -142,16 +184,16 @@ INLINE void store(const int kind, void *data, int64_t j, float value) {
     }
     uint32_t bits;
     memcpy(&bits, &value, 4);
-    /* To the nearest, ties to even; a NaN stays one. */
+    /* Round to nearest, ties to even; a NaN stays a NaN. */
     ((uint16_t *)data)[j] = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-INLINE halves narrow(floats v) { /* to the nearest, as `store` */
+INLINE u16_lanes floats_to_bf16(floats v) { /* rounds as `store` does */
 #if LANES == 16 && defined(__AVX512BF16__)
-    return (halves)_mm512_cvtneps_pbh((__m512)v);
+    return (u16_lanes)_mm512_cvtneps_pbh((__m512)v);
 #else
     const ints bits = (ints)v;
-    return __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves);
+    return __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, u16_lanes);
 #endif
 }
 
@@ -160,12 +202,12 @@ INLINE void store_all(const int kind, void *data, int64_t j, floats v) {
         memcpy((float *)data + j, &v, sizeof v);
         return;
     }
-    const halves h = narrow(v);
+    const u16_lanes h = floats_to_bf16(v);
     memcpy((uint16_t *)data + j, &h, sizeof h);
 }
 
-/* A lane of a and b holds two bfloat16 each: both products are added to it. */
-INLINE floats dot(floats total, ints a, ints b) {
+/* Each lane of a and b holds two bfloat16: add both products to the lane of total. */
+INLINE floats dot_bf16(floats total, ints a, ints b) {
 #if LANES == 16 && defined(__AVX512BF16__)
     return (floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
 #else
@@ -174,32 +216,35 @@ INLINE floats dot(floats total, ints a, ints b) {
 #endif
 }
 
-/* 32 numbers of 16 bits, two a lane; those beyond count are zero. */
-INLINE ints load_ints(const void *data, int64_t count) {
+/* 2 * LANES numbers of 16 bits, two to a lane; those beyond count are zero. */
+INLINE ints load_pairs(const void *data, int64_t count) {
     ints v = {0};
     COPY(&v, data, count, 2 * LANES, 2);
     return v;
 }
 
-INLINE int64_t lanes(int64_t left) { return left < LANES ? left : LANES; }
+/* How many lanes are used when `left` numbers are left. */
+INLINE int64_t lane_count(int64_t left) { return left < LANES ? left : LANES; }
 
-INLINE floats larger(floats a, floats b) {
+/* The larger of both, in each lane; b where either is NaN. */
+INLINE floats max_lanes(floats a, floats b) {
     const ints above = a > b;
     return (floats)(((ints)a & above) | ((ints)b & ~above));
 }
 
-/* Replace the values below or above a limit; a NaN is neither. */
+/* Limit the values to [low, high]; a NaN stays a NaN. */
 INLINE floats clamp(floats v, float low, float high) {
     const ints below = v < low, above = v > high;
     const floats lows = low - (floats){0}, highs = high - (floats){0};
     return (floats)(((ints)v & ~below & ~above) | ((ints)lows & below) | ((ints)highs & above));
 }
 
-/* e^x within 2 units of the last place: x = n log 2 + r, a polynomial for e^r (that of Cephes' expf), 2^n as bits. */
+/* e^x within 2 units in the last place. x = n log 2 + r: a polynomial gives e^r (with the coefficients of Cephes'
+ * expf), and n is added to the exponent bits. */
 INLINE floats exponential(floats x) {
-    const float to_whole = 12582912; /* 1.5 * 2^23: added, it leaves the nearest whole number in the low bits */
+    const float round_bias = 12582912; /* 1.5 * 2^23: adding it leaves the nearest integer in the low bits */
     x = clamp(x, -87, 88);
-    const floats shifted = x * 1.44269504f + to_whole, n = shifted - to_whole;
+    const floats shifted = x * 1.44269504f + round_bias, n = shifted - round_bias;
     const floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
     floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -210,15 +255,19 @@ INLINE floats exponential(floats x) {
     return (floats)((ints)p + ((ints)shifted << 23));
 }
 
-/* Ask memory for what lies AHEAD of so many bytes: where that is beyond the matrix, it does no harm. */
-INLINE void ahead(const void *data, int64_t count) {
-    for (int64_t j = 0; j < count; j += 64) __builtin_prefetch((const char *)data + AHEAD + j, 0, 2);
+/* Prefetch `count` bytes, PREFETCH_BYTES ahead of data. An address beyond the matrix does no harm. */
+INLINE void prefetch(const void *data, int64_t count) {
+    for (int64_t j = 0; j < count; j += 64) __builtin_prefetch((const char *)data + PREFETCH_BYTES + j, 0, 2);
 }
 
-/* y[r, i..i+rows) = W[i..i+rows, :] x[r, :] for r in 0..m, in registers. One row is read as one stream, which the
- * processor fetches ahead, and summed in four chains; four rows and four x share what they load. */
-INLINE void block(const int kind, const int rows, const int m, const Matrix *w, int64_t i, const float *x,
-                  int64_t x_stride, float *y, int64_t y_stride) {
+/* Matmul with F32 and BF16 weights ---------------------------------------------------------------- */
+
+/* y[r, i..i+rows) = W[i..i+rows, :] x[r, :] for r in 0..m, summed in registers.
+ *
+ * A single row of W is read as one stream, which the CPU prefetches, and summed in four independent chains. Four rows
+ * of W and four of x share their loads. */
+INLINE void multiply_tile(const int kind, const int rows, const int m, const Matrix *w, int64_t i, const float *x,
+                          int64_t x_stride, float *y, int64_t y_stride) {
     const int chains = rows < 4 && m < 4 ? 4 : 1;
     const int64_t k = w->k, parts = k / LANES;
     floats acc[4][4][4];
@@ -233,7 +282,7 @@ INLINE void block(const int kind, const int rows, const int m, const Matrix *w, 
 #pragma GCC unroll 4
             for (int a = 0; a < rows; a++) {
                 const int64_t j = (i + a) * k + (p + c) * LANES;
-                if (rows == 1 && m == 1) ahead((const char *)w->data + j * (kind == F32 ? 4 : 2), 1);
+                if (rows == 1 && m == 1) prefetch((const char *)w->data + j * (kind == F32 ? 4 : 2), 1);
                 floats v = load(kind, w->data, j, LANES);
                 KEEP(v);
                 left[a] = v;
@@ -248,112 +297,115 @@ INLINE void block(const int kind, const int rows, const int m, const Matrix *w, 
         }
     for (int64_t j = parts * LANES; j < k; j++)
         for (int a = 0; a < rows; a++)
-            for (int r = 0; r < m; r++) rest[a][r] += one(kind, w->data, (i + a) * k + j) * x[r * x_stride + j];
+            for (int r = 0; r < m; r++) rest[a][r] += load1(kind, w->data, (i + a) * k + j) * x[r * x_stride + j];
     for (int r = 0; r < m; r++) {
         if (rows == 4) { /* and one chain */
-            const quad totals = sums_of(acc[0][0][r], acc[0][1][r], acc[0][2][r], acc[0][3][r]);
+            const quad totals = reduce_add4(acc[0][0][r], acc[0][1][r], acc[0][2][r], acc[0][3][r]);
             for (int a = 0; a < 4; a++) rest[a][r] += totals[a];
         } else {
             for (int a = 0; a < rows; a++)
-                for (int c = 0; c < chains; c++) rest[a][r] += sum(acc[c][a][r]);
+                for (int c = 0; c < chains; c++) rest[a][r] += reduce_add(acc[c][a][r]);
         }
         for (int a = 0; a < rows; a++) y[r * y_stride + i + a] = rest[a][r];
     }
 }
 
 /* Rows [from, to) of an F32 or BF16 matrix, for m rows of x. */
-INLINE void part(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride, float *y,
-                 int64_t y_stride, int64_t m) {
+INLINE void multiply_rows(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride,
+                          float *y, int64_t y_stride, int64_t m) {
     const int64_t shared = m / ROWS * ROWS, k = w->k, item = kind == F32 ? 4 : 2;
     int64_t i = from;
     for (; shared && i + 4 <= to; i += 4) {
-        ahead((const char *)w->data + i * k * item, 4 * k * item);
+        prefetch((const char *)w->data + i * k * item, 4 * k * item);
         for (int64_t r = 0; r < shared; r += ROWS)
-            block(kind, 4, ROWS, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
+            multiply_tile(kind, 4, ROWS, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
     }
     for (; shared && i < to; i++)
         for (int64_t r = 0; r < shared; r += ROWS)
-            block(kind, 1, ROWS, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
+            multiply_tile(kind, 1, ROWS, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
     for (i = from; shared < m && i < to; i++)
         for (int64_t r = shared; r < m; r++)
-            block(kind, 1, 1, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
+            multiply_tile(kind, 1, 1, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
 }
 
-/* `part` for the keys of a head: four of them at a time for any number of x, the queries. */
-INLINE void keys_part(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride,
-                      float *y, int64_t y_stride, int64_t m) {
+/* multiply_rows for the keys of a head: four keys at a time, for any number of x (the queries). */
+INLINE void multiply_keys(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride,
+                          float *y, int64_t y_stride, int64_t m) {
     int64_t i = from;
     for (; i + 4 <= to; i += 4) {
         const int64_t item = kind == F32 ? 4 : 2;
-        ahead((const char *)w->data + i * w->k * item, 4 * w->k * item);
+        prefetch((const char *)w->data + i * w->k * item, 4 * w->k * item);
         for (int64_t r = 0; r < m; r += 4)
             switch (m - r) {
-                case 1: block(kind, 4, 1, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride); break;
-                case 2: block(kind, 4, 2, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride); break;
-                case 3: block(kind, 4, 3, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride); break;
-                default: block(kind, 4, 4, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
+                case 1: multiply_tile(kind, 4, 1, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride); break;
+                case 2: multiply_tile(kind, 4, 2, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride); break;
+                case 3: multiply_tile(kind, 4, 3, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride); break;
+                default: multiply_tile(kind, 4, 4, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
             }
     }
-    part(kind, w, i, to, x, x_stride, y, y_stride, m);
+    multiply_rows(kind, w, i, to, x, x_stride, y, y_stride, m);
 }
 
-/* acc[a][r] += W[a, 0..count) x[r, 0..count). */
-INLINE void pairs(const int rows, const int m, const uint16_t *w, const uint16_t *x, int64_t k, int64_t count,
-                  floats acc[4][4]) {
+/* acc[a][r] += W[a, 0..count) x[r, 0..count), for bfloat16. */
+INLINE void tile_step_bf16(const int rows, const int m, const uint16_t *w, const uint16_t *x, int64_t k, int64_t count,
+                           floats acc[4][4]) {
     ints left[4];
 #pragma GCC unroll 4
     for (int a = 0; a < rows; a++) {
-        ints v = load_ints(w + a * k, count);
+        ints v = load_pairs(w + a * k, count);
         KEEP(v);
         left[a] = v;
     }
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
-        ints right = load_ints(x + r * k, count);
+        ints right = load_pairs(x + r * k, count);
         KEEP(right);
 #pragma GCC unroll 4
-        for (int a = 0; a < rows; a++) acc[a][r] = dot(acc[a][r], left[a], right);
+        for (int a = 0; a < rows; a++) acc[a][r] = dot_bf16(acc[a][r], left[a], right);
     }
 }
 
-/* y[r, 0..rows) = W[0..rows, :] x[r, :] for r in 0..m, all of them bfloat16, in registers. */
-INLINE void dots(const int rows, const int m, const uint16_t *w, const uint16_t *x, int64_t k, float *y,
-                 int64_t y_stride) {
-    const int64_t whole = k / (2 * LANES) * 2 * LANES;
+/* y[r, 0..rows) = W[0..rows, :] x[r, :] for r in 0..m, for bfloat16, summed in registers. */
+INLINE void multiply_tile_bf16(const int rows, const int m, const uint16_t *w, const uint16_t *x, int64_t k, float *y,
+                               int64_t y_stride) {
+    const int64_t full = k / (2 * LANES) * 2 * LANES;
     floats acc[4][4];
 #pragma GCC unroll 4
     for (int a = 0; a < rows; a++)
 #pragma GCC unroll 4
         for (int r = 0; r < m; r++) acc[a][r] = (floats){0};
-    for (int64_t j = 0; j < whole; j += 2 * LANES) pairs(rows, m, w + j, x + j, k, 2 * LANES, acc);
-    if (whole < k) pairs(rows, m, w + whole, x + whole, k, k - whole, acc);
+    for (int64_t j = 0; j < full; j += 2 * LANES) tile_step_bf16(rows, m, w + j, x + j, k, 2 * LANES, acc);
+    if (full < k) tile_step_bf16(rows, m, w + full, x + full, k, k - full, acc);
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
-        const quad totals = sums_of(acc[0][r], acc[rows > 1][r], acc[rows > 2 ? 2 : 0][r], acc[rows > 3 ? 3 : 0][r]);
+        const quad totals =
+            reduce_add4(acc[0][r], acc[rows > 1][r], acc[rows > 2 ? 2 : 0][r], acc[rows > 3 ? 3 : 0][r]);
         memcpy(y + r * y_stride, &totals, rows * sizeof(float));
     }
 }
 
-/* Rows [from, to) of a BF16 matrix, for m rows of bfloat16, of which all are near. Four rows of the matrix at a time,
- * while later ones are on their way from memory. */
-static void half_part(const Matrix *w, int64_t from, int64_t to, const uint16_t *x, float *y, int64_t m) {
+/* Rows [from, to) of a BF16 matrix, for m rows of bfloat16, which the CPU's cache holds. Multiplies four rows of the
+ * matrix while later ones are prefetched. */
+static void multiply_rows_bf16(const Matrix *w, int64_t from, int64_t to, const uint16_t *x, float *y, int64_t m) {
     const int64_t k = w->k, n = w->n;
     const uint16_t *data = w->data;
     for (int64_t i = from; i < to; i += 4) {
         const int64_t rows = to - i < 4 ? to - i : 4;
         int64_t r = 0;
-        ahead(data + i * k, 8 * k);
-        for (; rows == 4 && r + ROWS <= m; r += ROWS) dots(4, ROWS, data + i * k, x + r * k, k, y + r * n + i, n);
-        for (; rows == 4 && r < m; r++) dots(4, 1, data + i * k, x + r * k, k, y + r * n + i, n);
+        prefetch(data + i * k, 8 * k);
+        for (; rows == 4 && r + ROWS <= m; r += ROWS)
+            multiply_tile_bf16(4, ROWS, data + i * k, x + r * k, k, y + r * n + i, n);
+        for (; rows == 4 && r < m; r++) multiply_tile_bf16(4, 1, data + i * k, x + r * k, k, y + r * n + i, n);
         for (; r < m; r++)
-            for (int64_t a = 0; a < rows; a++) dots(1, 1, data + (i + a) * k, x + r * k, k, y + r * n + i + a, n);
+            for (int64_t a = 0; a < rows; a++)
+                multiply_tile_bf16(1, 1, data + (i + a) * k, x + r * k, k, y + r * n + i + a, n);
     }
 }
 
-/* INT8 and INT4 -------------------------------------------------------------------------------------- */
+/* Matmul with INT8 and INT4 weights --------------------------------------------------------------- */
 
-/* A lane of a and b has two whole numbers of 16 bits: both products are added to it. */
-INLINE ints whole_dot(ints total, ints a, ints b) {
+/* Each lane of a and b holds two integers of 16 bits: add both products to the lane of total. */
+INLINE ints dot_s16(ints total, ints a, ints b) {
 #if LANES == 16 && defined(__AVX512VNNI__)
     return (ints)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
 #elif LANES == 8
@@ -363,129 +415,134 @@ INLINE ints whole_dot(ints total, ints a, ints b) {
 #endif
 }
 
-/* Columns 2 j and 2 j + 1 of a panel, two numbers a lane: INT8 -127 to 127, INT4 0 to 15. */
-INLINE ints columns(const int kind, const char *panel, int64_t j) {
+/* Columns 2 j and 2 j + 1 of a panel, two numbers to a lane: INT8 -127 to 127, INT4 0 to 15. */
+INLINE ints load_columns(const int kind, const char *panel, int64_t j) {
     if (kind == INT8) {
-        bytes v;
+        s8_pairs v;
         memcpy(&v, panel + j * sizeof v, sizeof v);
-        return wide_bytes(v);
+        return extend_s8(v);
     }
-    words v;
+    u16_pairs v;
     memcpy(&v, panel + j / 4 * sizeof v, sizeof v);
     return (ints)(v >> (uint16_t)(j % 4 * 4) & 15);
 }
 
-INLINE floats low_of(ints v) { return __builtin_convertvector(v << 16 >> 16, floats); }
-INLINE floats high_of(ints v) { return __builtin_convertvector(v >> 16, floats); }
+INLINE floats low_halves(ints v) { return __builtin_convertvector(v << 16 >> 16, floats); }
+INLINE floats high_halves(ints v) { return __builtin_convertvector(v >> 16, floats); }
 
-/* The scales or zeros of a panel's rows, in INT4 for a group of columns. */
-INLINE floats of_rows(const int kind, const Matrix *w, const uint16_t *values, int64_t i, int64_t g) {
+/* The scales or zeros of a panel's rows, for INT4 those of column group g. */
+INLINE floats load_scales(const int kind, const Matrix *w, const uint16_t *values, int64_t i, int64_t g) {
     return load(BF16, values, kind == INT8 ? i : i * (w->k / GROUP) + g * LANES, LANES);
 }
 
-/* y[r, i..i+LANES) = W[i..i+LANES, :] x[r, :] for r in 0..m, a row of the matrix in each lane. x: float32 if `exact`,
- * or else whole numbers of 16 bits, whose products add up without rounding. sums [m, k / 32 + 1]: of x over each group,
- * then what x is to be multiplied by. */
-INLINE void panel(const int kind, const int m, const int exact, const Matrix *w, int64_t i, const void *x,
-                  const float *sums, float *y) {
+/* y[r, i..i+LANES) = W[i..i+LANES, :] x[r, :] for r in 0..m, one row of the matrix to a lane.
+ *
+ * x: float32 if `exact`; otherwise integers of 16 bits, whose products are summed without rounding.
+ * sums [m, k / 32 + 1]: the sum of x over each group of 32 columns, and last the scale of x (quantize_row). */
+INLINE void multiply_panel(const int kind, const int m, const int exact, const Matrix *w, int64_t i, const void *x,
+                           const float *sums, float *y) {
     const int unit = kind == INT8 ? 8 : GROUP / 2, chains = m < 4 ? 4 : 1;
     const int64_t k = w->k, groups = k / GROUP, units = k / 2 / unit, left = w->n - i;
     const char *data = (const char *)w->data + i * (kind == INT8 ? k : k / 2);
-    floats total[2 * ROWS], partial[4][2 * ROWS];
-    ints whole[4][2 * ROWS];
+    floats total[2 * ROWS], sum_f32[4][2 * ROWS];
+    ints sum_s32[4][2 * ROWS];
     for (int r = 0; r < m; r++) {
         total[r] = (floats){0};
-        for (int c = 0; c < chains; c++) partial[c][r] = (floats){0}, whole[c][r] = (ints){0};
+        for (int c = 0; c < chains; c++) sum_f32[c][r] = (floats){0}, sum_s32[c][r] = (ints){0};
     }
     for (int64_t u = 0; u < units; u++, data += unit * (kind == INT8 ? 2 * LANES : LANES)) {
         for (int j = 0; j < unit; j++) {
-            if (kind == INT4 && j % 4 == 0) ahead(data + j * LANES, 1); /* INT8 is as fast without */
-            ints v = columns(kind, data, j);
+            if (kind == INT4 && j % 4 == 0) prefetch(data + j * LANES, 1); /* INT8 is as fast without */
+            ints v = load_columns(kind, data, j);
             KEEP(v);
             for (int r = 0; r < m; r++) {
                 const int64_t at = r * k + 2 * (u * unit + j);
                 if (exact) {
                     const float *two = (const float *)x + at;
-                    partial[j % chains][r] += low_of(v) * two[0] + high_of(v) * two[1];
+                    sum_f32[j % chains][r] += low_halves(v) * two[0] + high_halves(v) * two[1];
                 } else {
                     int32_t two;
                     memcpy(&two, (const int16_t *)x + at, sizeof two);
-                    whole[j % chains][r] = whole_dot(whole[j % chains][r], v, two - (ints){0});
+                    sum_s32[j % chains][r] = dot_s16(sum_s32[j % chains][r], v, two - (ints){0});
                 }
             }
         }
         if (kind == INT8 && u % 32 < 31 && u + 1 < units) continue; /* 32 bits hold the sum of 32 units */
-        const floats scale = of_rows(kind, w, w->scale, i, u);
+        const floats scale = load_scales(kind, w, w->scale, i, u);
         for (int r = 0; r < m; r++) {
             floats sum = {0};
             for (int c = 0; c < chains; c++) {
-                sum += exact ? partial[c][r] : __builtin_convertvector(whole[c][r], floats);
-                partial[c][r] = (floats){0}, whole[c][r] = (ints){0};
+                sum += exact ? sum_f32[c][r] : __builtin_convertvector(sum_s32[c][r], floats);
+                sum_f32[c][r] = (floats){0}, sum_s32[c][r] = (ints){0};
             }
             total[r] += sum * scale;
-            /* The -8 and the zero of a group meet the sum of its x. */
-            if (kind == INT4) total[r] += (of_rows(kind, w, w->zero, i, u) - 8 * scale) * sums[r * (groups + 1) + u];
+            /* (q - 8) * scale + zero: the terms without q are multiplied by the sum of x over the group. */
+            if (kind == INT4)
+                total[r] += (load_scales(kind, w, w->zero, i, u) - 8 * scale) * sums[r * (groups + 1) + u];
         }
     }
     for (int r = 0; r < m; r++) {
         total[r] *= sums[r * (groups + 1) + groups];
-        COPY(y + r * w->n + i, &total[r], lanes(left), LANES, 4);
+        COPY(y + r * w->n + i, &total[r], lane_count(left), LANES, 4);
     }
 }
 
 /* The panel of row i, for m rows of x. */
-INLINE void panel_for(const int kind, const int exact, const Matrix *w, int64_t i, const void *x, const float *sums,
-                      float *y, int64_t m) {
+INLINE void multiply_panel_rows(const int kind, const int exact, const Matrix *w, int64_t i, const void *x,
+                                const float *sums, float *y, int64_t m) {
     const int64_t k = w->k, each = k / GROUP + 1, size = exact ? 4 : 2;
     int64_t r = 0;
     const char *row = x;
     for (; r + 2 * ROWS <= m; r += 2 * ROWS)
-        panel(kind, 2 * ROWS, exact, w, i, row + r * k * size, sums + r * each, y + r * w->n);
-    for (; r + ROWS <= m; r += ROWS) panel(kind, ROWS, exact, w, i, row + r * k * size, sums + r * each, y + r * w->n);
-    for (; r < m; r++) panel(kind, 1, exact, w, i, row + r * k * size, sums + r * each, y + r * w->n);
+        multiply_panel(kind, 2 * ROWS, exact, w, i, row + r * k * size, sums + r * each, y + r * w->n);
+    for (; r + ROWS <= m; r += ROWS)
+        multiply_panel(kind, ROWS, exact, w, i, row + r * k * size, sums + r * each, y + r * w->n);
+    for (; r < m; r++) multiply_panel(kind, 1, exact, w, i, row + r * k * size, sums + r * each, y + r * w->n);
 }
 
-/* A row x [k] as whole numbers of 16 bits (none where they are NULL), and `sums` as `panel` wants them. The rounding
- * errs by less than bfloat16's: at most 2^-16 of the largest, which is at most sqrt(k) of the root of the mean square. */
-static void whole_row(const float *x, int64_t k, int16_t *out, float *sums) {
-    const float to_whole = 12582912; /* as in `exponential` */
-    floats most = {0}, taint = {0};
+/* Round a row x [k] to integers of 16 bits, unless out is NULL, and fill `sums` as multiply_panel expects it.
+ *
+ * The rounding error is at most 2^-16 of the largest magnitude, which is at most sqrt(k) times the root mean square. It
+ * is smaller than bfloat16's. */
+static void quantize_row(const float *x, int64_t k, int16_t *out, float *sums) {
+    const float round_bias = 12582912; /* as in exponential */
+    floats max = {0}, taint = {0};
     for (int64_t j = 0; out && j < k; j += LANES) {
         const floats v = load(F32, x, j, LANES), size = (floats)((ints)v & 0x7fffffff);
-        most = larger(size, most);
-        taint += v - v; /* not a number where x is not finite */
+        max = max_lanes(size, max);
+        taint += v - v; /* NaN where x is not finite */
     }
-    float largest = sum(taint);
-    for (int j = 0; j < LANES; j++) largest = most[j] > largest ? most[j] : largest;
-    const float scale = out ? largest / 32767 + sum(taint) : 1;
-    const float inverse = scale > 1.2e-38f ? 1 / scale : 0; /* of less than that, 1 / scale is infinite: as good as 0 */
+    float largest = reduce_add(taint);
+    for (int j = 0; j < LANES; j++) largest = max[j] > largest ? max[j] : largest;
+    const float scale = out ? largest / 32767 + reduce_add(taint) : 1;
+    const float inverse = scale > 1.2e-38f ? 1 / scale : 0; /* for less, 1 / scale is infinite; x is as good as 0 */
     for (int64_t j = 0; j < k; j += GROUP) {
         floats total = {0};
         for (int64_t l = j; l < j + GROUP && l < k; l += LANES) {
             floats v = load(F32, x, l, LANES);
             if (out) {
-                v = v * inverse + to_whole;
-                const halves rounded = __builtin_convertvector((ints)v, halves);
+                v = v * inverse + round_bias;
+                const u16_lanes rounded = __builtin_convertvector((ints)v, u16_lanes);
                 memcpy(out + l, &rounded, sizeof rounded);
-                v -= to_whole;
+                v -= round_bias;
             }
             total += v;
         }
-        sums[j / GROUP] = sum(total);
+        sums[j / GROUP] = reduce_add(total);
     }
     sums[k / GROUP] = scale;
 }
 
-/* The panel of row i of an INT8 or INT4 matrix in full, k numbers of kind F32 or BF16 each. */
-INLINE void expand(const int from, const int to, const Matrix *w, int64_t i, void *out) {
-    const int64_t k = w->k, rows = lanes(w->n - i);
+/* Dequantize the panel of row i: k numbers of kind `to` (F32 or BF16) for each of its rows. */
+INLINE void dequantize_panel(const int from, const int to, const Matrix *w, int64_t i, void *out) {
+    const int64_t k = w->k, rows = lane_count(w->n - i);
     const char *data = (const char *)w->data + i * (from == INT8 ? k : k / 2);
     for (int64_t j = 0; j < k / 2; j++) {
-        const ints v = columns(from, data + j / 16 * LANES * (from == INT8 ? 32 : 16), j % 16);
-        const floats scale = of_rows(from, w, w->scale, i, j / 16);
-        floats low = low_of(v), high = high_of(v);
+        const ints v = load_columns(from, data + j / 16 * LANES * (from == INT8 ? 32 : 16), j % 16);
+        const floats scale = load_scales(from, w, w->scale, i, j / 16);
+        floats low = low_halves(v), high = high_halves(v);
         if (from == INT4) {
-            const floats zero = of_rows(from, w, w->zero, i, j / 16);
+            const floats zero = load_scales(from, w, w->zero, i, j / 16);
             low = (low - 8) * scale + zero;
             high = (high - 8) * scale + zero;
         } else {
@@ -498,63 +555,68 @@ INLINE void expand(const int from, const int to, const Matrix *w, int64_t i, voi
                 ((float *)out)[l * k + 2 * j + 1] = high[l];
             }
         } else {
-            const ints both = wide_halves(narrow(low)) | wide_halves(narrow(high)) << 16;
+            const ints both = extend_u16(floats_to_bf16(low)) | extend_u16(floats_to_bf16(high)) << 16;
             for (int64_t l = 0; l < rows; l++) memcpy((uint16_t *)out + l * k + 2 * j, (int32_t *)&both + l, 4);
         }
     }
 }
 
-/* Any kind ------------------------------------------------------------------------------------------ */
+/* Matmul with weights of any kind ----------------------------------------------------------------- */
 
-/* y [m, n] = x [m, k] W^T. sums: room for m * (k / 32 + 1) floats. halves: for as many numbers of 16 bits as x, in
- * models of bfloat16: several rows are then rounded to it, as torch's are, which lets an instruction do two products a
- * lane; for INT8 and INT4 any are rounded to whole numbers. */
-static void matrix(const Matrix *w, const float *x, float *sums, uint16_t *halves, float *y, int64_t m) {
+/* y [m, n] = x [m, k] W^T. sums: a buffer of m * (k / 32 + 1) floats.
+ *
+ * rounded: in models of float32 NULL; in models of bfloat16 a buffer of m * k numbers of 16 bits, for x: rounded to
+ * integers for INT8 and INT4 weights, and to bfloat16 for BF16 weights if m > 1, as torch does. One instruction then
+ * multiplies two numbers in each lane. */
+static void matmul(const Matrix *w, const float *x, float *sums, uint16_t *rounded, float *y, int64_t m) {
     const int64_t k = w->k;
-    const int in_panels = w->kind == INT8 || w->kind == INT4, halved = halves && m > 1 && w->kind == BF16;
-    if (in_panels || halved) {
+    const int is_quantized = w->kind == INT8 || w->kind == INT4, to_bf16 = rounded && m > 1 && w->kind == BF16;
+    if (is_quantized || to_bf16) {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < m; r++) {
             int64_t j = 0;
-            if (in_panels) whole_row(x + r * k, k, halves ? (int16_t *)halves + r * k : 0, sums + r * (k / GROUP + 1));
-            for (; halved && j + LANES <= k; j += LANES)
-                store_all(BF16, halves, r * k + j, load(F32, x, r * k + j, LANES));
-            for (; halved && j < k; j++) store(BF16, halves, r * k + j, x[r * k + j]);
+            if (is_quantized)
+                quantize_row(x + r * k, k, rounded ? (int16_t *)rounded + r * k : 0, sums + r * (k / GROUP + 1));
+            for (; to_bf16 && j + LANES <= k; j += LANES)
+                store_all(BF16, rounded, r * k + j, load(F32, x, r * k + j, LANES));
+            for (; to_bf16 && j < k; j++) store(BF16, rounded, r * k + j, x[r * k + j]);
         }
     }
-    const int64_t step = in_panels ? LANES : 16;
+    const int64_t step = is_quantized ? LANES : 16;
 #pragma omp for schedule(guided)
     for (int64_t i = 0; i < w->n; i += step) {
         const int64_t to = i + step < w->n ? i + step : w->n;
-        if (w->kind == INT8 && halves)
-            panel_for(INT8, 0, w, i, halves, sums, y, m);
+        if (w->kind == INT8 && rounded)
+            multiply_panel_rows(INT8, 0, w, i, rounded, sums, y, m);
         else if (w->kind == INT8)
-            panel_for(INT8, 1, w, i, x, sums, y, m);
-        else if (w->kind == INT4 && halves)
-            panel_for(INT4, 0, w, i, halves, sums, y, m);
+            multiply_panel_rows(INT8, 1, w, i, x, sums, y, m);
+        else if (w->kind == INT4 && rounded)
+            multiply_panel_rows(INT4, 0, w, i, rounded, sums, y, m);
         else if (w->kind == INT4)
-            panel_for(INT4, 1, w, i, x, sums, y, m);
-        else if (halved)
-            half_part(w, i, to, halves, y, m);
+            multiply_panel_rows(INT4, 1, w, i, x, sums, y, m);
+        else if (to_bf16)
+            multiply_rows_bf16(w, i, to, rounded, y, m);
         else if (w->kind == BF16)
-            part(BF16, w, i, to, x, k, y, w->n, m);
+            multiply_rows(BF16, w, i, to, x, k, y, w->n, m);
         else
-            part(F32, w, i, to, x, k, y, w->n, m);
+            multiply_rows(F32, w, i, to, x, k, y, w->n, m);
     }
 }
 
-static void normalise(const Model *model, const void *weight, const float *x, float *out, int64_t m) {
+/* Decode step: norm, attention, feed-forward ------------------------------------------------------ */
+
+static void rms_norm(const Model *model, const void *weight, const float *x, float *out, int64_t m) {
     const int64_t dim = model->dim;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < m; r++) {
         floats squares = {0};
         for (int64_t j = 0; j < dim; j += LANES) {
-            const floats v = load(F32, x, r * dim + j, lanes(dim - j));
+            const floats v = load(F32, x, r * dim + j, lane_count(dim - j));
             squares += v * v;
         }
-        const float scale = 1 / sqrtf(sum(squares) / dim + model->norm_eps);
+        const float scale = 1 / sqrtf(reduce_add(squares) / dim + model->norm_eps);
         for (int64_t j = 0; j < dim; j += LANES) {
-            const int64_t count = lanes(dim - j);
+            const int64_t count = lane_count(dim - j);
             const floats w = model->cache_kind == F32 ? load(F32, weight, j, count) : load(BF16, weight, j, count);
             const floats v = load(F32, x, r * dim + j, count) * scale * w;
             COPY(out + r * dim + j, &v, count, LANES, 4);
@@ -562,33 +624,33 @@ static void normalise(const Model *model, const void *weight, const float *x, fl
     }
 }
 
-/* In place: e to the power of each, over their sum. What is subtracted first keeps the powers within range. */
+/* Softmax in place. The maximum is subtracted first, so that the exponentials do not overflow. */
 static void softmax(float *p, int64_t n) {
-    const int64_t whole = n / LANES * LANES;
-    floats most = p[0] - (floats){0}, total = {0};
-    for (int64_t t = 0; t < whole; t += LANES) most = larger(load(F32, p, t, LANES), most);
+    const int64_t full = n / LANES * LANES;
+    floats max = p[0] - (floats){0}, total = {0};
+    for (int64_t t = 0; t < full; t += LANES) max = max_lanes(load(F32, p, t, LANES), max);
     float highest = p[0];
-    for (int j = 0; j < LANES; j++) highest = most[j] > highest ? most[j] : highest;
-    for (int64_t t = whole; t < n; t++) highest = p[t] > highest ? p[t] : highest;
+    for (int j = 0; j < LANES; j++) highest = max[j] > highest ? max[j] : highest;
+    for (int64_t t = full; t < n; t++) highest = p[t] > highest ? p[t] : highest;
     for (int64_t t = 0; t < n; t += LANES) {
-        const int64_t count = lanes(n - t);
+        const int64_t count = lane_count(n - t);
         const floats power = exponential(load(F32, p, t, count) - highest);
         COPY(p + t, &power, count, LANES, 4);
         total += load(F32, p, t, count);
     }
-    const float share = 1 / sum(total);
-    for (int64_t t = 0; t < n; t++) p[t] *= share;
+    const float inverse_sum = 1 / reduce_add(total);
+    for (int64_t t = 0; t < n; t++) p[t] *= inverse_sum;
 }
 
-/* attended[d..d+count) = sum over t of p[t] * values[t, d..d+count), for m heads that share the values. */
-INLINE void mix(const int kind, const int m, const void *values, int64_t head_dim, int64_t d, const float *p,
-                int64_t p_stride, int64_t ctx_len, float *out) {
+/* out[d..d+2*LANES) = sum over t of p[t] * values[t, d..d+2*LANES), for m heads that share the values. */
+INLINE void weighted_values(const int kind, const int m, const void *values, int64_t head_dim, int64_t d,
+                            const float *p, int64_t p_stride, int64_t ctx_len, float *out) {
     floats acc[4][2];
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) acc[r][0] = acc[r][1] = (floats){0};
-    const int64_t first = lanes(head_dim - d), second = lanes(head_dim - d - first);
+    const int64_t first = lane_count(head_dim - d), second = lane_count(head_dim - d - first);
     for (int64_t t = 0; t < ctx_len; t++) {
-        ahead((const char *)values + (t * head_dim + d) * (kind == F32 ? 4 : 2), 1);
+        prefetch((const char *)values + (t * head_dim + d) * (kind == F32 ? 4 : 2), 1);
         const floats a = load(kind, values, t * head_dim + d, first);
         const floats b = load(kind, values, t * head_dim + d + first, second);
 #pragma GCC unroll 4
@@ -604,8 +666,8 @@ INLINE void mix(const int kind, const int m, const void *values, int64_t head_di
     }
 }
 
-/* Turn and store the new position of each row, look back from it: qkv -> attended [m, heads, head_dim]. */
-INLINE void attend(const int kind, const Model *model, const Layer *layer, const int64_t *positions, int64_t m) {
+/* qkv -> attended [m, heads, head_dim]: apply RoPE to the new position of each row, store its key and value, attend. */
+INLINE void attend_step(const int kind, const Model *model, const Layer *layer, const int64_t *positions, int64_t m) {
     const int64_t heads = model->heads, kv_heads = model->kv_heads, head_dim = model->head_dim;
     const int64_t group = heads / kv_heads, stride = (heads + 2 * kv_heads) * head_dim, max_len = model->max_seq_len;
     const float scale = 1 / sqrtf(head_dim);
@@ -643,8 +705,8 @@ INLINE void attend(const int kind, const Model *model, const Layer *layer, const
         const int64_t ctx_len = positions[r] + 1, to = from + KEY_BLOCK < ctx_len ? from + KEY_BLOCK : ctx_len;
         const char *keys = (const char *)layer->keys + (r * kv_heads + kv_head) * max_len * head_dim * item;
         const Matrix w = {kind, ctx_len, head_dim, keys, 0, 0};
-        keys_part(kind, &w, from, to, model->qkv + r * stride + kv_head * group * head_dim, head_dim,
-                  model->scores + (r * heads + kv_head * group) * max_len, max_len, group);
+        multiply_keys(kind, &w, from, to, model->qkv + r * stride + kv_head * group * head_dim, head_dim,
+                      model->scores + (r * heads + kv_head * group) * max_len, max_len, group);
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * heads; i++) softmax(model->scores + i * max_len, positions[i / heads] + 1);
@@ -658,35 +720,37 @@ INLINE void attend(const int kind, const Model *model, const Layer *layer, const
             const float *p = model->scores + (first + g) * max_len;
             float *out = model->attended + (first + g) * head_dim;
             switch (group - g) {
-                case 1: mix(kind, 1, values, head_dim, d, p, max_len, ctx_len, out); break;
-                case 2: mix(kind, 2, values, head_dim, d, p, max_len, ctx_len, out); break;
-                case 3: mix(kind, 3, values, head_dim, d, p, max_len, ctx_len, out); break;
-                default: mix(kind, 4, values, head_dim, d, p, max_len, ctx_len, out);
+                case 1: weighted_values(kind, 1, values, head_dim, d, p, max_len, ctx_len, out); break;
+                case 2: weighted_values(kind, 2, values, head_dim, d, p, max_len, ctx_len, out); break;
+                case 3: weighted_values(kind, 3, values, head_dim, d, p, max_len, ctx_len, out); break;
+                default: weighted_values(kind, 4, values, head_dim, d, p, max_len, ctx_len, out);
             }
         }
     }
 }
 
+/* x [m, dim] -> out, before the residual is added. */
 static void attention(const Model *model, const Layer *layer, const float *x, const int64_t *positions, int64_t m) {
-    normalise(model, layer->attention_norm, x, model->h, m);
-    matrix(&layer->wqkv, model->h, model->sums, model->halves, model->qkv, m);
+    rms_norm(model, layer->attention_norm, x, model->h, m);
+    matmul(&layer->wqkv, model->h, model->sums, model->rounded, model->qkv, m);
     if (model->cache_kind == F32)
-        attend(F32, model, layer, positions, m);
+        attend_step(F32, model, layer, positions, m);
     else
-        attend(BF16, model, layer, positions, m);
-    matrix(&layer->wo, model->attended, model->sums, model->halves, model->out, m);
+        attend_step(BF16, model, layer, positions, m);
+    matmul(&layer->wo, model->attended, model->sums, model->rounded, model->out, m);
 }
 
+/* x [m, dim] -> out, before the residual is added. */
 static void feed_forward(const Model *model, const Layer *layer, const float *x, int64_t m) {
     const int64_t width = model->width;
-    normalise(model, layer->ffn_norm, x, model->h, m);
-    matrix(&layer->w13, model->h, model->sums, model->halves, model->gates, m);
+    rms_norm(model, layer->ffn_norm, x, model->h, m);
+    matmul(&layer->w13, model->h, model->sums, model->rounded, model->gate_up, m);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * width; i += LANES) {
-        /* A vector may begin in one row and end in the next. */
+        /* A vector may start in one row and end in the next. */
         floats gate = {0}, up = {0};
-        const int64_t count = lanes(m * width - i), left = width - i % width;
-        const float *row = model->gates + i / width * 2 * width + i % width;
+        const int64_t count = lane_count(m * width - i), left = width - i % width;
+        const float *row = model->gate_up + i / width * 2 * width + i % width;
         COPY(&gate, row, count < left ? count : left, LANES, 4);
         COPY(&up, row + width, count < left ? count : left, LANES, 4);
         for (int64_t j = left; j < count; j++) {
@@ -694,168 +758,163 @@ static void feed_forward(const Model *model, const Layer *layer, const float *x,
             up[j] = row[2 * width + j];
         }
         const floats product = gate / (1 + exponential(-gate)) * up;
-        COPY(model->products + i, &product, count, LANES, 4);
+        COPY(model->activations + i, &product, count, LANES, 4);
     }
-    matrix(&layer->w2, model->products, model->sums, model->halves, model->out, m);
+    matmul(&layer->w2, model->activations, model->sums, model->rounded, model->out, m);
 }
 
-static int add(const Model *model, float *x, int64_t m) {
+/* Sum `out` over the ranks and add it to x. Returns nonzero if the reduction failed. */
+static int reduce_and_add(const Model *model, float *x, int64_t m) {
     if (model->reduce && model->reduce()) return 1;
     for (int64_t j = 0; j < m * model->dim; j++) x[j] += model->out[j];
     return 0;
 }
 
-/* x [m, dim]: embeddings of the new ids, replaced by the normed hidden states. Returns not 0 if a reduction failed. */
-int decode(const Model *model, float *x, const int64_t *positions, int64_t m, int threads) {
-    for (int64_t i = 0; i < model->n_layers; i++) {
-        const Layer *layer = model->layers + i;
-#pragma omp parallel num_threads(threads)
-        attention(model, layer, x, positions, m);
-        if (add(model, x, m)) return 1;
-#pragma omp parallel num_threads(threads)
-        feed_forward(model, layer, x, m);
-        if (add(model, x, m)) return 1;
-    }
-#pragma omp parallel num_threads(threads)
-    normalise(model, model->norm, x, model->h, m);
-    memcpy(x, model->h, m * model->dim * sizeof(float));
-    return 0;
-}
+/* Attention of a prompt, in bfloat16 -------------------------------------------------------------- */
 
-/* y [m, n] = x [m, k] W^T on its own, for the output layer. */
-void multiply(const Matrix *w, const float *x, float *sums, uint16_t *halves, float *y, int64_t m, int threads) {
-#pragma omp parallel num_threads(threads)
-    matrix(w, x, sums, halves, y, m);
-}
-
-/* How many rows a panel of an INT8 or INT4 matrix has. */
-int panel_rows(void) { return LANES; }
-
-/* An INT8 or INT4 matrix in full, [n, k] of kind F32 or BF16, for products with many rows. */
-void dequantize(const Matrix *w, void *out, int to, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < w->n; i += LANES) {
-        char *rows = (char *)out + i * w->k * (to == F32 ? 4 : 2);
-        if (w->kind == INT8 && to == F32) expand(INT8, F32, w, i, rows);
-        if (w->kind == INT8 && to == BF16) expand(INT8, BF16, w, i, rows);
-        if (w->kind == INT4 && to == F32) expand(INT4, F32, w, i, rows);
-        if (w->kind == INT4 && to == BF16) expand(INT4, BF16, w, i, rows);
-    }
-}
-
-/* Many positions at once, in bfloat16 -------------------------------------------------------------- */
-
-/* c [4, ..] += a [4, k] b [k, ..], columns [from, from + vectors * 16), where a and b have pairs: a two neighbours of a
- * row, b two neighbours of a column. */
-INLINE void product(const int vectors, const int32_t *a, int64_t a_stride, const int32_t *b, float *c, int64_t stride,
-                    int64_t k, int64_t from) {
+/* c [4, ..] += a [4, k] b [k, ..] in columns [from, from + vectors * LANES). Elements are pairs of bfloat16: in a
+ * neighbours of a row, in b neighbours of a column. */
+INLINE void accumulate_tile(const int vectors, const int32_t *a, int64_t a_stride, const int32_t *b, float *c,
+                            int64_t stride, int64_t k, int64_t from) {
     floats acc[4][4];
     for (int r = 0; r < 4; r++)
         for (int v = 0; v < vectors; v++) acc[r][v] = load(F32, c, r * stride + from + v * LANES, LANES);
     for (int64_t j = 0; j < k; j++)
         for (int v = 0; v < vectors; v++) {
-            const ints pairs = load_ints(b + j * stride + from + v * LANES, 2 * LANES);
-            for (int r = 0; r < 4; r++) acc[r][v] = dot(acc[r][v], a[r * a_stride + j] - (ints){0}, pairs);
+            const ints pairs = load_pairs(b + j * stride + from + v * LANES, 2 * LANES);
+            for (int r = 0; r < 4; r++) acc[r][v] = dot_bf16(acc[r][v], a[r * a_stride + j] - (ints){0}, pairs);
         }
     for (int r = 0; r < 4; r++)
         for (int v = 0; v < vectors; v++) store_all(F32, c, r * stride + from + v * LANES, acc[r][v]);
 }
 
-/* c [rows, columns] += a [rows, k] b [k, columns]: fours of rows, LANES of columns. stride: of both b and c. */
-static void products(const int32_t *a, int64_t a_stride, const int32_t *b, float *c, int64_t stride, int64_t rows,
-                     int64_t k, int64_t columns) {
+/* c [rows, columns] += a [rows, k] b [k, columns], by four rows and LANES columns at a time. stride: of b and c. */
+static void accumulate(const int32_t *a, int64_t a_stride, const int32_t *b, float *c, int64_t stride, int64_t rows,
+                       int64_t k, int64_t columns) {
     for (int64_t r = 0; r < rows; r += 4) {
         int64_t j = 0;
         for (; j + 4 * LANES <= columns; j += 4 * LANES)
-            product(4, a + r * a_stride, a_stride, b, c + r * stride, stride, k, j);
-        for (; j < columns; j += LANES) product(1, a + r * a_stride, a_stride, b, c + r * stride, stride, k, j);
+            accumulate_tile(4, a + r * a_stride, a_stride, b, c + r * stride, stride, k, j);
+        for (; j < columns; j += LANES) accumulate_tile(1, a + r * a_stride, a_stride, b, c + r * stride, stride, k, j);
     }
 }
 
-/* Where the queries and the cache of a layer are. q, out: [bsz, seqlen, heads, head_dim]; keys, values: as in Layer;
- * starts [bsz]: the positions of the first queries. */
-typedef struct {
-    int64_t bsz, seqlen, heads, kv_heads, head_dim, max_seq_len;
-    const uint16_t *q, *keys, *values;
-    uint16_t *out;
-    const int64_t *starts;
-} Block;
-
-/* The queries [first, first + count) of the heads of one KV head, over KEY_BLOCK positions at a time: the exponentials
- * are of differences to the highest score so far, and what was summed before is scaled down when a higher one comes
- * (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). */
-static void look_back(const Block *at, int64_t row, int64_t kv_head, int64_t first, int64_t count) {
-    const int64_t head_dim = at->head_dim, group = at->heads / at->kv_heads, start = at->starts[row];
+/* Attention of the queries [first, first + count) of the heads that share a KV head, over KEY_BLOCK keys at a time,
+ * with online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135): exponentials
+ * are relative to the highest score so far, and the sums so far are scaled down when a higher one comes. */
+static void attend_block(const AttentionArgs *args, int64_t row, int64_t kv_head, int64_t first, int64_t count) {
+    const int64_t head_dim = args->head_dim, group = args->heads / args->kv_heads, start = args->starts[row];
     const int64_t half = head_dim / 2, width = (head_dim + LANES - 1) / LANES * LANES;
     const int64_t used = group * count, rows = (used + 3) / 4 * 4;
-    const int64_t offset = (row * at->kv_heads + kv_head) * at->max_seq_len * head_dim;
+    const int64_t offset = (row * args->kv_heads + kv_head) * args->max_seq_len * head_dim;
     const float scale = 1 / sqrtf(head_dim);
-    int32_t q[rows * half], keys[half * KEY_BLOCK], values[KEY_BLOCK / 2 * width], shares[rows * KEY_BLOCK / 2];
+    int32_t q[rows * half], keys[half * KEY_BLOCK], values[KEY_BLOCK / 2 * width], probs[rows * KEY_BLOCK / 2];
     float scores[rows * KEY_BLOCK], out[rows * width], highest[rows], total[rows];
     memset(q, 0, sizeof q);
     memset(keys, 0, sizeof keys);
     memset(values, 0, sizeof values);
-    memset(shares, 0, sizeof shares);
+    memset(probs, 0, sizeof probs);
     memset(out, 0, sizeof out);
     for (int64_t r = 0; r < used; r++) {
-        const int64_t place = (row * at->seqlen + first + r / group) * at->heads + kv_head * group + r % group;
-        memcpy(q + r * half, at->q + place * head_dim, head_dim * 2);
+        const int64_t place = (row * args->seqlen + first + r / group) * args->heads + kv_head * group + r % group;
+        memcpy(q + r * half, args->q + place * head_dim, head_dim * 2);
         highest[r] = -INFINITY;
         total[r] = 0;
     }
-    const int64_t end = start + first + count; /* the last query sees the positions before this */
+    const int64_t end = start + first + count; /* the last query attends to the positions before this */
     for (int64_t from = 0; from < end; from += KEY_BLOCK) {
         const int64_t length = end - from < KEY_BLOCK ? end - from : KEY_BLOCK;
         const int64_t columns = (length + 4 * LANES - 1) / (4 * LANES) * 4 * LANES;
-        const uint16_t *key = at->keys + offset + from * head_dim;
+        const uint16_t *key = args->keys + offset + from * head_dim;
         for (int64_t j = 0; j < half; j++)
             for (int64_t t = 0; t < length; t++) memcpy(keys + j * KEY_BLOCK + t, key + t * head_dim + 2 * j, 4);
         for (int64_t t = 0; t < length; t += 2) {
-            const uint16_t *even = at->values + offset + (from + t) * head_dim, *odd = even + head_dim;
-            if (t + 1 == length) odd = even; /* beyond the last one, with no share */
+            const uint16_t *even = args->values + offset + (from + t) * head_dim, *odd = even + head_dim;
+            if (t + 1 == length) odd = even; /* pads the pair; its probability is zero */
             for (int64_t j = 0; j < head_dim; j++) values[t / 2 * width + j] = even[j] | (uint32_t)odd[j] << 16;
         }
         memset(scores, 0, sizeof scores);
-        products(q, half, keys, scores, KEY_BLOCK, rows, half, columns);
+        accumulate(q, half, keys, scores, KEY_BLOCK, rows, half, columns);
         for (int64_t r = 0; r < used; r++) {
             const int64_t own = start + first + r / group + 1 - from, seen = own < length ? own : length;
             float *score = scores + r * KEY_BLOCK;
-            floats most = {0}, sums = {0};
-            most -= INFINITY;
+            floats max = {0}, sums = {0};
+            max -= INFINITY;
             for (int64_t t = 0; t < seen; t += LANES)
                 for (int j = 0; t + LANES > seen && j < LANES; j++)
                     if (t + j >= seen) score[t + j] = -INFINITY;
-            for (int64_t t = 0; t < seen; t += LANES) most = larger(load(F32, score, t, LANES) * scale, most);
+            for (int64_t t = 0; t < seen; t += LANES) max = max_lanes(load(F32, score, t, LANES) * scale, max);
             const float before = highest[r];
-            for (int j = 0; j < LANES; j++) highest[r] = most[j] > highest[r] ? most[j] : highest[r];
+            for (int j = 0; j < LANES; j++) highest[r] = max[j] > highest[r] ? max[j] : highest[r];
             for (int64_t t = 0; t < columns; t += LANES) {
-                floats share = {0};
-                if (t < seen) share = exponential(load(F32, score, t, LANES) * scale - highest[r]);
-                store_all(BF16, shares + r * KEY_BLOCK / 2, t, share);
-                sums += share;
+                floats prob = {0};
+                if (t < seen) prob = exponential(load(F32, score, t, LANES) * scale - highest[r]);
+                store_all(BF16, probs + r * KEY_BLOCK / 2, t, prob);
+                sums += prob;
             }
             const float shrink = before == highest[r] ? 1 : expf(before - highest[r]);
-            total[r] = total[r] * shrink + sum(sums);
+            total[r] = total[r] * shrink + reduce_add(sums);
             for (int64_t j = 0; j < width; j++) out[r * width + j] *= shrink;
         }
-        products(shares, KEY_BLOCK / 2, values, out, width, rows, (length + 1) / 2, width);
+        accumulate(probs, KEY_BLOCK / 2, values, out, width, rows, (length + 1) / 2, width);
     }
     for (int64_t r = 0; r < used; r++) {
-        const int64_t place = (row * at->seqlen + first + r / group) * at->heads + kv_head * group + r % group;
+        const int64_t place = (row * args->seqlen + first + r / group) * args->heads + kv_head * group + r % group;
         for (int64_t j = 0; j < head_dim; j++)
-            store(BF16, at->out, place * head_dim + j, out[r * width + j] / total[r]);
+            store(BF16, args->out, place * head_dim + j, out[r * width + j] / total[r]);
     }
 }
 
-/* Attention of all queries, each to its own position and those before it. */
-void attend_all(const Block *at, int threads) {
-    const int64_t group = at->heads / at->kv_heads, size = group < QUERIES ? QUERIES / group : 1;
-    const int64_t blocks = (at->seqlen + size - 1) / size;
+/* Functions called from Python -------------------------------------------------------------------- */
+
+/* One decode step. x [m, dim]: the embeddings of the new ids, replaced by the normed hidden states. Returns nonzero if
+ * a reduction over the ranks failed. */
+int decode(const Model *model, float *x, const int64_t *positions, int64_t m, int threads) {
+    for (int64_t i = 0; i < model->n_layers; i++) {
+        const Layer *layer = model->layers + i;
+#pragma omp parallel num_threads(threads)
+        attention(model, layer, x, positions, m);
+        if (reduce_and_add(model, x, m)) return 1;
+#pragma omp parallel num_threads(threads)
+        feed_forward(model, layer, x, m);
+        if (reduce_and_add(model, x, m)) return 1;
+    }
+#pragma omp parallel num_threads(threads)
+    rms_norm(model, model->norm, x, model->h, m);
+    memcpy(x, model->h, m * model->dim * sizeof(float));
+    return 0;
+}
+
+/* y [m, n] = x [m, k] W^T; arguments as in matmul. */
+void multiply(const Matrix *w, const float *x, float *sums, uint16_t *rounded, float *y, int64_t m, int threads) {
+#pragma omp parallel num_threads(threads)
+    matmul(w, x, sums, rounded, y, m);
+}
+
+/* Causal attention of all queries. */
+void attend_all(const AttentionArgs *args, int threads) {
+    const int64_t group = args->heads / args->kv_heads, size = group < QUERIES ? QUERIES / group : 1;
+    const int64_t blocks = (args->seqlen + size - 1) / size;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t i = 0; i < at->bsz * at->kv_heads * blocks; i++) {
-        /* The longest first: the last ones then keep no thread waiting. */
-        const int64_t first = (blocks - 1 - i / (at->bsz * at->kv_heads)) * size;
-        const int64_t count = at->seqlen - first < size ? at->seqlen - first : size;
-        look_back(at, i / at->kv_heads % at->bsz, i % at->kv_heads, first, count);
+    for (int64_t i = 0; i < args->bsz * args->kv_heads * blocks; i++) {
+        /* The longest first, so that no thread waits long for the last ones. */
+        const int64_t first = (blocks - 1 - i / (args->bsz * args->kv_heads)) * size;
+        const int64_t count = args->seqlen - first < size ? args->seqlen - first : size;
+        attend_block(args, i / args->kv_heads % args->bsz, i % args->kv_heads, first, count);
+    }
+}
+
+/* How many rows a panel of an INT8 or INT4 matrix has. */
+int panel_rows(void) { return LANES; }
+
+/* Dequantize an INT8 or INT4 matrix to [n, k] of kind F32 or BF16, for matmuls with many rows. */
+void dequantize(const Matrix *w, void *out, int to, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < w->n; i += LANES) {
+        char *rows = (char *)out + i * w->k * (to == F32 ? 4 : 2);
+        if (w->kind == INT8 && to == F32) dequantize_panel(INT8, F32, w, i, rows);
+        if (w->kind == INT8 && to == BF16) dequantize_panel(INT8, BF16, w, i, rows);
+        if (w->kind == INT4 && to == F32) dequantize_panel(INT4, F32, w, i, rows);
+        if (w->kind == INT4 && to == BF16) dequantize_panel(INT4, BF16, w, i, rows);
     }
 }

@@ -1,7 +1,7 @@
-"""native.c from Python: compiled by the machine's C compiler, its structs filled from a model's tensors.
+"""Compiles native.c with the machine's C compiler and calls it on a model's tensors.
 
-Compiling takes a few seconds and is done once: the library is kept in the user's cache, under a name made from the
-source, the compiler and the processor.
+Compiling takes a few seconds and is done once: the library is kept in the user's cache, under a hash of the source,
+the compiler and the CPU.
 """
 
 import contextlib
@@ -24,15 +24,19 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from torch import nn
 
 from llama.accelerate.linear import linear
-from llama.accelerate.quantize import FEW_ROWS, GROUP, Int4, Quantized
+from llama.accelerate.quantize import GROUP, MAX_GEMV_ROWS, Int4, QuantizedLinear
 from llama.cache import KVCache
 from llama.parallel.device import cache_folder, processor
 from llama.parallel.groups import model_parallel
 
 SOURCE = Path(__file__).with_name("native.c")
-KINDS = {torch.float32: 0, torch.bfloat16: 1}  # as in native.c; 2 and 3 are int8 and int4
-# Where there is no OpenMP (Apple's clang) one thread does all.
+KINDS = {torch.float32: 0, torch.bfloat16: 1}  # the enum of native.c
+INT8, INT4 = 2, 3
+# The first flags that compile are used. Without OpenMP (Apple's clang) the code runs in one thread.
 FLAGS = (["-O3", "-march=native", "-fopenmp"], ["-O3", "-mcpu=native", "-fopenmp"], ["-O3", "-march=native"], ["-O3"])
+
+
+# The structs of native.c ---------------------------------------------------------------------------
 
 
 class Matrix(ctypes.Structure):
@@ -51,7 +55,7 @@ class Layer(ctypes.Structure):
 
 REDUCE = ctypes.CFUNCTYPE(ctypes.c_int)
 SIZES = ("n_layers", "dim", "heads", "kv_heads", "head_dim", "width", "max_seq_len", "cache_kind")
-BUFFERS = ("h", "qkv", "scores", "attended", "gates", "products", "sums", "out")
+BUFFERS = ("h", "qkv", "scores", "attended", "gate_up", "activations", "sums", "out")
 
 
 class Model(ctypes.Structure):
@@ -59,56 +63,59 @@ class Model(ctypes.Structure):
         *((name, ctypes.c_int64) for name in SIZES),
         ("norm_eps", ctypes.c_float),
         ("layers", ctypes.POINTER(Layer)),
-        *((name, ctypes.c_void_p) for name in ("norm", "freqs_cis", *BUFFERS, "halves")),
+        *((name, ctypes.c_void_p) for name in ("norm", "freqs_cis", *BUFFERS, "rounded")),
         ("reduce", REDUCE),
     ]
 
 
-class Block(ctypes.Structure):
+class AttentionArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("bsz", "seqlen", "heads", "kv_heads", "head_dim", "max_seq_len")),
         *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "out", "starts")),
     ]
 
 
+# Compiling ----------------------------------------------------------------------------------------
+
+
 class NoCompilerError(RuntimeError):
-    """There is no C compiler, or it cannot compile native.c, or what it makes cannot be kept safely; the message says
+    """There is no C compiler, or it cannot compile native.c, or the library cannot be stored safely; the message says
     which."""
 
 
 def compile_library() -> bool:
-    """Compile native.c unless that was done before; True if it was not. Raises NoCompilerError."""
+    """Compile native.c unless the library is in the cache; returns whether it compiled. Raises NoCompilerError."""
     try:
-        path, compiler = _place()
+        path, compiler = _library_path()
     except FileNotFoundError as error:
         raise NoCompilerError(str(error)) from error
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        safe = _ours_alone(path.parent)
+        is_safe = _only_we_can_write(path.parent)
     except OSError as error:
         raise NoCompilerError(f"{path.parent} cannot be written ({error.strerror}): set XDG_CACHE_HOME") from error
-    if not safe:
+    if not is_safe:
         raise NoCompilerError(
             f"{path.parent} can be written by others, whose code would run: chmod 700, or set XDG_CACHE_HOME"
         )
-    if path.exists() and _ours_alone(path):
+    if path.exists() and _only_we_can_write(path):
         return False
     _compile(compiler, path)
     return True
 
 
-def _ours_alone(path: Path) -> bool:
-    """Whether nobody else but root can have written it. The folders above are taken on trust."""
+def _only_we_can_write(path: Path) -> bool:
+    """Whether no other user but root can have written it. Parent folders are not checked."""
     if os.name != "posix":
         return True
-    found = path.lstat()
-    return found.st_uid == os.geteuid() and not (stat.S_ISLNK(found.st_mode) or found.st_mode & 0o022)
+    status = path.lstat()
+    return status.st_uid == os.geteuid() and not (stat.S_ISLNK(status.st_mode) or status.st_mode & 0o022)
 
 
-def _place() -> tuple[Path, str]:
-    """Where the compiled code is kept, and the compiler."""
+def _library_path() -> tuple[Path, str]:
+    """Where the library is kept, and the compiler. Raises NoCompilerError."""
     names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
         raise NoCompilerError(f"no C compiler here ({', '.join(names)})")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
@@ -118,42 +125,45 @@ def _place() -> tuple[Path, str]:
 
 @cache
 def library() -> ctypes.CDLL:
-    """native.c as machine code, compiled before."""
-    loaded = ctypes.CDLL(str(_place()[0]))
-    loaded.decode.argtypes = [ctypes.POINTER(Model)] + [ctypes.c_void_p] * 2 + [ctypes.c_int64, ctypes.c_int]
-    loaded.multiply.argtypes = [ctypes.POINTER(Matrix)] + [ctypes.c_void_p] * 4 + [ctypes.c_int64, ctypes.c_int]
-    loaded.attend_all.argtypes = [ctypes.POINTER(Block), ctypes.c_int]
-    loaded.dequantize.argtypes = [ctypes.POINTER(Matrix), ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
-    return loaded
+    """The library, which `compile_library` has compiled."""
+    lib = ctypes.CDLL(str(_library_path()[0]))
+    lib.decode.argtypes = [ctypes.POINTER(Model)] + [ctypes.c_void_p] * 2 + [ctypes.c_int64, ctypes.c_int]
+    lib.multiply.argtypes = [ctypes.POINTER(Matrix)] + [ctypes.c_void_p] * 4 + [ctypes.c_int64, ctypes.c_int]
+    lib.attend_all.argtypes = [ctypes.POINTER(AttentionArgs), ctypes.c_int]
+    lib.dequantize.argtypes = [ctypes.POINTER(Matrix), ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    return lib
 
 
 def _compile(compiler: str, path: Path) -> None:
     try:
-        # Several ranks may be doing the same: each writes a file of its own, and the last one to finish stays.
+        # Several ranks may compile at once: each writes its own file, and the last one to finish replaces the others.
         handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
     except OSError as error:
         raise NoCompilerError(f"{path.parent} cannot be written ({error.strerror}): set XDG_CACHE_HOME") from error
     os.close(handle)
-    made = Path(name)
+    temporary = Path(name)
     try:
         for flags in FLAGS:
             command = [compiler, *flags, "-shared", "-fPIC", "-o", name, str(SOURCE), "-lm"]
-            ended = subprocess.run(command, capture_output=True, text=True)
-            if ended.returncode == 0:
-                made.chmod(0o700)  # a linker makes a new file, with the rights that the umask gives
-                made.replace(path)
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                temporary.chmod(0o700)  # the linker creates a new file, with the umask's permissions
+                temporary.replace(path)
                 return
-        reason = next((line for line in ended.stderr.splitlines() if "error" in line), "no reason given")
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), "no reason given")
         raise NoCompilerError(f"{compiler} cannot compile {SOURCE} ({reason.strip()})")
     finally:
-        made.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def release_freed_memory() -> Iterator[None]:
-    """Inside, what is freed in blocks of over 1 MB goes back to the system: glibc would keep blocks of up to 32 MB for
-    later, a model's worth of them while its layers take other forms. Other C libraries have no such setting."""
-    mmap_threshold, trim_threshold = -3, -1  # glibc's numbers for them
+    """Within this context freed blocks of over 1 MB are returned to the system.
+
+    glibc would keep blocks of up to 32 MB for reuse: a model's worth of them while its layers are quantized. Other C
+    libraries have no such setting, and nothing is changed there.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc
     try:
         mallopt: Any = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
@@ -162,107 +172,113 @@ def release_freed_memory() -> Iterator[None]:
     mallopt(mmap_threshold, 2**20)
     try:
         yield
-    finally:  # where glibc ends up by itself: small enough blocks are kept, and kernels need not ask for pages
+    finally:  # the values that glibc's own adjustment ends at: blocks are reused, which saves page faults
         mallopt(mmap_threshold, 2**25)
         mallopt(trim_threshold, 2**26)
 
 
-# From tensors to structs --------------------------------------------------------------------------
+# Attention and matmuls ----------------------------------------------------------------------------
 
 
-def _if_halves(buffer: torch.Tensor) -> int | None:
-    return buffer.data_ptr() if buffer.dtype == torch.bfloat16 else None
+def attend(q: torch.Tensor, kv_cache: KVCache, start_pos: int | torch.Tensor) -> torch.Tensor:
+    """Causal attention in bfloat16 over a cache that already holds the queries' own positions.
 
-
-def attend(q: torch.Tensor, cache_: KVCache, start_pos: int | torch.Tensor) -> torch.Tensor:
-    """Causal attention over a cache that has the queries' own positions already, in bfloat16: [bsz, seqlen, heads,
-    head_dim] -> as q. start_pos: of the first queries, one int or [bsz]."""
+    q and result: [bsz, seqlen, heads, head_dim]. start_pos: position of the first queries, one int or [bsz].
+    """
     bsz, seqlen, heads, head_dim = q.shape
     q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
     starts = torch.as_tensor(start_pos).expand(bsz).contiguous()
-    kv_heads, max_seq_len = cache_.k.shape[1:3]
+    kv_heads, max_seq_len = kv_cache.k.shape[1:3]
     sizes = bsz, seqlen, heads, kv_heads, head_dim, max_seq_len
-    pointers = (
-        tensor.data_ptr() for tensor in (q, cache_.k[cache_.first_row :], cache_.v[cache_.first_row :], out, starts)
-    )
-    library().attend_all(Block(*sizes, *pointers), torch.get_num_threads())
+    keys, values = kv_cache.k[kv_cache.first_row :], kv_cache.v[kv_cache.first_row :]
+    pointers = (tensor.data_ptr() for tensor in (q, keys, values, out, starts))
+    library().attend_all(AttentionArgs(*sizes, *pointers), torch.get_num_threads())
     return out
 
 
 def matrix(weight: torch.Tensor) -> Matrix:
-    """A weight [n, k] where it is, row by row."""
+    """The struct for a row-major weight [n, k], which is read in place."""
     return Matrix(KINDS[weight.dtype], *weight.shape, weight.data_ptr(), None, None)
 
 
-def multiply(at: Matrix, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x [.., k] -> [.., n] for few rows, in x's dtype. dtype: of the model, to which several rows may be rounded."""
-    rows = x.reshape(-1, at.k).float().contiguous()
+def multiply(w: Matrix, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x [.., k] -> [.., n] in x's dtype, for few rows. dtype: the model's; if bfloat16, several rows of x are rounded
+    to it, and any number to int16 for a quantized weight."""
+    rows = x.reshape(-1, w.k).float().contiguous()
     m = len(rows)
-    y = torch.empty(m, at.n)
-    sums = torch.empty(m * (at.k // GROUP + 1))
-    halves = torch.empty_like(rows, dtype=dtype)
-    pointers = rows.data_ptr(), sums.data_ptr(), _if_halves(halves), y.data_ptr()
-    library().multiply(at, *pointers, m, torch.get_num_threads())
-    return y.view(*x.shape[:-1], at.n).to(x.dtype)
+    y = torch.empty(m, w.n)
+    sums = torch.empty(m * (w.k // GROUP + 1))
+    rounded = torch.empty_like(rows, dtype=dtype)
+    pointers = rows.data_ptr(), sums.data_ptr(), _pointer_if_bfloat16(rounded), y.data_ptr()
+    library().multiply(w, *pointers, m, torch.get_num_threads())
+    return y.view(*x.shape[:-1], w.n).to(x.dtype)
 
 
-class NativeQuantized(nn.Module):
-    """A quantized weight in the order of native.c, which multiplies few rows by it: x [.., k] -> [.., n]."""
+def _pointer_if_bfloat16(buffer: torch.Tensor) -> int | None:
+    return buffer.data_ptr() if buffer.dtype == torch.bfloat16 else None
 
-    def __init__(self, layer: Quantized):
+
+class NativeQuantizedLinear(nn.Module):
+    """A quantized weight in the layout of native.c, which multiplies few rows by it: x [.., k] -> [.., n]."""
+
+    def __init__(self, layer: QuantizedLinear):
         super().__init__()
         self.dtype, self.bits, self.n, self.k = layer.dtype, layer.bits, layer.n, layer.k
         if isinstance(layer, Int4):
-            kind, data = 3, _panels(_columns_of_8(layer.data), 4)
-            scales = [_panels(layer.scale, 1), _panels(layer.zero, 1)]
+            kind, data = INT4, _to_panels(_interleave_columns(layer.data), 4)
+            scales = [_to_panels(layer.scale, 1), _to_panels(layer.zero, 1)]
         else:
-            kind, data, scales = 2, _panels(layer.data, 2), [_panels(layer.scale[:, None], 1)]
+            kind, data, scales = INT8, _to_panels(layer.data, 2), [_to_panels(layer.scale[:, None], 1)]
         for name, buffer in zip(("data", "scale", "zero"), (data, *scales), strict=False):
             self.register_buffer(name, buffer)
         pointers = [buffer.data_ptr() for buffer in (data, *scales)]
-        self.at = Matrix(kind, layer.n, layer.k, *pointers)
+        self.matrix = Matrix(kind, layer.n, layer.k, *pointers)
 
     def extra_repr(self) -> str:
         return f"{self.n} x {self.k}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() // self.k > FEW_ROWS:
+        if x.numel() // self.k > MAX_GEMV_ROWS:
             return linear(x, self.dequantize(x.dtype))
-        return multiply(self.at, x, self.dtype)
+        return multiply(self.matrix, x, self.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The weight in full, [n, k]."""
+        """The weight in `dtype` (default: the model's), [n, k]."""
         dtype = dtype or self.dtype
-        out = torch.empty(self.at.n, self.at.k, dtype=dtype)
-        library().dequantize(self.at, out.data_ptr(), KINDS[dtype], torch.get_num_threads())
+        out = torch.empty(self.n, self.k, dtype=dtype)
+        library().dequantize(self.matrix, out.data_ptr(), KINDS[dtype], torch.get_num_threads())
         return out
 
 
-def _panels(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """[n, k] -> [n / panel, k / width, panel, width], with rows of zeros where the rows of a panel do not divide n."""
+def _to_panels(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """[n, k] -> [n / panel, k / width, panel, width]; the last panel is padded with rows of zeros."""
     n, k = rows.shape
     panel = library().panel_rows()
-    filled = F.pad(rows, (0, 0, 0, -n % panel)) if n % panel else rows
-    return filled.view(-1, panel, k // width, width).transpose(1, 2).contiguous()
+    padded = F.pad(rows, (0, 0, 0, -n % panel)) if n % panel else rows
+    return padded.view(-1, panel, k // width, width).transpose(1, 2).contiguous()
 
 
-def _columns_of_8(data: torch.Tensor) -> torch.Tensor:
-    """`Int4.data` [n, k / 2] with eight neighbouring columns in four bytes: 0 2, 4 6, 1 3, 5 7, low bits first."""
+def _interleave_columns(data: torch.Tensor) -> torch.Tensor:
+    """`Int4.data` [n, k / 2], reordered so that four bytes hold eight neighbouring columns: 0 2, 4 6, 1 3, 5 7, low
+    bits first."""
     groups = data.view(len(data), -1, 1, GROUP // 2)
     q = torch.cat((groups & 15, groups >> 4), dim=2).view(len(data), -1, 2, 2, 2)  # [n, k / 8, .., ..,  even or odd]
     return (q[..., 0, :] | q[..., 1, :] << 4).transpose(-1, -2).flatten(1)
 
 
+# The decode step ----------------------------------------------------------------------------------
+
+
 class NativeDecoder:
     """A decode step through all layers by native.c: ids [bsz, 1] -> hidden states [bsz, 1, dim], fp32.
 
-    layers: fused ones (`executor.FusedLayer`) of one shape. Everything is read where the model has it.
+    layers: `fused.FusedLayer`s of one shape. Weights and caches are read where the model stores them.
     """
 
     def __init__(self, model: Any, layers: Sequence[Any]):
         first = layers[0]
         heads, kv_heads, head_dim = first.n_local_heads, first.n_local_kv_heads, first.head_dim
-        dim, width = len(model.norm.weight), _matrix_of(first.w2).k
+        dim, width = len(model.norm.weight), _struct(first.w2).k
         max_rows, _, max_seq_len, _ = first.cache.k.shape
         widest = max(dim, heads * head_dim, width)
         widths = {
@@ -270,14 +286,14 @@ class NativeDecoder:
             "qkv": (heads + 2 * kv_heads) * head_dim,
             "scores": heads * max_seq_len,
             "attended": heads * head_dim,
-            "gates": 2 * width,
-            "products": width,
+            "gate_up": 2 * width,
+            "activations": width,
             "sums": widest // GROUP + 1,
             "out": dim,
         }
         self.model = model
         self.buffers = {name: torch.zeros(max_rows, size) for name, size in widths.items()}
-        self.halves = torch.zeros(max_rows, widest, dtype=first.cache.k.dtype)
+        self.rounded = torch.zeros(max_rows, widest, dtype=first.cache.k.dtype)
         self.failure: BaseException | None = None
         self.rows = 0
         self.layers = (Layer * len(layers))(*map(self._layer, layers))
@@ -290,7 +306,7 @@ class NativeDecoder:
             model.norm.weight.data_ptr(),
             None,
             **pointers,
-            halves=_if_halves(self.halves),
+            rounded=_pointer_if_bfloat16(self.rounded),
             reduce=REDUCE(self._reduce) if model_parallel()[1] > 1 else REDUCE(),
         )
 
@@ -299,14 +315,14 @@ class NativeDecoder:
         x = self.model.tok_embeddings(tokens).float().contiguous()  # [bsz, 1, dim]
         positions = torch.as_tensor(start_pos).expand(self.rows).contiguous()
         angles = self.model.freqs_cis.to(torch.complex64).contiguous()
-        # What native.c reads without knowing its size, and the user can replace at any time.
-        newest, capacity, pairs = int(positions.max()), self.struct.max_seq_len, self.struct.head_dim // 2
-        if newest >= capacity:
-            raise ValueError(f"position {newest}, but the cache has {capacity}: raise max_seq_len")
+        # native.c reads these without knowing their sizes, and the user may have replaced them.
+        last, capacity, pairs = int(positions.max()), self.struct.max_seq_len, self.struct.head_dim // 2
+        if last >= capacity:
+            raise ValueError(f"position {last}, but the cache has {capacity}: raise max_seq_len")
         if x.shape[-1] != self.struct.dim:
             raise ValueError(f"embeddings of {x.shape[-1]} numbers, but the layers take {self.struct.dim}")
-        if angles.dim() != 2 or len(angles) <= newest or angles.shape[1] != pairs:
-            raise ValueError(f"freqs_cis has shape {tuple(angles.shape)}, expected [over {newest}, {pairs}]")
+        if angles.dim() != 2 or len(angles) <= last or angles.shape[1] != pairs:
+            raise ValueError(f"freqs_cis has shape {tuple(angles.shape)}, expected [over {last}, {pairs}]")
         self.struct.freqs_cis = angles.data_ptr()
         threads = torch.get_num_threads()
         if library().decode(self.struct, x.data_ptr(), positions.data_ptr(), self.rows, threads) and self.failure:
@@ -314,7 +330,7 @@ class NativeDecoder:
         return x
 
     def _reduce(self) -> int:
-        # Called from C, through which no exception can pass.
+        # Called from C, which an exception cannot pass through: `__call__` raises it.
         try:
             dist.all_reduce(self.buffers["out"][: self.rows], group=get_model_parallel_group())
         except BaseException as error:
@@ -324,11 +340,11 @@ class NativeDecoder:
 
     def _layer(self, layer: Any) -> Layer:
         return Layer(
-            *map(_matrix_of, (layer.wqkv, layer.wo, layer.w13, layer.w2)),
+            *map(_struct, (layer.wqkv, layer.wo, layer.w13, layer.w2)),
             *(norm.weight.data_ptr() for norm in (layer.attention_norm, layer.ffn_norm)),
             *(layer.cache.k.data_ptr(), layer.cache.v.data_ptr()),
         )
 
 
-def _matrix_of(product: Any) -> Matrix:
-    return product.at if isinstance(product, NativeQuantized) else matrix(product.weight)
+def _struct(linear: Any) -> Matrix:
+    return linear.matrix if isinstance(linear, NativeQuantizedLinear) else matrix(linear.weight)

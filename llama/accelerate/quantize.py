@@ -1,10 +1,11 @@
-"""Weights in 8 and 4 bits: how they are rounded, stored and multiplied.
+"""Weights in 8 and 4 bits: how they are rounded, stored and multiplied. Activations are not quantized, except within
+native.c's kernels for few rows (`quantize_row` there).
 
-Activations stay as they are (but see `whole_row` in native.c).
+int8: a scale for each output row. int4: a scale and a zero for each group of 32 columns, q in 0..15 for the value
+(q - 8) * scale + zero. Scales and zeros are bfloat16, and q is chosen for the rounded ones.
 
-int8: a scale for each output row. int4: a scale and a zero for each group of 32 columns, q in 0..15 standing for
-(q - 8) * scale + zero. Scales and zeros are bfloat16, and weights are rounded to the grid that those make. The output
-layer has more bits: it is int8 in int4, and int8 leaves it as it is, of whose cost in perplexity it would be half.
+The output layer has more bits: int8 leaves it unquantized, int4 makes it int8. Otherwise half of int8's increase in
+perplexity would come from it.
 """
 
 from collections.abc import Callable
@@ -18,32 +19,32 @@ from llama.accelerate.linear import linear
 from llama.checkpoint.layout import EMBEDDING, OUTPUT
 
 SCHEMES = ("int8", "int4")
-GROUP = 32
-# More rows than these are multiplied by weights dequantize for the occasion: torch's kernels for few rows would take
-# several times as long (measured at 512).
-FEW_ROWS = 32
-ROUNDED_ROWS = 256  # at a time, so that no whole matrix stands in float32
+GROUP = 32  # int4: columns that share a scale and a zero
+# Up to this number of rows, x is multiplied by a kernel that reads the quantized weight (gemv). For more rows the
+# weight is dequantized first: at 512 rows those kernels take several times as long.
+MAX_GEMV_ROWS = 32
+CHUNK_ROWS = 256  # rows quantized at a time, so that no complete matrix is in memory in float32
 
 
 def should_quantize(key: str, scheme: str | None) -> str | None:
-    """What a scheme asks for a weight, whatever its width."""
+    """How a scheme stores a weight if its width allows it: "int8", "int4" or None. key: its name, without the layer."""
     if key == OUTPUT:
         return {"int4": "int8"}.get(scheme or "")
     return None if key == EMBEDDING or "norm" in key else scheme
 
 
 def scheme_of(key: str, columns: int, scheme: str | None) -> str | None:
-    """What becomes of a weight: "int8", "int4", or None where it stays as it is.
+    """How a scheme stores a weight of this width: "int8", "int4" or None.
 
-    key: its name, without the layer. columns: its input features on this rank. torch's kernels want whole groups of 32
-    for int4, and give garbage for int8 where 16 does not divide the columns.
+    key: its name, without the layer. columns: its input features on this rank. int4 needs a multiple of 32. int8 needs
+    a multiple of 16, as torch's kernel returns garbage for others.
     """
     kind = should_quantize(key, scheme)
     return kind if columns % (GROUP if kind == "int4" else 16) == 0 else None
 
 
 def stored_bytes(key: str, rows: int, columns: int, scheme: str | None, itemsize: int) -> int:
-    """Bytes of a weight [rows, columns] as it is stored; itemsize: of the dtype that is not quantized."""
+    """Bytes in which a weight [rows, columns] is stored. itemsize: that of the model's dtype."""
     kind = scheme_of(key, columns, scheme)
     if kind == "int8":
         return rows * columns + 2 * rows
@@ -53,7 +54,7 @@ def stored_bytes(key: str, rows: int, columns: int, scheme: str | None, itemsize
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, k] -> int8 [n, k] and scales [n]: the largest of a row becomes 127."""
+    """[n, k] -> q int8 [n, k], scales [n]. A row's largest magnitude becomes 127."""
     w = weight.float()
     scale = (w.abs().amax(dim=1) / 127).bfloat16()
     q = (w / _divisor(scale)[:, None]).round_().clamp_(-127, 127)
@@ -61,8 +62,7 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[n, k] -> q in uint8 [n, k], 0 to 15, scales and zeros [n, k / 32]: the least and the largest of a group
-    become 0 and 15."""
+    """[n, k] -> q uint8 [n, k], scales and zeros [n, k / 32]. A group's minimum becomes 0, its maximum 15."""
     n, k = weight.shape
     w = weight.float().view(n, k // GROUP, GROUP)
     low, high = w.aminmax(dim=-1)
@@ -73,22 +73,25 @@ def quantize_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def _divisor(scale: torch.Tensor) -> torch.Tensor:
-    return scale.float().masked_fill(scale == 0, 1)  # all of it equal: any q will do
+    return scale.float().masked_fill(scale == 0, 1)  # all values are equal: any q represents them
 
 
-class Quantized(nn.Module):
-    """A linear layer in fewer bits, of one weight [n, k] or of several one below the other: x [.., k] -> [.., n]."""
+class QuantizedLinear(nn.Module):
+    """x [.., k] -> [.., n] by a quantized weight [n, k], or by several that are stacked along n.
+
+    quantize: a weight -> its buffers (data, scale and, in int4, zero).
+    """
 
     bits: int
     data: torch.Tensor
     scale: torch.Tensor
-    round: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+    quantize: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
     def __init__(self, *weights: torch.Tensor):
         super().__init__()
         self.n, self.k = sum(map(len, weights)), weights[0].shape[1]
-        self.dtype = weights[0].dtype  # what it computes in
-        parts = [type(self).round(part) for weight in weights for part in weight.split(ROUNDED_ROWS)]
+        self.dtype = weights[0].dtype  # of the dequantized weight
+        parts = [type(self).quantize(part) for weight in weights for part in weight.split(CHUNK_ROWS)]
         for name, tensors in zip(("data", "scale", "zero"), zip(*parts, strict=True), strict=False):
             self.register_buffer(name, torch.cat(tensors))
 
@@ -97,25 +100,25 @@ class Quantized(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.k)
-        if len(rows) > FEW_ROWS or (y := self.gemv(rows)) is None:
+        if len(rows) > MAX_GEMV_ROWS or (y := self.gemv(rows)) is None:
             y = linear(rows, self.dequantize())
         return y.view(*x.shape[:-1], self.n)
 
     def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
-        """x [m, k] -> [m, n] for few rows; None where torch has no kernel for it."""
-        raise NotImplementedError  # each scheme's own
+        """x [m, k] -> [m, n] for up to MAX_GEMV_ROWS rows; None where torch has no kernel for it."""
+        raise NotImplementedError
 
     def dequantize(self) -> torch.Tensor:
-        """The weight in full, [n, k]."""
-        raise NotImplementedError  # each scheme's own
+        """The weight in `dtype`, [n, k]."""
+        raise NotImplementedError
 
 
-class Int8(Quantized):
+class Int8(QuantizedLinear):
     bits = 8
-    round = staticmethod(quantize_int8)
+    quantize = staticmethod(quantize_int8)
 
     def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
-        # In float32 torch's kernel is four times slower than the products with the dequantize weight.
+        # In float32 torch's kernel takes four times as long as dequantizing the weight and multiplying by it.
         if self.dtype != torch.bfloat16 or not x.is_cpu or (op := _operator("_weight_int8pack_mm")) is None:
             return None
         y: torch.Tensor = op(x, self.data, self.scale)
@@ -125,14 +128,14 @@ class Int8(Quantized):
         return self.data.to(self.dtype).mul_(self.scale[:, None])
 
 
-class Int4(Quantized):
-    """A byte holds columns j and j + 16 of a group of 32, low bits first."""
+class Int4(QuantizedLinear):
+    """data [n, k / 2]: a byte holds columns j (low bits) and j + 16 of a group of 32."""
 
     bits = 4
     zero: torch.Tensor
 
     @staticmethod
-    def round(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         q, scale, zero = quantize_int4(weight)
         low, high = q.view(len(q), -1, 2, GROUP // 2).unbind(2)
         return (low | high << 4).flatten(1), scale, zero
@@ -146,17 +149,17 @@ class Int4(Quantized):
         return q.sub_(8).mul_(self.scale[..., None]).add_(self.zero[..., None]).view(self.n, self.k)
 
 
-class PackedInt4(Quantized):
-    """int4 in the order that torch's kernel for CPUs reads, which depends on the machine.
+class PackedInt4(QuantizedLinear):
+    """int4 in the layout of torch's kernel for CPUs, which depends on the CPU.
 
-    data: blocks of output rows; in each, for every column, a byte for the rows i and i + half of the block.
+    data: blocks of 2 * `packed_half()` output rows. In a block each column has a byte for rows i and i + half.
     scale: scales and zeros, [k / 32, n, 2].
     """
 
     bits = 4
 
     @staticmethod
-    def round(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         q, scale, zero = quantize_int4(weight)
         data = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
         return data, torch.stack((scale, zero), dim=-1)
@@ -173,16 +176,16 @@ class PackedInt4(Quantized):
         half = packed_half()
         data = self.data.view(-1, self.k, half)  # [blocks, k, half]
         q = torch.cat((data & 15, data >> 4), dim=-1).view(len(data), -1, GROUP, 2 * half).to(self.dtype)
-        # In a row of their own each, or torch reads every second number and takes three times as long.
+        # Made contiguous: reading every second number would take three times as long.
         pairs = self.scale.view(-1, len(data), 2 * half, 2).permute(3, 1, 0, 2).contiguous()
         scale, zero = pairs.unsqueeze(3)  # [blocks, k / 32, 1, 2 half] each
         weight = q.sub_(8).mul_(scale).add_(zero)  # [blocks, k / 32, 32, 2 half]
-        return weight.view(len(data), self.k, -1).transpose(0, 1).reshape(self.k, self.n).T  # copied in long runs
+        return weight.view(len(data), self.k, -1).transpose(0, 1).reshape(self.k, self.n).T  # copies long runs
 
 
 @cache
 def packed_half() -> int:
-    """Half the rows of a block of torch's packed int4 on this machine, tried out; 0 where the order is unknown."""
+    """Half the rows of a block in torch's packed int4 layout, found by packing a matrix; 0 if it is unknown."""
     if _operator("_convert_weight_to_int4pack_for_cpu") is None or _operator("_weight_int4pack_mm_for_cpu") is None:
         return 0
     q = torch.randint(0, 16, (128, GROUP), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
@@ -194,15 +197,16 @@ def packed_half() -> int:
     return 0
 
 
-def quantized(kind: str, native: bool, *weights: torch.Tensor) -> Quantized:
-    """Weights in a scheme, one below the other. native: llama.native will read them."""
+def quantized_linear(kind: str, is_native: bool, *weights: torch.Tensor) -> QuantizedLinear:
+    """One layer of several weights, stacked along n. kind: "int8" or "int4". is_native: native.c will multiply by it,
+    so torch's packed layout is not used."""
     if kind == "int8":
         return Int8(*weights)
     first, half = weights[0], packed_half()
-    packs = not native and first.is_cpu and first.dtype == torch.bfloat16 and half > 0
-    return PackedInt4(*weights) if packs and all(len(w) % (2 * half) == 0 for w in weights) else Int4(*weights)
+    can_pack = not is_native and first.is_cpu and first.dtype == torch.bfloat16 and half > 0
+    return PackedInt4(*weights) if can_pack and all(len(w) % (2 * half) == 0 for w in weights) else Int4(*weights)
 
 
 def _operator(name: str) -> Any:
-    """One of torch's private operators, or None where this torch lacks it."""
+    """A private operator of torch, None where this version lacks it."""
     return getattr(torch.ops.aten, name, None)

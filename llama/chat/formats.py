@@ -1,7 +1,7 @@
-"""Dialogs to ids. Special ids are written as ids, never as text, so that a message cannot forge them.
+"""Dialogs to ids. Special tokens are written as ids, never as text, so that a message cannot forge them.
 
-A dialect lays a dialog out in parts, texts and specials. `ChatFormat` makes ids of them, `render` the text that a
-published template would write.
+A `Dialect` turns a dialog into parts: texts and special tokens. `ChatFormat` encodes them into ids; `render` joins them
+into the text that a model's published template would write.
 """
 
 import json
@@ -12,22 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama.files import as_path
-from llama.tokenizer import STEP, Dialog, Message, Tokenizer, TokenizerError, check_size
+from llama.tokenizer import Dialog, Message, Tokenizer, TokenizerError
 from llama.tokenizer import Role as Role
+from llama.vocabulary.backend import STEP, check_size
 
 
 class DialogError(ValueError, AssertionError):
-    """Roles of a dialog are out of order. Meta's code raises AssertionError for it."""
+    """Roles of a dialog are out of order. An AssertionError too, because Meta's code raises that."""
 
 
 @dataclass(frozen=True)
 class Special:
-    """A token by its name, which becomes an id without passing through the tokenizer as text."""
+    """A special token by its name. It becomes an id without being encoded as text."""
 
     name: str
 
 
-BOS, EOS = Special("BOS"), Special("EOS")  # by what they do: each vocabulary has names of its own for them
+BOS, EOS = Special("BOS"), Special("EOS")  # by their function, because their names differ between vocabularies
 
 Part = str | Special
 Turns = list[tuple[str, str]]  # role and content
@@ -37,13 +38,14 @@ Turns = list[tuple[str, str]]  # role and content
 class Dialect:
     """How one family of chat models writes a dialog.
 
-    write: system message or None, and the turns of user and assistant -> parts up to where the answer begins. No two
-    texts touch: SentencePiece puts a space before each text it is given, so where one begins is part of the dialect.
-    needs: specials that it cannot do without. stops: those that end an answer beside EOS, as far as there are such.
-    tags: marks that are plain text, so content that holds one could forge a turn.
-    strips: contents lose the white space around them.
-    message: how it writes a message by itself, in dialects that take roles in any order.
-    destinations: messages may have a "destination", which is a line of its own behind the role; answers are for "user".
+    write: (system message or None, turns of user and assistant) -> parts, up to where the answer begins. No text
+        follows another directly: SentencePiece puts a space before each text it encodes, so where one begins matters.
+    needs: specials that the vocabulary must have.
+    stops: specials that end an answer, like EOS, if the vocabulary has them.
+    tags: marks that are plain text. A message that contains one could forge a turn, so it is refused.
+    strips: whether white space around contents is removed.
+    message: (role, content) -> parts of a single message, in dialects that accept roles in any order.
+    destinations: whether messages may have a "destination", written on the line after the role; answers are for "user".
     """
 
     write: Callable[[str | None, Turns], list[Part]]
@@ -57,8 +59,10 @@ class Dialect:
     def parts(
         self, dialog: Dialog, default_system: str | None = None, system_prefix: str = "", dialog_bos: bool = False
     ) -> list[Part]:
-        """default_system: the system message of a dialog without one. system_prefix: what goes before another one.
-        dialog_bos: BOS goes first where the dialect has none. Raises as `split` does.
+        """The parts of a dialog, up to where the assistant's answer begins.
+
+        default_system: the system message of a dialog without one. system_prefix: goes before a dialog's own.
+        dialog_bos: whether BOS goes first if the dialect writes none. Raises as `split` does.
         """
         system, messages = self.split(dialog)
         turns: Turns = [(self._role(message), self.content(message["content"])) for message in messages]
@@ -66,7 +70,7 @@ class Dialect:
         return [BOS, *parts] if dialog_bos and parts[0] != BOS else parts
 
     def split(self, dialog: Dialog) -> tuple[str | None, list[Message]]:
-        """`split_system`, with roles in any order where the dialect takes them so."""
+        """`split_system`, with roles in any order if the dialect accepts that."""
         return split_system(dialog, any_order=self.message is not None)
 
     def content(self, text: str) -> str:
@@ -128,8 +132,7 @@ def _chatml(system: str | None, turns: Turns) -> list[Part]:
 
 
 def _zephyr(system: str | None, turns: Turns) -> list[Part]:
-    # No BOS, though these tokenizers put one before other texts: the models' templates have none, and a template
-    # writes all that its model is to read.
+    # No BOS, although these tokenizers add one to other texts: the models' templates write none.
     parts: list[Part] = []
     between = ""
     for role, content in _with_system(system, turns):
@@ -153,13 +156,13 @@ INST, END_INST = Special("[INST]"), Special("[/INST]")
 
 
 def _mistral_v3(system: str | None, turns: Turns) -> list[Part]:
-    """The vocabularies from v2 on: the tags are specials, and the system message goes into the last user message."""
+    """Vocabularies from v2 on: the tags are specials, and the system message goes into the last user message."""
     parts: list[Part] = [BOS]
-    for at, (role, content) in enumerate(turns, 1):
+    for i, (role, content) in enumerate(turns, 1):
         if role == "assistant":
             parts += [content.rstrip(" "), EOS]
         else:
-            parts += [INST, f"{system}\n\n{content}" if system and at == len(turns) else content, END_INST]
+            parts += [INST, f"{system}\n\n{content}" if system and i == len(turns) else content, END_INST]
     return parts
 
 
@@ -178,7 +181,7 @@ def _with_system(system: str | None, turns: Turns) -> Turns:
     return turns if system is None else [("system", system), *turns]
 
 
-# By name. Where there are several, the first that the vocabulary has the specials for is meant.
+# Name -> dialects. Of several, the first whose specials the vocabulary has is used.
 FORMATS: dict[str, tuple[Dialect, ...]] = {
     "llama2": (Dialect(_llama2, needs=(BOS, EOS), tags=LLAMA2_TAGS),),
     "llama3": (
@@ -210,7 +213,7 @@ FORMATS: dict[str, tuple[Dialect, ...]] = {
 
 
 def find_dialect(name: str, specials: Collection[Special]) -> Dialect:
-    """The named dialect, as a vocabulary with these specials has it. Raises ValueError where it has none."""
+    """The named dialect for a vocabulary with these specials. Raises ValueError where there is none."""
     if name not in FORMATS:
         raise ValueError(f"chat format {name!r}: expected {', '.join(FORMATS)}")
     for dialect in FORMATS[name]:
@@ -221,7 +224,7 @@ def find_dialect(name: str, specials: Collection[Special]) -> Dialect:
 
 
 def render(parts: Sequence[Part], names: Mapping[Special, str]) -> str:
-    """Parts as one text, in which specials stand by name; `names` has those of BOS and EOS."""
+    """The parts joined into one text, specials by name. names: those of BOS and EOS in the vocabulary."""
     return "".join(part if isinstance(part, str) else names.get(part, part.name) for part in parts)
 
 
@@ -233,16 +236,18 @@ def _refusal(tags: Sequence[str]) -> str:
 
 
 REFUSAL = UNSAFE_ERROR = _refusal(LLAMA2_TAGS)
-# As Meta names them for its dialects with tags that are text, Llama 2's and Code Llama's.
+# The tags of Llama 2 and Code Llama, under the name that Meta's module has for them.
 SPECIAL_TAGS = [*LLAMA2_TAGS, STEP]
 
 
 class ChatFormat:
-    """A dialect in a tokenizer's ids. stop_tokens: ids that end an answer, beside the tokenizer's own.
+    """Encodes dialogs with a tokenizer.
 
-    name: one of FORMATS; default is the format that belongs to the tokenizer.
+    name: one of FORMATS. The default is the tokenizer's own format.
 
-    Raises ValueError where the name is unknown, or the tokenizer lacks what the dialect needs.
+    stop_tokens: ids that end an answer, in addition to the tokenizer's own.
+
+    Raises ValueError where the name is unknown, or the tokenizer lacks special tokens that the format needs.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str | None = None):
@@ -251,34 +256,40 @@ class ChatFormat:
             raise ValueError(f"no chat format is recorded for this tokenizer: name one, {', '.join(FORMATS)}")
         self.name, self.tokenizer = name, tokenizer
         self._ids = {Special(token): i for token, i in tokenizer.special_ids.items()}
-        if tokenizer.step_id is not None:  # an ordinary piece in some vocabularies
+        if tokenizer.step_id is not None:  # in some vocabularies it is an ordinary piece, missing in special_ids
             self._ids[CODELLAMA_STEP] = tokenizer.step_id
         self._ids |= {special: i for special, i in ((BOS, tokenizer.bos_id), (EOS, tokenizer.eos_id)) if i >= 0}
         self.dialect = find_dialect(name, self._ids)
         self.stop_tokens = {self._ids[special] for special in self.dialect.stops if special in self._ids}
 
     def encode(self, dialog: Dialog) -> list[int]:
-        """Ids up to where the assistant's answer begins. Raises TypeError for what is no dialog and DialogError, a
-        ValueError, for roles out of order; Llama 3 takes them in any order."""
+        """The ids of a dialog, up to where the assistant's answer begins.
+
+        Raises TypeError for a value that is not a dialog, and DialogError, a ValueError, for roles out of order. Llama
+        3 accepts any order.
+        """
         tokenizer = self.tokenizer
-        with_bos = tokenizer.dialog_bos and BOS in self._ids
-        return self._encode(self.dialect.parts(dialog, tokenizer.default_system, tokenizer.system_prefix, with_bos))
+        add_bos = tokenizer.dialog_bos and BOS in self._ids
+        return self._encode(self.dialect.parts(dialog, tokenizer.default_system, tokenizer.system_prefix, add_bos))
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        """`encode`, by the name that it has in Meta's code."""
+        """The same as `encode`, under the name that Meta's code has for it."""
         return self.encode(dialog)
 
     def encode_message(self, message: Message) -> list[int]:
-        """Ids of one message, where they do not depend on those around it: Llama 3's. Raises ValueError for others."""
+        """The ids of one message, for formats where they do not depend on other messages: Llama 3's.
+
+        Raises ValueError for other formats.
+        """
         split_system([message], any_order=True)
         return self._encode(self._message(message, self.dialect.content(message["content"])))
 
     def encode_header(self, message: Message) -> list[int]:
-        """Ids of a message up to where its content begins. Raises as `encode_message` does."""
+        """The ids of a message up to where its content begins. Raises as `encode_message` does."""
         return self._encode(self._message(message, "")[:-1])
 
     def answer(self, content: str) -> Message:
-        """The message that an answer is."""
+        """An assistant message with this content."""
         if self.dialect.destinations:
             return {"role": "assistant", "destination": "user", "content": content}
         return {"role": "assistant", "content": content}
@@ -294,7 +305,7 @@ class ChatFormat:
             if isinstance(part, Special):
                 ids.append(self._ids[part])
                 continue
-            # Texts do not touch, so what stands before this one is a special.
+            # No text follows another one, so the id before this text is a special's.
             text = part.lstrip() if ids and ids[-1] in self.tokenizer.rstrip_ids else part
             if text:
                 ids += self.tokenizer.encode(text, bos=False, eos=False)
@@ -302,63 +313,64 @@ class ChatFormat:
 
     def refusal(self, dialog: Dialog) -> str | None:
         """The fixed answer to a dialog that must not reach the model, or None."""
-        tags, read = self.dialect.tags, self.tokenizer.normalize
+        tags, normalize = self.dialect.tags, self.tokenizer.normalize
         contents = [message["content"] for message in dialog] if tags else []
-        # As they are, and as the tokenizer reads them: to some, full-width brackets are brackets.
-        forged = any(tag in text for content in contents for text in (content, read(content)) for tag in tags)
+        # Also after normalization: some tokenizers turn full-width brackets into brackets.
+        forged = any(tag in text for content in contents for text in (content, normalize(content)) for tag in tags)
         return _refusal(tags) if forged else None
 
 
-def for_tokenizer(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat | None:
-    """The named format, or the one that belongs to the tokenizer; None when neither is known.
+def find_chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat | None:
+    """The named format, or the tokenizer's own; None where that is unknown.
 
-    Raises ValueError where the tokenizer cannot write it, TokenizerError where its own files name it.
+    Raises ValueError where the tokenizer lacks special tokens of the named format, and TokenizerError where it lacks
+    those of the format that its tokenizer_config.json names.
     """
     if name:
         return ChatFormat(tokenizer, name)
     try:
         return None if tokenizer.chat_format is None else ChatFormat(tokenizer)
     except ValueError as error:
-        raise TokenizerError(f"{tokenizer.config_path}: {error}: mend its chat_format, null is for none") from None
+        raise TokenizerError(f"{tokenizer.config_path}: {error}: correct its chat_format, null means none") from None
 
 
-# What Meta calls its base models; the -hf are its own conversions.
+# Names of Meta's base models. -hf marks its own conversions to Hugging Face's layout.
 BASE_NAMES = re.compile(r"((meta-)?llama-?[23](\.\d)?-\d+b|codellama-\d+b(-python)?)(-hf)?", re.IGNORECASE)
 
 
 def base_model_note(ckpt_dir: str | Path) -> str | None:
-    """A line for those who chat with a model that was never taught to, None where nothing says that it was not.
+    """A note for users who chat with a base model, or None where nothing shows that it is one.
 
-    Base models go by Meta's names, or have a tokenizer_config.json that records no chat format, for want of a template.
+    Base models are recognized by Meta's names, or by a tokenizer_config.json without a chat format and a template.
     """
-    folder = Path(os.path.abspath(as_path(ckpt_dir)))  # a link is called as its user calls it
-    name = folder.parent.name if folder.name == "original" else folder.name  # as the hub lays Meta's files out
+    folder = Path(os.path.abspath(as_path(ckpt_dir)))  # links are not resolved: their name is the one the user knows
+    name = folder.parent.name if folder.name == "original" else folder.name  # where the hub has Meta's files
     try:
         check_size(path := folder / "tokenizer_config.json")
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
-    untaught = isinstance(config, dict) and config.get("chat_format", "") is None and not config.get("chat_template")
-    if not untaught and not BASE_NAMES.fullmatch(name):
+    has_none = isinstance(config, dict) and config.get("chat_format", "") is None and not config.get("chat_template")
+    if not has_none and not BASE_NAMES.fullmatch(name):
         return None
     return (
-        f"note: {name} looks like a base model: it continues texts and was not taught to answer. "
+        f"note: {name} looks like a base model: it continues texts and was not trained to answer. "
         "Models that were are named -chat or -Instruct; `python -m llama complete` continues texts"
     )
 
 
 def split_system(dialog: Dialog, any_order: bool = False) -> tuple[str | None, list[Message]]:
-    """Check a dialog and take its system message off: (system or None, user and assistant messages in turn).
+    """Check a dialog and split it into (system message or None, messages of user and assistant).
 
-    A dialog is a list of {"role": ..., "content": ...}: at most one system message, first; then user and assistant
-    in turn, with the user last. Raises TypeError or DialogError otherwise, which is a ValueError.
+    A dialog is a list of {"role": ..., "content": ...}: at most one system message, at the beginning; then user and
+    assistant alternate, with the user first and last. Raises TypeError or DialogError, a ValueError, otherwise.
 
-    any_order: roles may be any texts, in any order.
+    any_order: whether roles may be any strings, in any order.
     """
     if not isinstance(dialog, Sequence) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in dialog
     ):
-        raise TypeError('a dialog is a list of {"role": ..., "content": ...} messages with texts in both')
+        raise TypeError('a dialog is a list of {"role": ..., "content": ...} messages with strings in both')
     messages = list(dialog)
     system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else None
     roles = [message["role"] for message in messages]

@@ -33,7 +33,7 @@ class Checkpoint:
     """A folder of shards (consolidated.NN.pth, or other tools' names for them) and their params.json.
 
     Shards are memory-mapped and checked when first used, so a rank opens only those it needs. Shards that cannot be
-    mapped are read at once, so that a later check of the free memory counts them. Only tensors are ever unpickled
+    mapped are read immediately, so that the later check of free memory counts them. Only tensors are ever unpickled
     (weights_only): a file cannot run code.
 
     params: params.json, with the vocabulary size taken from the embedding where the file says -1.

@@ -114,7 +114,7 @@ def _check_consistency(path: Path, args: ModelArgs, has_head_dim: bool) -> None:
     if not divides or args.head_dim % 2 or args.n_heads % args.kv_heads:
         raise CheckpointError(
             f"{path}: dim {args.dim}, n_heads {args.n_heads}, n_kv_heads {args.kv_heads} and head_dim {args.head_dim} "
-            "are inconsistent (n_heads divides dim into heads of even size, n_kv_heads divides n_heads)"
+            "are inconsistent (n_heads must divide dim into heads of even size, and n_kv_heads must divide n_heads)"
         )
     if args.use_scaled_rope and args.rope_linear_factor is not None:
         raise CheckpointError(f"{path}: use_scaled_rope and rope_linear_factor exclude each other: remove one")

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from llama.chat.formats import for_tokenizer
+from llama.chat.formats import find_chat_format
 from llama.checkpoint.checksums import check_files, read_checklists
 from llama.checkpoint.errors import CheckpointError, some_names
 from llama.checkpoint.folder import Checkpoint
@@ -94,7 +94,7 @@ def _list_shards(folder: Path, report: Report) -> dict[int, Path]:
 def _check_tokenizer(path: Path, args: ModelArgs | None, report: Report) -> None:
     try:
         tokenizer = Tokenizer(path, use_scaled_rope=bool(args and args.use_scaled_rope))
-        for_tokenizer(tokenizer)
+        find_chat_format(tokenizer)
     except TokenizerError as error:
         report.problems.append(str(error))
         return

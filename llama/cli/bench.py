@@ -27,11 +27,11 @@ from llama.accelerate.quantized_weight import held_bytes
 from llama.checkpoint.folder import Checkpoint
 from llama.cli.command import Command, build_arguments, model_options
 from llama.console import print_table, progress
-from llama.engine.engine import read_back
-from llama.engine.requests import check_int
+from llama.engine.decode_loop import read_back
 from llama.files import as_path
 from llama.generation import Llama
 from llama.model import Transformer
+from llama.options import check_int
 from llama.parallel.groups import current_world, is_main_rank, process_group
 
 log = logging.getLogger(__name__)

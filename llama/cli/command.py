@@ -17,7 +17,7 @@ from llama.errors import is_out_of_memory
 from llama.interrupt import restore_interrupt
 from llama.options import BuildOptions, ModelOptions, Option, Settings, declared, suggestion
 from llama.parallel.groups import current_world, is_main_rank
-from llama.parallel.heartbeat import PeerError, final_message, tell_torchrun
+from llama.parallel.heartbeat import PeerError, prepare_lost_rank_exit, write_torchrun_error
 
 F = TypeVar("F", bound=Callable[..., Any])
 FLAG = re.compile(r"--?([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
@@ -203,6 +203,15 @@ def stop_option(function: F) -> F:
     )(function)
 
 
+def bos_option(function: F) -> F:
+    return click.option(
+        "--bos",
+        type=click.Choice(["True", "False"], case_sensitive=False),
+        callback=lambda ctx, param, value: None if value is None else value == "True",
+        help="whether BOS goes first; default: where the tokenizer adds it",
+    )(function)
+
+
 # Endings ---------------------------------------------------------------------------------------------
 
 
@@ -236,16 +245,16 @@ def one_line_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, TypeError, OSError, FloatingPointError, PeerError) as error:
-        tell_torchrun(in_one_line(error))
+        write_torchrun_error(in_one_line(error))
         sys.exit(f"error: {in_one_line(error)}" if _prints(error) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
-        line = final_message(error)
+        line = prepare_lost_rank_exit(error)
         if is_out_of_memory(error):  # before a model is loaded, or after it is closed
             line = f"out of memory or threads ({in_one_line(error)}): free some, or raise the limits (ulimit -v, -u)"
         if line:
-            tell_torchrun(line)
+            write_torchrun_error(line)
             sys.exit(f"error: {line}")
         raise
 
@@ -253,4 +262,4 @@ def one_line_errors() -> Iterator[None]:
 def _prints(error: BaseException) -> bool:
     """Whether this rank prints the error: each its own, but one rank those that all raise together."""
     rank = current_world().rank
-    return error.__dict__.get("told_by", rank) == rank
+    return error.__dict__.get("reporting_rank", rank) == rank

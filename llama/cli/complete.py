@@ -19,9 +19,9 @@ from llama.chat.formats import Message
 from llama.cli.command import Command, build_arguments, model_options, sampling_arguments, sampling_options, stop_option
 from llama.cli.output import show
 from llama.console import in_one_line
-from llama.engine.requests import check_int
 from llama.files import as_path, read_pipe, run_on_rank_0
 from llama.generation import Llama
+from llama.options import check_int
 from llama.parallel.groups import is_main_rank, raise_on_all_ranks
 from llama.params import ModelArgs
 

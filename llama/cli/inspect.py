@@ -10,14 +10,15 @@ from typing import Any
 
 import click
 
-from llama.cli.command import Command, build_arguments, model_options
-from llama.engine.requests import check_alternatives, check_int
+from llama.cli.command import Command, bos_option, build_arguments, model_options
+from llama.engine.requests import check_alternatives
 from llama.evaluate.html_report import html_report
 from llama.evaluate.scoring import check_bos, with_bos
 from llama.evaluate.text_report import summary, text_report
 from llama.evaluate.token_report import TokenReport, inspect_tokens
 from llama.files import as_path, read_pipe
 from llama.generation import Llama
+from llama.options import check_int
 from llama.parallel.groups import is_main_rank, raise_on_all_ranks
 
 log = logging.getLogger(__name__)
@@ -37,9 +38,7 @@ NO_TEXT = 'no text to inspect: give one ("..."), or pipe one in'
 @click.option("--top", type=int, default=5, show_default=True, help="most probable ids to show at each position")
 @click.option("--json/--no_json", help="print one JSON object instead of the table")
 @click.option("--html", help="an HTML file to write, too: the text coloured by probability, each token's numbers")
-@click.option(
-    "--bos", type=bool, default=None, help="whether BOS goes first, True or False; default: where the tokenizer adds it"
-)
+@bos_option
 @model_options("max_batch_size", "seed", "chat_format")
 def inspect(
     text: str | None, generate: int, top: int, json: bool, html: str | None, bos: bool | None, **options: Any

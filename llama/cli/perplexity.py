@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llama.cli.command import Command, build_arguments, model_options
+from llama.cli.command import Command, bos_option, build_arguments, model_options
 from llama.console import in_one_line
 from llama.evaluate.perplexity import Perplexity, score_text
 from llama.evaluate.scoring import check_bos, check_stride, with_bos
@@ -24,9 +24,7 @@ HEADERS = ("perplexity", "word", "byte", "bits/byte")  # of the last four keys o
     help="new tokens that each window of max_seq_len tokens scores; default: all of them, the fastest. With half of "
     "them, every token has at least that half as context",
 )
-@click.option(
-    "--bos", type=bool, default=None, help="whether BOS goes first, True or False; default: where the tokenizer adds it"
-)
+@bos_option
 @click.option("--json/--no_json", help="print an object for each file instead of the table")
 @model_options("seed", "chat_format", max_seq_len=2048, max_batch_size=1)
 def perplexity(files: tuple[str, ...], stride: int | None, bos: bool | None, json: bool, **options: Any) -> None:

@@ -1,8 +1,8 @@
 """Reading GGUF files of architecture `llama`.
 
-Weights are dequantized. GGUF's llama stores wq and wk in Meta's order (neighbouring pairs turn together), so tensors
-only change their names. A byte-level BPE vocabulary becomes a tokenizer.json, a SentencePiece one a tokenizer.model; a
-tokenizer_config.json beside it has what else there is to know.
+Weights are dequantized. GGUF stores wq and wk of llama in Meta's order (neighbours form a rotary pair), so tensors only
+change their names. A byte-level BPE vocabulary becomes a tokenizer.json, a SentencePiece one a tokenizer.model; special
+tokens and the chat template go into a tokenizer_config.json.
 """
 
 import re
@@ -15,22 +15,22 @@ import numpy as np
 import torch
 
 from llama.checkpoint.layout import EMBEDDING, OUTPUT, tensor_shapes
-from llama.convert.meta import ConvertError, Source
 from llama.convert.params import (
-    MOST_LAYERS,
+    MAX_LAYERS,
     check_shapes,
-    decimal,
     feed_forward_params,
+    format_value,
     head_params,
+    read_float,
     read_int,
     scaling_params,
-    shown,
 )
+from llama.convert.source import ConvertError, Source
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import sentencepiece_model
 from llama.model import rotary_angles
 from llama.params import ModelArgs
-from llama.tokenizer import LLAMA3_SPLIT
+from llama.vocabulary.tiktoken_ranks import LLAMA3_SPLIT
 
 NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": "norm.weight", OUTPUT: OUTPUT}
 LAYER_NAMES = {
@@ -44,7 +44,7 @@ LAYER_NAMES = {
     "attn_norm.weight": "attention_norm.weight",
     "ffn_norm.weight": "ffn_norm.weight",
 }
-# A key of the architecture that is not among these may change what the model computes: such a file is refused.
+# The keys of the architecture that are handled. Any other may change what the model computes: the file is refused.
 KNOWN_KEYS = {
     "llama.attention.head_count",
     "llama.attention.head_count_kv",
@@ -66,9 +66,9 @@ KNOWN_KEYS = {
     "llama.rope.scaling.type",
     "llama.vocab_size",
 }
-# What "auto" keeps; the other types are quantized ones.
+# The types that dtype "auto" keeps. All others are quantized.
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# tokenizer.ggml.pre -> how a byte-level vocabulary cuts text before it merges.
+# tokenizer.ggml.pre: how text is split before the merges of a byte-level vocabulary.
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
 PRE_TOKENIZERS = ("smollm", "gpt-2", *LLAMA3_PRE)
 # tokenizer.ggml.token_type
@@ -76,7 +76,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
 def read(path: Path) -> Source:
-    """Read what the file says and check all of it; weights are read when asked for. Raises ConvertError."""
+    """Read and check the metadata, and the names and shapes of all tensors. Raises ConvertError."""
     try:
         return _read(path)
     except ModuleNotFoundError as error:
@@ -107,7 +107,7 @@ def _read(path: Path) -> Source:
         params |= _llama3_scaling(np.array(divisors.data, np.float32), params, meta)
     tensors = {_name(name): tensor for name, tensor in stored.items()}
     if EMBEDDING not in tensors or len(tensors[EMBEDDING].shape) != 2:
-        raise ConvertError("token_embd.weight is missing: the file holds no whole model")
+        raise ConvertError("token_embd.weight is missing: the file holds no complete model")
     params["vocab_size"] = int(tensors[EMBEDDING].shape[1])  # GGUF writes shapes innermost first
     shapes = tensor_shapes(ModelArgs(**params))
     if OUTPUT not in tensors:
@@ -115,7 +115,7 @@ def _read(path: Path) -> Source:
     check_shapes({name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in tensors.items()}, shapes)
     files = _tokenizer(meta, params["vocab_size"])
     for tensor in {tensor.tensor_type: tensor for tensor in tensors.values()}.values():
-        _dequantize(tensor, tensor.data[:1])  # types that cannot be read are told before anything is written
+        _dequantize(tensor, tensor.data[:1])  # raises for unsupported types before anything is written
     dtypes = {name: TYPES.get(tensors[name].tensor_type.name, torch.bfloat16) for name in shapes}
     readers: dict[str, Callable[[], torch.Tensor]] = {name: partial(_weights, tensors[name]) for name in shapes}
     return Source(params, readers, files, dtypes, max_positions=meta.get("llama.context_length", 0))
@@ -131,7 +131,7 @@ def _dequantize(tensor: Any, data: np.ndarray) -> np.ndarray:
 
     try:
         return dequantize(data, tensor.tensor_type)
-    except NotImplementedError:  # what the gguf package raises for types that it does not know
+    except NotImplementedError:  # raised by the gguf package for unknown types
         raise ConvertError(
             f"{tensor.name} is stored as {tensor.tensor_type.name}, which the gguf package cannot dequantize: "
             "take a file of another type (F16, BF16, Q8_0 ...), or upgrade gguf"
@@ -152,14 +152,14 @@ def _name(name: str) -> str:
 
 
 def _params(meta: dict[str, Any]) -> dict[str, Any]:
-    """The keys of params.json but vocab_size, which is the embedding's."""
+    """The keys of params.json except vocab_size, which is the number of rows of the embedding."""
     if (architecture := meta.get("general.architecture")) != "llama":
         raise ConvertError(f"architecture {architecture!r} is not supported: only 'llama' is")
     for key, value in meta.items():
         if key.startswith("llama.expert") and value:
             raise ConvertError(f"{key} = {value!r}: mixtures of experts are not supported, take a dense model")
         if key.startswith("llama.") and key not in KNOWN_KEYS:
-            raise ConvertError(f"{key} = {value!r} is not known here and may change the results: take a plain model")
+            raise ConvertError(f"{key} = {value!r} is not supported and may change the results: take another model")
     dim, n_heads = read_int(meta, "llama.embedding_length"), read_int(meta, "llama.attention.head_count")
     if "llama.attention.key_length" not in meta and dim % n_heads:
         raise ConvertError(f"llama.embedding_length {dim} is no multiple of {n_heads} heads: fetch the file again")
@@ -169,29 +169,30 @@ def _params(meta: dict[str, Any]) -> dict[str, Any]:
             raise ConvertError(f"{key} is {meta[key]}: only {head_dim}, the size of a head, is supported")
     return {
         "dim": dim,
-        "n_layers": read_int(meta, "llama.block_count", limit=MOST_LAYERS),
+        "n_layers": read_int(meta, "llama.block_count", limit=MAX_LAYERS),
         **head_params(dim, n_heads, read_int(meta, "llama.attention.head_count_kv", n_heads), head_dim),
         **feed_forward_params(dim, read_int(meta, "llama.feed_forward_length")),
-        "norm_eps": _decimal(meta, "llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": _decimal(meta, "llama.rope.freq_base", 10000.0),
+        "norm_eps": _read_float32(meta, "llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": _read_float32(meta, "llama.rope.freq_base", 10000.0),
         **_linear_scaling(meta),
     }
 
 
 def _linear_scaling(meta: dict[str, Any]) -> dict[str, float]:
-    """A factor without a type counts as linear, as in llama.cpp; one of 0 is none."""
+    """A factor without a type means linear scaling, as in llama.cpp; a factor of 0 means none."""
     factor = "llama.rope.scaling.factor" if "llama.rope.scaling.factor" in meta else "llama.rope.scale_linear"
     kind = meta.get("llama.rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise ConvertError(f"rope scaling {kind!r} is not supported: none, linear and Llama 3's are")
-    return {"rope_linear_factor": _decimal(meta, factor)} if kind == "linear" and meta.get(factor) else {}
+    return {"rope_linear_factor": _read_float32(meta, factor)} if kind == "linear" and meta.get(factor) else {}
 
 
 def _llama3_scaling(divisors: np.ndarray, params: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
-    """rope_freqs.weight divides each frequency: Llama 3's scaling with the numbers that it shows, or an error.
+    """Llama 3's rope scaling from rope_freqs.weight [head_dim / 2], by which llama.cpp divides each frequency.
 
-    The factor is the largest. The file may name the original context; the two other numbers are 1 and 4, or those that
-    the divisors between 1 and the factor lie on.
+    GGUF stores none of the scaling's four numbers but, optionally, the original context. The factor is the largest
+    divisor. For the two other numbers, 1 and 4 are tried first, then a line fitted through the divisors between 1 and
+    the factor. Raises ConvertError if neither reproduces the divisors.
     """
     plain = ModelArgs(**params)
     if divisors.shape != (plain.head_dim // 2,):
@@ -200,30 +201,30 @@ def _llama3_scaling(divisors: np.ndarray, params: dict[str, Any], meta: dict[str
     freqs = _frequencies(plain)
     candidates = [(1.0, 4.0)]
     with np.errstate(all="ignore"):
-        kept = (1 / divisors - 1 / factor) / (1 - 1 / factor)  # the part of a frequency that is not scaled
-        blended = (kept > 1e-3) & (kept < 1 - 1e-3)
+        unscaled = (1 / divisors - 1 / factor) / (1 - 1 / factor)  # how much of each frequency is unscaled, 0 to 1
+        blended = (unscaled > 1e-3) & (unscaled < 1 - 1e-3)
     if blended.sum() > 1:
-        slope, low = np.polyfit(kept[blended], context * freqs[blended] / (2 * np.pi), 1)
+        slope, low = np.polyfit(unscaled[blended], context * freqs[blended] / (2 * np.pi), 1)
         candidates.append((float(f"{low:.4g}"), float(f"{low + slope:.4g}")))
     for low, high in candidates:
         if factor < 1 or not 0 < low <= high:
             continue
         scaling = scaling_params(factor, low, high, context)
-        # Divisors are float32, and frequencies were computed in it, too.
+        # The tolerance: divisors are stored, and frequencies were computed, in float32.
         if np.allclose(freqs / _frequencies(ModelArgs(**params, **scaling)), divisors, rtol=1e-4):
             return scaling
     raise ConvertError("rope_freqs.weight holds another scaling of frequencies than Llama 3's: not supported")
 
 
 def _frequencies(args: ModelArgs) -> np.ndarray:
-    """By how many radians each pair turns from position 0 to 1."""
+    """The radians by which each pair is rotated from one position to the next [head_dim / 2]."""
     frequencies: np.ndarray = rotary_angles(args, 2)[1].angle().numpy()
     return frequencies
 
 
-def _decimal(meta: dict[str, Any], key: str, default: float | None = None) -> float:
-    """The shortest decimal that is the file's float32: 1e-05, where it reads 9.999999747378752e-06."""
-    return float(str(np.float32(decimal(meta, key, default))))
+def _read_float32(meta: dict[str, Any], key: str, default: float | None = None) -> float:
+    """The shortest decimal that rounds to the stored float32: 1e-05 instead of 9.999999747378752e-06."""
+    return float(str(np.float32(read_float(meta, key, default))))
 
 
 # Tokenizer ----------------------------------------------------------------------------------------
@@ -267,7 +268,8 @@ def _sentencepiece(meta: dict[str, Any], tokens: list[str], types: list[int]) ->
 def _array(meta: dict[str, Any], key: str, kind: type) -> list[Any]:
     value = meta.get(key)
     if not isinstance(value, list) or not all(type(item) is kind for item in value):
-        raise ConvertError(f"{key} is {shown(value)}, expected an array of {kind.__name__}: fetch the file again")
+        expected = f"expected an array of {kind.__name__}"
+        raise ConvertError(f"{key} is {format_value(value)}, {expected}: fetch the file again")
     return value
 
 
@@ -278,23 +280,23 @@ def _tokenizer_json(meta: dict[str, Any], tokens: list[str], types: list[int]) -
     if pre not in PRE_TOKENIZERS:
         raise ConvertError(f"tokenizer.ggml.pre {pre!r} is not supported: {', '.join(PRE_TOKENIZERS)} are")
     if unknown := sorted(set(types) - {NORMAL, CONTROL, USER_DEFINED, UNUSED}):
-        raise ConvertError(f"tokenizer.ggml.token_type {unknown[0]} has no place in a byte-level vocabulary")
+        raise ConvertError(f"tokenizer.ggml.token_type {unknown[0]} is not possible in a byte-level vocabulary")
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) < len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
-        raise ConvertError(f"tokenizer.ggml.tokens holds {twice!r} twice: fetch the file again")
+        duplicate = next(token for i, token in enumerate(tokens) if vocab[token] != i)
+        raise ConvertError(f"tokenizer.ggml.tokens holds {duplicate!r} twice: fetch the file again")
     merges = []
     for merge in _array(meta, "tokenizer.ggml.merges", str):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocab.keys():
-            raise ConvertError(f"tokenizer.ggml.merges holds {merge!r}, not two tokens that make a third")
+            raise ConvertError(f"tokenizer.ggml.merges holds {merge!r}, not two tokens that together are a third")
         merges.append((left, right))
     steps: list[Any] = []
     if pre == "smollm":
         steps = [pre_tokenizers.Digits(individual_digits=True)]
     elif pre in LLAMA3_PRE:
         steps = [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")]
-    # ByteLevel's own pattern is GPT-2's. Llama 3 takes a piece that is a token whole, without looking for merges.
+    # ByteLevel's own pattern is GPT-2's. Llama 3 uses a pre-token that is a token as it is, without merges.
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in LLAMA3_PRE))
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_PRE))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
@@ -306,7 +308,7 @@ def _tokenizer_json(meta: dict[str, Any], tokens: list[str], types: list[int]) -
 
 
 def _tokenizer_config(meta: dict[str, Any], tokens: list[str], model: str) -> dict[str, Any]:
-    # Without the key llama.cpp adds a BOS to SentencePiece vocabularies and to those of Llama 3.
+    # llama.cpp's default is to add BOS for SentencePiece vocabularies and for Llama 3's.
     adds_bos = model == "llama" or meta.get("tokenizer.ggml.pre") in LLAMA3_PRE
     config: dict[str, Any] = {"add_bos_token": bool(meta.get("tokenizer.ggml.add_bos_token", adds_bos))}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):

@@ -1,10 +1,10 @@
-"""Model files of llama2.c (stories15M.bin and its like), versions 0, 1 and 2.
+"""Model files of llama2.c (stories15M.bin and the like), versions 0, 1 and 2.
 
-All begin with seven int32: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocabulary, context. In version 0 these are
-the first bytes, and a negative vocabulary says that the classifier is a matrix of its own; the later versions have
-magic and version before them, say the same in a flag, and start their data at byte 256. Version 2 holds matrices as
-int8 with one float32 scale for each group. Tensors of one kind stand together, layer after layer, and wq and wk are in
-Meta's order. norm_eps and rope_theta are in none of them: 1e-5 and 10000 in all of llama2.c.
+The header has seven int32: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocabulary, context. Version 0 begins with
+them, and a negative vocabulary means that the output matrix is not tied. Later versions begin with magic and version,
+have a flag for tied weights, and start their data at byte 256. Version 2 stores matrices as int8 with a float32 scale
+for each group. Tensors of one kind are stored together, layer after layer; wq and wk are in Meta's order. norm_eps and
+rope_theta are not stored: llama2.c always uses 1e-5 and 10000.
 """
 
 import math
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from llama.checkpoint.layout import EMBEDDING, OUTPUT, tensor_shapes
-from llama.convert.meta import ConvertError, Source
 from llama.convert.params import feed_forward_params, head_params
+from llama.convert.source import ConvertError, Source
 from llama.convert.tokenizer import tokenizer_files
 from llama.convert.vocab import read_llama2c, sentencepiece_model
 from llama.params import ModelArgs
-from llama.tokenizer import check_size
+from llama.vocabulary.backend import check_size
 
 MAGIC = b"24ka"  # "ak42" as a little-endian number
 HEADER = 256  # bytes before the data in versions 1 and 2
@@ -39,6 +39,8 @@ ORDER = {
 
 @dataclass
 class Header:
+    """What the header of a file says; `start` is where its data begin."""
+
     version: int
     dim: int
     hidden_dim: int
@@ -48,7 +50,7 @@ class Header:
     vocab_size: int
     context: int
     tied: bool
-    group: int  # numbers that share a scale in version 2, else 0
+    group: int  # how many elements share a scale in version 2, else 0
 
     @property
     def start(self) -> int:
@@ -56,7 +58,7 @@ class Header:
 
 
 def is_model(path: Path) -> bool:
-    """Whether a file is one of llama2.c's: by its magic, or for version 0, which has none, by sizes that make sense."""
+    """Whether a file is one of llama2.c's: by its magic, or for version 0, which has none, by plausible sizes."""
     try:
         header = _header(path)
     except ConvertError:
@@ -65,7 +67,7 @@ def is_model(path: Path) -> bool:
 
 
 def read(path: Path) -> Source:
-    """Read the header and check the file's size by it; weights are read when asked for. Raises ConvertError."""
+    """Read the header and check that the file has the size it implies. Raises ConvertError."""
     try:
         return _read(path)
     except ConvertError as error:
@@ -91,15 +93,15 @@ def _read(path: Path) -> Source:
         del shapes[OUTPUT]
     data = np.memmap(path, dtype=np.uint8, mode="r")
     tensors: dict[str, Callable[[], torch.Tensor]] = {}
-    at = header.start
+    offset = header.start
     for kind in ORDER[header.version]:
         if kind == "rope":
-            at += _rope_bytes(header)
+            offset += _rope_bytes(header)
         names = [kind] if kind in shapes else [f"layers.{i}.{kind}" for i in range(header.n_layers)]
         for name in names:
             if name in shapes:
-                tensors[name] = _reader(data, at, shapes[name], header.group)
-                at += _bytes(shapes[name], header.group)
+                tensors[name] = _reader(data, offset, shapes[name], header.group)
+                offset += _bytes(shapes[name], header.group)
     files, notes = _tokenizer(path, header.vocab_size)
     tensors = {name: tensors[name] for name in shapes}  # in Meta's order
     dtypes = dict.fromkeys(shapes, torch.float32)
@@ -107,7 +109,7 @@ def _read(path: Path) -> Source:
 
 
 def _header(path: Path) -> Header | None:
-    """None where there cannot be a model; ConvertError for a version or sizes that llama2.c does not write."""
+    """The header, or None if the file cannot be a model. Raises ConvertError if it has the magic but is damaged."""
     with path.open("rb") as file:
         start = file.read(HEADER)
     version, tied, group = 0, False, 0
@@ -127,19 +129,20 @@ def _header(path: Path) -> Header | None:
     if version == 0:
         tied, vocab_size = vocab_size > 0, abs(vocab_size)
     sizes = (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, context)
-    sound = all(0 < size < 2**24 for size in sizes) and n_layers < 2**12 and dim % n_heads == 0 == n_heads % n_kv_heads
-    if sound and version == 2:
+    is_valid = all(0 < size < 2**24 for size in sizes) and n_layers < 2**12
+    is_valid = is_valid and dim % n_heads == 0 and n_heads % n_kv_heads == 0
+    if is_valid and version == 2:
         matrices = (vocab_size * dim, dim * dim, dim * (dim // n_heads) * n_kv_heads, hidden_dim * dim)
-        sound = group > 0 and all(numel % group == 0 for numel in matrices)
-    if not sound:
+        is_valid = group > 0 and all(numel % group == 0 for numel in matrices)
+    if not is_valid:
         if has_magic:
-            raise ConvertError(f"the sizes {tuple(sizes)} in its header make no model: fetch it again")
+            raise ConvertError(f"the sizes {tuple(sizes)} in its header are invalid: fetch it again")
         return None
     return Header(version, *sizes, tied, group)
 
 
 def _size(header: Header) -> int:
-    """Length of the file that a header announces, in bytes."""
+    """The size of the file that the header implies, in bytes."""
     args = ModelArgs(
         dim=header.dim,
         n_layers=1,
@@ -158,7 +161,7 @@ def _size(header: Header) -> int:
 
 
 def _rope_bytes(header: Header) -> int:
-    """Version 0's tables of cosines and sines, which are computed here."""
+    """The size of version 0's tables of cosines and sines, which are not read."""
     return 2 * 4 * header.context * (header.dim // header.n_heads // 2)
 
 
@@ -167,23 +170,23 @@ def _bytes(shape: tuple[int, ...], group: int) -> int:
     return 4 * numel if group == 0 or len(shape) == 1 else numel + 4 * (numel // group)  # norms are never quantized
 
 
-def _reader(data: np.ndarray, at: int, shape: tuple[int, ...], group: int) -> Callable[[], torch.Tensor]:
+def _reader(data: np.ndarray, offset: int, shape: tuple[int, ...], group: int) -> Callable[[], torch.Tensor]:
     def read() -> torch.Tensor:
-        numel, stored = math.prod(shape), np.array(data[at : at + _bytes(shape, group)])
+        numel, stored = math.prod(shape), np.array(data[offset : offset + _bytes(shape, group)])
         if group == 0 or len(shape) == 1:
             return torch.from_numpy(stored.view(np.float32)).view(shape)
-        numbers = stored[:numel].view(np.int8).reshape(-1, group).astype(np.float32)
-        numbers *= stored[numel:].copy().view(np.float32)[:, None]
-        return torch.from_numpy(numbers).view(shape)
+        weights = stored[:numel].view(np.int8).reshape(-1, group).astype(np.float32)
+        weights *= stored[numel:].copy().view(np.float32)[:, None]
+        return torch.from_numpy(weights).view(shape)
 
     return read
 
 
 def _tokenizer(path: Path, vocab_size: int) -> tuple[dict[str, bytes], list[str]]:
-    """tokenizer.bin beside the model, or, as its own training names it, tok4096.bin."""
+    """(tokenizer files, notes), from tokenizer.bin next to the model, or from tok4096.bin as training calls it."""
     for name in ("tokenizer.bin", f"tok{vocab_size}.bin"):
-        if (found := path.with_name(name)).is_file():
-            check_size(found)
-            pieces = read_llama2c(found.read_bytes(), vocab_size)
+        if (file := path.with_name(name)).is_file():
+            check_size(file)
+            pieces = read_llama2c(file.read_bytes(), vocab_size)
             return tokenizer_files({"tokenizer.model": sentencepiece_model(pieces)}, {}, vocab_size), []
-    return {}, [f"no tokenizer.bin or tok{vocab_size}.bin is beside {path}: put a tokenizer.model beside the new files"]
+    return {}, [f"no tokenizer.bin or tok{vocab_size}.bin is next to {path}: put a tokenizer.model into the new folder"]

@@ -10,7 +10,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,15 @@ from torch._utils import _rebuild_tensor_v2
 from llama.chat.formats import base_model_note
 from llama.checkpoint.checksums import check_files, read_checklists
 from llama.checkpoint.folder import Checkpoint, compute_dtype
-from llama.checkpoint.layout import OUTPUT, legal_world_sizes, shard_axis
+from llama.checkpoint.layout import legal_world_sizes, shard_axis
 from llama.checkpoint.params_json import load_params
 from llama.checkpoint.report import Report
-from llama.checkpoint.tensor_checks import check_same_model, is_finite
+from llama.checkpoint.tensor_checks import check_same_model
 from llama.console import progress
+from llama.convert.source import ConvertError, Source, tensor_bytes
 from llama.params import ModelArgs
 from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
-LLAMA3_VOCAB = 128_000  # a vocabulary so large is Llama 3's
 STORAGE_TYPES = {
     torch.float32: torch.FloatStorage,
     torch.bfloat16: torch.BFloat16Storage,
@@ -37,98 +37,53 @@ STORAGE_TYPES = {
 }
 
 
-class ConvertError(ValueError):
-    """The conversion cannot be done; the message says why and what would do."""
-
-
-@dataclass
-class Source:
-    """A model of any format, described in Meta's terms, with its weights still in their files.
-
-    params: the keys of params.json, vocab_size included.
-    tensors: Meta's name -> a call that reads this logical tensor. No output.weight where the embedding serves.
-    files: content of the tokenizer's files by name.
-    dtypes: what each tensor is stored in ("auto" keeps it); bfloat16 for quantized ones.
-    embedding_axis: how Meta's files divide the embedding, 0 by rows (Llama 3) or 1 by columns (Llama 2); -1 where the
-    source does not say.
-    max_positions: the longest context that the model was made for, 0 where the source does not say.
-    notes: what the user should know about the result, a line each.
-    """
-
-    params: dict[str, Any]
-    tensors: dict[str, Callable[[], torch.Tensor]]
-    files: dict[str, bytes]
-    dtypes: dict[str, torch.dtype]
-    embedding_axis: int = -1
-    max_positions: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.embedding_axis == -1:  # as Meta's code for this family expects it
-            llama3 = self.params["vocab_size"] >= LLAMA3_VOCAB or self.args.use_scaled_rope
-            self.embedding_axis = 0 if llama3 or OUTPUT not in self.tensors else 1
-
-    @property
-    def args(self) -> ModelArgs:
-        return ModelArgs(**self.params)
-
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor in `dtype`. Raises ConvertError where a number is none, or does not fit the type."""
-        tensor = self.tensors[name]()
-        if not is_finite(tensor):
-            raise ConvertError(f"{name} holds NaN or infinite numbers: fetch the file again")
-        if tensor.dtype != dtype:
-            tensor = tensor.to(dtype)
-            if not is_finite(tensor):
-                raise ConvertError(
-                    f"{name} holds numbers beyond {str(dtype)[6:]}'s range: take --dtype bfloat16 or float32"
-                )
-        return tensor
-
-
 # Reading ------------------------------------------------------------------------------------------
 
 
 def read(folder: Path) -> Source:
-    """A folder in Meta's layout, whatever its number of shards. Raises CheckpointError or ConvertError.
+    """A folder in Meta's layout with any number of shards. Raises CheckpointError or ConvertError.
 
-    Its bytes are compared with the sums in its files and in its checklist first: a flipped bit would go on unseen.
+    The shards are first checked against their CRCs and the checklists, because a flipped bit would be copied silently.
     """
     checkpoint = Checkpoint(folder)
     shards = range(len(checkpoint.paths))
-    findings = Report()
-    listed = read_checklists(folder, findings)
-    check_files([*checkpoint.paths, folder / "params.json"], listed, folder, findings)
-    check_same_model(dict(enumerate(checkpoint.paths)), {i: checkpoint[i] for i in shards}, checkpoint.shapes, findings)
+    report = Report()
+    listed = read_checklists(folder, report)
+    check_files([*checkpoint.paths, folder / "params.json"], listed, folder, report)
+    check_same_model(dict(enumerate(checkpoint.paths)), {i: checkpoint[i] for i in shards}, checkpoint.shapes, report)
     notes = list(checkpoint.notes)
-    for fault in findings.problems:
-        if fault.startswith(tuple(map(str, checkpoint.paths))):
-            raise ConvertError(fault)
-        notes.append(fault)  # of a params.json that was edited since its sum was made, or a file that is not needed
+    for problem in report.problems:
+        if problem.startswith(tuple(map(str, checkpoint.paths))):
+            raise ConvertError(problem)
+        notes.append(problem)  # of a params.json that was edited after it was listed, or of a file that is not needed
     params = load_params(folder)[0] | {"vocab_size": checkpoint.params.vocab_size}
-    files = {}
+    files, tokenizer_notes = _tokenizer_files(folder, checkpoint.params)
+    tensors: dict[str, Callable[[], torch.Tensor]] = {
+        name: partial(_full_tensor, checkpoint, name) for name in checkpoint.shapes
+    }
+    dtypes = {name: compute_dtype(checkpoint[0][name].dtype) for name in checkpoint.shapes}
+    axis = -1 if len(checkpoint.paths) == 1 else checkpoint.embedding_axis  # one shard divides nothing
+    return Source(params, tensors, files, dtypes, axis, notes=notes + tokenizer_notes)
+
+
+def _tokenizer_files(folder: Path, args: ModelArgs) -> tuple[dict[str, bytes], list[str]]:
+    """(name -> content, notes)."""
     try:
         path = find_tokenizer(folder)
     except TokenizerError:
-        notes.append(f"no tokenizer was found in {folder} or beside it: the new folder has none either")
-    else:
-        n_words = Tokenizer(path, use_scaled_rope=checkpoint.params.use_scaled_rope).n_words
-        if n_words != params["vocab_size"]:
-            raise ConvertError(f"{path} has {n_words} ids, the model {params['vocab_size']}: put the model's own there")
-        config = path.with_name("tokenizer_config.json")
-        files = {file.name: file.read_bytes() for file in (path, config) if file.is_file()}
-        if not config.is_file() and base_model_note(folder):
-            # Its name says that it was not taught to chat, and the new folder may have another.
-            files[config.name] = b'{"chat_format": null}\n'
-    tensors: dict[str, Callable[[], torch.Tensor]] = {
-        name: partial(_whole, checkpoint, name) for name in checkpoint.shapes
-    }
-    dtypes = {name: compute_dtype(checkpoint[0][name].dtype) for name in checkpoint.shapes}
-    axis = -1 if len(checkpoint.paths) == 1 else checkpoint.embedding_axis  # one file divides nothing
-    return Source(params, tensors, files, dtypes, axis, notes=notes)
+        return {}, [f"no tokenizer was found in {folder} or its parent: the new folder has none either"]
+    n_words = Tokenizer(path, use_scaled_rope=args.use_scaled_rope).n_words
+    if n_words != args.vocab_size:
+        raise ConvertError(f"{path} has {n_words} ids, the model {args.vocab_size}: put the model's own there")
+    config = path.with_name("tokenizer_config.json")
+    files = {file.name: file.read_bytes() for file in (path, config) if file.is_file()}
+    if not config.is_file() and base_model_note(folder):
+        # Detected from the folder's name, which the new folder may not have.
+        files[config.name] = b'{"chat_format": null}\n'
+    return files, []
 
 
-def _whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def _full_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     if len(checkpoint.paths) == 1 or (axis := shard_axis(name, checkpoint.embedding_axis)) is None:
         return checkpoint[0][name]
     out = torch.empty(checkpoint.shapes[name], dtype=checkpoint[0][name].dtype)
@@ -140,7 +95,10 @@ def _whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 def check_shards(args: ModelArgs, shards: int) -> None:
-    """Files hold whole heads, none of them twice: the runner's world sizes without those that repeat KV heads."""
+    """Raise ConvertError for a number of shards that does not divide the model.
+
+    KV heads are neither divided nor repeated, so the legal numbers are the world sizes that divide the KV heads.
+    """
     legal = [n for n in legal_world_sizes(args) if args.kv_heads % n == 0]
     if type(shards) is not int or shards not in legal:
         raise ConvertError(
@@ -151,7 +109,7 @@ def check_shards(args: ModelArgs, shards: int) -> None:
 
 
 def write(source: Source, folder: Path, dtypes: dict[str, torch.dtype], shards: int) -> None:
-    """Fill an empty folder, one tensor in memory at a time."""
+    """Fill an empty folder, with one tensor in memory at a time."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(TorchFile(folder / f"consolidated.{i:02d}.pth")) for i in range(shards)]
         for name in progress(list(source.tensors), "converting"):
@@ -167,16 +125,12 @@ def write(source: Source, folder: Path, dtypes: dict[str, torch.dtype], shards: 
     (folder / "checklist.chk").write_text("".join(lines), encoding="utf-8")
 
 
-def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, copied only where it is no contiguous piece of memory."""
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
-
-
 class TorchFile:
-    """A file of tensors by name as torch.save writes it, but written one by one: torch.save wants all in memory.
+    """A file of tensors by name in torch.save's format, written one tensor at a time.
 
-    It is a zip file without compression: STEM/data/N holds the bytes of tensor N, STEM/data.pkl the pickled
-    dictionary, in which persistent ids ("storage", type, N, "cpu", numel) stand for those bytes.
+    torch.save needs all tensors in memory at once. The format: an uncompressed zip archive in which STEM/data/N holds
+    the bytes of tensor N, and STEM/data.pkl the pickled dictionary, where persistent ids ("storage", type, N, "cpu",
+    numel) refer to those bytes.
     """
 
     def __init__(self, path: Path):
@@ -192,25 +146,25 @@ class TorchFile:
             self.close()
         elif self.zip.fp is not None:
             self.zip.fp.close()
-            self.zip.fp = None  # or it would try once more to end the file, on a full disk perhaps
+            self.zip.fp = None  # or its destructor would write the directory, on a full disk perhaps
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         key = str(len(self.tensors))
         self.tensors[name] = _Entry(_Storage(key, tensor.dtype, tensor.numel()), tuple(tensor.shape))
-        self._record(f"data/{key}", raw(tensor))
+        self._add_record(f"data/{key}", tensor_bytes(tensor))
 
     def close(self) -> None:
         pickled = io.BytesIO()
         _Pickler(pickled, protocol=2).dump(self.tensors)
-        self._record("data.pkl", pickled.getbuffer())
-        self._record("byteorder", sys.byteorder.encode())
-        self._record("version", b"3\n")
+        self._add_record("data.pkl", pickled.getbuffer())
+        self._add_record("byteorder", sys.byteorder.encode())
+        self._add_record("version", b"3\n")
         self.zip.close()
 
-    def _record(self, name: str, content: bytes | memoryview) -> None:
+    def _add_record(self, name: str, content: bytes | memoryview) -> None:
         info = zipfile.ZipInfo(f"{self.stem}/{name}")
-        # Bytes begin at a multiple of 64, as torch has them, so that mapped tensors are aligned: the local header is
-        # 30 bytes, the name, a field of 20 for the sizes, and a field of ours for padding.
+        # As torch does, align the bytes to 64 so that mapped tensors are aligned. Before them come the local header (30
+        # bytes), the name, a zip64 field (20), and the header of our padding field (4).
         begin = self.zip.fp.tell() + 30 + len(info.filename) + 20 + 4  # type: ignore[union-attr]  # open until close
         info.extra = struct.pack("<HH", 0x4246, -begin % 64) + b"Z" * (-begin % 64)
         with self.zip.open(info, "w", force_zip64=True) as record:
@@ -242,7 +196,7 @@ class _Pickler(pickle.Pickler):
 
 
 def md5(path: Path) -> str:
-    """Hexadecimal MD5 of a file, as Meta's checklists hold it."""
+    """Hexadecimal MD5 of a file, as in Meta's checklists."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(2**20):

@@ -1,7 +1,7 @@
-"""Which dialect a Jinja chat template writes, told by what it writes.
+"""Detect the chat format of a Jinja chat template from what it renders.
 
-A template is somebody else's program. It runs in a child process, in Jinja's sandbox, with little time and memory and
-without the right to open a file; only texts come back.
+A template is untrusted code. It runs in a child process, in Jinja's sandbox, with limits on time and memory, and cannot
+open files. The child returns only texts.
 """
 
 import contextlib
@@ -11,16 +11,17 @@ import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NoReturn
 
-# The child runs this file by its path, and the package would load torch: the functions of the parent import from it.
+# The child runs this file by its path and must not import the package, which would load torch. So these imports are for
+# type checkers, and functions of the parent process import what they need.
 if TYPE_CHECKING:
     from llama.chat.formats import Dialect, Dialog, Special
 
 CPU_SECONDS = 2
-SECONDS = 30  # on a busy machine, and where there are no limits but this
-MEMORY = 2**29
-LONGEST = 100_000  # characters of one dialog; the longest templates of these dialects write a few thousand
+SECONDS = 30  # of wall-clock time, for busy machines; the only limit on Windows
+MEMORY = 2**29  # bytes of address space
+MAX_CHARACTERS = 100_000  # of one rendered dialog; known templates render a few thousand at most
 
-# For Meta's own models, whose folders have no template.
+# Chat format -> template, for Meta's own models, whose folders have none.
 TEMPLATES = {
     "llama2": (
         "{% if messages[0].role == 'system' %}"
@@ -37,23 +38,29 @@ TEMPLATES = {
     ),
 }
 
-ASKED: "Dialog" = [{"role": "user", "content": "Name a fruit."}]
-TURNS: "Dialog" = [*ASKED, {"role": "assistant", "content": "An apple."}, {"role": "user", "content": "And another?"}]
+QUESTION: "Dialog" = [{"role": "user", "content": "Name a fruit."}]
+TURNS: "Dialog" = [
+    *QUESTION,
+    {"role": "assistant", "content": "An apple."},
+    {"role": "user", "content": "And another?"},
+]
 SYSTEM: "Dialog" = [{"role": "system", "content": "Be kind."}]
 # No white space around the contents: releases of one model differ in whether they strip it.
-DIALOGS: "tuple[Dialog, ...]" = (ASKED, TURNS, [*SYSTEM, *ASKED], [*SYSTEM, *TURNS])
-HOLE = "\0"
+DIALOGS: "tuple[Dialog, ...]" = (QUESTION, TURNS, [*SYSTEM, *QUESTION], [*SYSTEM, *TURNS])
+PLACEHOLDER = "\0"
 
 
 def chat_keys(template: Any, config: dict[str, Any], specials: Collection[str]) -> dict[str, Any]:
-    """What a tokenizer_config.json is to say of its chat template: "chat_format", a name of `FORMATS` or None.
+    """The keys that describe a chat template in our tokenizer_config.json.
 
-    template: a text, or a list of {"name": ..., "template": ...}, of which "default" counts. config: has "bos_token"
+    template: a text, or a list of {"name": ..., "template": ...}, of which "default" is used. config: has "bos_token"
     and "eos_token". specials: names of the vocabulary's special tokens.
 
-    "default_system" comes with it where the template gives a system message to a dialog without one, "system_prefix"
-    where it puts a text before every system message, "dialog_bos" where BOS goes first though the dialect has none.
-    None for templates of other dialects, and for those that fail, take too long or write too much.
+    Keys of the result:
+    chat_format: a name of `FORMATS`; None for unknown formats, and for templates that fail or exceed a limit.
+    default_system: the system message that the template adds to a dialog without one, if any.
+    system_prefix: the text that it puts before every system message, if any.
+    dialog_bos: True if it begins with BOS although the format does not.
     """
     from llama.chat.formats import BOS, EOS, FORMATS, Special, find_dialect
 
@@ -67,9 +74,9 @@ def chat_keys(template: Any, config: dict[str, Any], specials: Collection[str]) 
     for name in FORMATS:
         try:
             dialect = find_dialect(name, {*roles, *map(Special, specials)})
-        except ValueError:  # it needs specials that the vocabulary lacks
+        except ValueError:  # the format needs special tokens that the vocabulary lacks
             continue
-        keys = _match(texts, dialect, roles, {*specials, *roles.values()}, spaces_count=name != "mistral")
+        keys = _match(texts, dialect, roles, {*specials, *roles.values()}, spaces_matter=name != "mistral")
         if keys is not None:
             return {"chat_format": name, **keys}
     return {"chat_format": None}
@@ -81,44 +88,45 @@ def _content(token: Any) -> str:
 
 
 def _match(
-    texts: "list[str | None]", dialect: "Dialect", roles: "dict[Special, str]", marks: set[str], spaces_count: bool
+    texts: "list[str | None]", dialect: "Dialect", roles: "dict[Special, str]", marks: set[str], spaces_matter: bool
 ) -> dict[str, Any] | None:
-    """The keys (see chat_keys) with which a dialect writes DIALOGS as these texts, None where it does not.
+    """The keys (see chat_keys) with which a format renders DIALOGS as these texts, None if it renders others.
 
-    spaces_count: False for Mistral's, where releases differ in the spaces around the tags; the ids are
-    mistral-common's anyway.
+    spaces_matter: False for Mistral's, whose releases differ in the spaces around tags. Its ids follow mistral-common,
+    whatever the template renders.
     """
     from llama.chat.formats import BOS, render
 
-    def written(dialog: "Dialog", **keys: Any) -> str:
+    def rendered(dialog: "Dialog", **keys: Any) -> str:
         text = render(dialect.parts(dialog, **keys), roles)
-        return text if spaces_count else "".join(text.split())
+        return text if spaces_matter else "".join(text.split())
 
-    if not spaces_count:
+    if not spaces_matter:
         texts = [None if text is None else "".join(text.split()) for text in texts]
     keys: dict[str, Any] = {}
-    starts = [text.startswith(roles.get(BOS, HOLE)) for text in (texts[0] or "", written(ASKED))]
-    if starts == [True, False]:  # not where the dialect's own first mark serves as BOS, as SmolLM2's does
+    starts = [text.startswith(roles.get(BOS, PLACEHOLDER)) for text in (texts[0] or "", rendered(QUESTION))]
+    if starts == [True, False]:  # not for SmolLM2, whose BOS is the first tag of its format
         keys["dialog_bos"] = True
-    # What a template adds stands where the dialect would put it. If it is something else, the texts will not be equal.
-    for key, text, dialog in (("default_system", texts[0], ASKED), ("system_prefix", texts[2], DIALOGS[2])):
-        if text is None or text == written(dialog, **keys):
+    # What the template adds is taken from the place where the format puts a system message, or its beginning. If it is
+    # elsewhere, the comparison below fails.
+    for key, text, dialog in (("default_system", texts[0], QUESTION), ("system_prefix", texts[2], DIALOGS[2])):
+        if text is None or text == rendered(dialog, **keys):
             continue
-        if not spaces_count:  # what was added has lost its spaces
+        if not spaces_matter:  # the spaces of the addition are lost
             return None
-        before, _, after = written(dialog, **{**keys, key: HOLE}).partition(HOLE)
+        before, _, after = rendered(dialog, **{**keys, key: PLACEHOLDER}).partition(PLACEHOLDER)
         keys[key] = text.removeprefix(before).removesuffix(after)
-        if any(mark in keys[key] for mark in (*marks, *dialect.tags)):  # more than a text
+        if any(mark in keys[key] for mark in (*marks, *dialect.tags)):  # not only text
             return None
-    same = [text is None or text == written(dialog, **keys) for text, dialog in zip(texts, DIALOGS, strict=True)]
-    return keys if all(same) else None
+    is_same = [text is None or text == rendered(dialog, **keys) for text, dialog in zip(texts, DIALOGS, strict=True)]
+    return keys if all(is_same) else None
 
 
 def _rendered(template: str, tokens: dict[str, str]) -> "list[str | None]":
-    """The texts of DIALOGS, None where a template takes no system message; no texts at all where it will not do.
+    """DIALOGS as the template renders them. Empty if it fails or exceeds a limit.
 
-    Some templates refuse a system message, as their models were trained without, and some leave it out. How turns are
-    written tells such a dialect too; a system message then goes where others of its family have it.
+    A text is None if the template refuses the system message or leaves it out, because its model was trained without.
+    The other dialogs suffice to detect the format; system messages are then written as in other models of that format.
     """
     request = {"path": sys.path, "template": template, "dialogs": DIALOGS, "tokens": tokens}
     try:
@@ -139,7 +147,7 @@ def _rendered(template: str, tokens: dict[str, str]) -> "list[str | None]":
     return texts[:2] + [text if text and SYSTEM[0]["content"] in text else None for text in texts[2:]]
 
 
-# In the child ---------------------------------------------------------------------------------------
+# In the child process -----------------------------------------------------------------------------
 
 
 class _Refused(Exception):
@@ -147,16 +155,16 @@ class _Refused(Exception):
 
 
 def _child() -> None:
-    """A request on stdin, a list of texts on stdout. Whatever goes wrong ends the process with another status."""
+    """Read a request from stdin, print a list of texts. Any failure ends the process with a nonzero status."""
     request = json.load(sys.stdin)
-    sys.path = request["path"]  # the parent's packages; -I and -S have left none of its own
+    sys.path = request["path"]  # the parent's packages: with -I and -S the child has none
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %}, with which templates mark answers for training."""
+        """{% generation %}, which marks answers for training."""
 
         tags = {"generation"}  # noqa: RUF012  (what jinja2 asks for)
 
@@ -164,15 +172,15 @@ def _child() -> None:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    # As transformers sets it up, with fewer functions. There is no strftime_now: templates that ask for the date have
-    # a fixed one for those who cannot tell it, and a default_system should not hold the day of the conversion.
+    # Set up as in transformers, with fewer functions. strftime_now is left out: templates then use a fixed date, and
+    # default_system does not contain the day of the conversion.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.globals = {name: environment.globals[name] for name in ("namespace", "range")}
     environment.globals["raise_exception"] = _refuse
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    with contextlib.suppress(_Refused):  # loads what Jinja and Python load at the first literal and the first error
+    with contextlib.suppress(_Refused):  # import what Jinja and Python import lazily, as no file can be opened later
         environment.from_string(r"{{ '\n' }}{{ raise_exception('') }}").render()
     _limit()
     compiled = environment.from_string(request["template"])
@@ -185,9 +193,9 @@ def _child() -> None:
         except _Refused:
             texts.append(None)
             continue
-        if len(text) > LONGEST:
+        if len(text) > MAX_CHARACTERS:
             sys.exit(1)
-        text.encode()  # half of a surrogate pair is no text
+        text.encode()  # raises for lone surrogates
         texts.append(text)
     print(json.dumps(texts))
 
@@ -197,18 +205,18 @@ def _refuse(message: object = "") -> NoReturn:
 
 
 def _limit() -> None:
-    """Windows has no such limits, macOS not all: there the parent's patience alone ends a child."""
+    """Limit this process. Windows has no such limits and macOS not all; there the parent's timeout ends a child."""
     with contextlib.suppress(ImportError):
         import resource
 
-        for what, limit in (
+        for resource_id, limit in (
             (resource.RLIMIT_CPU, CPU_SECONDS),
             (resource.RLIMIT_AS, MEMORY),
             (resource.RLIMIT_CORE, 0),
             (resource.RLIMIT_NOFILE, 0),
         ):
             with contextlib.suppress(ValueError, OSError):
-                resource.setrlimit(what, (limit, limit))
+                resource.setrlimit(resource_id, (limit, limit))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from typing_extensions import Unpack
 
-from llama.options import Each as Each
-from llama.options import Settings as Settings
-from llama.options import StopIds as StopIds
-from llama.options import check_int as check_int
-from llama.options import declared, suggestion
+from llama.options import Settings, check_int, declared, suggestion
 from llama.params import ModelArgs
 
 Ids: TypeAlias = tuple[int, ...]
@@ -200,7 +196,7 @@ def read_ids(name: str, value: Any, args: ModelArgs, *, any_length: bool = False
 
 
 def alternatives(values: Sequence[float], k: int) -> tuple[float, Alternatives]:
-    """Take the columns of `model.score` apart."""
+    """Take the columns of `logprobs.score` apart."""
     return values[0], [(int(token), logprob) for logprob, token in zip(values[1 : k + 1], values[k + 1 :], strict=True)]
 
 

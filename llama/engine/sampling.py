@@ -1,8 +1,8 @@
-"""From logits to one id a row: pure, batched, on whatever device the logits are.
+"""Sampling: logits to one id a row, in pure batched functions on the device of the logits.
 
-Order: repetition penalty, top-k, temperature, top-p, then the draw. Settings are one number for all rows, or a tensor
-[bsz, 1] with each row's own. Randomness comes in as one uniform number a row, so that a row's draws depend on its own
-stream alone and every device draws the same.
+Order: repetition penalty, top-k, temperature, top-p, then the draw. A setting is one number for all rows, or a tensor
+[bsz, 1] with each row's own. Randomness is an argument, one uniform number a row, so that a row's ids depend on its own
+random stream only and are the same on every device.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ Setting = float | torch.Tensor
 
 
 class Sampler:
-    """The rows of one batch, each sampled by its own settings; knows which ids each has seen."""
+    """Samples the rows of one batch, each by its own settings, and keeps the ids that each has seen."""
 
     def __init__(self, rows: Sequence[Row], vocab_size: int, device: torch.device):
-        # What no row asks for is left out; where some do, the others get the value that changes nothing.
-        hot = [row for row in rows if row.temperature > 0]
+        # A setting that no row uses is None. Where some rows use it, the others get the value that changes nothing.
+        sampled = [row for row in rows if row.temperature > 0]
         self.temperature = self.top_k = self.top_p = self.penalty = None
-        self.most = max((row.top_k for row in rows), default=0)
-        if hot:
+        self.max_top_k = max((row.top_k for row in rows), default=0)
+        if sampled:
             self.temperature = _column([row.temperature for row in rows], device)
-        if self.most:
+        if self.max_top_k:
             self.top_k = _column([row.top_k for row in rows], device).long()
-        if any(row.top_p < 1 for row in hot):
-            # At 1 rounding could push a cumulative sum over it and drop a token.
+        if any(row.top_p < 1 for row in sampled):
+            # At 1, rounding could push a cumulative sum above top_p and drop an id.
             self.top_p = _column([row.top_p if row.top_p < 1 else 2.0 for row in rows], device)
         if any(row.repetition_penalty != 1 for row in rows):
             self.penalty = _column([row.repetition_penalty for row in rows], device)
@@ -40,10 +40,10 @@ class Sampler:
         """The next id of each row: logits [bsz, vocab], uniform [bsz] in [0, 1) -> int64 [bsz]."""
         if self.penalty is not None:
             logits = penalize(logits, self.seen, self.penalty)
-        ids = logits.argmax(dim=-1)  # the first of several equals
+        ids = logits.argmax(dim=-1)  # the first of equal ones
         if self.temperature is not None:
             if self.top_k is not None:
-                logits = keep_top_k(logits, self.top_k, self.most)
+                logits = keep_top_k(logits, self.top_k, self.max_top_k)
             greedy = self.temperature == 0
             probs = probabilities(logits, self.temperature.masked_fill(greedy, 1))
             if self.top_p is not None:
@@ -59,48 +59,48 @@ def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """What probabilities are summed in: float64, or float32 on mps, which has nothing wider."""
+    """The dtype in which probabilities are summed: float64, or float32 on mps, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: Setting) -> torch.Tensor:
-    """Make ids less likely that were `seen` (bool [bsz, vocab]): repetition penalty of CTRL (arXiv:1909.05858)."""
+    """Repetition penalty of CTRL (arXiv:1909.05858): make ids in `seen`, bool [bsz, vocab], less likely."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor, most: int) -> torch.Tensor:
-    """Set to -inf what is below each row's top_k highest logits; equals of the last one stay.
+def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> torch.Tensor:
+    """Set logits below the row's top_k highest to -inf; those equal to the last of them stay.
 
-    top_k: int64 [bsz, 1], 0 keeps all. most: the largest of them.
+    top_k: int64 [bsz, 1], 0 keeps all. max_top_k: the largest of them.
     """
-    most = min(most, logits.shape[-1])
-    best = logits.topk(most).values  # [bsz, most]
-    least = best.gather(-1, (top_k - 1).clamp(0, most - 1))  # [bsz, 1]
-    return logits.masked_fill((logits < least) & (top_k > 0), -torch.inf)
+    max_top_k = min(max_top_k, logits.shape[-1])
+    best = logits.topk(max_top_k).values  # [bsz, max_top_k]
+    threshold = best.gather(-1, (top_k - 1).clamp(0, max_top_k - 1))  # [bsz, 1]
+    return logits.masked_fill((logits < threshold) & (top_k > 0), -torch.inf)
 
 
 def probabilities(logits: torch.Tensor, temperature: Setting) -> torch.Tensor:
     """softmax(logits / temperature) for any temperature > 0, [bsz, vocab] in `wide_dtype`."""
-    wide = logits.to(wide_dtype(logits.device))
-    # Shifted before it is divided: a small temperature then gives exp(-inf) = 0 and never inf - inf.
-    return torch.softmax((wide - wide.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+    logits = logits.to(wide_dtype(logits.device))
+    # The maximum is subtracted before dividing: a small temperature then gives exp(-inf) = 0 and never inf - inf.
+    return torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
 
 
 def keep_top_p(probs: torch.Tensor, top_p: Setting) -> torch.Tensor:
-    """Zero every token whose more probable tokens sum to more than top_p (nucleus sampling, arXiv:1904.09751).
+    """Zero every id whose more probable ids sum to more than top_p (nucleus sampling, arXiv:1904.09751).
 
-    Not renormalized. Equal probabilities rank by id. The most probable token always stays: nothing comes before it.
+    Not renormalized. Equal probabilities rank by id. The most probable id always stays.
     """
     ranked, ids = probs.sort(dim=-1, descending=True, stable=True)
-    before = ranked.cumsum(dim=-1).roll(1, dims=-1)  # what the more probable tokens sum to
+    before = ranked.cumsum(dim=-1).roll(1, dims=-1)  # sum of the more probable ids
     before[:, 0] = 0
     return torch.zeros_like(probs).scatter(-1, ids, ranked.where(before <= top_p, 0))
 
 
 def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
-    """Nucleus sampling by itself, as Meta's modules have it: probs [bsz, vocab] -> next ids, int64 [bsz, 1].
+    """Nucleus sampling as in Meta's modules: probs [bsz, vocab] -> next ids, int64 [bsz, 1].
 
-    Draws with torch's global generator, so `torch.manual_seed` repeats it. The engine has `keep_top_p` and `draw`.
+    Draws from torch's global generator, which `torch.manual_seed` sets. The engine has `keep_top_p` and `draw`.
     """
     ranked, ids = probs.sort(dim=-1, descending=True)  # [bsz, vocab]
     ranked = ranked.masked_fill(ranked.cumsum(dim=-1) - ranked > p, 0)
@@ -108,11 +108,11 @@ def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Invert the cumulative distribution: weights [bsz, vocab] (any positive sum), uniform [bsz] -> int64 [bsz]."""
+    """Inverse transform sampling: weights [bsz, vocab] of any positive sum, uniform [bsz] -> ids, int64 [bsz]."""
     cumulative = probs.cumsum(dim=-1)  # [bsz, vocab]
     total = cumulative[:, -1:].contiguous()
     point = uniform[:, None] * total
-    # The first id whose cumulative weight exceeds the point, so an id of weight 0 is never drawn, not even when
-    # rounding puts the point on the total.
-    last = torch.searchsorted(cumulative, total).clamp(max=probs.shape[-1] - 1)  # past the end where a weight is NaN
+    # The first id whose cumulative weight exceeds the point. `last` is the last id of nonzero weight: an id of weight 0
+    # is not drawn even when rounding puts the point on the total. With a NaN it would be past the end.
+    last = torch.searchsorted(cumulative, total).clamp(max=probs.shape[-1] - 1)
     return torch.searchsorted(cumulative, point, right=True).minimum(last).squeeze(-1)

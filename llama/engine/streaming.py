@@ -1,4 +1,5 @@
-"""Ids to text as they come: what may still change, or may still become a stop text, is held back."""
+"""Turns ids into text while they are generated. Text that later ids may change, or that may become a stop text, is held
+back."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,9 +12,9 @@ UNDECODED = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextPiece(NamedTuple):
-    """What a step brought to a row: text that will not change any more, its end, or both.
+    """New text of a row, final, its end, or both.
 
-    row: its place in the results. finish_reason: "stop" or "length" at the row's end, else None.
+    row: index in the results. finish_reason: "stop" or "length" at the row's end, else None.
     """
 
     row: int
@@ -22,52 +23,52 @@ class TextPiece(NamedTuple):
 
 
 class TextStream:
-    """The text of one row. The pieces that `take` gives, joined, are the tokenizer's `decode` of all ids, up to the
-    first stop text.
+    """The text of one row. The pieces that `take` returns, joined, are `Tokenizer.decode` of all ids, up to the first
+    stop text.
 
-    prompt: ids whose text comes first and in which no stop text is looked for.
+    prompt: ids whose text comes first, and in which stop texts are not searched.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
-        self.text = ""  # what no later id changes
+        self.text = ""  # final: later ids do not change it
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, stop
         self._ids: list[int] = []
-        self._window, self._window_start = 0, 0  # the id from which we decode, and where its text starts
-        self._given = 0
-        self._from = 0  # where a stop text can begin at the earliest
-        self._overhang = ""
+        self._window, self._window_start = 0, 0  # index of the first id that is decoded, and where its text starts
+        self._taken = 0  # length of the text that `take` has returned
+        self._from = 0  # the earliest position at which a stop text can begin
+        self._overhang = ""  # the part of the last id's text that belongs to the stop text
         for token in prompt:
             self._add(token)
         self._prompt, self._from = len(self._ids), len(self.text)
 
     def push(self, token: int) -> None:
-        """Add an id; `stopped` tells whether a stop text is complete with it, and nothing may be added then."""
+        """Add an id. Sets `stopped` if it completes a stop text; no id may be added after that."""
         self._add(token)
         self._find_stop()
 
     def finish(self) -> None:
-        """No more ids: what was held back becomes text, bytes that are no UTF-8 as U+FFFD."""
+        """After the last id: text that was held back becomes final, invalid UTF-8 as U+FFFD."""
         if not self.stopped:
             self._settle(self._tokenizer.decode(self._ids[self._window :]))
             self._find_stop()
         self._stop = ()
 
     def take(self) -> str:
-        """The text that has become certain since the last call."""
+        """The text that has become final since the last call."""
         end = len(self.text)
         for stop in () if self.stopped else self._stop:
             for n in range(min(len(stop) - 1, len(self.text) - self._from), 0, -1):
                 if self.text.endswith(stop[:n]):
                     end = min(end, len(self.text) - n)
                     break
-        piece = self.text[self._given : end]
-        self._given += len(piece)
+        piece = self.text[self._taken : end]
+        self._taken += len(piece)
         return piece
 
     @property
     def tokens(self) -> list[int]:
-        """The ids behind the text, without the prompt's; of one that a stop text cuts into, all counts."""
+        """The generated ids of the text. An id whose text a stop text cuts is included."""
         return self._ids[self._prompt :]
 
     def pieces(self) -> list[str]:
@@ -82,11 +83,11 @@ class TextStream:
         if token in self._tokenizer.unsettled_ids:
             return
         decoded = self._tokenizer.decode(self._ids[self._window :])
-        whole = decoded.rstrip(UNDECODED)  # the first bytes of a character, perhaps
-        self._settle(whole)
-        if whole == decoded:
-            # Decode from this id next time, if it has a text of its own: the first id of a text may lose its leading
-            # space, and then all of what it loses must be its own.
+        complete = decoded.rstrip(UNDECODED)  # the rest may be the first bytes of a character
+        self._settle(complete)
+        if complete == decoded:
+            # Start decoding at this id next time, so that the window stays short. Only if its text alone ends the text
+            # so far: a tokenizer may strip the leading space of the first id that it decodes.
             alone = self._tokenizer.decode([token])
             if alone and self.text.endswith(alone):
                 self._window, self._window_start = len(self._ids) - 1, len(self.text) - len(alone)
@@ -95,16 +96,16 @@ class TextStream:
         self.text += decoded[len(self.text) - self._window_start :]
 
     def _find_stop(self) -> None:
-        begins = [self.text.find(stop, max(self._from, self._given)) for stop in self._stop]
+        begins = [self.text.find(stop, max(self._from, self._taken)) for stop in self._stop]
         begin = min((begin for begin in begins if begin >= 0), default=None)
         if begin is None:
             return
         self.stopped = True
         self.text = self.text[:begin]
-        decode, kept = self._tokenizer.decode, len(self._ids)
-        while kept > self._prompt and decode(self._ids[: kept - 1]).startswith(self.text):
-            kept -= 1
-        del self._ids[kept:]
+        decode, n = self._tokenizer.decode, len(self._ids)
+        while n > self._prompt and decode(self._ids[: n - 1]).startswith(self.text):
+            n -= 1
+        del self._ids[n:]
         self._overhang = decode(self._ids)[begin:]
 
 

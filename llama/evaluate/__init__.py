@@ -1,4 +1,5 @@
-"""Log-probabilities and what is made of them: scoring, perplexity, token reports, lm-evaluation-harness, conformance.
+"""Log-probabilities and what is computed from them: scoring, perplexity, token reports, lm-evaluation-harness; and
+conformance kits.
 
 Imports `llama.Llama` and everything below; nothing imports it but commands.
 """

@@ -5,7 +5,7 @@ from html import escape
 from itertools import pairwise
 
 from llama.console import visible
-from llama.evaluate.text_report import LEVELS, level, percent_text, shown
+from llama.evaluate.text_report import LEVELS, display_piece, level, percent_text
 from llama.evaluate.token_report import Alternative, Token, TokenReport
 
 
@@ -16,7 +16,7 @@ def html_report(report: TokenReport, name: str, summary: str) -> str:
     """
     tokens = report["tokens"]
     text = "".join(token["text"] for token in tokens)
-    title = shown(text if len(text) <= 60 else f"{text[:60]}…").replace("·", " ")
+    title = display_piece(text if len(text) <= 60 else f"{text[:60]}…").replace("·", " ")
     generated = ' <span class="g">generated</span>' if any(token["generated"] for token in tokens) else ""
     return f"""\
 <!DOCTYPE html>
@@ -48,9 +48,9 @@ def _legend() -> Iterator[str]:
 
 def _token(token: Token) -> str:
     # Line breaks and ids without text get a mark. The style sheet shows it, and copied text does not contain it.
-    text = escape(visible(token["text"])).replace("\n", _mark("⏎") + "\n") or _mark(shown(token["piece"]))
+    text = escape(visible(token["text"])).replace("\n", _mark("⏎") + "\n") or _mark(display_piece(token["piece"]))
     classes = ["t"]
-    card = f"<b><bdi>{escape(shown(token['piece']))}</bdi></b> token {token['position']}, id {token['id']}"
+    card = f"<b><bdi>{escape(display_piece(token['piece']))}</bdi></b> token {token['position']}, id {token['id']}"
     if token["generated"]:
         classes.append("g")
         card += ", generated"
@@ -81,9 +81,9 @@ def _with_card(classes: list[str], text: str, card: str) -> str:
 def _bars(alternatives: list[Alternative], chosen: int | None = None) -> str:
     """chosen: the id that the text has at this position, which is highlighted."""
     return "".join(
-        f'<span class="a{" own" * (alternative["id"] == chosen)}" style="--w:{alternative["percent"]:.1f}%">'
-        f"<bdi>{escape(shown(alternative['piece']))}</bdi> {escape(percent_text(alternative['percent']))}</span>"
-        for alternative in alternatives
+        f'<span class="a{" own" * (each["id"] == chosen)}" style="--w:{each["percent"]:.1f}%">'
+        f"<bdi>{escape(display_piece(each['piece']))}</bdi> {escape(percent_text(each['percent']))}</span>"
+        for each in alternatives
     )
 
 

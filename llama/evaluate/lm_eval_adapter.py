@@ -1,39 +1,42 @@
-"""`MetaLlama`: this runner's models as lm-evaluation-harness asks models."""
+"""`MetaLlama`: this runner's models behind the interface that lm-evaluation-harness expects of models."""
 
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any, ClassVar
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import hash_string
+from typing_extensions import Unpack
 
 from llama import Llama
 from llama.chat.formats import BOS, EOS, FORMATS, ChatFormat, Dialog, render
 from llama.console import progress
 from llama.engine.streaming import TextStream
 from llama.evaluate.scoring import loglikelihood, prefix_id, rolling_loglikelihood, with_bos
+from llama.options import BuildOptions, declared, with_options
 from llama.parallel.groups import broadcast_object, is_main_rank
 
 AUTO_BATCH_SIZE = 8  # what `Llama.build` takes
-MARK = "\0"  # stands for the content of a message, to find where it goes
-# What a task may ask of generation, beside `until` and the number of ids.
-GENERATION = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+PLACEHOLDER = "\0"  # a message content that cannot be mistaken for the text around it
+# What a task's generation_kwargs may contain besides `until` and `max_gen_toks`.
+GENERATION_KWARGS = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
-Encoded = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation) as texts, their ids
+Encoded = tuple[tuple[str, str], list[int], list[int]]  # ((context, continuation) as texts, ids of each)
 
 
 class MetaLlama(TemplateLM):
-    """A checkpoint in Meta's layout. Under torchrun every rank builds one, and makes the same calls.
+    """A checkpoint in Meta's layout. Under torchrun every rank builds one and makes the same calls.
 
-    ckpt_dir, tokenizer_path, max_seq_len, seed, device, dtype, quantize, compile, plain, chat_format: as in
-        `Llama.build`.
-    batch_size: rows of the KV cache, or "auto" (8). max_batch_size: the same, and counts where both are given.
+    Arguments as in `Llama.build`, and:
+    batch_size: rows of the KV cache, or "auto" (8). max_batch_size: the same; it overrides batch_size.
 
-    Raises ValueError for other arguments and for values that `Llama.build` refuses.
+    Raises ValueError for unknown arguments and for values that `Llama.build` refuses.
     """
 
+    @with_options(BuildOptions)
     def __init__(
         self,
         ckpt_dir: str = "",
@@ -42,51 +45,38 @@ class MetaLlama(TemplateLM):
         batch_size: int | float | str = "auto",
         max_batch_size: int | float | str | None = None,
         seed: int | float | str = 1,
-        device: str = "auto",
-        dtype: str = "auto",
-        quantize: str | None = None,
-        compile: bool | str = "auto",
-        plain: bool = False,
-        chat_format: str | None = None,
-        **unknown: Any,
+        **options: Unpack[BuildOptions],
     ):
         super().__init__()
-        if unknown:
-            raise ValueError(
-                f"meta_llama has no argument {next(iter(unknown))}; there are ckpt_dir, tokenizer_path, max_seq_len, "
-                "batch_size, max_batch_size, seed, device, dtype, quantize, compile, plain, chat_format"
-            )
+        if unknown := [name for name in options if name not in declared(BuildOptions)]:
+            known = [name for name in signature(MetaLlama.__init__).parameters if name != "self"]
+            raise ValueError(f"meta_llama has no argument {unknown[0]}; there are {', '.join(known)}")
         if ckpt_dir == "":
             raise ValueError("meta_llama needs a checkpoint folder: --model_args ckpt_dir=...")
         rows = batch_size if max_batch_size is None else max_batch_size
         self.llama = Llama.build(
-            str(ckpt_dir),  # on a command line, 7 is a name too
+            str(ckpt_dir),  # the harness parses a folder named 7 as a number
             tokenizer_path and str(tokenizer_path),
-            _whole("max_seq_len", max_seq_len),
-            AUTO_BATCH_SIZE if str(rows).startswith("auto") else _whole("batch_size", rows),
-            seed=_whole("seed", seed),
-            device=str(device),
-            dtype=str(dtype),
-            quantize=quantize,
-            compile=compile,
-            plain=plain,
-            chat_format=chat_format,
+            _read_int("max_seq_len", max_seq_len),
+            AUTO_BATCH_SIZE if str(rows).startswith("auto") else _read_int("batch_size", rows),
+            seed=_read_int("seed", seed),
+            **options,
         )
         self._device = self.llama.executor.device
         names = {i: name for name, i in self.llama.tokenizer.special_ids.items()}
-        ends = {BOS: self.llama.tokenizer.bos_id, EOS: self.llama.tokenizer.eos_id}
-        self._names = {special: names[i] for special, i in ends.items() if i in names}
-        self._openings = self._find_openings()
+        special_ids = {BOS: self.llama.tokenizer.bos_id, EOS: self.llama.tokenizer.eos_id}
+        self._names = {special: names[i] for special, i in special_ids.items() if i in names}
+        self._dialog_prefixes = self._find_dialog_prefixes()
 
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "MetaLlama":
-        """From --model_args, which count, and the harness's own --batch_size, --max_batch_size and --device."""
-        given = {key: value for key, value in (additional_config or {}).items() if value is not None}
-        if given.get("device") == "cuda:0":  # what the harness says where its user says nothing
-            del given["device"]
-        return cls(**given | arg_dict)
+        """From --model_args, which override the harness's own --batch_size, --max_batch_size and --device."""
+        config = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        if config.get("device") == "cuda:0":  # the harness's default where its user named no device
+            del config["device"]
+        return cls(**config | arg_dict)
 
     # Text to ids --------------------------------------------------------------------------------------
 
@@ -100,95 +90,98 @@ class MetaLlama(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Ids of context and continuation together."""
+        """The most ids that a context and its continuation may have together."""
         return self.llama.model.params.max_seq_len
 
     @property
     def max_gen_toks(self) -> int:
-        """Ids of an answer where the task does not say."""
+        """The most ids of an answer, unless the task sets another limit."""
         return 256
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text. Names of special tokens in it become their ids, as chat templates arrive as text.
+        """The ids of a text. Names of special tokens in it become their ids, because dialogs arrive here as text.
 
-        add_special_tokens: False leaves BOS out; otherwise it goes first where the tokenizer adds one, never twice, and
-        by default not before a dialog, whose template has written all that the model is to read.
+        add_special_tokens: whether BOS goes first, if the tokenizer adds one; it is never doubled. The default is True,
+            except for dialogs, whose format has already written all special tokens.
         """
         tokenizer = self.llama.tokenizer
         ids = tokenizer.encode(string, bos=False, eos=False, allowed_special="all")
-        wanted = not self._is_dialog(string) if add_special_tokens is None else add_special_tokens
-        return with_bos(tokenizer, ids, tokenizer.adds_bos and wanted)
+        add_bos = not self._is_dialog(string) if add_special_tokens is None else add_special_tokens
+        return with_bos(tokenizer, ids, tokenizer.adds_bos and add_bos)
 
-    # What the harness asks ----------------------------------------------------------------------------
+    # The harness's requests ---------------------------------------------------------------------------
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood, is_greedy) of (context, continuation) texts, cut into ids as the harness does: together, and
-        with the white space that ends a context moved to its continuation."""
+        """(log-likelihood, is_greedy) of each (context, continuation).
+
+        Encoded as the harness encodes them: both texts as one, with the white space at the end of the context moved to
+        the continuation.
+        """
         encoded: list[Encoded] = []
         for context, continuation in progress([request.args for request in requests], "encoding"):
             if context == "":
                 before, after = [], self.tok_encode(continuation, add_special_tokens=False)
             else:
                 before, after = self._encode_pair(context, continuation)
-            if continuation and not after:  # it has become one id with the context's last: that one is scored
-                whole = self.tok_encode(context + continuation)
-                before, after = whole[:-1], whole[-1:]
+            if continuation and not after:  # it was merged into the context's last id: that one is scored
+                ids = self.tok_encode(context + continuation)
+                before, after = ids[:-1], ids[-1:]
             encoded.append(((context, continuation), before, after))
         return self._loglikelihood_tokens(encoded)
 
     def _loglikelihood_tokens(self, requests: Sequence[Encoded], **_: Any) -> list[tuple[float, bool]]:
-        answers = self._together(_loglikelihood, [(before, after) for _texts, before, after in requests])
+        answers = self._on_all_ranks(_loglikelihood, [(before, after) for _texts, before, after in requests])
         for (texts, *_ids), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows of max_seq_len ids, given BOS, or EOS where there is no BOS.
+        """The log-likelihood of each text, in windows of max_seq_len ids, given BOS, or EOS where there is no BOS.
 
-        It stands once. The harness's own `hf` puts it in front of ids that already begin with it where the tokenizer
-        adds BOS, so that its sums contain log p(BOS|BOS), too.
+        BOS is never doubled. The harness's own `hf` model doubles it if the tokenizer adds BOS, and then its sums
+        contain log p(BOS|BOS).
         """
-        first, lists = self.prefix_token_id, list[list[int]]()
+        prefix, lists = self.prefix_token_id, list[list[int]]()
         for (text,) in progress([request.args for request in requests], "encoding"):
             ids = self.tok_encode(text)
-            lists.append(ids if ids[:1] == [first] else [first, *ids])
-        sums = self._together(_rolling_loglikelihood, lists)
+            lists.append(ids if ids[:1] == [prefix] else [prefix, *ids])
+        sums = self._on_all_ranks(_rolling_loglikelihood, lists)
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers to contexts, up to their first stop text, without it.
+        """The answer to each context, up to its first stop text, without it.
 
-        Greedy unless the task samples; request i draws with its `seed` + i. Of a context that does not fit max_seq_len
-        beside its answer, the end counts. Raises ValueError for generation settings that there are not.
+        Greedy unless the task samples; request i draws with its `seed` + i. A context that does not fit max_seq_len
+        together with its answer is cut at its beginning. Raises ValueError for unknown generation_kwargs.
         """
-        asked = [self._read_generation(i, *request.args) for i, request in enumerate(progress(requests, "encoding"))]
-        order = sorted(range(len(asked)), key=lambda i: -len(asked[i]["prompt"]))
+        prepared = [self._read_generation(i, *request.args) for i, request in enumerate(progress(requests, "encoding"))]
+        order = sorted(range(len(prepared)), key=lambda i: -len(prepared[i]["prompt"]))
         size = self.llama.model.params.max_batch_size
-        answers = [""] * len(asked)
-        for chunk in progress([order[at : at + size] for at in range(0, len(order), size)], "generating"):
-            texts = self._together(_continue, [asked[i] for i in chunk])
-            for i, text in zip(chunk, texts, strict=True):
+        answers = [""] * len(prepared)
+        for batch in progress([order[start : start + size] for start in range(0, len(order), size)], "generating"):
+            texts = self._on_all_ranks(_generate, [prepared[i] for i in batch])
+            for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return answers
 
-    def _read_generation(self, i: int, context: str, asked: dict[str, Any]) -> dict[str, Any]:
-        """What `_continue` takes, from a context and a task's generation_kwargs."""
-        settings: dict[str, Any] = {**normalize_gen_kwargs(asked, self.max_gen_toks)}
-        until, most = settings.pop("until"), settings.pop("max_gen_toks")
-        if settings.get("num_beams") == 1:  # which some tasks say, and is what happens anyway
+    def _read_generation(self, i: int, context: str, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `_generate` for request i, from its context and the task's generation_kwargs."""
+        settings: dict[str, Any] = {**normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)}
+        until, max_gen_len = settings.pop("until"), settings.pop("max_gen_toks")
+        if settings.get("num_beams") == 1:  # some tasks set it; one beam is what is computed
             del settings["num_beams"]
-        if unknown := sorted(settings.keys() - set(GENERATION)):
+        if unknown := sorted(settings.keys() - set(GENERATION_KWARGS)):
             raise ValueError(
                 f"generation_kwargs holds {unknown[0]}, which meta_llama does not have; there are until, max_gen_toks, "
-                f"{', '.join(GENERATION)}"
+                f"{', '.join(GENERATION_KWARGS)}"
             )
-        room = self.max_length - most
-        if room < 1:
+        max_prompt_len = self.max_length - max_gen_len
+        if max_prompt_len < 1:
             raise ValueError(
-                f"max_gen_toks is {most}, and max_seq_len {self.max_length} leaves no room for a context: "
+                f"max_gen_toks is {max_gen_len}, and max_seq_len {self.max_length} leaves no room for a context: "
                 "give a larger --model_args max_seq_len=..."
             )
         tokenizer = self.llama.tokenizer
@@ -197,9 +190,9 @@ class MetaLlama(TemplateLM):
             stop |= self.llama.dialogs.stop_tokens
         seed = settings.get("seed")
         return {
-            "prompt": (self.tok_encode(context) or [self.prefix_token_id])[-room:],
+            "prompt": (self.tok_encode(context) or [self.prefix_token_id])[-max_prompt_len:],
             "until": [text for text in until if text],
-            "max_gen_len": most,
+            "max_gen_len": max_gen_len,
             "temperature": settings.get("temperature", 0.0) if settings["do_sample"] else 0.0,
             "top_p": settings.get("top_p", 1.0),
             "top_k": settings.get("top_k") or None,  # 0 keeps all, as in transformers
@@ -208,21 +201,22 @@ class MetaLlama(TemplateLM):
             "seed": None if seed is None else seed + i,
         }
 
-    def _together(self, function: Callable[..., Any], values: Any) -> Any:
-        """function(llama, values) on every rank, with what rank 0 has."""
-        function, values = broadcast_object((function, values))
-        return function(self.llama, values)
+    def _on_all_ranks(self, function: Callable[..., Any], argument: Any) -> Any:
+        """function(llama, argument) on every rank, both broadcast from rank 0."""
+        function, argument = broadcast_object((function, argument))
+        return function(self.llama, argument)
 
     # Dialogs ------------------------------------------------------------------------------------------
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells dialogs apart that are written differently, in the harness's cache of requests."""
-        examples = [self._render(dialog) for dialog in _examples()]
+        """A key for the harness's cache of requests: it differs where dialogs are written differently."""
+        examples = [self._render(dialog) for dialog in _example_dialogs()]
         return f"{self._format.name}-{hash_string(''.join(examples))[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The name of the dialog format. Raises ValueError where there is none, or another one is asked for."""
+        """The name of the dialog format. Raises ValueError where the model has none, or `chat_template` names another
+        one."""
         if not chat_template:
             return None
         if chat_template not in (True, self._format.name):
@@ -232,15 +226,17 @@ class MetaLlama(TemplateLM):
         return self._format.name
 
     def apply_chat_template(self, chat_history: Dialog, add_generation_prompt: bool = True) -> str:
-        """A dialog as text, up to where the answer begins, or to the end of the one that has begun; `tok_encode` makes
-        of it the ids of `ChatFormat.encode`."""
+        """A dialog as text. `tok_encode` of it returns the ids of `ChatFormat.encode`.
+
+        It ends where the answer begins; if the last message is the beginning of an answer, it ends with that.
+        """
         if not chat_history or chat_history[-1]["role"] != "assistant":
             return self._render(chat_history)
-        # What the format writes between the end of a question and an answer.
-        question = self._render(_examples()[0])
-        turn: Dialog = [*_examples()[0], self._format.answer(MARK), *_examples()[0]]
-        between = self._render(turn).removeprefix(question).split(MARK)[0]
-        return self._render(chat_history[:-1]) + between + chat_history[-1]["content"]
+        # What the format writes between a question and the content of its answer.
+        question = self._render(_example_dialogs()[0])
+        turns: Dialog = [*_example_dialogs()[0], self._format.answer(PLACEHOLDER), *_example_dialogs()[0]]
+        separator = self._render(turns).removeprefix(question).split(PLACEHOLDER)[0]
+        return self._render(chat_history[:-1]) + separator + chat_history[-1]["content"]
 
     @property
     def _format(self) -> ChatFormat:
@@ -253,57 +249,58 @@ class MetaLlama(TemplateLM):
 
     def _render(self, dialog: Dialog) -> str:
         tokenizer, dialect = self.llama.tokenizer, self._format.dialect
-        with_first = tokenizer.dialog_bos and tokenizer.bos_id >= 0
-        parts = dialect.parts(dialog, tokenizer.default_system, tokenizer.system_prefix, with_first)
+        add_bos = tokenizer.dialog_bos and tokenizer.bos_id >= 0
+        parts = dialect.parts(dialog, tokenizer.default_system, tokenizer.system_prefix, add_bos)
         return render(parts, self._names)
 
-    def _find_openings(self) -> tuple[str, ...]:
-        """What dialogs begin with, up to the content of their first message."""
+    def _find_dialog_prefixes(self) -> tuple[str, ...]:
+        """What a dialog as text begins with, up to the content of its first message."""
         if self.llama.chat_format is None:
             return ()
-        return tuple(self._render(dialog).split(MARK)[0] for dialog in _examples())
+        return tuple(self._render(dialog).split(PLACEHOLDER)[0] for dialog in _example_dialogs())
 
     def _is_dialog(self, text: str) -> bool:
-        """Told by how it begins, as dialogs may come out of the harness's cache of requests."""
-        return text.startswith(self._openings)
+        """Detected from its beginning, because the harness may read dialogs from its cache of requests."""
+        return text.startswith(self._dialog_prefixes)
 
 
-class Member(MetaLlama):
-    """`meta_llama` of the command under torchrun: on other ranks than 0 it does what rank 0's is asked, and ends the
-    process when rank 0 is done.
+class DistributedMetaLlama(MetaLlama):
+    """`meta_llama` of the command `llama lm_eval` under torchrun.
 
-    So one rank loads tasks, draws examples, reads caches and reports, and nothing of it can differ between ranks.
+    Only rank 0 returns from the constructor. It alone loads tasks, draws few-shot examples, reads caches and reports,
+    so none of that can differ between ranks. The other ranks compute what rank 0 broadcasts, and exit when it is done.
     """
 
-    built: ClassVar[bool] = False
+    is_built: ClassVar[bool] = False
 
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
-        Member.built = True
+        DistributedMetaLlama.is_built = True
         if is_main_rank():
             return
-        while (told := broadcast_object()) is not None:
-            function, values = told
-            function(self.llama, values)
+        while (call := broadcast_object()) is not None:
+            function, argument = call
+            function(self.llama, argument)
         sys.exit()
 
 
-def _examples() -> list[Dialog]:
-    question: Dialog = [{"role": "user", "content": MARK}]
-    return [question, [{"role": "system", "content": MARK}, *question]]
+def _example_dialogs() -> list[Dialog]:
+    """A question, and a question after a system message."""
+    question: Dialog = [{"role": "user", "content": PLACEHOLDER}]
+    return [question, [{"role": "system", "content": PLACEHOLDER}, *question]]
 
 
-def _whole(name: str, value: Any) -> int:
-    """The harness's command line gives numbers as int or float, configuration files as texts, too."""
+def _read_int(name: str, value: Any) -> int:
+    """The harness's command line passes integers as int or float, its configuration files also as strings."""
     try:
         if int(value) == float(value):
             return int(value)
     except (TypeError, ValueError):
         pass
-    raise ValueError(f"{name} is {value!r}, expected a whole number")
+    raise ValueError(f"{name} is {value!r}, expected an integer")
 
 
-# What every rank runs; functions of the module, as their names are told to the others.
+# Functions that `_on_all_ranks` broadcasts. They are pickled by name, so they must be in the module's namespace.
 
 
 def _loglikelihood(llama: Llama, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
@@ -314,8 +311,8 @@ def _rolling_loglikelihood(llama: Llama, lists: list[list[int]]) -> list[float]:
     return rolling_loglikelihood(llama, lists, bos=False)
 
 
-def _continue(llama: Llama, asked: list[dict[str, Any]]) -> list[str]:
-    settings = {name: [each[name] for each in asked] for name in asked[0]}
+def _generate(llama: Llama, requests: list[dict[str, Any]]) -> list[str]:
+    settings = {name: [request[name] for request in requests] for name in requests[0]}
     prompts, stops = settings.pop("prompt"), settings.pop("until")
     rows = llama._rows(prompts, **settings)
     texts = [TextStream(llama.tokenizer, stop) for stop in stops]

@@ -27,8 +27,10 @@ def text_report(report: TokenReport, width: int, coloured: bool) -> list[str]:
             numbers = f"{token['logprob']:7.2f} {percent_text(token['percent']):>6} {token['rank']:6} "
             numbers += f"{token['entropy']:7.2f}"
         position = "+" * token["generated"] + str(token["position"])
-        piece, following = (_shorten(shown(piece), longest) for piece in (token["piece"], token["next"]["piece"]))
-        rows.append([position, str(token["id"]), piece, numbers, following])
+        piece, next_piece = (
+            _shorten(display_piece(piece), longest) for piece in (token["piece"], token["next"]["piece"])
+        )
+        rows.append([position, str(token["id"]), piece, numbers, next_piece])
     rows.append([str(len(report["tokens"])), "", "(next)", "", ""])
     widths = [max(map(text_width, column)) for column in zip(*rows, strict=True)]
     remaining = max(width - sum(widths) - 2 * len(widths), MIN_EXPECTED)
@@ -82,7 +84,7 @@ def text_width(text: str) -> int:
     )
 
 
-def shown(piece: str) -> str:
+def display_piece(piece: str) -> str:
     """A piece on one line, with white space, control characters and zero-width characters made visible."""
     text = visible(piece.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥"))
     zero_width = not text_width(text)  # a combining accent would attach to the character before the piece
@@ -94,7 +96,7 @@ def _fitting(alternatives: list[Alternative], width: int) -> str:
     line = ""
     for alternative in alternatives:
         percent = f"{alternative['percent']:.0f}%" if alternative["percent"] >= 0.5 else "<1%"
-        piece = shown(alternative["piece"])
+        piece = display_piece(alternative["piece"])
         if not line:
             line = f"{_shorten(piece, width - len(percent) - 1)} {percent}"
         elif text_width(longer := f"{line}  {piece} {percent}") <= width:

@@ -7,8 +7,8 @@ from typing import TypedDict
 
 import torch
 
-from llama.accelerate.executor import log_norm, score
 from llama.engine.engine import Engine
+from llama.engine.logprobs import log_norm, score
 from llama.engine.requests import Alternatives, alternatives, check_alternatives, read_ids
 from llama.engine.streaming import TextStream
 from llama.evaluate.scoring import Text, measure_texts

@@ -1,4 +1,4 @@
-"""Whether a model finds room, asked before it is loaded: what it needs, what is free, and which flags would fit."""
+"""Checks before loading whether a model fits into memory: what it needs, what is free, and which flags would fit."""
 
 import re
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ import torch
 
 from llama.accelerate.quantize import SCHEMES
 from llama.checkpoint.layout import legal_world_sizes
-from llama.memory.plan import Sizes, largest, sizes
+from llama.memory.sizes import Sizes, largest, sizes
 from llama.parallel.groups import current_world
 from llama.params import ModelArgs
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-STEP = 64  # proposed contexts are multiples of so many positions
+STEP = 64  # suggested contexts are multiples of this many positions
 
 
 class InsufficientMemoryError(ValueError):
@@ -23,7 +23,7 @@ class InsufficientMemoryError(ValueError):
 
 @dataclass(frozen=True)
 class Choice:
-    """What decides the memory that a rank needs, as far as flags can change it."""
+    """The settings that determine how much memory a rank needs."""
 
     args: ModelArgs
     world_size: int
@@ -46,7 +46,7 @@ class Choice:
         )
 
     def resized(self, max_seq_len: int | None = None, max_batch_size: int | None = None) -> "Choice":
-        """With another number of positions or rows."""
+        """A copy with another number of positions or rows."""
         length, rows = max_seq_len or self.args.max_seq_len, max_batch_size or self.args.max_batch_size
         return replace(self, args=replace(self.args, max_seq_len=length, max_batch_size=rows))
 
@@ -60,9 +60,9 @@ def check_memory(
     embedding_axis: int,
     quantize: str | None,
 ) -> Choice:
-    """Raise InsufficientMemoryError where this rank needs more than its device has free; arguments as in `plan.sizes`.
+    """Raise InsufficientMemoryError if this rank needs more than its device has free; arguments as in `sizes.sizes`.
 
-    Where the system does not tell what is free nothing is checked.
+    Where the free memory is unknown nothing is checked.
     """
     choice = Choice(args, world_size, dtype, quantize, device.type, tied, embedding_axis)
     free = free_bytes(device)
@@ -85,7 +85,7 @@ def _needs(choice: Choice) -> str:
 def _answer(choice: Choice, free: int) -> str:
     """What would fit into `free` bytes."""
     if found := suggestions(choice, free):
-        listed = [f"{flags} ({_gib(way.sizes.total)} GiB)" for flags, way in found]
+        listed = [f"{flags} ({_gib(changed.sizes.total)} GiB)" for flags, changed in found]
         return f"{', '.join(listed[:-1])} or {listed[-1]} would fit" if found[1:] else f"{listed[0]} would fit"
     least = replace(choice, quantize=SCHEMES[-1]).resized(STEP, 1).sizes.total
     return (
@@ -97,35 +97,39 @@ def _answer(choice: Choice, free: int) -> str:
 def explained(
     choice: Choice, device: torch.device, held: int, doing: str, error: BaseException
 ) -> InsufficientMemoryError:
-    """The error for memory that ran out in spite of `check_memory`: others took it, or more is needed than planned.
+    """The error for memory that ran out in spite of `check_memory`: other processes took it, or the plan was too low.
 
-    held: bytes that the model has already. doing: what was done, and the way out without another build if there is one.
+    held: bytes that the model has allocated. doing: what failed, or a fix that needs no other build.
     """
-    found = re.search(r"(?i)tried to allocate ([\d.]+) ?(GiB|MiB|KiB|bytes)", str(error))
-    asked = float(found[1]) * {"gib": 2**30, "mib": 2**20, "kib": 2**10, "bytes": 1}[found[2].lower()] if found else 0.0
-    free, more = free_bytes(device), f", {_gib(asked)} GiB more were asked for" if asked else ""
+    units = {"gib": 2**30, "mib": 2**20, "kib": 2**10, "bytes": 1}
+    match = re.search(r"(?i)tried to allocate ([\d.]+) ?(GiB|MiB|KiB|bytes)", str(error))
+    requested = float(match[1]) * units[match[2].lower()] if match else 0.0
+    free, more = free_bytes(device), f", {_gib(requested)} GiB more were asked for" if requested else ""
     if free is None:
         return InsufficientMemoryError(f"out of memory on {device}{more}, {doing}: {_needs(choice)}")
-    room = min(free + held, choice.sizes.total - max(0, int(asked) - free))  # what is asked for has to fit in, too
+    available = min(free + held, choice.sizes.total - max(0, int(requested) - free))  # the request must fit, too
     where = f"out of memory on {device}{more}, {_gib(free)} GiB are free, {doing}"
-    return InsufficientMemoryError(f"{where}: {_needs(choice)}, {_answer(choice, room)}")
+    return InsufficientMemoryError(f"{where}: {_needs(choice)}, {_answer(choice, available)}")
 
 
 def suggestions(choice: Choice, free: int) -> list[tuple[str, Choice]]:
-    """(flags, what they make of `choice`) that need no more than `free` bytes, with numbers as large as fit: each flag
-    that is enough by itself, or combinations where none is; and more ranks."""
+    """Changes of flags, as (flags, the changed choice), that need no more than `free` bytes.
+
+    Each flag that is enough by itself, or combinations where none is; on CUDA also more ranks. Numbers are as large as
+    fit.
+    """
     stronger = SCHEMES[SCHEMES.index(choice.quantize) + 1 :] if choice.quantize else SCHEMES
     smaller = [(f"--quantize {scheme}", replace(choice, quantize=scheme)) for scheme in stronger]
     if choice.dtype == torch.float32:
         smaller.insert(0, ("--dtype bfloat16", replace(choice, dtype=torch.bfloat16)))
-    found = [(flags, way) for flags, way in smaller if way.sizes.total <= free] + _resized(choice, free)
+    found = [(flags, changed) for flags, changed in smaller if changed.sizes.total <= free] + _resized(choice, free)
     if not found:
-        found = [(f"{flags} {more}", way) for flags, start in smaller for more, way in _resized(start, free)]
+        found = [(f"{flags} {more}", changed) for flags, start in smaller for more, changed in _resized(start, free)]
     if not found and choice.args.max_batch_size > 1:
         found = [
-            (f"{flags} --max_batch_size 1 {more}".strip(), way)
+            (f"{flags} --max_batch_size 1 {more}".strip(), changed)
             for flags, start in [("", choice), *smaller]
-            for more, way in _resized(start.resized(max_batch_size=1), free)
+            for more, changed in _resized(start.resized(max_batch_size=1), free)
         ]
     if choice.device == "cuda":  # on a CPU the ranks of a host share its memory
         more_ranks = [
@@ -134,12 +138,12 @@ def suggestions(choice: Choice, free: int) -> list[tuple[str, Choice]]:
             for n in legal_world_sizes(choice.args)
             if n > choice.world_size
         ]
-        found += [(flags, way) for flags, way in more_ranks if way.sizes.total <= free][:1]
+        found += [(flags, changed) for flags, changed in more_ranks if changed.sizes.total <= free][:1]
     return found
 
 
 def _resized(choice: Choice, free: int) -> list[tuple[str, Choice]]:
-    """The largest max_seq_len and the largest max_batch_size below the present ones that fit, each by itself."""
+    """The largest max_seq_len and the largest max_batch_size below the current ones that fit, each by itself."""
 
     def fits(max_seq_len: int | None = None, max_batch_size: int | None = None) -> bool:
         return choice.resized(max_seq_len, max_batch_size).sizes.total <= free
@@ -158,21 +162,21 @@ def _gib(size: float) -> str:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that this rank may still take on its device; None where nobody tells.
+    """Bytes that this rank can still allocate on its device; None where that is unknown.
 
-    The ranks of a host share its memory evenly. Pages of files, such as a mapped checkpoint's, count as free: the
-    system gives them up when memory is wanted.
+    The ranks of a host share its memory evenly. The page cache, such as a mapped checkpoint's pages, counts as free, as
+    the system reclaims it when memory is needed.
     """
     if device.type == "cuda":
         try:
             free, _ = torch.cuda.mem_get_info(device)
-        except (AssertionError, RuntimeError):  # a driver that does not tell
+        except (AssertionError, RuntimeError):  # the driver does not report it
             return None
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own reserve
     if device.type != "cpu":
         return None
-    found = [*_host_free(), *_cgroups_free(), *_limit_free()]
-    return min(found) // current_world().local_size if found else None
+    limits = [*_host_free(), *_cgroups_free(), *_limit_free()]
+    return min(limits) // current_world().local_size if limits else None
 
 
 def _host_free() -> Iterator[int]:
@@ -182,7 +186,7 @@ def _host_free() -> Iterator[int]:
 
 
 def _limit_free() -> Iterator[int]:
-    """What `ulimit -v` leaves to this process, times the ranks that share the rest."""
+    """What `ulimit -v` leaves to this process, times the ranks of the host, as it is a limit for each of them."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -194,7 +198,7 @@ def _limit_free() -> Iterator[int]:
 
 
 def _cgroups_free() -> Iterator[int]:
-    """What is left below the limit of each group that this process is in, where there is a limit."""
+    """What is left below the limit of each cgroup of this process that has one."""
     try:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -208,18 +212,18 @@ def _cgroups_free() -> Iterator[int]:
         else:
             continue
         parts = Path(path.lstrip("/")).parts
-        # In a container the path may be the host's, and lie elsewhere here; the root always is ours.
+        # In a container the path may be that of the host and not exist here; the root always does.
         for folder in (root.joinpath(*parts[:n]) for n in range(len(parts), -1, -1)):
             try:
-                most, used = (int((folder / name).read_text()) for name in (limit, usage))
-            except (OSError, ValueError):  # not there, or "max": no limit
+                maximum, used = (int((folder / name).read_text()) for name in (limit, usage))
+            except (OSError, ValueError):  # no such file, or "max": no limit
                 continue
             stat = _numbers(folder / "memory.stat")
-            yield max(0, most - used + sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("inactive", "active")))
+            yield max(0, maximum - used + sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("inactive", "active")))
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """The numbers of a file with a name and a number a line."""
+    """Read a file with a name and a number on each line."""
     try:
         return {name: int(number) for name, number in re.findall(r"(?m)^(\w+):?\s+(\d+)", path.read_text())}
     except OSError:

@@ -1,4 +1,4 @@
-"""Ranks: rendezvous, process groups, devices, exchanges of objects, heartbeats that notice a lost rank.
+"""Ranks: rendezvous, process groups, exchanges of objects, devices, and the heartbeat that notices a lost rank.
 
-Imports errors and interrupt only. `groups.py` is part of the core, the rest makes ranks fail together and soon.
+Imports errors and interrupt only. Read `groups.py` first; `heartbeat.py` ends all ranks soon after one is lost.
 """

@@ -1,4 +1,4 @@
-"""What a rank computes on: device, dtype, threads."""
+"""The device, dtype and threads of a rank, and the cache folder of this machine."""
 
 import os
 import platform
@@ -10,18 +10,19 @@ import torch
 
 from llama.parallel.groups import World
 
-# oneDNN keeps what it prepared for each number of rows that it met, up to 1 MB for each of the last 1,024: texts of all
-# lengths would fill a gigabyte. A step needs half a dozen, and a prompt's cost a millisecond. Read at its first use.
+# oneDNN caches a primitive for each shape of input, up to 1 MB each, and keeps the last 1,024: prompts of many lengths
+# would fill a gigabyte. A decode step needs half a dozen, and to recreate those of a prompt takes a millisecond. oneDNN
+# reads these variables at its first use.
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(name, "16")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(name: str, world: World) -> torch.device:
-    """Turn "auto", "cpu", "cuda", "cuda:N" or "mps" into this rank's device.
+    """This rank's device for "auto", "cpu", "cuda", "cuda:N" or "mps"; a GPU becomes torch's current device.
 
-    "auto" is cuda where torch sees a GPU, else mps (which knows no process groups, so one rank only),
-    else cpu. On cuda every rank takes the GPU of its LOCAL_RANK.
+    "auto" is cuda if torch sees a GPU, else mps (for one rank only, as it has no process groups), else cpu. On cuda
+    every rank takes the GPU of its LOCAL_RANK. Raises ValueError for other names and devices that this rank cannot use.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -52,17 +53,17 @@ def pick_device(name: str, world: World) -> torch.device:
 
 
 def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """Choose the dtype to compute in: the named one, or for "auto" the checkpoint's own where it fits the device.
+    """The dtype to compute in: the named one, or for "auto" the dtype that is `stored`, if the device computes in it.
 
-    bfloat16 becomes float16 on GPUs that have no bfloat16 arithmetic (compute capability below 8.0, macOS before 14);
-    both become float32 on a CPU that lacks theirs, where they would take several times as long.
+    Otherwise "auto" turns bfloat16 into float16 on a GPU (compute capability below 8.0, macOS before 14), and both into
+    float32 on a CPU, where they would be several times slower. Raises ValueError for other names.
     """
     if name != "auto":
         if name not in DTYPES:
             raise ValueError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     if device.type == "cpu":
-        return stored if _cpu_computes_in(stored) else torch.float32
+        return stored if _is_native_on_cpu(stored) else torch.float32
     lacks_bfloat16 = (
         torch.cuda.get_device_capability(device) < (8, 0)
         if device.type == "cuda"
@@ -71,17 +72,17 @@ def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dt
     return torch.float16 if stored == torch.bfloat16 and lacks_bfloat16 else stored
 
 
-def _cpu_computes_in(dtype: torch.dtype) -> bool:
-    # The only place where torch tells is private operators of its oneDNN build.
+def _is_native_on_cpu(dtype: torch.dtype) -> bool:
+    # torch tells it only in private operators of its oneDNN build.
     names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     probe = getattr(torch.ops.mkldnn, names.get(dtype, ""), None)
     return dtype == torch.float32 or bool(probe and probe())
 
 
 def share_cores(world: World) -> None:
-    """Give each of a host's ranks its part of the cores, unless the user chose a number of threads.
+    """Divide the host's cores among its ranks (torch.set_num_threads), unless the user has set OMP_NUM_THREADS.
 
-    torchrun sets OMP_NUM_THREADS=1 when it is absent, so 1 counts as not chosen.
+    torchrun sets it to 1 if it is unset, so 1 counts as unset.
     """
     if world.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -89,7 +90,10 @@ def share_cores(world: World) -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled code and measurements of this machine are kept. Raises FileNotFoundError where nobody said."""
+    """The folder for compiled code and measurements of this machine: $XDG_CACHE_HOME or ~/.cache, then llama-runner.
+
+    Raises FileNotFoundError if there is neither.
+    """
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-runner"
     except RuntimeError as error:  # a user without a home, as in some containers
@@ -98,7 +102,8 @@ def cache_folder() -> Path:
 
 @cache
 def processor() -> str:
-    """What -march=native stands for: a home folder may be shared by machines that differ."""
+    """A text that identifies what -march=native compiles for. It is part of cache keys, as machines with different
+    processors may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.lower().startswith(("flags", "features")))

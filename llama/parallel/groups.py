@@ -1,7 +1,9 @@
-"""The ranks: who they are, which one speaks, and their process group.
+"""Ranks and their process group: rendezvous, exchanges of objects, shutdown.
 
-Plain Python and torchrun take the same path: the environment variables RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+Plain Python and torchrun take the same path. The environment variables RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
 MASTER_ADDR and MASTER_PORT describe the ranks; without them this process is a world of one, which needs no port.
+
+Several models may be open at once. The first one creates the groups, all share them, the last `shutdown` destroys them.
 """
 
 import atexit
@@ -20,21 +22,21 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 from torch.distributed import distributed_c10d
 
 from llama.parallel.heartbeat import (
-    GROUP_TIMEOUT_FACTOR,
+    LOST_FACTOR,
     Heartbeat,
     PeerError,
     Stores,
-    find_stores,
-    hide_lost_rank_traceback,
+    exit_timeout,
+    lost_rank_excepthook,
     lost_rank_message,
-    timeout,
+    rendezvous,
 )
 
 log = logging.getLogger(__name__)
 
 
 class World(NamedTuple):
-    """This process among the ranks: `rank` of `size` in all, `local_rank` of `local_size` on its host."""
+    """This process is `rank` of `size` ranks in all, and `local_rank` of the `local_size` on its host."""
 
     rank: int = 0
     size: int = 1
@@ -43,7 +45,7 @@ class World(NamedTuple):
 
 
 def current_world() -> World:
-    """The process group where there is one, else torchrun's variables, else a world of one."""
+    """The world of the default process group if there is one, else of torchrun's variables, else a world of one."""
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -54,59 +56,67 @@ def current_world() -> World:
 
 
 def is_main_rank() -> bool:
-    """True on the one rank that prints and samples."""
+    """True on rank 0, the only one that prints and samples."""
     return current_world().rank == 0
 
 
 # Process group ------------------------------------------------------------------------------------
 
-_members = 0  # models that use the group; the last one to leave destroys it
-_ours = False  # False: somebody else initialised torch.distributed and will destroy it
-_our_groups = False  # the same for fairscale's groups
-_stores: Stores | None = None  # one per process: torchrun's port can be bound once
-_heartbeat: Heartbeat | None = None  # of this rank, among several
-_generation = 0  # meetings so far; each uses its own keys of the store
-_devnull: TextIO | None = None  # what sys.stdout is on ranks that print nothing; made once
-_hooks = (sys.excepthook, sys.excepthook)  # before and after it was wrapped
+_open_models = 0  # models that use the groups
+_owns_default_group = False  # whether this package created it: one that the program created is the program's to destroy
+_owns_model_parallel_group = False  # the same for fairscale's groups
+_stores: Stores | None = None  # one per process: rank 0 can bind torchrun's port only once
+_heartbeat: Heartbeat | None = None  # None in a world of one
+_generation = 0  # times that the ranks have connected; each time uses store keys of its own
+_devnull: TextIO | None = None  # sys.stdout on ranks that print nothing
+_excepthooks = (sys.excepthook, sys.excepthook)  # the program's, and ours that wraps it
 
 
 def connect_ranks(world: World) -> None:
-    """Rendezvous with the other ranks, whatever device each uses. Call `shutdown` afterwards, also if this fails."""
-    global _members, _stores, _heartbeat, _generation
-    _members += 1
-    if _members == 1 and world.size > 1:
+    """Connect to the other ranks and start the heartbeat, before devices are known and checkpoints read.
+
+    Every call needs a later `shutdown`, also one that raises. Raises LostRankError where ranks are missing.
+    """
+    global _open_models, _stores, _heartbeat, _generation
+    _open_models += 1
+    if _open_models == 1 and world.size > 1:
         _generation += 1
         if dist.is_initialized():
             stores = Stores.of(distributed_c10d._get_default_store())
         else:
-            stores = _stores = _stores or find_stores(world.rank, world.size)
+            stores = _stores = _stores or rendezvous(world.rank, world.size)
         _heartbeat = Heartbeat(stores, _generation, world.rank, world.size)
-    all_gather_object(None)  # all are there: what follows keeps pace
+    all_gather_object(None)  # a barrier: ranks that arrive late are waited for here, not in a collective with a timeout
 
 
 def init_process_groups(world: World, device: torch.device) -> None:
-    """Enter the process group and fairscale's model-parallel group, making them if this is the first model."""
-    global _ours, _our_groups, _hooks
+    """Create torch's default process group and fairscale's model-parallel group, where they do not exist yet.
+
+    The backend is nccl for a cuda device if this torch has it, else gloo. Raises ValueError if existing groups use
+    another backend or have another size. Until `shutdown`, print() shows nothing on all ranks of a host but its first.
+    """
+    global _owns_default_group, _owns_model_parallel_group, _excepthooks
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     if not dist.is_initialized():
         if device.type == "cuda" and backend == "gloo":
             log.warning("this torch has no NCCL, ranks talk over gloo (slower)")
-        hook = sys.excepthook  # torch puts the rank before each line of it
-        store = _stores.group(_generation) if _stores and world.size > 1 else dist.HashStore()
-        # With torch's own timeout, as the default group is the program's, too: it may wait for hours there.
+        excepthook = sys.excepthook  # init_process_group wraps it, to prefix each line with the rank
+        store = _stores.for_process_group(_generation) if _stores and world.size > 1 else dist.HashStore()
+        # With torch's own timeout: the default group belongs to the program, too, which may wait for hours there.
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
-        _ours, _hooks = True, (hook, hide_lost_rank_traceback(sys.excepthook) if world.size > 1 else hook)
-        sys.excepthook = _hooks[1]
-    elif world.size > 1 and _ours and dist.get_backend() != backend:
+        _owns_default_group = True
+        _excepthooks = (excepthook, lost_rank_excepthook(sys.excepthook) if world.size > 1 else excepthook)
+        sys.excepthook = _excepthooks[1]
+    elif world.size > 1 and _owns_default_group and dist.get_backend() != backend:
         raise ValueError(
             f"ranks already talk over {dist.get_backend()}, {device} needs {backend}: close() the other model"
         )
     if not fairscale_groups.model_parallel_is_initialized():
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines there
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines
             fairscale_groups.initialize_model_parallel(world.size)
-        patience = timedelta(seconds=GROUP_TIMEOUT_FACTOR * timeout(device.type))
-        distributed_c10d._set_pg_timeout(patience, process_group())
-        _our_groups = True
+        timeout = timedelta(seconds=LOST_FACTOR * exit_timeout(device.type))
+        distributed_c10d._set_pg_timeout(timeout, process_group())
+        _owns_model_parallel_group = True
     if fairscale_groups.get_model_parallel_world_size() != world.size:
         raise ValueError(f"fairscale is initialised with another model-parallel size than the {world.size} ranks here")
     if world.local_rank > 0:
@@ -116,85 +126,92 @@ def init_process_groups(world: World, device: torch.device) -> None:
 def _mute_stdout() -> None:
     """Send print() to os.devnull until the last model is closed; `sys.__stdout__` and stderr still print.
 
-    Meta's build does it on these ranks, and programs written for it print() on all of them and mean one. A program that
-    has redirected sys.stdout itself keeps that.
+    Meta's `build` does so on these ranks, and programs written for it call print() on every rank to print once. A
+    sys.stdout that the program has redirected stays.
     """
     global _devnull
     if sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
         sys.__stdout__.flush()
-        _devnull = _devnull or open(os.devnull, "w")  # noqa: SIM115  (a program may hold it: it is never closed)
+        _devnull = _devnull or open(os.devnull, "w")  # noqa: SIM115  (never closed, as the program may keep it)
         sys.stdout = _devnull
 
 
 def shutdown() -> None:
-    """Part from the other ranks; with the last model the group is destroyed."""
-    global _members
-    _members -= 1
-    if _members == 0:
+    """Undo one `connect_ranks`. The last one stops the heartbeat and destroys the groups that this package created."""
+    global _open_models
+    _open_models -= 1
+    if _open_models == 0:
         _destroy()
 
 
 @atexit.register
 def _destroy() -> None:
-    global _ours, _our_groups, _heartbeat
-    pulse, _heartbeat = _heartbeat, None
-    if pulse is not None:
-        pulse.stop()
+    global _owns_default_group, _owns_model_parallel_group, _heartbeat
+    heartbeat, _heartbeat = _heartbeat, None
+    if heartbeat is not None:
+        heartbeat.stop()
     if _devnull is not None and sys.stdout is _devnull:
         sys.stdout = sys.__stdout__
-    if _our_groups:
+    if _owns_model_parallel_group:
         fairscale_groups.destroy_model_parallel()
-        _our_groups = False
-    if _ours:
-        if dist.is_initialized():  # a gloo rank that exits with its group alive aborts now and then
+        _owns_model_parallel_group = False
+    if _owns_default_group:
+        if dist.is_initialized():  # a process that exits with a gloo group sometimes aborts
             dist.destroy_process_group()
-        if sys.excepthook is _hooks[1]:
-            sys.excepthook = _hooks[0]
-        _ours = False
+        if sys.excepthook is _excepthooks[1]:
+            sys.excepthook = _excepthooks[0]
+        _owns_default_group = False
 
 
 def model_parallel() -> tuple[int, int]:
-    """(rank, size) in the model-parallel group; (0, 1) before there is one."""
+    """(rank, size) in the model-parallel group; (0, 1) before it is created."""
     if not fairscale_groups.model_parallel_is_initialized():
         return 0, 1
     return fairscale_groups.get_model_parallel_rank(), fairscale_groups.get_model_parallel_world_size()
 
 
 def process_group() -> dist.ProcessGroup:
-    """fairscale's model-parallel group, which holds all ranks and is the one group that this package talks over.
+    """fairscale's model-parallel group, which contains all ranks. This package runs its collectives there only.
 
-    A rank that keeps the others waiting there for more than a third of LLAMA_TIMEOUT counts as lost.
+    Its timeout is a third of LLAMA_TIMEOUT: a collective in which a rank arrives later than that raises on the others.
     """
     return fairscale_groups.get_model_parallel_group()
 
 
 def broadcast(ids: torch.Tensor) -> torch.Tensor:
-    """Replace `ids` by rank 0's, in place, so that ranks cannot drift apart."""
+    """Overwrite `ids` with rank 0's, in place, and return it. So all ranks continue with the same tokens."""
     if model_parallel()[1] > 1:
         dist.broadcast(ids, src=0, group=process_group())
     return ids
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """What each rank gives, in rank order, on every rank. A slow rank is waited for, a lost one is not."""
+    """Every rank's `value`, in rank order, on every rank; `[value]` in a world of one. Up to 8 MB each.
+
+    Waits without limit for a slow rank. Raises LostRankError where a rank is lost.
+    """
     return [value] if _heartbeat is None else _heartbeat.all_gather(value)
 
 
 def broadcast_object(value: Any = None) -> Any:
-    """Rank 0's value on every rank. The others wait as long as it takes, for a user who types for instance."""
+    """Rank 0's `value`, of any size, on every rank. The others wait without limit, for a user who types for instance.
+
+    Raises LostRankError where a rank is lost.
+    """
     if _heartbeat is None:
         return value
-    all_gather_object(None)
-    values = [value]  # a store takes 8 MB at most
+    all_gather_object(None)  # the wait: the collective below has a timeout
+    values = [value]
     dist.broadcast_object_list(values, src=0, group=process_group())
     return values[0]
 
 
 @contextlib.contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Leave the block with an error on every rank if any rank has one: nobody waits for a rank that is gone.
+    """A block that all ranks run: if it raises on one of them, it raises on all, so none waits for one that failed.
 
-    A rank that failed raises its own error, the others PeerError with the message of the first that failed.
+    A rank that failed raises its own error, the others PeerError with the message of the first rank that failed. An
+    error that means a lost rank is raised at once, on this rank only.
     """
     error: Exception | None = None
     try:
@@ -204,9 +221,9 @@ def raise_on_all_ranks() -> Iterator[None]:
             raise
         error = caught
     messages = all_gather_object(str(error) if error else None)
-    first = next((rank for rank, message in enumerate(messages) if message is not None), None)
-    if first is not None and len(messages) > 1:
-        error = error or PeerError(f"rank {first} failed: {messages[first]}")
-        error.__dict__["told_by"] = 0  # rank 0 has either the same error or a PeerError about it
+    failed = next((rank for rank, message in enumerate(messages) if message is not None), None)
+    if failed is not None and len(messages) > 1:
+        error = error or PeerError(f"rank {failed} failed: {messages[failed]}")
+        error.__dict__["reporting_rank"] = 0  # one report is enough: rank 0 has the same error, or a PeerError about it
     if error is not None:
         raise error

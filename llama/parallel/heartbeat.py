@@ -1,8 +1,16 @@
-"""How a rank that is gone is noticed.
+"""How ranks notice that another rank is lost, and report it in one line.
 
-While ranks add up their parts of the model they keep pace, and a collective that takes too long has lost a rank. But
-between these one rank may take its time: it loads from a slower disk, or its user thinks about the next question. There
-the others wait in `Heartbeat.all_gather`, as long as it takes, if only the pulse of every rank is heard.
+Noticing. Inside a forward pass all ranks run the same collectives, so a collective that times out, or whose connection
+closes, means that a rank is lost. Between forward passes a rank may be slow for good reason: it loads from a slower
+disk, or waits for its user's next question. There the ranks meet in `Heartbeat.all_gather`, which has no timeout of its
+own. Instead a thread of each rank increments a counter in the ranks' key-value store (the heartbeat) and reads the
+counters of the others. A rank whose counter stands still for a third of LLAMA_TIMEOUT is lost. `Heartbeat.stop` makes
+the counter negative, so a rank that exits in order is not taken for a silent one.
+
+Reporting. `all_gather` raises LostRankError, a collective torch's RuntimeError; `lost_rank_message` turns either into
+one line for the user. Where the main thread does something else, such as waiting for input, the heartbeat's thread
+prints the line and ends the process. Before it exits, a rank waits for EXIT_DELAY seconds, because torchrun reports
+the rank that exits first: that should be the one that failed, not one that noticed.
 """
 
 import contextlib
@@ -23,16 +31,18 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-RESTART = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may have the keys of ranks that went before
-PARENT = os.getppid()
+RESTART_COUNT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # keys of an earlier start may still be in the store
+PARENT_PID = os.getppid()
 Store = Any  # dist.Store, whose stubs lack half of it
-# Of these, the part that is waited for a rank. The rest is for the end: torchrun gives a rank that is stopped 30 s.
-GROUP_TIMEOUT_FACTOR = 0.35
-ARRIVAL = 5  # times LLAMA_TIMEOUT for all ranks to come: they may import from a slow disk
-LEFT = -(2**40)  # what makes any number of beats negative
-# Set when this process is about to end for want of another: torch prints a page where nobody answers at the store.
-_ending = threading.Event()
-GRACE = 2  # seconds in which torchrun ends this rank if another one of its host was the first to go
+# The part of LLAMA_TIMEOUT after which a rank counts as lost. The rest is for the exit: torchrun gives a suspended rank
+# 30 s before it kills it.
+LOST_FACTOR = 0.35
+RENDEZVOUS_FACTOR = 5  # times LLAMA_TIMEOUT for all ranks to connect: they may import packages from a slow disk
+DEPARTED = -(2**40)  # added to a heartbeat counter, makes it negative
+EXIT_DELAY = 2  # seconds; where another rank of this host failed first, torchrun ends this one within them
+# Set when this process is about to exit because another rank is lost. The heartbeat then stops using the store, whose
+# host may be gone: torch logs a page for each operation that fails.
+_exiting = threading.Event()
 
 
 class PeerError(RuntimeError):
@@ -40,125 +50,143 @@ class PeerError(RuntimeError):
 
 
 class LostRankError(RuntimeError):
-    """Another rank is gone, or does not answer."""
+    """Another rank has exited, was killed, or does not answer."""
 
 
-def timeout(device_type: str = "cpu") -> float:
-    """Seconds in which all ranks have ended once one is lost. Raises ValueError where LLAMA_TIMEOUT is no number."""
-    given = os.environ.get("LLAMA_TIMEOUT", "")
-    if given and not re.fullmatch(r"[1-9]\d{0,6}", given):
-        raise ValueError(f"LLAMA_TIMEOUT is {given!r}, expected whole seconds, such as 120")
-    return float(given or (600 if device_type == "cuda" else 60))
+def exit_timeout(device_type: str = "cpu") -> float:
+    """Seconds within which all ranks exit once one is lost: LLAMA_TIMEOUT, else 600 on cuda and 60 elsewhere.
+
+    Raises ValueError if LLAMA_TIMEOUT is no positive integer.
+    """
+    value = os.environ.get("LLAMA_TIMEOUT", "")
+    if value and not re.fullmatch(r"[1-9]\d{0,6}", value):
+        raise ValueError(f"LLAMA_TIMEOUT is {value!r}, expected whole seconds, such as 120")
+    return float(value or (600 if device_type == "cuda" else 60))
 
 
 class Stores(NamedTuple):
-    """The connections of a process to the ranks' store: one for the process group, one for what ranks exchange, one for
-    the pulse, as operations on one connection wait for each other. torch looks up the name of each connection's
-    address, which takes seconds where no name server answers: they are kept."""
+    """This process's connections to the ranks' store, one for each use: operations on one connection wait for each
+    other. They are kept for later models, as torch looks up the store's host name for each new connection, which takes
+    seconds where no name server answers."""
 
-    common: Store
-    talk: Store
-    beat: Store
+    process_group: Store
+    exchange: Store
+    heartbeat: Store
 
     @classmethod
     def of(cls, store: Store) -> "Stores":
         return cls(store, store.clone(), store.clone())
 
-    def group(self, meeting: int) -> Store:
-        """For the process group of this meeting of the ranks."""
-        return dist.PrefixStore(f"llama/{RESTART}/group/{meeting}", self.common)
+    def for_process_group(self, generation: int) -> Store:
+        """The store of the process group of this `generation` (see `groups.connect_ranks`), with keys of its own."""
+        return dist.PrefixStore(f"llama/{RESTART_COUNT}/group/{generation}", self.process_group)
 
 
-def find_stores(rank: int, size: int) -> Stores:
-    """The store of the ranks that torchrun's variables name, once all of them have come."""
-    limit, started = timedelta(seconds=ARRIVAL * timeout()), time.monotonic()
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    answers: queue.SimpleQueue[Stores | Exception] = queue.SimpleQueue()
+def rendezvous(rank: int, size: int) -> Stores:
+    """Connect to the store that torchrun's variables name, and wait until all ranks have connected.
 
-    def find() -> None:  # where Ctrl-C is not heard
+    Waits for RENDEZVOUS_FACTOR * LLAMA_TIMEOUT seconds at most. Raises LostRankError if the store cannot be reached or
+    ranks are missing by then.
+    """
+    limit, started = timedelta(seconds=RENDEZVOUS_FACTOR * exit_timeout()), time.monotonic()
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    results: queue.SimpleQueue[Stores | Exception] = queue.SimpleQueue()
+
+    def connect() -> None:
         try:
-            answers.put(Stores.of(next(dist.rendezvous("env://", rank, size, timeout=limit))[0]))
+            results.put(Stores.of(next(dist.rendezvous("env://", rank, size, timeout=limit))[0]))
         except Exception as error:
-            answers.put(error)
+            results.put(error)
 
-    _start(find)
-    answer = answers.get()
-    if isinstance(answer, Stores):
-        return answer
-    if not isinstance(answer, dist.DistNetworkError | dist.DistStoreError):
-        raise answer
-    reason = str(answer).split("\n")[0]
+    _start_thread(connect)  # in a thread, as Ctrl-C interrupts the wait for a queue, but not torch's C++ code
+    result = results.get()
+    if isinstance(result, Stores):
+        return result
+    if not isinstance(result, dist.DistNetworkError | dist.DistStoreError):
+        raise result
+    reason = str(result).split("\n")[0]
     if time.monotonic() - started < limit.total_seconds():
-        raise LostRankError(f"rank {rank} cannot meet the others at {place}: {reason}") from answer
+        raise LostRankError(f"rank {rank} cannot connect to the other ranks at {address}: {reason}") from result
     raise LostRankError(
-        f"rank {rank} found no {size} ranks at {place} in {limit.total_seconds():.0f} s: start all of them, or give "
-        f"them more time with LLAMA_TIMEOUT ({reason})"
-    ) from answer
+        f"rank {rank} waited {limit.total_seconds():.0f} s for {size} ranks to connect to {address}: start all of "
+        f"them, or give them more time with LLAMA_TIMEOUT ({reason})"
+    ) from result
 
 
 class Heartbeat:
-    """The pulse of this rank and of the others, who all have one on the same store.
+    """This rank's heartbeat, those of the other ranks, and an exchange of values that fails when one of them stops.
 
-    Operations on a store block for as long as its host does not answer, whatever their timeouts. So none of them runs
-    in the thread that waits for the result.
+    `generation` distinguishes the keys of this heartbeat from those of earlier ones in the same store; all ranks give
+    the same. An operation on a store blocks for as long as the store's host does not answer, whatever its timeout. So
+    `all_gather` runs them in a thread and waits for its result, which Ctrl-C and the checks below can interrupt.
     """
 
-    def __init__(self, stores: Stores, meeting: int, rank: int, size: int):
-        prefix = f"llama/{RESTART}/{meeting}"
-        self.rank, self.size, self.patience = rank, size, GROUP_TIMEOUT_FACTOR * timeout()
-        self._round = self._answered = 0
-        self._store = dist.PrefixStore(prefix, stores.talk)
+    def __init__(self, stores: Stores, generation: int, rank: int, size: int):
+        prefix = f"llama/{RESTART_COUNT}/{generation}"
+        self.rank, self.size = rank, size
+        self.timeout = LOST_FACTOR * exit_timeout()  # seconds without a heartbeat after which a rank is lost
+        self._round = self._completed_round = 0  # of all_gather
+        self._store = dist.PrefixStore(prefix, stores.exchange)
         self._started = time.monotonic()
-        self._beats = dict.fromkeys(set(range(size)) - {rank}, 0)  # of the others; negative once they have left
-        self._heard: dict[int, float] = {}  # rank -> when its pulse was last heard
+        self._counters = dict.fromkeys(set(range(size)) - {rank}, 0)  # the other ranks' counters, as last read
+        self._last_heard: dict[int, float] = {}  # rank -> when its counter last changed
         self._stopped = threading.Event()
-        self._threads = [_start(self._beat, dist.PrefixStore(prefix, stores.beat))]
+        self._threads = [_start_thread(self._run, dist.PrefixStore(prefix, stores.heartbeat))]
 
     def all_gather(self, value: Any) -> list[Any]:
-        """What every rank gives, in rank order; small values. Raises LostRankError once a rank is no longer heard."""
+        """Every rank's `value`, in rank order, on every rank. Values are pickled; a store holds 8 MB at most.
+
+        Waits without limit while the heartbeats of all ranks continue. Raises LostRankError once a rank is silent or
+        has exited, and what pickle raises for `value`.
+        """
         content = pickle.dumps(value)
         self._round += 1
-        keys, old = [f"{self._round}/{rank}" for rank in range(self.size)], f"{self._round - 2}/{self.rank}"
-        answers: queue.SimpleQueue[list[bytes] | Exception] = queue.SimpleQueue()
+        keys, old_key = [f"{self._round}/{rank}" for rank in range(self.size)], f"{self._round - 2}/{self.rank}"
+        results: queue.SimpleQueue[list[bytes] | Exception] = queue.SimpleQueue()
 
-        def talk(store: Store) -> None:
+        def exchange(store: Store) -> None:
             try:
                 store.set(keys[self.rank], content)
                 pause = 0.0005
-                while not store.check(keys):  # its own wait could not be ended
+                while not store.check(keys):  # store.wait could not be stopped
                     pause = min(1.2 * pause, 0.02)
                     if self._stopped.wait(pause):
                         return
-                answers.put(store.multi_get(keys))
+                results.put(store.multi_get(keys))
                 store.add("read", 1)
-                store.delete_key(old)  # whoever is in this round has read it
+                store.delete_key(old_key)  # all ranks are in this round, so they have read it
             except Exception as error:
-                answers.put(error)
+                results.put(error)
 
-        self._threads[1:] = [_start(talk, self._store)]
-        lost: str | None = None
+        self._threads[1:] = [_start_thread(exchange, self._store)]
+        problem: str | None = None
         while True:
             try:
-                answer = answers.get(timeout=self.patience / 10)
+                result = results.get(timeout=self.timeout / 10)
             except queue.Empty:
-                before, lost = lost, self._silence(self.patience) or self._departure()
-                if before and lost:  # its last words were not under way, and it was not this rank that was stopped
-                    raise LostRankError(lost) from None
+                previous, problem = problem, self._find_silent_rank(self.timeout) or self._find_departed_rank()
+                # Twice in a row: at the first time the value of a rank that has exited may be on its way, and after a
+                # suspension of this process all ranks seem silent.
+                if previous and problem:
+                    raise LostRankError(problem) from None
                 continue
-            if isinstance(answer, RuntimeError):
-                host = "torchrun, through which it talks to the others" if self.rank == 0 else "the host of rank 0"
-                raise LostRankError(f"rank {self.rank} lost {host}: it was killed, or has ended") from answer
-            if isinstance(answer, Exception):
-                raise answer
-            self._answered = self._round
-            return [pickle.loads(content) for content in answer]
+            if isinstance(result, RuntimeError):
+                host = "torchrun, which connects the ranks" if self.rank == 0 else "the host of rank 0"
+                raise LostRankError(f"rank {self.rank} lost {host}: it was killed, or has exited") from result
+            if isinstance(result, Exception):
+                raise result
+            self._completed_round = self._round
+            return [pickle.loads(content) for content in result]
 
     def stop(self) -> None:
-        """Leave: from here on nobody wonders about this rank's silence."""
-        until = time.monotonic() + GRACE if self.rank == 0 and not _ending.is_set() else 0
+        """Stop the heartbeat, and tell the other ranks that this one departs in order.
+
+        Without torchrun rank 0 hosts the store, which ends with its process. So it first waits, for EXIT_DELAY seconds
+        at most, until all ranks have read the values of the last round.
+        """
+        until = time.monotonic() + EXIT_DELAY if self.rank == 0 and not _exiting.is_set() else 0
         with contextlib.suppress(RuntimeError):
-            while self._answered == self._round and time.monotonic() < until:
-                # Without torchrun the store ends with this process: the others read the last answers first.
+            while self._completed_round == self._round and time.monotonic() < until:
                 if self._store.add("read", 0) >= self.size * self._round:
                     break
                 time.sleep(0.01)
@@ -166,102 +194,110 @@ class Heartbeat:
         for thread in self._threads:
             thread.join(timeout=1)
 
-    def _beat(self, store: Store) -> None:
+    def _run(self, store: Store) -> None:
+        """The heartbeat's thread: increment this rank's counter, read those of the others."""
         try:
-            while not self._stopped.is_set() and not _ending.is_set():
+            while not self._stopped.is_set() and not _exiting.is_set():
                 began = time.monotonic()
-                store.add(f"pulse/{self.rank}", 1)
-                for rank, last in self._beats.items():
-                    if (beat := store.add(f"pulse/{rank}", 0)) != last:
-                        self._beats[rank], self._heard[rank] = beat, time.monotonic()
-                # Whoever waits for a rank finds out first. Here are those who wait for something else, a user perhaps.
-                if line := self._silence(self.patience + 3 * GRACE):
-                    return _end(line)
-                pause = min(self.patience / 5, 5) if len(self._heard) == len(self._beats) else 0.1
+                store.add(f"heartbeat/{self.rank}", 1)
+                for rank, last in self._counters.items():
+                    if (counter := store.add(f"heartbeat/{rank}", 0)) != last:
+                        self._counters[rank], self._last_heard[rank] = counter, time.monotonic()
+                # Later than all_gather and the collectives, which report by an exception where the main thread is in
+                # one of them. This is for a main thread that waits for something else.
+                if problem := self._find_silent_rank(self.timeout + 3 * EXIT_DELAY):
+                    return _terminate(problem)
+                pause = min(self.timeout / 5, 5) if len(self._last_heard) == len(self._counters) else 0.1
                 self._stopped.wait(pause)
-                if (late := time.monotonic() - began - pause) > self.patience / 4:  # it was this rank that was stopped
-                    self._heard = {rank: when + late for rank, when in self._heard.items()}
+                # Much later than planned: this process was suspended, and the time does not count for the others.
+                if (late := time.monotonic() - began - pause) > self.timeout / 4:
+                    self._last_heard = {rank: heard + late for rank, heard in self._last_heard.items()}
                     self._started += late
-            if not _ending.is_set():
-                store.add(f"pulse/{self.rank}", LEFT)
-        except RuntimeError:  # the store is gone with its host: from here on nobody is heard
-            ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which outlives a rank 0
-            if self.rank == 0 and ours and not self._stopped.is_set():
-                _end("rank 0 lost torchrun, through which it talks to the others: it was killed")
+            if not _exiting.is_set():
+                store.add(f"heartbeat/{self.rank}", DEPARTED)
+        except RuntimeError:  # the store's host is gone
+            has_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # in torchrun's own process
+            if self.rank == 0 and has_agent_store and not self._stopped.is_set():
+                _terminate("rank 0 lost torchrun, which connects the ranks: it was killed")
 
-    def _silence(self, limit: float) -> str | None:
-        """The rank that has not been heard for so many seconds."""
+    def _find_silent_rank(self, limit: float) -> str | None:
+        """A message about a rank whose heartbeat was last heard more than `limit` seconds ago; None without one."""
         now = time.monotonic()
-        for rank, beat in self._beats.items():
-            silent = now - self._heard.get(rank, self._started)
-            if beat >= 0 and silent > (limit if rank in self._heard else ARRIVAL * timeout()):
+        for rank, counter in self._counters.items():
+            silent = now - self._last_heard.get(rank, self._started)
+            if counter >= 0 and silent > (limit if rank in self._last_heard else RENDEZVOUS_FACTOR * exit_timeout()):
                 return (
-                    f"rank {self.rank} has not heard of rank {rank} for {silent:.0f} s: it was killed or is stopped, "
-                    "or the network is down"
+                    f"rank {self.rank} has not heard from rank {rank} for {silent:.0f} s: it was killed or is "
+                    "suspended, or the network is down"
                 )
         return None
 
-    def _departure(self) -> str | None:
-        left = [rank for rank, beat in self._beats.items() if beat < 0]
-        return f"rank {self.rank} waits for rank {left[0]}, which has ended" if left else None
+    def _find_departed_rank(self) -> str | None:
+        departed = [rank for rank, counter in self._counters.items() if counter < 0]
+        return f"rank {self.rank} waits for rank {departed[0]}, which has exited" if departed else None
 
 
-def _start(function: Callable[..., None], *arguments: Any) -> threading.Thread:
-    thread = threading.Thread(target=function, args=arguments, daemon=True)  # one that is stuck holds no exit up
+def _start_thread(function: Callable[..., None], *arguments: Any) -> threading.Thread:
+    thread = threading.Thread(target=function, args=arguments, daemon=True)  # a blocked one does not delay the exit
     thread.start()
     return thread
 
 
-def _end(line: str) -> None:
-    """End this process, whatever its main thread does."""
-    tell_torchrun(line)
-    print(f"error: {line}", file=sys.stderr, flush=True)
+def _terminate(message: str) -> None:
+    """Print `message` and end this process, whatever its main thread is doing."""
+    write_torchrun_error(message)
+    print(f"error: {message}", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def lost_rank_message(error: BaseException) -> str | None:
-    """The line to print where an error means that another rank is gone; None for other errors."""
+    """One line for the user if `error` means that another rank is lost, else None."""
     if isinstance(error, LostRankError):
         return str(error)
     rank, text = os.environ.get("RANK", "0"), str(error)
     if not isinstance(error, RuntimeError) or not re.search("gloo/transport|pair closure|Connection closed", text):
         return None
-    if found := re.search(r"Timed out waiting (\d+)ms", text):
+    if match := re.search(r"Timed out waiting (\d+)ms", text):
         return (
-            f"rank {rank} has waited {int(found[1]) / 1000:g} s for another rank: it hangs or is stopped, or the "
+            f"rank {rank} has waited {int(match[1]) / 1000:g} s for another rank: it hangs or is suspended, or the "
             "network is down (LLAMA_TIMEOUT=SECONDS gives it more time)"
         )
     peer = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", text)
     return f"rank {rank} lost a rank on {peer[1] if peer else 'another host'}: it was killed, or ended with an error"
 
 
-def final_message(error: BaseException) -> str | None:
-    """`lost_rank_message`, after a wait: torchrun reports the first rank of a host that exits."""
-    if line := lost_rank_message(error):
-        _ending.set()
+def prepare_lost_rank_exit(error: BaseException) -> str | None:
+    """`lost_rank_message(error)`, for a process that prints it and exits.
+
+    If there is a message, the heartbeat stops and EXIT_DELAY seconds pass, so that torchrun reports the lost rank as
+    the first to exit, not this one.
+    """
+    message = lost_rank_message(error)
+    if message:
+        _exiting.set()
         sys.stderr.flush()
-        time.sleep(GRACE)
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT:
-            line = f"rank {os.environ.get('RANK')} lost torchrun, which started it: it was killed"
-    return line
+        time.sleep(EXIT_DELAY)
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT_PID:
+            message = f"rank {os.environ.get('RANK')} lost torchrun, which started it: it was killed"
+    return message
 
 
-def hide_lost_rank_traceback(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A `sys.excepthook` with one line instead of a traceback where another rank is gone."""
+def lost_rank_excepthook(previous: Callable[..., Any]) -> Callable[..., Any]:
+    """A `sys.excepthook` that prints one line if another rank is lost, and calls `previous` for other errors."""
 
-    def short(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if line := final_message(error):
-            tell_torchrun(line)
-            print(f"error: {line}", file=sys.stderr, flush=True)
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if message := prepare_lost_rank_exit(error):
+            write_torchrun_error(message)
+            print(f"error: {message}", file=sys.stderr, flush=True)
         else:
-            hook(kind, error, trace)
+            previous(kind, error, trace)
 
-    return short
+    return excepthook
 
 
-def tell_torchrun(problem: str) -> None:
-    """Leave it where torchrun looks for what it names last, as the cause."""
+def write_torchrun_error(message: str) -> None:
+    """Write `message` to this rank's error file, from which torchrun takes the cause that it prints last."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        message = {"message": f"error: {problem}", "extraInfo": {"timestamp": str(int(time.time()))}}
-        with contextlib.suppress(OSError):  # a full disk may be the cause that is told
-            Path(file).write_text(json.dumps({"message": message}))
+        content = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):  # a full disk may be the very error
+            Path(file).write_text(json.dumps({"message": content}))

@@ -1,7 +1,7 @@
-"""The CUDA path walked without a GPU: `Llama.build` and `generate` as they are, on fake tensors, which have a shape, a
-dtype and a device but no numbers. Tensors of two devices in one operator are an error there, as on a GPU.
+"""The CUDA path without a GPU: `Llama.build` and `generate` run unchanged on fake tensors, which have a shape, a dtype
+and a device but no numbers. Tensors of two devices in one operator are an error there, as on a GPU.
 
-Replaced are only what torch says about GPUs, the NCCL group, and what reads numbers back from the device.
+Only these are replaced: what torch reports about GPUs, the NCCL group, and the copy of numbers from the device.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llama import Llama, loading
-from llama.accelerate import executor
-from llama.engine import engine, sampling
+from llama.accelerate import executor, fused
+from llama.engine import decode_loop, engine, sampling
 from llama.evaluate import scoring
-from llama.parallel import groups as distributed
+from llama.parallel import groups
 from llama.parallel.device import pick_device
 from llama.parallel.groups import World, connect_ranks, current_world, init_process_groups, shutdown
 from llama.parallel.heartbeat import Stores
@@ -37,7 +37,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def pretend_gpus(patch: pytest.MonkeyPatch, count: int, capability: tuple[int, int] = (8, 0)) -> list[int]:
-    """Tell what torch sees from now on. Returns the GPUs that set_device chose, filled later."""
+    """Make torch report these GPUs. Returns a list that later holds the GPUs chosen with set_device."""
     chosen: list[int] = []
     patch.setattr(torch.cuda, "is_available", lambda: count > 0)
     patch.setattr(torch.cuda, "device_count", lambda: count)
@@ -83,9 +83,9 @@ def device_guard(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 class Alone:
-    """In place of `Heartbeat`: each of the other ranks, which are not there, gives what this one gives."""
+    """In place of `Heartbeat`: the other ranks, which do not exist, send what this one sends."""
 
-    def __init__(self, stores: Stores, prefix: str, rank: int, size: int):
+    def __init__(self, stores: Stores, generation: int, rank: int, size: int):
         self.size = size
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -109,18 +109,18 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     for name, value in world.items():
         patch.setenv(name, str(value))
     patch.setenv("OMP_NUM_THREADS", "2")  # a user's choice: build leaves this process its threads
-    patch.setattr(distributed, "_stores", Stores.of(dist.HashStore()))  # in place of torchrun's port
-    patch.setattr(distributed, "Heartbeat", Alone)
+    patch.setattr(groups, "_stores", Stores.of(dist.HashStore()))  # in place of torchrun's port
+    patch.setattr(groups, "Heartbeat", Alone)
     patch.setattr(dist, "is_nccl_available", lambda: True)
     patch.setattr(dist, "init_process_group", init_fake)
     patch.setattr(dist, "get_backend", lambda *group: "nccl")
-    patch.setattr(loading, "check_before_loading", lambda *arguments: ([], {}))  # looks for NaN in the files
-    for module in (engine, scoring):
+    patch.setattr(loading, "check_before_loading", lambda *arguments: ([], {}))  # searches the files for NaN
+    for module in (decode_loop, scoring):
         patch.setattr(module, "read_back", lambda values: np.ones(values.shape).tolist())
-    patch.setattr(engine, "draw_seed", lambda: 1)  # a number that is read from a tensor, of the CPU
+    patch.setattr(engine, "draw_seed", lambda: 1)  # reads a number from a tensor of the CPU
     here = torch.device("cuda", rank % hosts_gpus)  # torch's class cannot be made inside the mode
-    patch.setattr(executor, "causal_mask", lambda n, m, on: torch.ones(n, m, device=here).tril(m - n) > 0)
-    patch.setattr(FakeTensorMode, "avoid_device_init", True)  # else it looks for the pretended GPU
+    patch.setattr(fused, "causal_mask", lambda n, m, on: torch.ones(n, m, device=here).tril(m - n) > 0)
+    patch.setattr(FakeTensorMode, "avoid_device_init", True)  # or it initializes the pretended GPU
     chosen = pretend_gpus(patch, hosts_gpus, capability)
     connect_ranks(current_world())
     init_process_groups(current_world(), torch.device("cuda"))  # outside the mode, where fairscale can read its ranks
@@ -171,7 +171,7 @@ def test_build_and_generate(
     device = torch.device("cuda", rank % 2)
     with walk(monkeypatch, rank, size, capability) as chosen:
         hidden, logits, scores = (spy(monkeypatch, executor.Executor, n) for n in ("hidden", "logits", "measured"))
-        read, drawn = (spy(monkeypatch, engine, n) for n in ("read_back", "broadcast"))
+        read, drawn = (spy(monkeypatch, decode_loop, n) for n in ("read_back", "broadcast"))
         sampled = spy(monkeypatch, sampling.Sampler, "sample")
         llama = Llama.build(tmp_path, max_seq_len=32)
         model = llama.model

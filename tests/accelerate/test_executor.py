@@ -1,4 +1,4 @@
-"""The faster forms against the plain one: the same answers, by other kernels."""
+"""Fused layers, quantized weights and compiled decode steps against the plain model; their parts against float64."""
 
 import gc
 import json
@@ -13,16 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 
 from golden.make_checkpoint import TOKENIZER
 from helpers.tolerance import BFLOAT16, LOGPROB, gamma, near
 from llama import Llama, ModelArgs, loading, model
-from llama.accelerate import executor, native
-from llama.accelerate.executor import Dense
-from llama.accelerate.quantize import FEW_ROWS, Int4, Int8, Quantized
+from llama.accelerate import executor, fused, native
+from llama.accelerate.fused import Dense
+from llama.accelerate.quantize import MAX_GEMV_ROWS, Int4, Int8, QuantizedLinear
 from llama.cache import KVCache
 from llama.checkpoint.layout import tensor_shapes
 
@@ -42,7 +41,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("name", ["mha", "gqa", "llama31"])
 @pytest.mark.parametrize("form", ["eager", "compile"])
 def test_steps_at_any_positions(form: str, name: str, dtype: str, build: Callable[..., Llama]) -> None:
-    """Rows that decode at positions of their own, some far beyond one block of keys, against a plain prefill."""
+    """Decode steps with each row at its own position, some far beyond one block of keys, against a plain prefill."""
     bsz, lengths = 7, [1, 2, 17, 255, 256, 257, 600]
     plain = build(name, max_seq_len=640, max_batch_size=bsz, dtype=dtype, plain=True)
     texts = ids(bsz, 600)
@@ -60,7 +59,7 @@ def test_steps_at_any_positions(form: str, name: str, dtype: str, build: Callabl
 
 @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (5, 1), (7, 1), (8, 1)])
 def test_steps_of_heads_that_share_keys(heads: int, kv_heads: int, tmp_path: Path) -> None:
-    """native.c takes up to four heads of a KV head at a time: groups of 3, 5, 7 and 8."""
+    """native.c computes up to four heads that relative a KV head at a time: here groups of 3, 5, 7 and 8."""
     params: dict[str, Any] = {"dim": 16 * heads, "n_layers": 2, "n_heads": heads, "n_kv_heads": kv_heads}
     params |= {"vocab_size": 512, "hidden_dim": 96}
     (tmp_path / "params.json").write_text(json.dumps(params))
@@ -119,7 +118,7 @@ def test_weights_damaged_behind_the_check_are_told(
 def test_a_rank_that_fails_in_the_middle_of_a_step(
     build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An exception cannot pass through native.c: it is kept and raised behind it."""
+    """An exception cannot pass through native.c: it is stored, and raised after native.c has returned."""
     llama = build("gqa", max_seq_len=32, max_batch_size=1, compile=True)
     step = llama.executor._decoder
     assert isinstance(step, native.NativeDecoder)
@@ -136,11 +135,11 @@ def test_a_rank_that_fails_in_the_middle_of_a_step(
 # Matrices of native.c -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m", [1, 3, 4, 9, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("m", [1, 3, 4, 9, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 def test_products(kind: str, m: int) -> None:
     native.compile_library()
-    narrow = {"int4": (9, 32), "int8": (9, 48)}.get(kind, (7, 50))  # no whole number of groups, or of vectors
+    narrow = {"int4": (9, 32), "int8": (9, 48)}.get(kind, (7, 50))  # no multiple of groups, or of vectors
     for n, k in ((1, 32), (6, 96), (50, 544), (33, 64), narrow):
         weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n))
         dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
@@ -148,7 +147,7 @@ def test_products(kind: str, m: int) -> None:
         layer = quantized(weight) if quantized else None
         full = layer.dequantize() if layer else weight.to(dtype)
         x = torch.randn(1, m, k, generator=torch.Generator().manual_seed(m))
-        product = native.NativeQuantized(layer) if layer else Dense(full, True)
+        product = native.NativeQuantizedLinear(layer) if layer else Dense(full, True)
         found = product(x.to(dtype))
         assert found.shape == (1, m, n) and found.dtype == dtype
         x, full = x.to(dtype).double(), full.double()
@@ -158,13 +157,13 @@ def test_products(kind: str, m: int) -> None:
         assert ((found.double() - exact).abs() <= bound).all()
 
 
-# What a term of a sum goes through besides additions: int8 the scale and that of x; int4 these, the weight's own
-# rounding, and the sum of x, times what zero and 8 scales make, which is added to the sum of the products.
+# Roundings of a term besides those of additions. int8: the scale and that of x. int4: these, that of the weight, and
+# those of the sum of x times (zero - 8 * scale), which is added to the sum of products.
 ROUNDINGS = {"int8": 2, "int4": 6}
 
 
-def sizes(x: torch.Tensor, full: torch.Tensor, layer: Quantized | None) -> torch.Tensor:
-    """The sum of the sizes of what is added up, [m, n]. int4 multiplies q, 0 to 15, and takes 8 off afterwards."""
+def sizes(x: torch.Tensor, full: torch.Tensor, layer: QuantizedLinear | None) -> torch.Tensor:
+    """The sum of the terms' magnitudes, [m, n]. int4 multiplies by q, 0 to 15, and subtracts the 8 afterwards."""
     weight = full.abs()
     if isinstance(layer, Int4):
         terms = 2 * layer.zero.double().abs() + 16 * layer.scale.double()
@@ -172,35 +171,35 @@ def sizes(x: torch.Tensor, full: torch.Tensor, layer: Quantized | None) -> torch
     return x.abs() @ weight.T
 
 
-@pytest.mark.parametrize("m", [1, 2, 4, 7, 13, FEW_ROWS])
+@pytest.mark.parametrize("m", [1, 2, 4, 7, 13, MAX_GEMV_ROWS])
 @pytest.mark.parametrize("kind", [Int8, Int4])
-def test_products_of_whole_numbers(kind: type[Int8 | Int4], m: int) -> None:
-    """In bfloat16, x is rounded to 65,535 steps between its largest number and that below zero; all else is exact."""
+def test_products_of_integers(kind: type[Int8 | Int4], m: int) -> None:
+    """In bfloat16, x is rounded to 65,535 steps between plus and minus its largest magnitude; all else is exact."""
     native.compile_library()
     for n, k in ((1, 32), (6, 96), (50, 544), (33, 1600)):
         weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n)).bfloat16()
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
-        x[:, 5] *= 100  # one number that makes the steps of all others large
+        x[:, 5] *= 100  # one large number, which makes the steps large for all others
         layer, x = kind(weight.float()), x.double()
         exact = layer.dequantize().double()
-        found = native.NativeQuantized(kind(weight))(x.float()).double()
+        found = native.NativeQuantizedLinear(kind(weight))(x.float()).double()
         step = x.abs().amax(dim=1, keepdim=True) / 32767
         error = found - x @ exact.T
-        # Half a step of each x; and float32's: two additions for each group of 32, twelve for scales and conversions.
+        # Half a step of each x, and float32's roundings: two additions a group of 32, 12 for scales and conversions.
         bound = step / 2 * exact.abs().sum(dim=1) + gamma(k // 16 + 12) * sizes(x, exact, layer)
         assert (error.abs() <= bound).all()
-        if n > 10:  # enough of them: steps of one, evenly rounded, have this deviation
+        if n > 10:  # enough errors: evenly distributed ones have this standard deviation
             expected = step / 12**0.5 * exact.norm(dim=1)
             assert 0.6 < (error / expected).square().mean().sqrt() < 1.4
 
 
 @pytest.mark.parametrize("kind", [Int8, Int4])
-def test_the_largest_whole_numbers(kind: type[Int8 | Int4]) -> None:
-    """Sums of equal terms, as large as they come, must not run over; what is not finite must be seen in its row."""
+def test_the_largest_integers(kind: type[Int8 | Int4]) -> None:
+    """Sums of equal terms of the largest magnitude must not overflow. A row with NaN or inf gives no finite result."""
     native.compile_library()
     weight = torch.ones(20, 4096)
     weight[::2] = -1
-    layer = native.NativeQuantized(kind(weight.bfloat16()))
+    layer = native.NativeQuantizedLinear(kind(weight.bfloat16()))
     x = torch.full((6, 4096), -3.0)
     x[1], x[2, 7], x[3, 8], x[4, 9], x[5] = 0, float("nan"), float("inf"), -float("inf"), 1e-36
     for rows in (x, x[:1]):
@@ -218,12 +217,12 @@ def test_the_largest_whole_numbers(kind: type[Int8 | Int4]) -> None:
         (8, 1, 128, [0, 0], 65),
         (6, 2, 48, [255, 255], 3),  # an odd number of keys, over the end of a block
         (2, 1, 80, [700], 1),
-        (72, 1, 16, [0], 20),  # more heads than one go takes
+        (72, 1, 16, [0], 20),  # more heads than a thread processes at a time
         (6, 3, 20, [3, 250, 600], 40),
     ],
 )
 def test_attention_over_a_cache(heads: int, kv_heads: int, head_dim: int, starts: list[int], seqlen: int) -> None:
-    """Against torch's in float64. Old keys beyond a query's position, some of them NaN, have no part in it."""
+    """Against torch's in float64. Old keys beyond a query's position, here NaN, must not affect it."""
     native.compile_library()
     stream, first_row, end = torch.Generator().manual_seed(heads), 1, max(starts) + seqlen
     cache = KVCache((len(starts) + 1, kv_heads, end + 9, head_dim), torch.bfloat16, torch.device("cpu"))
@@ -242,28 +241,28 @@ def test_attention_over_a_cache(heads: int, kv_heads: int, head_dim: int, starts
             F.scaled_dot_product_attention(queries, keys, each, attn_mask=mask, enable_gqa=True).transpose(0, 1)
             for each in (values, values.abs())
         )
-        # A score errs by its sum of products and three roundings more, which its share has as a factor, as their total
-        # has; exponentials are within two units (2^-22). Shares are rounded to bfloat16 before they meet the values,
-        # the result after.
+        # The error of a score is that of its dot product and three more roundings. It is a relative error of its
+        # probability, and of their total. Exponentials are within two units (2^-22). Probabilities are rounded to
+        # bfloat16 before they are multiplied by the values, and so is the result.
         score = queries.abs() @ keys.abs().repeat_interleave(heads // kv_heads, dim=0).mT / head_dim**0.5
-        share = BFLOAT16 + 2 * (gamma(head_dim + 3) * score.max() + 2**-22) + gamma(end)
-        bound = share * size * (1 + BFLOAT16) + BFLOAT16 * exact.abs()
+        relative = BFLOAT16 + 2 * (gamma(head_dim + 3) * score.max() + 2**-22) + gamma(end)
+        bound = relative * size * (1 + BFLOAT16) + BFLOAT16 * exact.abs()
         assert ((found[row].double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("seqlen", [1, 40])
 def test_the_parts_of_a_layer(seqlen: int, dtype: str) -> None:
-    """Norm, rotation and output layer against those of the plain path."""
+    """RMSNorm, RoPE and output layer, fused and plain, against float64."""
     kind = getattr(torch, dtype)
     stream = torch.Generator().manual_seed(seqlen)
     x = torch.randn(2, seqlen, 96, generator=stream).mul(50).to(kind)
     plain = model.RMSNorm(96, 1e-5)
     plain.weight = nn.Parameter(torch.randn(96, generator=stream).to(kind))
     last = 0.0 if dtype == "float32" else BFLOAT16  # the result is rounded to its dtype
-    wide, weight = x.double(), plain.weight.double()
-    exact = wide / (wide.square().mean(dim=-1, keepdim=True) + plain.eps).sqrt() * weight
+    x64, weight = x.double(), plain.weight.double()
+    exact = x64 / (x64.square().mean(dim=-1, keepdim=True) + plain.eps).sqrt() * weight
     with torch.no_grad():
-        for found in (executor.norm(plain, x), plain(x)):
+        for found in (fused.rms_norm(plain, x), plain(x)):
             # A sum of 96 squares, and a dozen operations: mean, eps, root, its inverse, products.
             assert ((found.double() - exact).abs() <= (gamma(96 + 12) + last) * exact.abs()).all()
 
@@ -276,7 +275,7 @@ def test_the_parts_of_a_layer(seqlen: int, dtype: str) -> None:
     size = torch.stack(((even * cos).abs() + (odd * sin).abs(), (even * sin).abs() + (odd * cos).abs()), dim=-1)
     bound = gamma(2) * size.flatten(-2)
     bound += last * (exact.abs() + bound)
-    assert ((model.rotate(heads, freqs_cis).double() - exact).abs() <= bound).all()
+    assert ((model.apply_rope(heads, freqs_cis).double() - exact).abs() <= bound).all()
 
     for vocab in (96, 50):
         weight = torch.randn(vocab, 96, generator=stream).to(kind)
@@ -293,7 +292,7 @@ def test_the_parts_of_a_layer(seqlen: int, dtype: str) -> None:
 def test_dequantize(kind: type[Int8 | Int4], to: torch.dtype) -> None:
     native.compile_library()
     layer = kind(torch.randn(37, 96, generator=torch.Generator().manual_seed(1)))
-    found = native.NativeQuantized(layer).dequantize(to)
+    found = native.NativeQuantizedLinear(layer).dequantize(to)
     # Bit for bit: (q - 8) * scale has 12 bits and is exact, so that float32 rounds once, and bfloat16 once more.
     assert torch.equal(found, layer.dequantize().to(to))
 
@@ -301,11 +300,11 @@ def test_dequantize(kind: type[Int8 | Int4], to: torch.dtype) -> None:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are vectors of x86")
 @pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx2"])
 def test_narrower_vectors(flags: str, tmp_path: Path) -> None:
-    """What machines without AVX-512 and without AVX2 compile, by the tests of this file."""
+    """The tests of this file with native.c as compiled for CPUs without AVX-512 and without AVX2."""
     compiler = tmp_path / "cc"
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC") or "cc"} "$@" {flags}\n')
     compiler.chmod(0o755)
-    which = "products or whole_numbers or over_a_cache or dequantize or (any_positions and compile)"
+    which = "products or integers or over_a_cache or dequantize or (any_positions and compile)"
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", which, __file__],
         env=os.environ | {"CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path)},
@@ -314,7 +313,7 @@ def test_narrower_vectors(flags: str, tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stdout
     assert " passed" in ended.stdout and "skipped" not in ended.stdout
-    assert len(list((tmp_path / "llama-runner").glob("native-*.so"))) == 1  # it was this compiler's
+    assert len(list((tmp_path / "llama-runner").glob("native-*.so"))) == 1  # compiled by this compiler
 
 
 # Compiling ----------------------------------------------------------------------------------------
@@ -325,15 +324,15 @@ def test_compiled_once_and_kept(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.library.cache_clear()
-    before = os.umask(0o002)  # with which a linker lets the group write
+    before = os.umask(0o002)  # a linker's file would be writable by the group
     try:
-        for form, told in (
+        for form, message in (
             ("auto", "llama: decode step compiled in "),
             ("auto", "llama: 0.2M parameters, "),
             (True, "llama: decode step compiled earlier, taken from "),
         ):
             assert build("mha", max_seq_len=16, max_batch_size=1, compile=form).executor.is_compiled
-            assert capfd.readouterr().err.startswith(told)
+            assert capfd.readouterr().err.startswith(message)
     finally:
         os.umask(before)
     (kept,) = (tmp_path / "llama-runner").glob("native-*.so")
@@ -361,7 +360,7 @@ def test_code_is_taken_from_a_folder_that_is_ours_alone(
     assert folder == tmp_path / "llama-runner" and folder.stat().st_mode & 0o777 == 0o700
     for rights in (0o720, 0o702):
         library.chmod(rights)
-        assert native.compile_library() and compiled.pop() == library  # anew
+        assert native.compile_library() and compiled.pop() == library  # compiled again
         library.chmod(0o700)
         folder.chmod(rights)
         with pytest.raises(native.NoCompilerError, match=r"llama-runner can be written by others"):
@@ -375,13 +374,13 @@ def test_code_is_taken_from_a_folder_that_is_ours_alone(
     with pytest.raises(native.NoCompilerError, match="can be written by others"):
         native.compile_library()
     assert not compiled
-    build("mha", max_seq_len=16, max_batch_size=1, compile=True)  # it runs without
+    build("mha", max_seq_len=16, max_batch_size=1, compile=True)  # runs uncompiled
     line = capfd.readouterr().err.splitlines()[0]
     assert "can be written by others" in line and "the decode step runs uncompiled" in line
 
 
 @pytest.mark.parametrize(
-    ("compiler", "folder", "told"),
+    ("compiler", "folder", "message"),
     [
         ("not-there", "", "no C compiler here (not-there)"),
         ("false", "", "cannot compile"),
@@ -391,7 +390,7 @@ def test_code_is_taken_from_a_folder_that_is_ours_alone(
 def test_without_a_compiler(
     compiler: str,
     folder: str,
-    told: str,
+    message: str,
     build: Callable[..., Llama],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -403,7 +402,7 @@ def test_without_a_compiler(
     capfd.readouterr()
     llama = build("mha", max_seq_len=16, max_batch_size=1)
     line = capfd.readouterr().err.splitlines()[0]
-    assert told in line and "the decode step runs uncompiled, which is slower (--no-compile" in line
+    assert message in line and "the decode step runs uncompiled, which is slower (--no-compile" in line
     assert not llama.executor.is_compiled and llama.generate([[5, 6]], 8, temperature=0) == expected
     capfd.readouterr()
     build("mha", max_seq_len=16, max_batch_size=1, compile=False)
@@ -439,7 +438,9 @@ def test_compile_takes_three_values(value: Any, build: Callable[..., Llama]) -> 
 
 @pytest.fixture
 def graph(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Llama, Any]]:
-    """A model whose decode step is what CUDA gets, traced by torch.compile but run by eager kernels."""
+    """A model with the decode step of CUDA, traced by torch.compile but run by eager kernels."""
+    import torch._dynamo.testing  # takes seconds, in every process that collects this file
+
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiler(f, backend=counter, fullgraph=fullgraph))
@@ -513,11 +514,11 @@ def test_a_prefill_in_parts(form: dict[str, Any], build: Callable[..., Llama], m
 
 
 def test_what_cuda_gets_for_a_mask() -> None:
-    """torch's own name for lower-right causality, as SDPA reads it, is the mask that CPUs get."""
+    """torch's causal_lower_right, as SDPA reads it, is the mask that CPUs get."""
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 12, 8)
-    masks = [executor.causal_mask(5, 12, torch.device(device)) for device in ("cuda", "cpu")]
+    masks = [fused.causal_mask(5, 12, torch.device(device)) for device in ("cuda", "cpu")]
     found, expected = (F.scaled_dot_product_attention(q, k, k, attn_mask=mask, enable_gqa=True) for mask in masks)
-    assert torch.equal(found, expected) and executor.causal_mask(5, 12, torch.device("cpu"))[0].sum() == 8
+    assert torch.equal(found, expected) and fused.causal_mask(5, 12, torch.device("cpu"))[0].sum() == 8
 
 
 def test_import_is_light() -> None:

@@ -1,4 +1,4 @@
-"""Which kernel multiplies by a dense weight: all give the same, the fastest is kept, and any file can be read."""
+"""Kernels for dense weights: all give the same result, the fastest is kept in a file, and a damaged file is ignored."""
 
 import json
 import time
@@ -49,7 +49,7 @@ def test_the_fastest_is_kept_in_a_file(folder: Path, monkeypatch: pytest.MonkeyP
     assert linear.kernel(weight, 16) is kernel
     (file,) = folder.iterdir()
     assert json.loads(file.read_text()) == {"torch.float32 8x8 16": "other"}
-    # Read, not measured again; others are added.
+    # The file is read, not measured again; other shapes are added.
     file.write_text('{"torch.float32 8x8 16": "torch"}')
     linear._choices.cache_clear()
     assert linear.kernel(weight, 16) is slow and linear.kernel(torch.ones(9, 8), 1) is kernel
@@ -97,10 +97,10 @@ def test_threads_measure_one_after_another(monkeypatch: pytest.MonkeyPatch) -> N
     assert most == 1
 
 
-def test_a_wide_weight_is_widened_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "BLOCK", 100)
+def test_a_wide_weight_is_converted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "BLOCK_NUMEL", 100)
     x, weight = torch.randn(2, 3, 48).bfloat16(), torch.randn(11, 48).bfloat16()
-    assert torch.equal(linear.widened(x, weight), F.linear(x.float(), weight.float()).bfloat16())
+    assert torch.equal(linear.in_float32(x, weight), F.linear(x.float(), weight.float()).bfloat16())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

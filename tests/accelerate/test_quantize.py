@@ -13,7 +13,16 @@ from helpers.ranks import run_ranks
 from helpers.tolerance import BFLOAT16, gamma
 from llama import Llama, ModelArgs
 from llama.accelerate import quantize
-from llama.accelerate.quantize import FEW_ROWS, GROUP, Int4, Int8, PackedInt4, quantized, scheme_of, stored_bytes
+from llama.accelerate.quantize import (
+    GROUP,
+    MAX_GEMV_ROWS,
+    Int4,
+    Int8,
+    PackedInt4,
+    quantized_linear,
+    scheme_of,
+    stored_bytes,
+)
 from llama.checkpoint.layout import EMBEDDING, OUTPUT, tensor_shapes
 from llama.evaluate.scoring import rolling_loglikelihood, token_logprobs
 
@@ -32,7 +41,7 @@ def test_int8_is_the_nearest_of_255_steps() -> None:
     layer = Int8(weight)
     scale = (weight.abs().amax(dim=1) / 127).bfloat16().float()
     assert torch.equal(layer.scale.float(), scale)
-    # The largest of a row may lie half a rounding of the scale (2^-9) beyond step 127.
+    # As the scale is rounded, a row's largest value may be up to 2^-9 of it beyond step 127.
     error = (layer.dequantize() - weight).abs()
     assert (error <= scale[:, None] * (0.5 + 127 * 2**-9)).all()
     inside = weight.abs() < 126 * scale[:, None]
@@ -47,14 +56,14 @@ def test_int4_is_the_nearest_of_16_steps() -> None:
     step = (high - low) / 15
     assert torch.equal(layer.scale, step.bfloat16())
     error = (layer.dequantize().view_as(groups) - groups).abs()
-    # Half a step, and what scale (15 steps of it) and zero lose to bfloat16.
+    # Half a step, and the rounding to bfloat16 of scale (times 15 steps) and zero.
     allowed = step * (0.5 + 15 * 2**-9) + torch.maximum(low.abs(), high.abs()) * 2**-8
     assert (error <= allowed[..., None]).all()
     assert (layer.dequantize() - weight).pow(2).mean().sqrt() < 0.09  # of a standard deviation of 1
 
 
 def test_a_grid_of_16_steps_is_kept() -> None:
-    """Weights that stood on a grid that bfloat16 can name come back bit for bit."""
+    """Weights on a grid whose scale and zero are bfloat16 are restored exactly."""
     q = torch.randint(0, 16, (40, 64), generator=torch.Generator().manual_seed(0))
     q[:, ::GROUP], q[:, 1::GROUP] = 0, 15
     weight = (q.float() - 8) * 0.125 + 0.5
@@ -100,7 +109,7 @@ def test_schemes(key: str, columns: int, scheme: str | None, expected: str | Non
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_stored_bytes(kind: str, native: bool) -> None:
-    layer = quantized(kind, native, random(128, 96, torch.bfloat16))
+    layer = quantized_linear(kind, native, random(128, 96, torch.bfloat16))
     held = sum(buffer.numel() * buffer.element_size() for buffer in layer.buffers())
     assert held == stored_bytes("attention.wq.weight", 128, 96, kind, 2)
     # By hand: 128 * 96 bytes and 128 scales of two; half of that and, of 3 groups a row, scales and zeros.
@@ -112,13 +121,13 @@ def test_torchs_order_holds_the_same_weights() -> None:
     weight = random(192, 544, torch.bfloat16)
     packed, rows = PackedInt4(weight), Int4(weight)
     assert torch.equal(packed.dequantize(), rows.dequantize())
-    assert isinstance(quantized("int4", False, weight), PackedInt4)
-    assert isinstance(quantized("int4", False, weight, weight[:70]), Int4)  # no whole number of blocks
+    assert isinstance(quantized_linear("int4", False, weight), PackedInt4)
+    assert isinstance(quantized_linear("int4", False, weight, weight[:70]), Int4)  # not a multiple of a block
 
 
-@pytest.mark.parametrize("m", [1, 5, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("m", [1, 5, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1])
 @pytest.mark.parametrize("kind", [Int8, pytest.param(PackedInt4, marks=needs_packing), Int4])
-def test_products_with_few_and_many_rows(kind: type[quantize.Quantized], m: int) -> None:
+def test_products_with_few_and_many_rows(kind: type[quantize.QuantizedLinear], m: int) -> None:
     layer = kind(random(128, 96, torch.bfloat16))
     x = random(m, 96, torch.bfloat16)
     expected = x.double() @ layer.dequantize().double().T
@@ -134,7 +143,7 @@ def test_products_with_few_and_many_rows(kind: type[quantize.Quantized], m: int)
 
 
 def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
-    """A weight after rounding, worked out apart from the package: a loop over its rows, or groups of columns."""
+    """A weight after quantization, computed without the package: a loop over its rows, or groups of columns."""
     out = weight.clone()
     for row in out:
         for part in row.split(GROUP) if kind == "int4" else [row]:
@@ -185,10 +194,10 @@ def test_a_quantized_model_is_one_with_rounded_weights(
 def test_weights_that_do_not_fit_are_counted(
     checkpoint: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A feed-forward of 80 columns is no whole number of groups of 32, but one of 16."""
+    """A feed-forward of 80 columns is a multiple of 16, but not of 32."""
     params = {"dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 80, "vocab_size": 512}
     (tmp_path / "params.json").write_text(json.dumps(params))
-    shapes = tensor_shapes(ModelArgs(**params))  # type: ignore[arg-type]  # all whole numbers
+    shapes = tensor_shapes(ModelArgs(**params))  # type: ignore[arg-type]  # all ints
     torch.save({key: torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "consolidated.00.pth")
     (tmp_path / "tokenizer.model").write_bytes((checkpoint("mha") / "tokenizer.model").read_bytes())
     for scheme, told in (("int4", "int4 but for 3 whose width does not allow it"), ("int8", "int8")):
@@ -203,8 +212,8 @@ def perplexity(llama: Llama, ids: list[int]) -> float:
 
 
 def test_perplexity_of_the_demo(demo: Path, measured: Callable[[str, object], None]) -> None:
-    """1,024 tokens in float32: of so few, bfloat16 moves the perplexity by half a percent itself. All 20,097 are in the
-    README, by benchmarks/accuracy.py."""
+    """1,024 tokens, in float32: bfloat16 alone would change the perplexity of so few by half a percent. The README has
+    that of all 20,097, by benchmarks/accuracy.py."""
     text = (GOLDEN / "text.txt").read_text()
     build: Callable[..., Llama] = lambda **form: Llama.build(demo, max_seq_len=512, dtype="float32", **form)  # noqa: E731
     llama = build()

@@ -1,8 +1,8 @@
-"""Chat templates: which dialect they write, and what becomes of those that mean harm."""
+"""Chat templates: which dialect they write, and that malicious ones do no harm."""
 
 import copy
 import json
-import os  # noqa: F401  (what a template would reach for)
+import os  # noqa: F401  (a malicious template looks for it)
 import re
 import subprocess
 import sys
@@ -22,10 +22,10 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 PHI3 = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 INST = ("[INST]", "[/INST]")
 EVERY = {"<s>", "</s>", *LLAMA3, *CHATML, *PHI3, *INST}
-# The same marks, but the tags of Mistral's first vocabulary are text.
+# All but the tags, which are plain text in Mistral's first vocabulary.
 MOST = EVERY - {*INST}
 
-# Templates of our own that write what the published ones write -------------------------------------
+# Templates written for these tests, with the output of the published ones --------------------------
 
 IN_TURN = "(m.role == 'user') == (loop.index0 % 2 == 0)"
 ALTERNATE = f"{{% if not ({IN_TURN}) %}}{{{{ raise_exception('user and assistant in turn') }}}}{{% endif %}}"
@@ -69,7 +69,7 @@ def llama2(default: str = "false", system: bool = True) -> str:
 
 
 def llama3(preamble: str = "''", always: bool = False) -> str:
-    """Llama 3; with a preamble 3.1 and 3.2, which have a system message in any case."""
+    """Llama 3; with a preamble 3.1 and 3.2, which always have a system message."""
     head = "'<|start_header_id|>' + %s + '<|end_header_id|>\\n\\n'"
     return (
         "{{- bos_token }}{% set system = messages[0].content | trim if messages[0].role == 'system' else '' %}"
@@ -105,7 +105,7 @@ PHI3_MINI = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-# Each question brings the head of its answer, and there is no word of a system message.
+# A question is followed by the header of its answer, and system messages are ignored.
 PHI3_MEDIUM = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>\\n' + m.content + '<|end|>\\n<|assistant|>\\n' }}"
     "{% elif m.role == 'assistant' %}{{ m.content + '<|end|>\\n' }}{% endif %}{% endfor %}"
@@ -113,7 +113,7 @@ PHI3_MEDIUM = (
 
 
 def mistral(user: str, answer: str, system: str | None = None) -> str:
-    """user, answer: how each is written. system: "first" or "last", None where it is refused."""
+    """user, answer: how each is written. system: the user message it goes into, "first" or "last"; None: refused."""
     place = f"loop.{system} and messages[0].role == 'system'" if system else "false"
     turns = "(messages[1:] if messages[0].role == 'system' else messages)" if system else "messages"
     return (
@@ -148,8 +148,8 @@ KNOWN: dict[str, tuple[str, set[str], dict[str, Any]]] = {
     "llama-3.1": (LLAMA31, EVERY, {"chat_format": "llama3", "default_system": PREAMBLE, "system_prefix": PREAMBLE}),
     "llama-3.2": (LLAMA32, EVERY, {"chat_format": "llama3", "default_system": PREAMBLE, "system_prefix": PREAMBLE}),
     "chatml": (chatml(), EVERY, {"chat_format": "chatml"}),
-    "chatml behind BOS": (chatml(bos="{{ bos_token }}"), EVERY, {"chat_format": "chatml", "dialog_bos": True}),
-    "chatml behind BOS, default": (
+    "chatml after BOS": (chatml(bos="{{ bos_token }}"), EVERY, {"chat_format": "chatml", "dialog_bos": True}),
+    "chatml after BOS, default": (
         chatml("Be safe.", bos="{{ bos_token }}"),
         EVERY,
         {"chat_format": "chatml", "dialog_bos": True, "default_system": "Be safe."},
@@ -213,7 +213,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown(name: str) -> None:
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    assert len(_rendered(UNKNOWN[name], tokens)) == len(DIALOGS)  # nothing is wrong with it
+    assert len(_rendered(UNKNOWN[name], tokens)) == len(DIALOGS)  # it renders
     assert chat_keys(UNKNOWN[name], NAMES, EVERY) == {"chat_format": None}
 
 
@@ -238,7 +238,7 @@ def test_of_several_templates_the_default_counts() -> None:
         ("llama-3", "<|eot_id|>"),
         ("chatml", "<|im_end|>"),
         ("phi-3-mini", "<|system|>"),
-        # Without the tags as specials, a system message belongs to the first question.
+        # If the tags are not special, the system message goes into the first question.
         ("mistral-v0.3", "[INST]"),
     ],
 )
@@ -249,7 +249,7 @@ def test_marks_that_are_no_specials_make_no_dialect(name: str, lacking: str) -> 
 
 @pytest.mark.parametrize("config", [{}, {"bos_token": None, "eos_token": {"id": 2}}])
 def test_without_bos_and_eos(config: dict[str, Any]) -> None:
-    """Dialects that need them are out, whatever the template writes in their place; ChatML does not."""
+    """Dialects that need BOS and EOS are not found, whatever the template writes instead. ChatML needs neither."""
     for name in ("llama-2-chat", "zephyr", "llama-3"):
         assert chat_keys("{% set bos_token = '' %}" + KNOWN[name][0], config, MOST) == {"chat_format": None}
     assert chat_keys(chatml(), config, CHATML) == {"chat_format": "chatml"}
@@ -267,9 +267,11 @@ def test_statements_of_chat_templates() -> None:
     assert chat_keys(template, NAMES, EVERY) == {"chat_format": "chatml"}
 
 
-@pytest.mark.parametrize("name", [name for name in KNOWN if name != "llama-3.2"])  # there transformers tells the day
+@pytest.mark.parametrize(
+    "name", [name for name in KNOWN if name != "llama-3.2"]
+)  # there transformers inserts the current date
 def test_what_was_found_writes_what_transformers_writes(name: str) -> None:
-    """On other dialogs than those that it was found with; for Mistral but for the spaces."""
+    """For dialogs other than those used to find the dialect. For Mistral, white space is not compared."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -300,9 +302,9 @@ def test_what_was_found_writes_what_transformers_writes(name: str) -> None:
             assert written == expected
 
 
-# Templates that mean harm --------------------------------------------------------------------------
+# Malicious templates -------------------------------------------------------------------------------
 
-# Each would be ChatML if it came to its end.
+# Each would be recognized as ChatML if it ran to its end.
 HOSTILE = {
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "recursion without end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
@@ -330,9 +332,9 @@ HOSTILE = {
 }
 
 
-def test_harm_is_bounded() -> None:
-    with ThreadPoolExecutor(4) as pool:  # some of them take all the time that they get
-        found = pool.map(lambda harm: chat_keys(harm + chatml(), NAMES, EVERY), HOSTILE.values())
+def test_hostile_templates_are_stopped() -> None:
+    with ThreadPoolExecutor(4) as pool:  # some run until their time limit
+        found = pool.map(lambda attack: chat_keys(attack + chatml(), NAMES, EVERY), HOSTILE.values())
         assert dict(zip(HOSTILE, found, strict=True)) == {name: {"chat_format": None} for name in HOSTILE}
 
 
@@ -367,12 +369,12 @@ ESCAPES = [
 
 
 def touch(*_: object) -> None:
-    """In the place of raise_exception: a function of a module that has imported os."""
+    """Takes the place of raise_exception: a function whose module has imported os."""
 
 
 @pytest.mark.parametrize("expression", ESCAPES)
 def test_the_sandbox_holds(expression: str, tmp_path: Path) -> None:
-    """What Jinja alone would let through, here fails."""
+    """Each expression succeeds in plain Jinja and fails here."""
     from jinja2 import Environment
 
     path = tmp_path / "touched"
@@ -392,23 +394,23 @@ def child(template: str, path: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=30)
 
 
-def behind_limits(code: str) -> subprocess.CompletedProcess[str]:
-    """Run lines of Python behind the limits that the child sets itself."""
+def run_with_limits(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code with the resource limits that the child process sets."""
     load = f"import resource, runpy; m = runpy.run_path({template_module.__file__!r}); m['_limit']()\n"
     return subprocess.run([sys.executable, "-I", "-S", "-c", load + code], capture_output=True, text=True, timeout=30)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
-def test_the_child_has_limits_beside_the_sandbox() -> None:
-    assert "MemoryError" in child(HOSTILE["a long string"], sys.path).stderr  # it has set them
-    assert "MemoryError" in behind_limits("b'x' * 2**30").stderr
-    assert "Too many open files" in behind_limits("open('/etc/hostname')").stderr
-    assert "Too many open files" in behind_limits("import os; os.pipe()").stderr
-    done = behind_limits("print(resource.getrlimit(resource.RLIMIT_CPU), resource.getrlimit(resource.RLIMIT_CORE))")
+@pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
+def test_the_child_process_sets_limits() -> None:
+    assert "MemoryError" in child(HOSTILE["a long string"], sys.path).stderr  # the limits are set
+    assert "MemoryError" in run_with_limits("b'x' * 2**30").stderr
+    assert "Too many open files" in run_with_limits("open('/etc/hostname')").stderr
+    assert "Too many open files" in run_with_limits("import os; os.pipe()").stderr
+    done = run_with_limits("print(resource.getrlimit(resource.RLIMIT_CPU), resource.getrlimit(resource.RLIMIT_CORE))")
     assert done.stdout == f"{(template_module.CPU_SECONDS,) * 2} (0, 0)\n"
 
 
-def test_the_child_loads_jinja_and_nothing_of_ours(tmp_path: Path) -> None:
+def test_the_child_process_loads_only_jinja(tmp_path: Path) -> None:
     import jinja2
     import markupsafe
 
@@ -421,6 +423,6 @@ def test_the_child_loads_jinja_and_nothing_of_ours(tmp_path: Path) -> None:
     assert len(json.loads(done.stdout)) == len(DIALOGS)
 
 
-def test_a_slow_child_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_child_process_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_module, "SECONDS", 0.001)
     assert chat_keys(chatml(), NAMES, EVERY) == {"chat_format": None}

@@ -1,4 +1,4 @@
-"""What is damaged is not loaded: every fault of the table is answered in one line that names its file."""
+"""Damaged checkpoints are not loaded: every fault of the table raises an error of one line that names its file."""
 
 import os
 import random
@@ -20,12 +20,12 @@ from llama.cli import main as cli
 from llama.model import Transformer
 from llama.parallel.groups import current_world
 
-# Faults that more than one file shows, and how many lines `verify` has for them.
+# Faults for which `verify` does not print exactly one line: how many it prints.
 SEVERAL = {
     "swapped": 2,
     "a number too large": 2,  # and what it was saved as
     "no embedding": 1,
-    "a width that is large": 2,
+    "a large width": 2,
     "another model's params.json": 2,
     "a layer too many": 2,
     "a layer too few": 2,
@@ -34,8 +34,8 @@ SEVERAL = {
 
 
 @pytest.fixture
-def spoilt(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
-    """spoilt(fault): a folder of two shards with that fault."""
+def damaged(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
+    """damaged(fault): a folder of two shards with that fault."""
 
     def make(name: str) -> Path:
         folder = tmp_path / name.replace(" ", "-").replace("'", "")
@@ -48,10 +48,10 @@ def spoilt(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[[str], P
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_verify_names_a_fault(
-    name: str, spoilt: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, damaged: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In one line with the path of its file, and no other file is blamed."""
-    fault, folder = FAULTS[name], spoilt(name)
+    """In one line with the path of its file, and it reports no other file."""
+    fault, folder = FAULTS[name], damaged(name)
     faults = check_folder(folder).problems
     monkeypatch.setattr(sys, "argv", ["llama", "verify", str(folder)])
     with pytest.raises(SystemExit) as ended:
@@ -65,13 +65,13 @@ def test_verify_names_a_fault(
 
 
 def builds(folders: list[Path]) -> list[str]:
-    """What `build` answers to each folder on this rank; no model may be begun."""
+    """The error of `build` for each folder on this rank, or "built". No damaged folder may get as far as a model."""
 
-    def begin(*args: Any, **options: Any) -> Transformer:
+    def create_model(*args: Any, **options: Any) -> Transformer:
         assert good, "memory was taken for a damaged checkpoint"
         return Transformer(*args, **options)
 
-    before, generation.Transformer = generation.Transformer, begin  # type: ignore[assignment, misc]
+    original, generation.Transformer = generation.Transformer, create_model  # type: ignore[assignment, misc]
     answers = []
     for folder in folders:
         good = folder.name in GOOD
@@ -80,7 +80,7 @@ def builds(folders: list[Path]) -> list[str]:
             answers.append("built")
         except Exception as error:
             answers.append(f"{type(error).__name__}: {error}")
-    generation.Transformer = before  # type: ignore[misc]
+    generation.Transformer = original  # type: ignore[misc]
     return answers
 
 
@@ -99,9 +99,9 @@ def check_answer(answer: str, fault: Fault, folder: Path, name: str) -> None:
 
 
 def test_build_names_every_fault_on_every_rank(
-    spoilt: Callable[[str], Path], measured: Callable[[str, object], None]
+    damaged: Callable[[str], Path], measured: Callable[[str, object], None]
 ) -> None:
-    folders = {name: spoilt(name) for name in FAULTS}
+    folders = {name: damaged(name) for name in FAULTS}
     caught = 0
     ranks = run_ranks(2, builds, list(folders.values()))
     for (name, folder), *answers in zip(folders.items(), *ranks, strict=True):
@@ -111,17 +111,17 @@ def test_build_names_every_fault_on_every_rank(
     measured("faults of Meta folders: tried, caught by verify, by build", f"{len(FAULTS)}, {len(FAULTS)}, {caught}")
 
 
-def one_damaged(whole: Path, folders: list[Path]) -> list[str]:
-    """Rank 1 alone has the damaged folder, as a host of its own."""
+def one_damaged(intact: Path, folders: list[Path]) -> list[str]:
+    """Rank 1, on a host of its own, has the damaged folder; rank 0 has an intact one."""
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    return builds([folder if current_world().rank == 1 else whole for folder in folders])
+    return builds([folder if current_world().rank == 1 else intact for folder in folders])
 
 
-def test_a_fault_on_one_host_is_told_on_the_others(
-    spoilt: Callable[[str], Path], checkpoint: Callable[..., Path]
+def test_a_fault_on_one_host_is_reported_on_the_others(
+    damaged: Callable[[str], Path], checkpoint: Callable[..., Path]
 ) -> None:
     names = [name for name, fault in FAULTS.items() if fault.build != ""]
-    folders = [spoilt(name) for name in names]
+    folders = [damaged(name) for name in names]
     first, second = run_ranks(2, one_damaged, checkpoint("mha", 2), folders)
     for name, folder, other, own in zip(names, folders, first, second, strict=True):
         check_answer(own, FAULTS[name], folder, name)
@@ -143,7 +143,7 @@ def without_permission(folder: Path, names: list[str]) -> list[str]:
 
 
 def test_the_only_shard_is_damaged(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """Nothing is left to look into: that is no further fault."""
+    """No shard is left to open, which is not reported as a further problem."""
     folder = Path(shutil.copytree(checkpoint("mha"), tmp_path / "model"))
     shard = folder / "consolidated.00.pth"
     flip(shard, random.Random(1), *data_of(shard)[0])

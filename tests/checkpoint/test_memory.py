@@ -1,4 +1,4 @@
-"""What a rank holds in memory and reads from disk, measured in real processes on a 570 MB checkpoint."""
+"""How much a rank holds in memory and reads from disk, measured in real processes on a 570 MB checkpoint."""
 
 import json
 import os
@@ -26,7 +26,7 @@ PARAMS = {"dim": 2048, "n_layers": 6, "n_heads": 16, "n_kv_heads": 8, "multiple_
 LAYOUT = layout(PARAMS, 1)  # name -> (logical shape, axis or None), the Llama 2 way
 STORED = 2  # bytes of a bfloat16 number
 CACHE = 2 * 6 * 1 * 8 * 16 * 128  # numbers in keys and values: layers, rows, KV heads, positions, head_dim
-# The kernel maps file pages by the folio, up to a huge page at a time: so far beyond a slice may be mapped with it.
+# The kernel maps file pages by the folio, up to a huge page at a time, so this many bytes beyond a slice may be mapped.
 HUGE_PAGE = 2**21
 MB = 1e6
 
@@ -42,7 +42,7 @@ def write_shards(folder: Path, shards: int) -> None:
         part = {}
         for key, (shape, axis) in LAYOUT.items():
             local = [n // shards if dim == axis else n for dim, n in enumerate(shape)]
-            start = 0 if axis is None else index  # files that hold the same are a fault
+            start = 0 if axis is None else index  # shards with the same data would be rejected
             part[key] = noise[start : start + prod(local)].clone().view(local)
         torch.save(part, folder / f"consolidated.{index:02d}.pth")
     (folder / "params.json").write_text(json.dumps(PARAMS))
@@ -50,7 +50,7 @@ def write_shards(folder: Path, shards: int) -> None:
 
 @pytest.fixture(scope="module")
 def folder(shards: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkpoint of 570 MB in bfloat16, divided over `shards` files; deleted when its tests are through."""
+    """A checkpoint of 570 MB in bfloat16, divided over `shards` files; deleted after its tests."""
     folder = tmp_path_factory.mktemp("memory")
     write_shards(folder, shards)
     assert sum(path.stat().st_size for path in folder.iterdir()) > 500 * MB
@@ -60,7 +60,7 @@ def folder(shards: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 def watch(ranks: int, *arguments: str) -> list[tuple[int, str]]:
     """Run memory_rank.py on `ranks` ranks; the peak of RssAnon, sampled every 3 ms, and the output of each."""
-    # As torchrun does it: the store is the parent's, so no port has to be guessed.
+    # As in torchrun, the store belongs to the parent, so no port has to be guessed.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     package = str(Path(llama.__file__).parents[1])
     processes = []
@@ -88,7 +88,7 @@ def watch(ranks: int, *arguments: str) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def imports() -> Callable[[int], int]:
-    """imports(ranks): peak of a rank that imports the packages and meets the others, but loads nothing."""
+    """imports(ranks): peak of a rank that imports the packages and joins the process group, but loads nothing."""
     measured: dict[int, int] = {}
 
     def measure(ranks: int) -> int:
@@ -100,26 +100,27 @@ def imports() -> Callable[[int], int]:
 
 
 def expected_pages(shards: int, ranks: int, rank: int) -> dict[str, tuple[int, int]]:
-    """File name -> (bytes that the rank's slices lie on, bytes that may be mapped in for them), of the files it needs.
+    """File name -> (bytes of the pages that the rank's slices are on, bytes that may be mapped with them).
 
-    Rows are contiguous; a slice of columns lies on every page of its tensor; what is repeated comes from file 0.
+    Only files that the rank needs. A slice of rows is contiguous, a slice of columns touches every page of its tensor,
+    and repeated tensors are read from file 0.
     """
     pages = {}
     for index in range(shards):
-        # On a ruler with shards * ranks marks.
+        # In units of 1 / (shards * ranks) of the tensor.
         overlap = min((rank + 1) * shards, (index + 1) * ranks) - max(rank * shards, index * ranks)
         if overlap <= 0 and index > 0:
             continue
-        least, most = 0, 2**20  # the zip directory, headers and half-used pages are far below 1 MB
+        used_bytes, limit_bytes = 0, 2**20  # the zip directory, headers and half-used pages are far below 1 MB
         for shape, axis in LAYOUT.values():
             size = prod(shape) * STORED // (1 if axis is None else shards)
             if axis == 0:
                 used = size * max(overlap, 0) // ranks
             else:
                 used = size if (index == 0 if axis is None else overlap > 0) else 0
-            least += used
-            most += used + min(size - used, 2 * HUGE_PAGE)
-        pages[f"consolidated.{index:02d}.pth"] = least, most
+            used_bytes += used
+            limit_bytes += used + min(size - used, 2 * HUGE_PAGE)
+        pages[f"consolidated.{index:02d}.pth"] = used_bytes, limit_bytes
     return pages
 
 
@@ -147,9 +148,9 @@ def test_a_rank_holds_its_own_weights_and_reads_its_own_slices(
 
         pages = expected_pages(shards, ranks, rank)
         assert sorted(touched) == list(pages)
-        for name, (least, most) in pages.items():
-            # The kernel may take back pages when memory is short; half of them left shows that they were counted.
-            assert least / 2 <= touched[name] <= most, f"{name}: {least} to {most}; {figures}"
+        for name, (used_bytes, limit_bytes) in pages.items():
+            # The kernel may evict pages when memory is short; if half of them are left, they were counted.
+            assert used_bytes / 2 <= touched[name] <= limit_bytes, f"{name}: {used_bytes} to {limit_bytes}; {figures}"
 
 
 @pytest.mark.parametrize("shards", [1], indirect=True, ids=["1-shard"])

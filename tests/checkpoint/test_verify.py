@@ -1,4 +1,4 @@
-"""`verify` names the file of every fault, in one line, and passes what is whole."""
+"""`verify` names the file of every fault in one line, and accepts intact folders."""
 
 import hashlib
 import pickle
@@ -28,7 +28,7 @@ from helpers.faults import (
     flip,
     write_list,
 )
-from llama import files as sniff
+from llama import files
 from llama.checkpoint.errors import CheckpointError
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.report import Report
@@ -49,12 +49,12 @@ def copy(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]
     return make
 
 
-# Whole folders ------------------------------------------------------------------------------------
+# Intact folders -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mha", "llama31"])
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_a_whole_folder_passes(
+def test_an_intact_folder_passes(
     name: str, shards: int, checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     call(verify, str(checkpoint(name, shards)))
@@ -68,12 +68,12 @@ def test_a_whole_folder_passes(
 def test_listed_files_pass(kind: str, form: str, copy: Callable[..., Path]) -> None:
     folder = copy()
     write_list(folder, kind, form)
-    found = check_folder(folder)
-    assert (found.problems, found.notes) == ([], [])
-    assert "4 files against their listed hashes" in found.checked
+    report = check_folder(folder)
+    assert (report.problems, report.notes) == ([], [])
+    assert "4 files against their listed hashes" in report.checked
 
 
-def test_capital_digits_and_a_list_in_two_kinds(copy: Callable[..., Path]) -> None:
+def test_uppercase_digits_and_two_kinds_of_hashes_in_one_list(copy: Callable[..., Path]) -> None:
     folder = copy()
     write_list(folder, "sha256")
     lines = (folder / "checklist.chk").read_text().splitlines()
@@ -82,13 +82,13 @@ def test_capital_digits_and_a_list_in_two_kinds(copy: Callable[..., Path]) -> No
     assert not check_folder(folder).problems
 
 
-def test_metas_layout_with_the_tokenizer_beside(copy: Callable[..., Path]) -> None:
+def test_metas_layout_with_the_tokenizer_in_the_parent_folder(copy: Callable[..., Path]) -> None:
     folder = copy()
     tokenizer = (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
     write_list(folder)
     write_list(folder.parent, name="tokenizer_checklist.chk")
-    found = check_folder(folder)
-    assert (found.problems, found.notes) == ([], [])
+    report = check_folder(folder)
+    assert (report.problems, report.notes) == ([], [])
     flip(tokenizer, random.Random(1), 1)
     (line,) = (line for line in check_folder(folder).problems if "does not match tokenizer_checklist.chk" in line)
     assert line.startswith(str(tokenizer))
@@ -98,8 +98,8 @@ def test_tied_embeddings_are_a_note(copy: Callable[..., Path]) -> None:
     folder = copy()
     for path in folder.glob("*.pth"):
         edit_shard(path, lambda t: t.pop("output.weight"))
-    found = check_folder(folder)
-    assert not found.problems and "no file has output.weight" in found.notes[-1]
+    report = check_folder(folder)
+    assert not report.problems and "no file has output.weight" in report.notes[-1]
 
 
 def test_files_in_no_list_are_notes(copy: Callable[..., Path]) -> None:
@@ -107,20 +107,20 @@ def test_files_in_no_list_are_notes(copy: Callable[..., Path]) -> None:
     write_list(folder)
     lines = (folder / "checklist.chk").read_text().splitlines()
     (folder / "checklist.chk").write_text(lines[0] + "\n")
-    found = check_folder(folder)
-    assert not found.problems and [note.split("/")[-1] for note in found.notes] == [
+    report = check_folder(folder)
+    assert not report.problems and [note.split("/")[-1] for note in report.notes] == [
         f"{name} is in no checklist" for name in (SECOND, "params.json", "tokenizer.model")
     ]
 
 
-def test_files_saved_under_no_number_are_noted(copy: Callable[..., Path]) -> None:
+def test_shards_that_do_not_record_their_number_are_noted(copy: Callable[..., Path]) -> None:
     folder = copy()
     for path in folder.glob("*.pth"):
         tensors = torch.load(path)
         with path.open("wb") as file:
             torch.save(tensors, file)  # a stream has no name
-    found = check_folder(folder)
-    assert not found.problems and "the shards do not record their numbers" in found.notes[-1]
+    report = check_folder(folder)
+    assert not report.problems and "the shards do not record their numbers" in report.notes[-1]
 
 
 def test_files_written_without_crcs_are_noted(copy: Callable[..., Path]) -> None:
@@ -130,8 +130,8 @@ def test_files_written_without_crcs_are_noted(copy: Callable[..., Path]) -> None
         edit_shard(folder / FIRST, lambda t: None)
     finally:
         torch.serialization.set_crc32_options(True)
-    found = check_folder(folder)
-    assert not found.problems and f"{folder / FIRST} was written without CRCs" in found.notes[0]
+    report = check_folder(folder)
+    assert not report.problems and f"{folder / FIRST} was written without CRCs" in report.notes[0]
 
 
 def test_a_shard_of_another_number_of_bytes_than_blocks(tmp_path: Path) -> None:
@@ -151,7 +151,8 @@ def test_a_shard_of_another_number_of_bytes_than_blocks(tmp_path: Path) -> None:
 # Faults -------------------------------------------------------------------------------------------
 
 
-def spoil(folder: Path, fault: str) -> list[str]:
+def damage(folder: Path, fault: str) -> list[str]:
+    """Damage a folder; return what `verify` reports."""
     FAULTS[fault].damage(folder, random.Random(fault))
     return check_folder(folder).problems
 
@@ -160,10 +161,10 @@ def spoil(folder: Path, fault: str) -> list[str]:
 @pytest.mark.parametrize(
     "fault", ["a bit of a weight", "another model's", "swapped", "repeated", "no last shard", "a hole"]
 )
-def test_a_checklist_tells_too(fault: str, kind: str, copy: Callable[..., Path]) -> None:
+def test_a_checklist_detects_faults_too(fault: str, kind: str, copy: Callable[..., Path]) -> None:
     folder = copy()
     write_list(folder, kind)
-    faults = spoil(folder, fault)
+    faults = damage(folder, fault)
     assert all(SECOND in line or fault == "swapped" for line in faults) and faults
     text = {
         "swapped": "holds what checklist.chk lists as",
@@ -177,10 +178,10 @@ def test_a_checklist_tells_too(fault: str, kind: str, copy: Callable[..., Path])
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_flipped_bit_is_found_wherever_a_reader_looks(seed: int, copy: Callable[..., Path]) -> None:
-    """Among weights, headers and directory: what is not found changes nothing."""
+def test_a_flipped_bit_is_found_wherever_it_matters(seed: int, copy: Callable[..., Path]) -> None:
+    """Flip bits among weights, headers and directory. A flip that is not detected changes no tensor."""
     folder = copy("mha", 2)
-    whole, rng = torch.load(folder / SECOND), random.Random(seed)
+    original, rng = torch.load(folder / SECOND), random.Random(seed)
     for kind in ("weights", "rest"):
         content = (folder / SECOND).read_bytes()
         spans = data_of(folder / SECOND)
@@ -193,12 +194,12 @@ def test_a_flipped_bit_is_found_wherever_a_reader_looks(seed: int, copy: Callabl
             assert len(faults) == 1 and faults[0].startswith(str(folder / SECOND))
         else:
             read = torch.load(folder / SECOND, mmap=True, weights_only=True)
-            assert read.keys() == whole.keys() and all(torch.equal(read[key], whole[key]) for key in whole)
+            assert read.keys() == original.keys() and all(torch.equal(read[key], original[key]) for key in original)
         (folder / SECOND).write_bytes(content)
 
 
 def test_headers_that_contradict_the_directory(copy: Callable[..., Path]) -> None:
-    """A reader believes one of the two, the directory's length of a record for instance, which no sum may cover."""
+    """Readers use one of the two: the directory's length of a record, for instance, which no CRC covers."""
     path = copy() / SECOND
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
@@ -213,24 +214,26 @@ def test_headers_that_contradict_the_directory(copy: Callable[..., Path]) -> Non
         start = archive.fp.tell()  # type: ignore[union-attr]
     assert not check_folder(path.parent).problems
     content = path.read_bytes()
-    at = content.index(b"data/7", start) - len("consolidated.01/") - 46 + 20  # both lengths in the directory
-    path.write_bytes(content[:at] + (10**9).to_bytes(4, "little") * 2 + content[at + 8 :])
+    offset = content.index(b"data/7", start) - len("consolidated.01/") - 46 + 20  # both lengths in the directory
+    path.write_bytes(content[:offset] + (10**9).to_bytes(4, "little") * 2 + content[offset + 8 :])
     (line,) = check_folder(path.parent).problems
     assert line.startswith(f"{path} is damaged in consolidated.01/data/7 (length): fetch")
 
 
 def test_two_directories(copy: Callable[..., Path]) -> None:
-    """zipfile takes the one right before the end, torch the one that the end names: what is checked is not what is
-    loaded, unless they are one."""
+    """zipfile uses the directory right before the end record, torch the one that the end record points to.
+
+    If they differ, other bytes would be checked than are loaded.
+    """
     path = copy() / SECOND
     content = path.read_bytes()
-    assert content[-42:-38] == b"PK\6\7", "torch writes an end for large files"
+    assert content[-42:-38] == b"PK\6\7", "torch writes a zip64 end record"
     end = len(content) - 98
     directory = content[content.index(b"PK\1\2") : end]
     for damaged in (
         b"\0" * 64 + content,
         content + b"PK",
-        content[:-34] + (64).to_bytes(8, "little") + content[-26:],  # the end for large files is elsewhere, it says
+        content[:-34] + (64).to_bytes(8, "little") + content[-26:],  # the locator points elsewhere
         content[:-2] + len(directory).to_bytes(2, "little") + directory,  # and a second directory, as a comment
         content[:end] + bytes(8) + content[end:],
         content[: end + 48] + (64).to_bytes(8, "little") + content[end + 56 :],
@@ -250,18 +253,18 @@ def test_two_files_joined_are_not_converted(copy: Callable[..., Path], tmp_path:
 
 
 def test_a_number_that_a_name_or_params_json_makes_up_costs_nothing(copy: Callable[..., Path]) -> None:
-    folder, found = copy(), Report()
-    check_count({0: folder / FIRST, 1: folder / SECOND}, 2**40, found)
-    assert found.problems == [
+    folder, report = copy(), Report()
+    check_count({0: folder / FIRST, 1: folder / SECOND}, 2**40, report)
+    assert report.problems == [
         f"{folder} lacks {THIRD}, consolidated.03.pth, consolidated.04.pth, consolidated.05.pth and "
         "1,099,511,627,770 more of the model's 1,099,511,627,776 shards: fetch them"
     ]
     names = ["consolidated.9999999.pth", "consolidated.-2.pth", "consolidated.\u0660\u0662.pth"]
     for name in names:
         shutil.copy(folder / FIRST, folder / name)
-    found = check_folder(folder)
-    assert not found.problems
-    assert f"{folder}: {names[1]}, {names[0]}, {names[2]} ignored: numbers of shards have up" in found.notes[0]
+    report = check_folder(folder)
+    assert not report.problems
+    assert f"{folder}: {names[1]}, {names[0]}, {names[2]} ignored: numbers of shards have up" in report.notes[0]
     assert len(Checkpoint(folder).paths) == 2
 
 
@@ -282,15 +285,15 @@ def test_a_bad_number_is_found_in_any_order_and_nothing_is_copied(bad: float) ->
         tensor[5, 7] = 1
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
             assert is_finite(view(tensor))
-        taken = max((event.cpu_memory_usage for event in measured.events()), default=0)
-        assert taken <= 4 * BLOCK + 2**16, "a part of a view that is in no order may be copied, the whole is 16 MiB"
+        allocated = max((event.cpu_memory_usage for event in measured.events()), default=0)
+        assert allocated <= 4 * BLOCK + 2**16, "a chunk of a non-contiguous view may be copied; all of it is 16 MiB"
         tensor[5, 7] = bad
         assert not is_finite(view(tensor))
     assert is_finite(torch.ones(0, 4))
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_faults_of_several_files_are_all_told(seed: int, copy: Callable[..., Path]) -> None:
+def test_faults_of_several_files_are_all_reported(seed: int, copy: Callable[..., Path]) -> None:
     """A damaged first shard does not hide what is wrong with the others."""
     folder, rng = copy("mha", 4), random.Random(seed)
     names = [f"consolidated.{i:02d}.pth" for i in range(4)]
@@ -307,7 +310,7 @@ def test_faults_of_several_files_are_all_told(seed: int, copy: Callable[..., Pat
 
 
 def test_extra_and_missing_files_by_the_shapes(copy: Callable[..., Path]) -> None:
-    """How many files there should be, the tensors say."""
+    """The number of shards is detected from the shapes of the tensors."""
     four, two = copy("mha", 4, "four"), copy("mha", 2, "two")
     shutil.copy(four / THIRD, two / THIRD)
     (line,) = check_folder(two).problems
@@ -320,7 +323,7 @@ def test_extra_and_missing_files_by_the_shapes(copy: Callable[..., Path]) -> Non
     ]
 
 
-def test_the_odd_one_is_blamed(copy: Callable[..., Path]) -> None:
+def test_the_shard_that_differs_from_the_others_is_reported(copy: Callable[..., Path]) -> None:
     folder = copy("llama31", 4)
     for key in ("norm.weight", "layers.0.ffn_norm.weight"):
         edit_shard(folder / FIRST, lambda t, key=key: t.update({key: t[key].flip(0) * 1.5}))  # type: ignore[misc]
@@ -329,7 +332,7 @@ def test_the_odd_one_is_blamed(copy: Callable[..., Path]) -> None:
 
 
 def test_norms_that_were_rounded_differently_pass(copy: Callable[..., Path]) -> None:
-    """Some published checkpoints differ by their last bit from file to file."""
+    """In some published checkpoints norms differ in their last bit from shard to shard."""
     folder = copy()
     for sign, path in zip((1, -1), sorted(folder.glob("*.pth")), strict=True):
         tensors = torch.load(path)
@@ -361,37 +364,37 @@ def test_the_demo_passes(demo: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "4 files against their listed hashes" in line and "1 shard of 272 tensors" in line
 
 
-# What a file is -----------------------------------------------------------------------------------
+# Formats ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", sniff.EMPTY),
-        (POINTER, sniff.LFS_POINTER),
-        (PAGE, sniff.WEB_PAGE),
-        (DENIED, sniff.WEB_PAGE),
-        (b"\xef\xbb\xbf<Error>", sniff.WEB_PAGE),
-        (b"GGUF\3\0\0\0", sniff.GGUF),
-        (b"\x08\0\0\0\0\0\0\0{}      ", sniff.SAFETENSORS),
-        (b"PK\3\4", sniff.ZIP),
-        (pickle.dumps([1], protocol=2), sniff.PICKLE),
-        (b' {"a": 1}', sniff.JSON),
-        (b"[1]", sniff.JSON),
+        (b"", files.EMPTY),
+        (POINTER, files.LFS_POINTER),
+        (PAGE, files.WEB_PAGE),
+        (DENIED, files.WEB_PAGE),
+        (b"\xef\xbb\xbf<Error>", files.WEB_PAGE),
+        (b"GGUF\3\0\0\0", files.GGUF),
+        (b"\x08\0\0\0\0\0\0\0{}      ", files.SAFETENSORS),
+        (b"PK\3\4", files.ZIP),
+        (pickle.dumps([1], protocol=2), files.PICKLE),
+        (b' {"a": 1}', files.JSON),
+        (b"[1]", files.JSON),
         (b"\n\x0e\n\x05<unk>\x15", None),  # a SentencePiece model
         (b"IQ== 0\nIg== 1\n", None),  # Llama 3's ranks
         (b"d41d8cd98f00b204e9800998ecf8427e  params.json\n", None),
     ],
 )
-def test_what_a_file_is(content: bytes, expected: str | None, tmp_path: Path) -> None:
+def test_detect_format(content: bytes, expected: str | None, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
-    assert sniff.detect_format(tmp_path / "file") == expected
+    assert files.detect_format(tmp_path / "file") == expected
 
 
-def test_real_files_are_what_they_are(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_detect_format_of_real_files(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = checkpoint("mha")
-    assert sniff.detect_format(folder / FIRST) == sniff.ZIP
-    assert sniff.detect_format(folder / "params.json") == sniff.JSON
-    assert sniff.detect_format(folder / "tokenizer.model") is None
+    assert files.detect_format(folder / FIRST) == files.ZIP
+    assert files.detect_format(folder / "params.json") == files.JSON
+    assert files.detect_format(folder / "tokenizer.model") is None
     torch.save({}, tmp_path / "old", _use_new_zipfile_serialization=False)
-    assert sniff.detect_format(tmp_path / "old") == sniff.OLD_TORCH
+    assert files.detect_format(tmp_path / "old") == files.OLD_TORCH

@@ -26,7 +26,8 @@ from llama.chat.formats import ChatFormat, Message
 from llama.cli import complete
 from llama.cli import main as cli
 from llama.console import LONGEST, in_one_line
-from llama.tokenizer import SIZE_LIMIT, TokenizerError
+from llama.tokenizer import TokenizerError
+from llama.vocabulary.backend import SIZE_LIMIT
 
 TAGS = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|system|>", "<|user|>", "<|assistant|>"]
 NAMES = ["<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|end_of_text|>"]
@@ -205,7 +206,7 @@ def test_the_special_ids_of_a_dialog_are_those_of_its_format(case: tuple[str, Ch
         try:
             ids = format.encode(dialog)
         except ValueError as error:
-            assert name == "chatml, unigram" and "makes its special token" in str(error)
+            assert name == "chatml, unigram" and "encodes a part of the text as its special token" in str(error)
             refused += 1
             continue
         written += 1
@@ -249,11 +250,11 @@ def test_an_unknown_character_is_no_forged_mark(tmp_path: Path) -> None:
         content = json.loads(path.read_text())
         content["model"] |= {"unk_id": 2} if i == 0 else {"unk_token": "</s>"}
         path.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="makes its special token '</s>' of a part of the text"):
+        with pytest.raises(ValueError, match="encodes a part of the text as its special token '</s>'"):
             Tokenizer(path).encode("a漢", bos=False, eos=False)
     content["model"] = json.loads(vocabularies[0].__getstate__()) | {"unk_id": None}
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"the tokenizer gives up on the text: .*unk_id.* is missing"):
+    with pytest.raises(ValueError, match=r"the tokenizer fails on the text: .*unk_id.* is missing"):
         Tokenizer(path).encode("a漢", bos=False, eos=False)  # where there is none
 
 
@@ -350,7 +351,7 @@ BAD_JSON = {
         ),
         "has a continuing_subword_prefix",
     ),
-    "a list for a config": (changed(), "cannot be read: it holds no object"),
+    "a list for a config": (changed(), "cannot be read: it does not hold an object"),
 }
 
 
@@ -421,7 +422,7 @@ ODD_JSON = {
 def test_a_text_that_a_tokenizer_gives_up_on_is_one_line(name: str, tmp_path: Path) -> None:
     content, text, message = ODD_JSON[name]
     tokenizer = Tokenizer(write_json(tmp_path, content))
-    with pytest.raises(ValueError, match=f"^the tokenizer gives up on the text: .*{message}") as caught:
+    with pytest.raises(ValueError, match=f"^the tokenizer fails on the text: .*{message}") as caught:
         tokenizer.encode(text, bos=False, eos=False)
     assert "\n" not in str(caught.value)
 

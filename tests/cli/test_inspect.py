@@ -21,7 +21,7 @@ from helpers.report_reader import ReportReader
 from llama import Llama
 from llama.cli.inspect import inspect as inspect_command
 from llama.console import visible
-from llama.evaluate.text_report import level, percent_text, shown, text_width
+from llama.evaluate.text_report import display_piece, level, percent_text, text_width
 from llama.evaluate.token_report import inspect_tokens
 
 TEXT = "The licence of it"
@@ -58,7 +58,7 @@ def test_json_is_the_token_report(inspect: Callable[..., Ended], build: Callable
 
 
 @pytest.mark.parametrize("text", ["1e3", "[1, 2]", "None", "-5", " 07 ", "{'a': 1}"])
-def test_a_text_stays_the_text_it_is(text: str, inspect: Callable[..., Ended]) -> None:
+def test_a_text_is_never_parsed(text: str, inspect: Callable[..., Ended]) -> None:
     assert read(inspect(text, "--json"))["text"] == text
     assert "".join(token["text"] for token in read(inspect("--json", stdin=text))["tokens"]) == text
 
@@ -78,9 +78,7 @@ def test_generated_tokens_are_those_of_generate(inspect: Callable[..., Ended], b
     assert last["id"] == found["next"][0]["id"]
 
 
-def test_the_model_may_end_before_all_are_generated(
-    inspect: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_token_ends_the_generated_tokens(inspect: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = read(inspect(TEXT, "--generate", "6", "--json"))["tokens"]
     given = sum(not token["generated"] for token in tokens)
     stop = tokens[given + 1]["id"]
@@ -98,7 +96,7 @@ def test_the_model_may_end_before_all_are_generated(
     assert found["next"][0]["id"] == stop
 
 
-def test_bos_is_as_asked(inspect: Callable[..., Ended]) -> None:
+def test_bos(inspect: Callable[..., Ended]) -> None:
     default, with_it, without = (
         read(inspect(TEXT, "--json", *words))["tokens"] for words in ([], ["--bos", "True"], ["--bos=False"])
     )
@@ -124,7 +122,7 @@ NO_TEXT = r'no text to inspect: give one \("..."\), or pipe one in'
         (["text", "--html", "{tmp}/no/report.html"], "--html {tmp}/no/report.html: there is no folder {tmp}/no"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_loaded(
+def test_mistakes_found_before_the_model_is_loaded(
     words: list[str], message: str, inspect: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(Llama, "build", None)
@@ -145,7 +143,7 @@ def test_a_mistake_is_told_before_anything_is_loaded(
         ),
     ],
 )
-def test_a_mistake_that_shows_later_is_one_line_too(
+def test_mistakes_found_after_the_model_is_loaded(
     words: list[str], message: str, inspect: Callable[..., Ended]
 ) -> None:
     ended = inspect(*words)
@@ -153,7 +151,7 @@ def test_a_mistake_that_shows_later_is_one_line_too(
     assert re.fullmatch(rf"llama: .*\nerror: {message}\n", ended.err)
 
 
-def test_the_length_that_the_message_names_is_enough(inspect: Callable[..., Ended]) -> None:
+def test_the_suggested_max_seq_len_is_the_smallest_that_fits(inspect: Callable[..., Ended]) -> None:
     ended = inspect(TEXT, "--generate", "30", "--max_seq_len", "32")
     needed = ended.err.split()[-1]
     found = read(inspect(TEXT, "--generate", "30", "--max_seq_len", needed, "--json"))
@@ -196,15 +194,15 @@ def test_the_table_has_a_row_for_each_token(inspect: Callable[..., Ended]) -> No
             str(token["id"]),
             *row.split()[2:3],
         ]
-        assert row[head.index("piece") :].startswith(shown(token["piece"]))
-        assert row[head.index("next") :].startswith(shown(token["next"]["piece"]))
+        assert row[head.index("piece") :].startswith(display_piece(token["piece"]))
+        assert row[head.index("next") :].startswith(display_piece(token["next"]["piece"]))
         if token["rank"] is not None:
             numbers = [f"{token['logprob']:.2f}", percent_text(token["percent"]), str(token["rank"])]
             assert row.split()[3:7] == [*numbers, f"{token['entropy']:.2f}"]
             best = token["top"][0]
-            assert row[head.index("expected") :].startswith(f"{shown(best['piece'])} {best['percent']:.0f}%")
+            assert row[head.index("expected") :].startswith(f"{display_piece(best['piece'])} {best['percent']:.0f}%")
     assert last.split()[:2] == [str(len(rows)), "(next)"]
-    assert last[head.index("expected") :].startswith(shown(found["next"][0]["piece"]))
+    assert last[head.index("expected") :].startswith(display_piece(found["next"][0]["piece"]))
     given = [token["logprob"] for token in found["tokens"] if not token["generated"] and token["logprob"] is not None]
     assert total == (
         f"{len(given) + 1} tokens: log-probability {sum(given):.3f}, "
@@ -214,7 +212,7 @@ def test_the_table_has_a_row_for_each_token(inspect: Callable[..., Ended]) -> No
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
-def test_a_terminal_sees_colours_unless_it_wants_none(
+def test_colours_on_a_terminal_unless_no_color_is_set(
     no_color: str, inspect: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "90")
@@ -254,17 +252,17 @@ def test_the_html_reads_as_the_text(text: str, inspect: Callable[..., Ended], tm
     percents = [token["percent"] for token in tokens]
     assert levels == [*(None if percent is None else level(percent) for percent in percents), None]
     for token, card, marks in zip(tokens, reader.cards, reader.marks, strict=False):
-        assert card.startswith(f"{shown(token['piece'])} token {token['position']}, id {token['id']}")
-        assert f"{shown(token['next']['piece'])} {percent_text(token['next']['percent'])}" in card
+        assert card.startswith(f"{display_piece(token['piece'])} token {token['position']}, id {token['id']}")
+        assert f"{display_piece(token['next']['piece'])} {percent_text(token['next']['percent'])}" in card
         for alternative in token["top"]:
-            assert f"{shown(alternative['piece'])} {percent_text(alternative['percent'])}" in card
+            assert f"{display_piece(alternative['piece'])} {percent_text(alternative['percent'])}" in card
         if token["rank"] is not None:
             assert f"{percent_text(token['percent'])} %" in card and f"rank{token['rank']:,}" in card
             assert f"{token['logprob']:.3f}" in card and f"{token['entropy']:.2f} nats" in card
-        # What has nothing to see has a mark.
-        assert marks == (["⏎"] * token["text"].count("\n") if token["text"] else [shown(token["piece"])])
+        # Line breaks and tokens without text have a mark.
+        assert marks == (["⏎"] * token["text"].count("\n") if token["text"] else [display_piece(token["piece"])])
     for alternative in found["next"]:
-        assert f"{shown(alternative['piece'])} {percent_text(alternative['percent'])}" in reader.cards[-1]
+        assert f"{display_piece(alternative['piece'])} {percent_text(alternative['percent'])}" in reader.cards[-1]
 
 
 def test_the_html_loads_nothing_and_runs_nothing(inspect: Callable[..., Ended], tmp_path: Path) -> None:

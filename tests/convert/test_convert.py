@@ -1,8 +1,7 @@
-"""What all conversions have in common: one model out of every format, destinations, disk, memory, and bad sources."""
+"""What all conversions have in common: one model in every format, destinations, disk, memory, and bad sources."""
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -16,48 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from golden.make_checkpoint import MODELS as SEEDED
 from golden.make_checkpoint import TOKENIZER
-from helpers.faults import FOREIGN, LFS
-from helpers.formats import meta_weights, write_gguf, write_llama2c
-from helpers.paths import GOLDEN, LLAMA3
+from helpers.formats import FORMATS, meta_weights
 from helpers.rss import anonymous_bytes
 from llama import Llama, Tokenizer
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.layout import tensor_shapes
 from llama.convert import ConvertError, convert, meta
 from llama.params import ModelArgs
-
-FORMATS = ("meta", "meta-4-shards", "hf", "hf-3-files", "hf-bin", "gguf", "llama2c")
-
-
-@pytest.fixture(scope="module")
-def in_format(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """in_format(name, format): a seeded model in one of FORMATS, written once."""
-    made: dict[tuple[str, str], Path] = {}
-
-    def make(name: str, kind: str) -> Path:
-        if (name, kind) not in made:
-            path = tmp_path_factory.mktemp(f"{name}-{kind}") / "model"
-            whole = checkpoint(name)
-            if kind.startswith("meta"):
-                path = whole if kind == "meta" else checkpoint(name, 4 if name != "gqa" else 2)
-            elif kind.startswith("hf"):
-                convert(whole, path, to="hf", shards=3 if kind == "hf-3-files" else 1)
-                if kind == "hf-bin":
-                    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
-                    (path / "model.safetensors").unlink()
-            elif kind == "gguf":
-                write_gguf(whole, path)
-            else:
-                write_llama2c(whole, path)
-                shutil.copy(GOLDEN / "llama2c" / "tok512.bin", path.with_name("tok512.bin"))
-            made[name, kind] = path
-        return made[name, kind]
-
-    return make
 
 
 @pytest.mark.parametrize(
@@ -73,7 +40,7 @@ def test_every_format_gives_the_same_model(
     name: str,
     kind: str,
 ) -> None:
-    """Bit for bit the weights it was written from, and the ids and log-probabilities that Meta's code answered."""
+    """The weights bit for bit, and the ids and log-probabilities that Meta's code computed from the original."""
     convert(in_format(name, kind), tmp_path / "out")
     found, original = meta_weights(tmp_path / "out"), meta_weights(checkpoint(name))
     assert list(found) == list(Checkpoint(tmp_path / "out").shapes)
@@ -90,8 +57,8 @@ def test_every_format_gives_the_same_model(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_shards_and_dtype_change_alone(checkpoint: Callable[..., Path], tmp_path: Path, dtype: str) -> None:
-    """1 -> 4 -> 2 -> 1 shards, in each layout of the embedding: the numbers rounded once, each in its place."""
+def test_shards_and_dtype_change_nothing_else(checkpoint: Callable[..., Path], tmp_path: Path, dtype: str) -> None:
+    """1 -> 4 -> 2 -> 1 shards, with both axes of the embedding: every weight is rounded once and keeps its place."""
     for name in ("mha", "llama31"):
         original = meta_weights(checkpoint(name))
         convert(checkpoint(name), tmp_path / f"{name}4", dtype, 4)
@@ -104,7 +71,7 @@ def test_shards_and_dtype_change_alone(checkpoint: Callable[..., Path], tmp_path
 
 
 def test_files_are_those_of_torch_save(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """Readable with and without mmap, weights only, aligned, with right sums, each tensor with its own bytes alone."""
+    """Readable with and without mmap, weights only, aligned, with correct CRCs, each tensor with its own storage."""
     convert(checkpoint("gqa"), tmp_path / "out", shards=2)
     for path in sorted((tmp_path / "out").glob("*.pth")):
         mapped, read = (torch.load(path, weights_only=True, mmap=mmap) for mmap in (True, False))
@@ -117,8 +84,8 @@ def test_files_are_those_of_torch_save(checkpoint: Callable[..., Path], tmp_path
             assert {name.split("/")[0] for name in file.namelist()} == {path.stem}
 
 
-def test_sums_count_for_weights_only(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """A params.json that was edited since, as many are, converts; a shard that is not the listed one does not."""
+def test_checklists_are_binding_for_weights_only(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """A params.json that was edited after it was listed is converted; a shard that does not match its list is not."""
     convert(checkpoint("mha"), tmp_path / "in", shards=2)
     params = json.loads((tmp_path / "in" / "params.json").read_text())
     (tmp_path / "in" / "params.json").write_text(json.dumps(params | {"norm_eps": 2e-5}))
@@ -132,14 +99,9 @@ def test_sums_count_for_weights_only(checkpoint: Callable[..., Path], tmp_path: 
 # Destinations -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def source(checkpoint: Callable[..., Path]) -> Path:
-    return checkpoint("code")
-
-
 def test_force_replaces_a_model(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out", shards=2)
-    with pytest.raises(ConvertError, match="exists and is left as it is: name another folder, or give --force"):
+    with pytest.raises(ConvertError, match="exists and is left unchanged: name another folder, or give --force"):
         convert(source, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.pth"))) == 2
     convert(source, tmp_path / "out", force=True)
@@ -154,16 +116,18 @@ def test_force_replaces_nothing_else(source: Path, tmp_path: Path) -> None:
         for file in files:
             (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / file).write_text("{}")
-        with pytest.raises(ConvertError, match="which is no part of a converted model, so --force does not replace it"):
+        with pytest.raises(
+            ConvertError, match="which is not part of a converted model, so --force does not replace it"
+        ):
             convert(source, tmp_path / name, force=True)
         assert all((tmp_path / name / file).exists() for file in files)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConvertError, match="is no folder, so --force does not replace it"):
+    with pytest.raises(ConvertError, match="is not a folder, so --force does not replace it"):
         convert(source, tmp_path / "file", force=True)
 
 
 def test_force_does_not_replace_the_source(source: Path, tmp_path: Path) -> None:
-    """The source itself, a folder it lies in, or one that its links lead to."""
+    """The source itself, one of its parents, or a folder that its links point into."""
     shutil.copytree(source, tmp_path / "models" / "mine")
     (tmp_path / "links").mkdir()
     for path in (tmp_path / "models" / "mine").iterdir():
@@ -183,17 +147,17 @@ def test_the_current_folder_can_be_replaced(source: Path, tmp_path: Path, monkey
 
 
 def test_neighbours_are_left_alone(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever is called like a temporary folder stays; the source may be one."""
+    """Folders with names like our temporary ones are kept; the source may be one."""
     shutil.copytree(source, tmp_path / "out.partial")
     (tmp_path / "out.partial-x").mkdir()
     convert(tmp_path / "out.partial", tmp_path / "out")
     convert(tmp_path / "out.partial", tmp_path / "out", force=True)
     assert sorted(os.listdir(tmp_path)) == ["out", "out.partial", "out.partial-x"]
-    assert "out.partial-x is of a conversion that was killed, or still runs" in capsys.readouterr().err
+    assert "out.partial-x is of a conversion that was killed or is still running" in capsys.readouterr().err
 
 
 def test_two_conversions_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that comes second to its end finds the folder there, and leaves it."""
+    """The conversion that finishes second finds the folder and leaves it unchanged."""
     write = meta.write
 
     def meanwhile(*arguments: Any) -> None:
@@ -202,7 +166,7 @@ def test_two_conversions_at_once(source: Path, tmp_path: Path, monkeypatch: pyte
         write(*arguments)
 
     monkeypatch.setattr(meta, "write", meanwhile)
-    with pytest.raises(ConvertError, match="exists and is left as it is"):
+    with pytest.raises(ConvertError, match="exists and is left unchanged"):
         convert(source, tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"] and len(list((tmp_path / "out").glob("*.pth"))) == 2
 
@@ -225,7 +189,7 @@ def test_free_disk_is_checked_first(source: Path, tmp_path: Path, monkeypatch: p
     needed = sum(weight.nbytes for weight in meta_weights(source).values())
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed // 2))
-    with pytest.raises(ConvertError, match=r"needs 0.0 GB, .* has 0.0 GB free: make room"):
+    with pytest.raises(ConvertError, match=r"needs 0.0 GB, .* has 0.0 GB free: free some space"):
         convert(source, tmp_path / "new" / "out")
     assert not os.listdir(tmp_path)
     # Half the bytes, and what the tokenizer takes.
@@ -250,7 +214,7 @@ def test_numbers_that_do_not_fit_are_refused(source: Path, tmp_path: Path) -> No
 
 
 def test_a_killed_conversion_leaves_no_folder(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """kill -9 in the middle: only the unfinished .partial is there, and the next run does without it."""
+    """kill -9 in the middle leaves only the unfinished .partial folder, which the next run does not need."""
     stop = "import llama.convert.meta as m, os; m.md5 = lambda path: os.kill(os.getpid(), 9)\n"
     call = f"from llama.convert import convert; convert({str(checkpoint('mha'))!r}, {str(tmp_path / 'out')!r})"
     done = subprocess.run([sys.executable, "-c", stop + call], capture_output=True)
@@ -262,7 +226,7 @@ def test_a_killed_conversion_leaves_no_folder(checkpoint: Callable[..., Path], t
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("to", ["meta", "hf"])
 def test_memory_is_a_few_tensors(tmp_path: Path, to: str, measured: Callable[[str, object], None]) -> None:
-    """A model of 240 MB in 60 layers whose tensors have 1 MB each, read and written: the most it holds at once."""
+    """Peak memory of reading and writing a model of 240 MB in 60 layers whose tensors have 1 MB each."""
     torch.manual_seed(1)
     params: dict[str, Any] = {
         "dim": 512,
@@ -280,13 +244,13 @@ def test_memory_is_a_few_tensors(tmp_path: Path, to: str, measured: Callable[[st
     (tmp_path / "in" / "params.json").write_text(json.dumps(params))
     del weights
     convert(tmp_path / "in", tmp_path / "warm", to=to)  # imports what it needs
-    most, running = anonymous_bytes(), True
-    start = most
+    peak, running = anonymous_bytes(), True
+    start = peak
 
     def watch() -> None:
-        nonlocal most
+        nonlocal peak
         while running:
-            most = max(most, anonymous_bytes())
+            peak = max(peak, anonymous_bytes())
             time.sleep(0.001)
 
     thread = threading.Thread(target=watch)
@@ -294,244 +258,12 @@ def test_memory_is_a_few_tensors(tmp_path: Path, to: str, measured: Callable[[st
     convert(tmp_path / "warm", tmp_path / "out", "bfloat16", 2 if to == "meta" else 3, to=to)
     running = False
     thread.join()
-    measured(f"memory of a conversion to {to}, in largest tensors", (most - start) / largest)
+    measured(f"memory of a conversion to {to}, in largest tensors", (peak - start) / largest)
     assert total > 200 * largest
-    assert most - start < 4 * largest
+    assert peak - start < 4 * largest
 
 
-# Sources that will not do --------------------------------------------------------------------------
-
-
-def error_of(src: Path, dst: Path) -> str:
-    with pytest.raises(ValueError) as error:
-        convert(src, dst)
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 600
-    assert type(error.value).__name__ in ("ConvertError", "CheckpointError", "TokenizerError")
-    assert not dst.exists() and not dst.with_name(dst.name + ".partial").exists()
-    return message
-
-
-@pytest.mark.parametrize("fault", FOREIGN)
-def test_what_is_no_model_says_what_it_is(tmp_path: Path, fault: str) -> None:
-    files, part = FOREIGN[fault]
-    (tmp_path / "in").mkdir()
-    for name, text in files.items():
-        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "in" / name).write_text(text)
-    source = tmp_path / "in"
-    if fault.startswith("file:"):
-        source /= next(iter(files))
-    assert part in error_of(source, tmp_path / "out")
-
-
-def test_a_source_that_is_not_there(tmp_path: Path) -> None:
-    assert "does not exist: supported are" in error_of(tmp_path / "none", tmp_path / "out")
-
-
-# Damage: what is done to the files of a sound model, for each format -------------------------------
-
-
-def weight_files(folder: Path) -> list[Path]:
-    if folder.is_file():
-        return [folder]
-    return sorted(p for p in folder.iterdir() if p.suffix in (".pth", ".safetensors") or p.name == "pytorch_model.bin")
-
-
-def truncate(path: Path, rng: random.Random) -> None:
-    os.truncate(path, rng.randrange(1, path.stat().st_size))
-
-
-def replace(text: str) -> Callable[[Path, random.Random], None]:
-    def damage(path: Path, rng: random.Random) -> None:
-        path.unlink()
-        path.write_text(text)
-
-    return damage
-
-
-def make_folder(path: Path, rng: random.Random) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-DAMAGE: dict[str, Callable[[Path, random.Random], None]] = {
-    "truncated": truncate,
-    "a pointer": replace(LFS),
-    "a page": replace("<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>"),
-    "empty": replace(""),
-    "a folder": make_folder,
-    "unreadable text": replace("0" * 5000),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("kind", FORMATS)
-def test_damaged_weights_are_named(
-    in_format: Callable[[str, str], Path], tmp_path: Path, kind: str, damage: str
-) -> None:
-    """Each weight file in turn, at a random place: one line that names it, and no folder."""
-    whole = in_format("mha", kind)
-    rng = random.Random(f"{kind}/{damage}")
-    for path in weight_files(whole):
-        copy = tmp_path / f"in-{path.name}"
-        if whole.is_file():
-            shutil.copy(whole, copy)
-            victim = copy
-        else:
-            shutil.copytree(whole, copy)
-            victim = copy / path.name
-        DAMAGE[damage](victim, rng)
-        assert victim.name in error_of(copy, tmp_path / "out")
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_a_flipped_bit_never_moves_a_weight_unseen(
-    checkpoint: Callable[..., Path], in_format: Callable[[str, str], Path], tmp_path: Path, kind: str
-) -> None:
-    """20 flips anywhere in each file: an error, or the same numbers; in formats without sums also one number changed,
-    in its place, where the bit was one of its own."""
-    original, rng = meta_weights(checkpoint("mha")), random.Random(kind)
-    whole = in_format("mha", kind)
-    refused = 0
-    for i in range(20):
-        copy = tmp_path / f"in-{i}"
-        if whole.is_file():
-            shutil.copy(whole, copy)
-        else:
-            shutil.copytree(whole, copy)
-        path = rng.choice(weight_files(copy))
-        content = bytearray(path.read_bytes())
-        # Half of them at the ends, where headers and directories are.
-        place = rng.randrange(len(content)) if i % 2 else rng.choice((rng.randrange(300), -rng.randrange(1, 3000)))
-        content[place] ^= 1 << rng.randrange(8)
-        path.write_bytes(content)
-        try:
-            convert(copy, tmp_path / f"out-{i}")
-        except ValueError as error:
-            assert "\n" not in str(error) and not (tmp_path / f"out-{i}").exists()
-            refused += 1
-            continue
-        found = meta_weights(tmp_path / f"out-{i}")
-        assert found.keys() == original.keys()
-        changed = sum(int((found[key].view(torch.int32) != original[key].view(torch.int32)).sum()) for key in original)
-        assert changed <= (0 if kind.startswith("meta") or kind == "hf-bin" else 1)
-    assert refused > 0
-
-
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, weights_only=True)
-
-
-def store(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    if path.suffix == ".safetensors":
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
-    else:
-        torch.save(tensors, path)
-
-
-def _pick(tensors: dict[str, torch.Tensor], rng: random.Random) -> str:
-    """A matrix of a layer: those are in every model."""
-    return rng.choice([name for name, tensor in tensors.items() if tensor.dim() == 2 and "layers." in name])
-
-
-def lose(tensors: dict[str, torch.Tensor], rng: random.Random) -> str:
-    name = _pick(tensors, rng)
-    del tensors[name]
-    return name
-
-
-def rename(tensors: dict[str, torch.Tensor], rng: random.Random) -> str:
-    name = _pick(tensors, rng)
-    tensors[name + "s"] = tensors.pop(name)
-    return name
-
-
-def add(tensors: dict[str, torch.Tensor], rng: random.Random) -> str:
-    name = _pick(tensors, rng)
-    tensors[name.replace("weight", "bias")] = torch.zeros(64)
-    return name.replace("weight", "bias")
-
-
-def reshape(tensors: dict[str, torch.Tensor], rng: random.Random) -> str:
-    name = _pick(tensors, rng)
-    tensors[name] = tensors[name][:-2].clone()
-    return name
-
-
-def retype(tensors: dict[str, torch.Tensor], rng: random.Random) -> str:
-    name = _pick(tensors, rng)
-    tensors[name] = tensors[name].to(torch.int8)
-    return name
-
-
-def poison(tensors: dict[str, torch.Tensor], rng: random.Random) -> str:
-    name = _pick(tensors, rng)
-    tensors[name][0, rng.randrange(8)] = float("nan")
-    return name if "consolidated" in name else ""  # named by Meta's name
-
-
-@pytest.mark.parametrize("fault", [lose, rename, add, reshape, retype, poison])
-@pytest.mark.parametrize("kind", ["meta", "meta-4-shards", "hf", "hf-3-files", "hf-bin"])
-def test_tensors_that_do_not_fit_are_named(
-    in_format: Callable[[str, str], Path],
-    tmp_path: Path,
-    kind: str,
-    fault: Callable[[dict[str, torch.Tensor], random.Random], str],
-) -> None:
-    rng = random.Random(f"{kind}/{fault.__name__}")
-    shutil.copytree(in_format("mha", kind), tmp_path / "in")
-    path = rng.choice(weight_files(tmp_path / "in"))
-    tensors = tensors_of(path)
-    name = fault(tensors, rng)
-    store(tensors, path)
-    message = error_of(tmp_path / "in", tmp_path / "out")
-    assert name in message or (fault is poison and "NaN" in message)
-
-
-@pytest.mark.parametrize("kind", ["meta-4-shards", "hf-3-files"])
-def test_files_of_two_models_are_told_apart(in_format: Callable[[str, str], Path], tmp_path: Path, kind: str) -> None:
-    """A file of another shape of model, a file too few, a file twice."""
-    for case in ("mixed", "missing", "repeated"):
-        shutil.copytree(in_format("mha", kind), tmp_path / case)
-        files = weight_files(tmp_path / case)
-        if case == "mixed":
-            shutil.copy(weight_files(in_format("code", kind))[1], files[1])
-        elif case == "missing":
-            files[1].unlink()
-        elif kind.startswith("hf"):  # Meta's shards look all alike: `verify` tells repeated ones by their sums
-            shutil.copy(files[0], files[1])
-        else:
-            continue
-        assert files[1].name in error_of(tmp_path / case, tmp_path / "out")
-
-
-def test_shards_of_two_models_of_one_shape(in_format: Callable[[str, str], Path], tmp_path: Path) -> None:
-    """Shapes fit, sums fit, but the norms, which stand in every file, are another model's."""
-    shutil.copytree(in_format("mha", "meta-4-shards"), tmp_path / "in")
-    path = tmp_path / "in" / "consolidated.02.pth"
-    tensors = torch.load(path, weights_only=True)
-    store({name: torch.randn_like(tensor) for name, tensor in tensors.items()}, path)
-    assert "consolidated.02.pth has other norms than" in error_of(tmp_path / "in", tmp_path / "out")
-
-
-def test_the_tokenizer_of_a_meta_folder_is_checked(source: Path, tmp_path: Path) -> None:
-    shutil.copytree(source, tmp_path / "in")
-    tokenizer = tmp_path / "in" / "tokenizer.model"
-    for content, part in (
-        (LFS.encode(), "tokenizer.model is a Git LFS pointer, expected"),
-        (Path(LLAMA3).read_bytes(), "has 128256 ids, the model 512: put the model's own there"),
-    ):
-        tokenizer.write_bytes(content)
-        assert part in error_of(tmp_path / "in", tmp_path / "out")
-    tokenizer.unlink()
-    convert(tmp_path / "in", tmp_path / "out")  # beside it, or none at all
-    assert not (tmp_path / "out" / "tokenizer.model").exists()
-
-
-def test_a_dialect_that_was_recorded_stays(source: Path, tmp_path: Path) -> None:
+def test_a_recorded_chat_format_is_kept(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "in")
     recorded = {"chat_format": "zephyr", "default_system": "Be kind."}
     (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(recorded))
@@ -544,7 +276,7 @@ def test_a_dialect_that_was_recorded_stays(source: Path, tmp_path: Path) -> None
 
 
 def test_a_tied_model_is_divided_by_rows(source: Path, tmp_path: Path) -> None:
-    """So that every rank's rows of the output are what it holds of the embedding."""
+    """So that every rank needs the same rows of the output and of the embedding, and holds them once."""
     weights = meta_weights(source)
     del weights["output.weight"]
     shutil.copytree(source, tmp_path / "in")
@@ -554,7 +286,7 @@ def test_a_tied_model_is_divided_by_rows(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_one_line(source: Path, tmp_path: Path) -> None:
-    """Beyond the first MB nothing can be written: no traceback of a file that tries to end itself."""
+    """Writes beyond 100 kB fail: one line, without a traceback from a zip file's destructor."""
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
     call = "import sys; from llama.cli.main import main; main()"

@@ -1,4 +1,4 @@
-"""Files of llama2.c: the weights they were written from, and the text that its programs print."""
+"""Files of llama2.c: the weights that they were written from, and the text that its programs print."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def test_weights_are_those_that_llama2c_exported(checkpoint: Callable[..., Path]
         assert found.keys() == original.keys()
         for key, weight in original.items():
             if name == "mha_v2.bin" and weight.dim() == 2:
-                # 64 numbers share a scale, the largest of them over 127: rounding moves each by half a step at most.
+                # 64 weights share a scale, their maximum / 127: rounding changes each by at most half a scale.
                 groups = weight.reshape(-1, 64)
                 step = groups.abs().amax(1, keepdim=True) / 127
                 assert ((found[key].reshape(-1, 64) - groups).abs() <= 0.5001 * step).all()
@@ -48,11 +48,11 @@ def test_the_text_is_what_its_programs_print(tmp_path: Path, name: str) -> None:
     llama = Llama.build(converted(name, tmp_path), max_seq_len=64, max_batch_size=1, dtype="float32", device="cpu")
     tokenizer = llama.tokenizer
     ids = tokenizer.encode(EXPECTED["prompt"], bos=True, eos=False)
-    # 40 tokens behind BOS, the prompt among them; llama2.c's programs end at id 1, not at EOS.
+    # 40 tokens after BOS, prompt included; llama2.c's programs stop at id 1, not at EOS.
     tokens, _ = llama.generate([ids], EXPECTED["steps"] - (len(ids) - 1), temperature=0, stop_token_ids=[1])
     text = tokenizer.decode(ids + tokens[0])
     llama.close()
-    # Its printer leaves out control bytes and what is no UTF-8.
+    # Its printer skips control bytes and invalid UTF-8.
     assert re.sub(r"[\x00-\x08\x0e-\x1f\x7f\ufffd]", "", text) == EXPECTED[name]
 
 
@@ -71,21 +71,21 @@ def test_params_and_tokenizer(tmp_path: Path) -> None:
     ours, theirs = Tokenizer(folder / "tokenizer.model"), Tokenizer(TOKENIZER)
     for text in ("The licence", "a\nb\tc  d", "é\u2603\U0001f600", "", " ", "copyright notice and this permission"):
         assert ours.encode(text, bos=True, eos=True) == theirs.encode(text, bos=True, eos=True)
-    assert ours.chat_format is None  # nobody taught it dialogs
+    assert ours.chat_format is None  # it is no chat model
 
 
 def test_without_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(GOLDEN / "mha_v0.bin", tmp_path / "stories.bin")
     convert(tmp_path / "stories.bin", tmp_path / "out")
-    assert "note: no tokenizer.bin or tok512.bin is beside" in capsys.readouterr().err
+    assert "note: no tokenizer.bin or tok512.bin is next to" in capsys.readouterr().err
     shutil.copy(GOLDEN / "tok512.bin", tmp_path / "tokenizer.bin")
     convert(tmp_path / "stories.bin", tmp_path / "with")
     assert (tmp_path / "with" / "tokenizer.model").exists()
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])
-def test_shared_classifier(tmp_path: Path, version: int) -> None:
-    """The output matrix is the embedding: a positive vocabulary in version 0, a flag in the others."""
+def test_tied_weights(tmp_path: Path, version: int) -> None:
+    """Marked by a positive vocabulary in version 0, by a flag in the others."""
     content = (GOLDEN / f"mha_v{version}.bin").read_bytes()
     if version == 0:
         header = list(struct.unpack_from("<7i", content))
@@ -112,22 +112,22 @@ def header(**changes: int) -> bytes:
         (header(), "256 bytes long, not"),
         (header(version=3), "version 3 of llama2.c's format is not supported"),
         (header(version=-1), "version -1 of"),
-        (header(heads=5), "in its header make no model"),
-        (header(kv_heads=3), "in its header make no model"),
-        (header(layers=2**30), "in its header make no model"),
-        (header(dim=-64), "in its header make no model"),
+        (header(heads=5), "in its header are invalid"),
+        (header(kv_heads=3), "in its header are invalid"),
+        (header(layers=2**30), "in its header are invalid"),
+        (header(dim=-64), "in its header are invalid"),
         (header()[:40], "cut off within the header"),
-        (header(version=2), "in its header make no model"),  # no group size
+        (header(version=2), "in its header are invalid"),  # no group size
     ],
 )
-def test_headers_that_make_no_model(tmp_path: Path, content: bytes, part: str) -> None:
+def test_invalid_headers(tmp_path: Path, content: bytes, part: str) -> None:
     (tmp_path / "m.bin").write_bytes(content)
     with pytest.raises(ConvertError, match=re.escape(part)):
         convert(tmp_path / "m.bin", tmp_path / "out")
 
 
 def test_groups_need_not_divide_rows(tmp_path: Path) -> None:
-    """stories42M's feed-forward has 1376 columns and groups of 64: a group may run over the end of a row."""
+    """stories42M's feed-forward has 1376 columns and groups of 64: a group may cross the end of a row."""
     sizes = {"dim": 8, "hidden": 12, "layers": 1, "heads": 2, "kv_heads": 1, "vocab": 4, "context": 16}
     rng = np.random.default_rng(2)
     content = struct.pack("<4si7iBi", b"24ka", 2, *sizes.values(), 1, 32).ljust(256, b"\0")
@@ -155,7 +155,7 @@ def test_groups_need_not_divide_rows(tmp_path: Path) -> None:
 
 
 def test_sizes_that_look_like_a_pickle(tmp_path: Path) -> None:
-    """A version 0 file begins with its dim: 640 is 80 02 00 00, which a pickle begins with too."""
+    """A version 0 file begins with its dim: 640 is 80 02 00 00, and pickles begin with 80 02."""
     shapes = 2 * 640 + 640 + 4 * 640 + 4 * 640 * 640 + 3 * 640 * 2  # norms, embedding, attention, feed-forward
     sizes = struct.pack("<7i", 640, 2, 1, 1, 1, 4, 2)
     (tmp_path / "m.bin").write_bytes(sizes + np.ones(shapes + 2 * 2 * 320, np.float32).tobytes())
@@ -168,5 +168,5 @@ def test_sizes_that_look_like_a_pickle(tmp_path: Path) -> None:
 def test_sizes_that_do_not_fit_the_header(tmp_path: Path, name: str, size: int) -> None:
     content = (GOLDEN / name).read_bytes()
     (tmp_path / "m.bin").write_bytes(content[:size] if size < 0 else content + b"\0" * size)
-    with pytest.raises(ConvertError, match=r"bytes long, not|is of no known format"):
+    with pytest.raises(ConvertError, match=r"bytes long, not|is of unknown format"):
         convert(tmp_path / "m.bin", tmp_path / "out")

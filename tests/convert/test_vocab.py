@@ -1,4 +1,4 @@
-"""Vocabularies that change their format keep their ids: against sentencepiece and transformers."""
+"""Converted vocabularies keep their ids, against sentencepiece and transformers."""
 
 import json
 import struct
@@ -14,15 +14,16 @@ from golden.make_checkpoint import TOKENIZER
 from helpers.paths import GOLDEN, LLAMA2, LLAMA3, MISTRAL
 from helpers.vocabularies import random_texts, write_ranks
 from llama import Tokenizer
-from llama.convert.meta import ConvertError
-from llama.convert.vocab import Piece, hf_tokenizer, read_llama2c, sentencepiece_model
+from llama.convert import ConvertError
+from llama.convert.hf_tokenizer import export_tokenizer
+from llama.convert.vocab import Piece, read_llama2c, sentencepiece_model
 
 LLAMA2C = GOLDEN / "llama2c" / "tok512.bin"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 def pieces_of(path: Path) -> list[Piece]:
-    """The pieces of a model as sentencepiece tells them; none of ours has user-defined ones."""
+    """The pieces of a model as sentencepiece reports them; none of our models has user-defined ones."""
     model = SentencePieceProcessor(model_file=str(path))
     pieces = []
     for i in range(model.vocab_size()):
@@ -61,18 +62,18 @@ def test_a_model_from_its_pieces_gives_the_same_ids(model_path: Path) -> None:
     for text in random_texts(2000):
         ids = peer.encode(text)
         assert made.encode(text) == ids
-        assert made.decode([1, *ids, 0, 2, 0]) == peer.decode([1, *ids, 0, 2, 0])  # 0 decodes to a mark
+        assert made.decode([1, *ids, 0, 2, 0]) == peer.decode([1, *ids, 0, 2, 0])  # 0 decodes to a question mark
 
 
-def test_pieces_behind_another_vocabulary(model_path: Path, tmp_path: Path) -> None:
-    """Code Llama's way: Llama 2's pieces and 16 more. Other texts keep their ids."""
+def test_pieces_appended_to_another_vocabulary(model_path: Path, tmp_path: Path) -> None:
+    """As in Code Llama: Llama 2's pieces and 16 more. Texts without those keep their ids."""
     pieces = pieces_of(model_path)
     more: list[Piece] = [(f"▁<MORE{i}>", -1e9 - i, NORMAL) for i in range(16)]
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model([*pieces, *more]))
-    longer, whole = Tokenizer(tmp_path / "tokenizer.model"), Tokenizer(model_path)
+    longer, original = Tokenizer(tmp_path / "tokenizer.model"), Tokenizer(model_path)
     assert (longer.kind, longer.n_words, longer.stop_tokens) == ("sentencepiece", len(pieces) + 16, {2})
     for text in random_texts(300):
-        assert longer.encode(text, bos=True, eos=True) == whole.encode(text, bos=True, eos=True)
+        assert longer.encode(text, bos=True, eos=True) == original.encode(text, bos=True, eos=True)
 
 
 def test_ids_and_prefix_of_a_model() -> None:
@@ -86,7 +87,7 @@ def test_ids_and_prefix_of_a_model() -> None:
 
 
 def test_special_ids_that_are_not_control_pieces(tmp_path: Path) -> None:
-    """GGUF files call an added <|im_end|> user-defined: left so, it would be no EOS, and no answer would end."""
+    """GGUF files mark an added <|im_end|> as user-defined. As such it would not be EOS, and no generation would end."""
     path = tmp_path / "tokenizer.model"
     pieces = small_vocabulary(("<e>", 0, USER_DEFINED), ("<p>", 0, NORMAL))
     path.write_bytes(sentencepiece_model(pieces, bos_id=-1, eos_id=267, pad_id=268))
@@ -117,7 +118,7 @@ def test_special_ids_that_are_not_control_pieces(tmp_path: Path) -> None:
         (small_vocabulary(("x", 0, 7)), {}, r"piece 267, 'x', has type 7 and score 0: fetch the file again"),
     ],
 )
-def test_pieces_that_make_no_model(pieces: list[Piece], ids: dict[str, int], message: str) -> None:
+def test_invalid_pieces(pieces: list[Piece], ids: dict[str, int], message: str) -> None:
     with pytest.raises(ConvertError, match=message) as caught:
         sentencepiece_model(pieces, **ids)  # type: ignore[arg-type]  # ids only
     assert "\n" not in str(caught.value)
@@ -153,7 +154,7 @@ def test_llama2cs_own_file() -> None:
         (lambda d: d[:2], r"tokenizer.bin does not hold 512 pieces \(.*\): fetch it again"),
         (lambda d: d[:-1], r"piece 511: score .*: damaged, fetch it again"),
         (lambda d: d[:-9], r"does not hold 512 pieces"),
-        (lambda d: d + b"\0", r"tokenizer.bin goes on behind 512 pieces, which is the model's vocabulary"),
+        (lambda d: d + b"\0", r"tokenizer.bin has more than the model's 512 pieces"),
         (lambda d: struct.pack("<i", 2**30) + d[4:], r"says its longest piece has 1073741824 bytes: fetch it again"),
         (lambda d: struct.pack("<i", -1) + d[4:], r"says its longest piece has -1 bytes"),
         (lambda d: d[:8] + struct.pack("<i", -5) + d[12:], r"piece 0: score 0.0, -5 bytes: damaged"),
@@ -171,14 +172,14 @@ def test_damaged_llama2c_vocabularies(change: Callable[[bytes], bytes], message:
 
 
 def written(folder: Path, source: Path, use_scaled_rope: bool = False) -> tuple[Any, Tokenizer]:
-    """What hf_tokenizer makes of a file, as transformers and as we read it."""
+    """The files of export_tokenizer, as transformers and as we read them."""
     folder.mkdir()
-    for name, text in hf_tokenizer(source, use_scaled_rope).items():
+    for name, text in export_tokenizer(source, use_scaled_rope).items():
         (folder / name).write_text(text, encoding="utf-8")
     return AutoTokenizer.from_pretrained(folder), Tokenizer(folder / "tokenizer.json")
 
 
-# transformers takes the special tokens out of a text, which we never do.
+# transformers encodes special tokens written in a text as such, which we never do.
 TEXTS = [text for text in random_texts(2500, seed=1) if "<" not in text]
 RUNS = [character * n + end for character in " \na=-" for n in range(1, 70) for end in ("", "b")]
 
@@ -200,7 +201,7 @@ def test_single_ids_keep_their_space_where_the_decoder_strips_one(tmp_path: Path
     own = Tokenizer(TOKENIZER)
     ids = own.encode("the software is", bos=True, eos=False)
     assert "".join(map(read.decode_token, ids)) == "<s> the software is"
-    assert read.decode(ids[1:]) == own.decode(ids[1:]) == "the software is"  # of a whole text the first is stripped
+    assert read.decode(ids[1:]) == own.decode(ids[1:]) == "the software is"  # here the first space is stripped
     no_characters = {i for i in range(own.n_words) if own.decode_token(i) == f"<0x{i - 3:02X}>"}
     assert len(no_characters) == 128
     for i in set(range(own.n_words)) - no_characters:
@@ -224,7 +225,7 @@ def test_llama3_in_transformers(tmp_path: Path, use_scaled_rope: bool) -> None:
 
 
 def test_small_ranks_in_transformers(tmp_path: Path) -> None:
-    """Whole pieces come before merges, also a token that no two others make."""
+    """Pre-tokens that are tokens need no merges, not even a token that no two others form."""
     path = write_ranks(tmp_path / "tokenizer.model", b"th", b" the", b"the", b"\xc3\xa9", b"  ", b"wxyz")
     peer, _ = written(tmp_path / "hf", path)
     own = Tokenizer(path)
@@ -296,10 +297,10 @@ def test_other_models_in_transformers(tmp_path: Path, pieces: list[Piece], optio
 def test_models_that_transformers_cannot_have(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(sentencepiece_model(small_vocabulary(("▁ba", -9.0, UNUSED), ("ba", -8.0, NORMAL))))
-    with pytest.raises(ConvertError, match=r"marks '▁ba' unused, but needs it to cut texts: not supported"):
-        hf_tokenizer(path, use_scaled_rope=False)
+    with pytest.raises(ConvertError, match=r"marks '▁ba' unused, but needs it to split texts: not supported"):
+        export_tokenizer(path, use_scaled_rope=False)
     model = sentencepiece_model(small_vocabulary())
     assert model.endswith(b"\x20\x00\x28\x01")  # remove_extra_whitespaces off, escape_whitespaces on
     path.write_bytes(model[:-4] + b"\x20\x01\x28\x01")
-    with pytest.raises(ConvertError, match=r"rewrites the text before it cuts it \(.*\), which is not supported"):
-        hf_tokenizer(path, use_scaled_rope=False)
+    with pytest.raises(ConvertError, match=r"normalizes the text before it splits it \(.*\), which is not supported"):
+        export_tokenizer(path, use_scaled_rope=False)

@@ -17,7 +17,7 @@ from llama import Conversation, Llama
 from llama.generation import SPECIAL_TAGS
 from llama.tokenizer import ChatFormat, Tokenizer
 
-# What the models' card says of the format, in Jinja: no system message is added.
+# The format as the model card describes it, in Jinja: no system message is added.
 TEMPLATE = (
     "{% for m in messages %}{{ 'Source: ' + m.role + '\n\n ' + m.content.strip() + ' <step> ' }}{% endfor %}"
     "{{ 'Source: assistant\nDestination: user\n\n ' }}"
@@ -44,13 +44,13 @@ DIALOG: Any = [
 )
 def test_llama3_takes_any_roles(roles: list[str]) -> None:
     dialog: Any = [{"role": role, "content": f"message {i}"} for i, role in enumerate(roles)]
-    # The package writes its role "tool" as ipython; here a role is written as it is.
+    # The package writes the role "tool" as ipython; here roles are written unchanged.
     ours: Any = [{**message, "role": message["role"].replace("tool", "ipython")} for message in dialog]
     expected = PeerFormat(Peer(LLAMA3)).encode_dialog_prompt([RawMessage(**message) for message in dialog]).tokens
     assert ChatFormat(Tokenizer(LLAMA3)).encode_dialog_prompt(ours) == expected
 
 
-def test_llama2_wants_its_order(build: Callable[..., Llama]) -> None:
+def test_llama2_needs_roles_in_order(build: Callable[..., Llama]) -> None:
     wrong: Any = [{"role": "assistant", "content": "x"}]
     llama = build("mha")
     for kind in (ValueError, AssertionError):

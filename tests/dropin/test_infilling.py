@@ -13,7 +13,8 @@ from golden.make_checkpoint import TOKENIZER
 from helpers.peers import transformers_model
 from helpers.vocabularies import INFILLING, plain, write_infilling
 from llama import Llama
-from llama.convert.vocab import _pieces, hf_tokenizer, sentencepiece_model
+from llama.convert.hf_tokenizer import export_tokenizer
+from llama.convert.vocab import read_pieces, sentencepiece_model
 from llama.generation import infilling_prompt_tokens
 from llama.tokenizer import Tokenizer
 
@@ -41,22 +42,23 @@ def test_prompts_equal_transformers(folder: Path, suffix_first: bool) -> None:
     from transformers import CodeLlamaTokenizer
 
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    layout = json.loads(hf_tokenizer(folder / "tokenizer.model", False)["tokenizer.json"])["model"]
+    layout = json.loads(export_tokenizer(folder / "tokenizer.model", False)["tokenizer.json"])["model"]
     merges: Any = list(map(tuple, layout["merges"]))
     peer = CodeLlamaTokenizer(vocab=layout["vocab"], merges=merges)
     assert [peer.prefix_id, peer.middle_id, peer.suffix_id, peer.eot_id] == [508, 509, 510, 511]
     assert [tokenizer.prefix_id, tokenizer.middle_id, tokenizer.suffix_id, tokenizer.eot_id] == [508, 509, 510, 511]
-    # Release 5 puts a space before a suffix that begins with none; Meta's code does not, nor does its own docstring.
+    # transformers 5 puts a space before a suffix that begins without one. Meta's code does not, and the suffixes here
+    # begin with white space.
     for prefix, suffix in (("the software is ", " for the work"), ("\nthis licence", "  end\n"), (" a", " \n")):
         expected = peer(prefix, suffix=suffix, suffix_first=suffix_first)["input_ids"]
         assert infilling_prompt_tokens(tokenizer, prefix, suffix, suffix_first) == expected
 
 
-def test_no_space_comes_before(folder: Path, tmp_path: Path) -> None:
-    """As a SentencePiece model that is told to add none."""
+def test_no_space_is_added(folder: Path, tmp_path: Path) -> None:
+    """Compared with a SentencePiece model that adds no space before a text."""
     tokenizer = Tokenizer(folder / "tokenizer.model")
     bare = tmp_path / "bare.model"
-    pieces = _pieces((folder / "tokenizer.model").read_bytes())
+    pieces = read_pieces((folder / "tokenizer.model").read_bytes())
     bare.write_bytes(sentencepiece_model(pieces, add_dummy_prefix=False))
     for text in ("the software", " the", "", "\n  x", "é\u263a", "  "):
         ids = tokenizer.encode_infilling(text)
@@ -81,7 +83,7 @@ def test_text_infilling(llama: Llama, folder: Path) -> None:
         assert answer["full_text"] == prefix + answer["generation"] + suffix
 
 
-def test_it_ends_at_eot_alone(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_eot_ends_infilling(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     (ids,), _ = llama.generate([infilling_prompt_tokens(llama.tokenizer, "the", " end")], 8, temperature=0)
     at = next(i for i in range(1, 8) if ids[i] not in ids[:i])
     monkeypatch.setattr(llama.tokenizer, "eot_id", ids[at])

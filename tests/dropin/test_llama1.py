@@ -1,4 +1,4 @@
-"""LLaMA 1: whole texts in and out, against what Meta's code answered."""
+"""LLaMA 1's interface: `generate` takes and returns texts."""
 
 from collections.abc import Callable
 from typing import Any

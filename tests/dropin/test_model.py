@@ -1,5 +1,6 @@
-"""The model that users touch is the model that computes: what programs do to its modules and weights. transformers'
-Llama, with the same change made to its weights, is the oracle."""
+"""Changes that programs make to a model's modules and weights take effect, whatever computes the model.
+
+The expected results are those of transformers' Llama with the same change of its weights."""
 
 # Programs reach into modules by name, which nn.Module types as Tensor | Module.
 # mypy: disable-error-code="union-attr,index,arg-type,operator,call-overload"
@@ -32,7 +33,7 @@ Change = Callable[[Any], None]
 
 
 def logprobs(llama: Llama) -> torch.Tensor:
-    """Of IDS, by a prefill, and of their last half, by decode steps that are forced to follow them."""
+    """Log-probabilities of IDS, by a prefill."""
     _, scores = llama.generate([IDS], 0, logprobs=True, echo=True)
     assert scores is not None
     return torch.tensor(scores[0][1:])
@@ -167,7 +168,7 @@ def halve(module: nn.Module, args: Any, value: torch.Tensor) -> torch.Tensor:
     return value / 2
 
 
-# What a hook or a changed structure does to an equal model whose weights are changed instead.
+# Hooks and changed structures, with the change of weights that has the same effect.
 HOOKS: list[tuple[str, Callable[[Weights], Any]]] = [
     ("layers.0.attention.wo", lambda w: w[WO].div_(2)),
     ("layers.1.feed_forward.w1", lambda w: w[W1].div_(2)),
@@ -198,7 +199,7 @@ def test_hooks_act_and_go(
     ids, _ = decoded(llama)
     with torch.inference_mode():
         assert theirs(torch.tensor([IDS + ids])).logits[0, len(IDS) - 1 : -1].argmax(-1).tolist() == ids
-    both, _ = llama.generate([IDS, IDS[:3]], 6, temperature=0)  # rows at positions of their own
+    both, _ = llama.generate([IDS, IDS[:3]], 6, temperature=0)  # rows at different positions
     assert both[0] == ids and both[1] == llama.generate([IDS[:3]], 6, temperature=0)[0][0]
     hook.remove()
     after = decoded(llama)
@@ -207,7 +208,7 @@ def test_hooks_act_and_go(
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_weights_are_replaced_while_a_stream_is_read(form: dict[str, Any], build: Callable[..., Llama]) -> None:
-    """They act in the next step, all of them together: here none of the layers adds anything any more."""
+    """All replaced weights act in the next step: here they are zero, so that no layer adds anything."""
     llama = build("gqa", max_seq_len=32, max_batch_size=2, **form)
     steps = llama.stream([IDS], max_gen_len=20, temperature=0)
     (first,) = next(steps)
@@ -226,7 +227,7 @@ def test_weights_are_replaced_while_a_stream_is_read(form: dict[str, Any], build
 
 
 def test_another_model_takes_over_a_stream(build: Callable[..., Llama]) -> None:
-    """It fills its own cache, also where it has made as many passes as the first one."""
+    """It fills its own cache, even if it has made as many passes as the first one."""
     llama, other = (build("gqa", max_seq_len=32, max_batch_size=2) for _ in "ab")
     expected = [token.id for (token,) in llama.stream([IDS], max_gen_len=12, temperature=0)]
     steps = llama.stream([IDS], max_gen_len=12, temperature=0)
@@ -261,7 +262,7 @@ def narrow_angles(model: Any) -> None:
 def test_sizes_that_do_not_fit_raise(
     change: Callable[[Any], None], form: dict[str, Any], build: Callable[..., Llama]
 ) -> None:
-    """In a step of one id, too, which native.c would compute from whatever is in memory there."""
+    """Also in a step of one id, where native.c would otherwise read out of bounds."""
     llama = build("gqa", max_seq_len=32, max_batch_size=2, **form)
     change(llama.model)
     with pytest.raises((ValueError, RuntimeError, IndexError)):
@@ -319,7 +320,7 @@ def test_layers_are_deleted(
 
 
 class Own(nn.Module):
-    """A block as users write it, which takes what Meta's code gives: one int, and a mask of numbers."""
+    """A block as users write it, with the arguments of Meta's code: start_pos is one int, the mask is added."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -374,7 +375,7 @@ def test_a_model_that_cannot_run_is_usable_after_the_change_is_undone(build: Cal
 def test_numbers_of_heads_that_the_weights_lack_are_refused(
     name: str, form: dict[str, Any], build: Callable[..., Llama]
 ) -> None:
-    """In the words of Meta's code, whose views have these numbers."""
+    """With the error of the view that Meta's code has, too."""
     llama = build("gqa", max_seq_len=32, max_batch_size=2, **form)
     before, attention = decoded(llama), llama.model.layers[1].attention
     setattr(attention, name, getattr(attention, name) // 2)
@@ -422,7 +423,7 @@ def test_quantized_weights_are_read_and_refuse_to_be_written(
 
 
 def changed_on_a_rank(folder: Path, form: dict[str, Any]) -> list[tuple[list[float], list[list[int]]]]:
-    """The answers of one model after each of several changes, made on every rank to its slices."""
+    """Results of one model after each of several changes, which every rank makes to its slices."""
     llama = Llama.build(folder, max_seq_len=32, max_batch_size=2, **form)
     model: Any = llama.model
     found = []
@@ -452,7 +453,7 @@ def changed_on_a_rank(folder: Path, form: dict[str, Any]) -> list[tuple[list[flo
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_changes_on_two_ranks_are_those_on_one(form: dict[str, Any], checkpoint: Callable[..., Path]) -> None:
-    """Those on one rank in the plain form, each of which other tests compare with transformers."""
+    """The expected results are those of one rank with plain layers, which other tests compare with transformers."""
     expected = changed_on_a_rank(checkpoint("gqa"), {"plain": True})
     for before, after in pairwise(expected[:-2]):  # the two that follow wrap a layer, and then drop it with its hook
         assert max(abs(a - b) for a, b in zip(before[0], after[0], strict=True)) > 1e-3
@@ -527,7 +528,7 @@ def test_gradients_are_those_of_transformers(build: Callable[..., Llama], checkp
 def test_a_model_is_built_loaded_and_run_without_build(
     build: Callable[..., Llama], checkpoint: Callable[..., Path]
 ) -> None:
-    """As Meta's own `build` does it, and conversion scripts."""
+    """As in Meta's own `build` and in conversion scripts."""
     expected = build("gqa", max_seq_len=32, max_batch_size=2)
     params = json.loads((checkpoint("gqa") / "params.json").read_text())
     args = ModelArgs(max_seq_len=32, max_batch_size=2, **params)
@@ -537,7 +538,7 @@ def test_a_model_is_built_loaded_and_run_without_build(
     llama = Llama(model, expected.tokenizer)
     assert llama.generate([IDS, IDS[:2]], 6, temperature=0) == expected.generate([IDS, IDS[:2]], 6, temperature=0)
     llama.close()
-    assert torch.distributed.is_initialized()  # the other model's, which stays open
+    assert torch.distributed.is_initialized()  # the other model is still open
     expected.generate([IDS], 2)
 
 
@@ -599,7 +600,7 @@ def test_threads_get_their_own_answers(build: Callable[..., Llama]) -> None:
 
 
 def call_in_orders(folder: Path) -> tuple[str, str, bool]:
-    """Rank 1's threads are first with another call than rank 0's: what both get, and whether the model is usable."""
+    """The threads of ranks 0 and 1 call in different orders. Returns both results, and whether the model is usable."""
     llama = Llama.build(folder, max_seq_len=32, max_batch_size=2)
     rank = torch.distributed.get_rank()
     calls = [[IDS], [IDS[:3]]]
@@ -626,7 +627,7 @@ def test_calls_in_different_orders_are_refused_on_every_rank(checkpoint: Callabl
 
 
 def call_during_a_stream(folder: Path) -> tuple[bool, bool, bool]:
-    """Another thread's call, while a stream is read: (it waits, the stream's answer, its own answer)."""
+    """Another thread calls while a stream is read. Returns (it waits, the stream is right, its own result is)."""
     llama = Llama.build(folder, max_seq_len=32, max_batch_size=2)
     alone = [llama.generate([ids], 6, temperature=0)[0] for ids in (IDS, IDS[:3])]
     steps = llama.stream([IDS], max_gen_len=6, temperature=0)
@@ -665,7 +666,7 @@ def test_functions_of_the_module_may_be_replaced(
 
 
 def test_pruning_acts(build: Callable[..., Llama]) -> None:
-    """torch's own, which replaces the parameter and computes the weight in a pre-hook."""
+    """torch's pruning, which replaces the parameter and computes the weight in a pre-hook."""
     llama = build("gqa", max_seq_len=32, max_batch_size=2)
     before = logprobs(llama)
     llama.model.requires_grad_(False)

@@ -44,14 +44,18 @@ PRINTING = """
 import sys
 from llama import Llama
 
-if sys.argv[2:] == ["redirected"]:
-    sys.stdout = open(2, "w", closefd=False)
-llama = Llama.build(sys.argv[1])
-for answer in llama.text_completion(["The licence"], temperature=0, max_gen_len=4):
-    print("ANSWER", answer["generation"])
+def answer():
+    llama = Llama.build(sys.argv[1])
+    for answer in llama.text_completion(["The licence"], temperature=0, max_gen_len=4):
+        print("ANSWER", answer["generation"])
+    return llama
+
+llama = answer()
 print("EVERYWHERE", file=sys.__stdout__)
 llama.close()
 print("CLOSED")
+sys.stdout = open(2, "w", closefd=False)
+answer().close()
 """
 
 
@@ -62,5 +66,4 @@ def test_print_prints_once(checkpoint: Callable[..., Path], tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     # Counted, as the lines of two ranks may run into one another.
     assert [done.stdout.count(line) for line in ("ANSWER", "EVERYWHERE", "CLOSED")] == [1, 2, 2], done.stdout
-    done = torchrun(2, str(script), str(checkpoint("mha")), "redirected", PYTHONPATH=str(ROOT))
-    assert done.returncode == 0 and done.stderr.count("ANSWER") == 2, done.stderr
+    assert done.stderr.count("ANSWER") == 2, done.stderr  # a program's own sys.stdout prints on every rank

@@ -1,4 +1,4 @@
-"""Checkpoints as fine-tuners, trainers and other tools save them: each answers what the untouched folder answers."""
+"""Checkpoints as fine-tuners, trainers and other tools save them give the same results as the original folder."""
 
 import argparse
 import json
@@ -9,27 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fire
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from helpers.commands import call
-from helpers.faults import Bomb, edit_params
+from helpers.faults import Bomb, edit_params, write_list
 from helpers.paths import ROOT
-from llama import Llama, Tokenizer
+from helpers.ranks import run_ranks
+from llama import Llama
 from llama.checkpoint.errors import CheckpointError
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.params_json import read_params
 from llama.checkpoint.verify import check_folder
-from llama.cli.command import one_line_errors
-from llama.cli.main import main
+from llama.cli.plan import plan
 from llama.cli.verify import verify
 from llama.convert import ConvertError, convert
-from llama.memory.plan import plan
-from llama.model import rotary_angles
-from llama.params import ModelArgs
 
 PROMPT = [1, 20, 300, 4, 77]
 Tensors = dict[str, Any]
@@ -99,10 +95,10 @@ def with_buffers(tensors: Tensors) -> Tensors:
 
 
 class Saved(NamedTuple):
-    """said: what the one note says, "" where nothing is to be said. shards: those of the untouched folder."""
+    """save: rewrites a folder. note: part of the one note about it, "" for none. shards: of the original folder."""
 
     save: Callable[[Path], Any]
-    said: str = ""
+    note: str = ""
     shards: int = 1
 
 
@@ -113,7 +109,7 @@ WAYS: dict[str, Saved] = {
     "state_dict and step": Saved(
         every(lambda t: {"state_dict": t, "step": 7}), f"{WRAPPED} 'state_dict'; entries not read: step"
     ),
-    "an optimizer beside": Saved(every(with_optimizer), f"{WRAPPED} 'model'; entries not read: optimizer, step", 2),
+    "with an optimizer": Saved(every(with_optimizer), f"{WRAPPED} 'model'; entries not read: optimizer, step", 2),
     "a wrapper in a wrapper": Saved(every(lambda t: {"state_dict": {"model": t}}), f"{WRAPPED} 'state_dict.model'"),
     "DataParallel": Saved(prefixed("module."), "'module.' was removed from the names of the weights", 2),
     "torch.compile": Saved(prefixed("_orig_mod."), "'_orig_mod.' was removed from"),
@@ -170,7 +166,7 @@ def copy(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_answers_are_those_of_the_untouched_folder(
+def test_results_are_those_of_the_original_folder(
     name: str, copy: Callable[..., Path], checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     way = WAYS[name]
@@ -183,12 +179,12 @@ def test_answers_are_those_of_the_untouched_folder(
     assert ids == expected[0] and torch.equal(logits, expected[1])
     *notes, last = capsys.readouterr().err.splitlines()
     assert last.startswith("llama: 0.2M parameters")
-    assert len(notes) == bool(way.said) and all(line.startswith("note: ") and way.said in line for line in notes)
+    assert len(notes) == bool(way.note) and all(line.startswith("note: ") and way.note in line for line in notes)
 
     call(verify, str(folder))
     *lines, last = capsys.readouterr().out.splitlines()
     assert last.startswith("OK: ")
-    assert [line for line in lines if line in notes] == notes, "verify says it, too"
+    assert [line for line in lines if line in notes] == notes, "verify prints the same notes"
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -198,7 +194,7 @@ def test_convert_and_plan_take_them_too(
     way = WAYS[name]
     folder = copy(way.shards)
     way.save(folder)
-    plan(str(folder))
+    call(plan, str(folder))
     convert(folder, tmp_path / "out")
     found = torch.load(single(tmp_path / "out"), weights_only=True)
     expected = torch.load(single(checkpoint("mha")), weights_only=True)
@@ -206,9 +202,7 @@ def test_convert_and_plan_take_them_too(
     assert read_params(tmp_path / "out") == Checkpoint(checkpoint("mha")).params
 
 
-def test_two_ranks_read_what_one_file_wraps(checkpoint: Callable[..., Path], copy: Callable[..., Path]) -> None:
-    from helpers.ranks import run_ranks
-
+def test_two_ranks_read_one_wrapped_file(checkpoint: Callable[..., Path], copy: Callable[..., Path]) -> None:
     folder = copy()
     every(lambda t: {"model": {f"module.{key}": value for key, value in t.items()}})(folder)
     assert run_ranks(2, ids_of, folder) == [answer(checkpoint("mha"))[0]] * 2
@@ -235,28 +229,21 @@ def test_an_optimizer_is_mapped_and_not_read(copy: Callable[..., Path]) -> None:
         tensors = open_shard(Path(sys.argv[1])).tensors
         print(len(tensors), peak() - before)
     """
-    words = [sys.executable, "-c", script, str(single(folder))]
-    ended = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
+    command = [sys.executable, "-c", script, str(single(folder))]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     count, kilobytes = map(int, ended.stdout.split())
     assert count == 30 and kilobytes < 64_000
 
 
 def test_mistrals_own_release(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """consolidated.safetensors beside a Hugging Face config.json, and params.json with hidden_dim and head_dim."""
+    """consolidated.safetensors next to a Hugging Face config.json, and params.json with hidden_dim and head_dim."""
     folder = Path(shutil.copytree(checkpoint("gqa"), tmp_path / "mistral"))
     expected = answer(folder)
     as_safetensors("consolidated.safetensors")(folder)
     (folder / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}')
     width = Checkpoint(folder).params.hidden_dim
-    written: dict[str, Any] = {
-        "dim": 128,
-        "n_layers": 2,
-        "head_dim": 16,
-        "hidden_dim": width,
-        "n_heads": 8,
-        "n_kv_heads": 2,
-    }
-    written |= {"norm_eps": 1e-6, "vocab_size": 512, "rope_theta": 10000.0, "sliding_window": 4096}
+    written: dict[str, Any] = {"dim": 128, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "head_dim": 16}
+    written |= {"hidden_dim": width, "norm_eps": 1e-6, "vocab_size": 512, "rope_theta": 10000.0, "sliding_window": 4096}
     (folder / "params.json").write_text(json.dumps(written))
     ids, logits = answer(folder)
     assert ids == expected[0] and torch.equal(logits, expected[1])
@@ -285,7 +272,7 @@ def test_hugging_faces_folder_with_a_stray_shard_is_still_one(tmp_path: Path) ->
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "two wrappers": (
         every(lambda t: {"model": t, "model_state_dict": t}),
-        "holds the entries model and model_state_dict",
+        "the entries model and model_state_dict, both",
     ),
     "two prefixes": (
         every(lambda t: {(("a" in key and "model.") or "module.") + key: v for key, v in t.items()}),
@@ -305,7 +292,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         every(lambda t: {"model": t, "args": argparse.Namespace(lr=1)}),
         "it was not loaded (argparse.Namespace); where you trust it, take the weights out of torch.load('",
     ),
-    "a whole module": (every(lambda t: nn.Linear(2, 2)), "it was not loaded (torch.nn.modules.linear.Linear)"),
+    "a module": (every(lambda t: nn.Linear(2, 2)), "it was not loaded (torch.nn.modules.linear.Linear)"),
     "an unknown tensor": (every(lambda t: t | {"lora.weight": torch.ones(2)}), "unexpected: lora.weight"),
     "a bias called mask": (every(lambda t: t | {"maskless": torch.ones(2)}), "unexpected: maskless"),
     "an unknown key": (params(norm_type="layernorm"), "unknown key 'norm_type'"),
@@ -368,8 +355,6 @@ def test_files_cut_short_without_sums(name: str, damage: Callable[[bytes], bytes
 
 
 def test_files_without_sums_are_noted_and_checked_by_a_list(copy: Callable[..., Path]) -> None:
-    from helpers.faults import write_list
-
     folder = copy()
     as_safetensors("consolidated.safetensors")(folder)
     path = folder / "consolidated.safetensors"
@@ -410,153 +395,3 @@ def test_safetensors_without_its_package(copy: Callable[..., Path], monkeypatch:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(CheckpointError, match=r"needs the Python package safetensors: pip install 'llama-runner"):
         Llama.build(folder)
-
-
-# Rope scaling -------------------------------------------------------------------------------------
-
-
-NUMBERS = [(8.0, 1.0, 4.0, 8192), (16.0, 1.0, 2.0, 4096), (32.0, 2.0, 8.0, 16384), (4.0, 1.0, 1.0, 512)]
-
-
-@pytest.mark.parametrize(("factor", "low", "high", "context"), NUMBERS)
-def test_rope_scaling_is_that_of_transformers(
-    factor: float, low: float, high: float, context: int, checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Frequencies of any four numbers, and there and back through config.json."""
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    folder = Path(shutil.copytree(checkpoint("llama31"), tmp_path / "meta"))
-    numbers = {"rope_low_freq_factor": low, "rope_high_freq_factor": high, "rope_original_context_length": context}
-    edit_params(folder, rope_scaling_factor=factor, **numbers)
-    args = read_params(folder)
-    convert(folder, tmp_path / "hf", to="hf")
-    config = AutoConfig.from_pretrained(tmp_path / "hf")
-    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    turned = rotary_angles(args, 2)[1]
-    torch.testing.assert_close(turned.angle(), theirs, rtol=1e-5, atol=1e-9)
-    convert(tmp_path / "hf", tmp_path / "back")
-    back = read_params(tmp_path / "back")
-    names = ("rope_factor", *numbers)
-    assert [getattr(back, name) for name in names] == [factor, low, high, context]
-    assert answer(tmp_path / "back")[0] == answer(folder)[0]
-
-
-@pytest.mark.parametrize(("low", "high", "context"), [(1.0, 4.0, 8192), (1.0, 4.0, 2048), (2.0, 6.0, 8192)])
-def test_gguf_carries_the_numbers_in_its_divisors(
-    low: float, high: float, context: int, checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Only their ratios show: 1 and 4 of 2,048 are 4 and 16 of 8,192."""
-    import numpy as np
-
-    from helpers import formats
-
-    def divisors(theta: float, head_dim: int, factor: float) -> Any:
-        turns = context * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        return (1 / ((1 - kept) / factor + kept)).astype(np.float32)
-
-    folder = Path(shutil.copytree(checkpoint("llama31"), tmp_path / "meta"))
-    edit_params(folder, n_heads=2, n_kv_heads=1)  # wide heads: some of their 32 pairs lie between the two factors
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "llama3_divisors", divisors)
-        formats.write_gguf(folder, tmp_path / "model.gguf")
-    convert(tmp_path / "model.gguf", tmp_path / "out")
-    found = read_params(tmp_path / "out")
-    expected = ModelArgs(**vars(found) | {"rope_low_freq_factor": low, "rope_high_freq_factor": high})
-    expected.rope_original_context_length = context
-    assert found.rope_factor == 8
-    ours, theirs = rotary_angles(found, 16), rotary_angles(expected, 16)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"rope_low_freq_factor": 5.0}, "rope_high_freq_factor is 4, expected rope_low_freq_factor (5) or more"),
-        ({"rope_original_context_length": 0}, "rope_original_context_length is 0, expected a positive integer"),
-        ({"rope_high_freq_factor": "x"}, "rope_high_freq_factor is 'x', expected a positive number"),
-    ],
-)
-def test_scaling_that_makes_no_sense(changes: dict[str, Any], expected: str, copy: Callable[..., Path]) -> None:
-    folder = copy()
-    edit_params(folder, use_scaled_rope=True, **changes)
-    with pytest.raises(CheckpointError) as caught:
-        read_params(folder)
-    assert expected in str(caught.value)
-
-
-# Paths --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def home(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(checkpoint("mha"), tmp_path / "x")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
-
-
-def test_a_tilde_in_python(home: Path) -> None:
-    llama = Llama.build("~/x", tokenizer_path="~/x/tokenizer.model", max_seq_len=16)
-    llama.close()
-    assert Tokenizer("~/x/tokenizer.model").n_words == 512
-    assert Checkpoint("~/x").params.dim == read_params("~/x").dim == 64
-    convert("~/x", "~/y")
-    assert (home / "y" / "params.json").exists()
-    with pytest.raises(CheckpointError, match="~nobody-of-this-name/x does not exist"):
-        Llama.build("~nobody-of-this-name/x")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["complete", "--ckpt_dir=~/x", "--tokenizer_path=~/x/tokenizer.model", "a", "--max_gen_len=1"],
-        ["complete", "--ckpt_dir=~/x", "--file=~/p.jsonl", "--out=~/o.jsonl", "--max_gen_len=1"],
-        ["inspect", "--ckpt_dir=~/x", "a b", "--html=~/page.html"],
-        ["perplexity", "--ckpt_dir=~/x", "~/p.jsonl", "--max_seq_len=64"],
-        ["convert", "--src=~/x", "--dst=~/z"],
-        ["verify", "--ckpt_dir=~/x"],
-        ["plan", "--path=~/x"],
-        ["plan", "--path=~/x/params.json"],
-        ["conformance", "export", "--ckpt_dir=~/x", "--out=~/kit", "--max_seq_len=64"],
-    ],
-    ids=" ".join,
-)
-def test_a_tilde_on_the_command_line(
-    words: list[str], home: Path, built: list[Llama], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (home / "p.jsonl").write_text('{"prompt": "Hello"}\n')
-    monkeypatch.chdir(home)
-    monkeypatch.setattr(sys, "argv", ["llama", *words])
-    main()
-    assert not (home / "~").exists()
-    for word in words:
-        name, _, path = word.partition("=~/")
-        if name in ("--out", "--html", "--dst"):
-            assert (home / path).exists()
-
-
-def test_examples_take_a_tilde(home: Path, monkeypatch: pytest.MonkeyPatch, built: list[Llama]) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    import example_text_completion
-
-    monkeypatch.setattr(sys, "argv", ["example", "--ckpt_dir=~/x", "--max_gen_len=1"])
-    with one_line_errors():
-        fire.Fire(example_text_completion.main)
-
-
-@pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-1B-Instruct", "mistralai/Mistral-7B-v0.3"])
-def test_a_name_on_the_hub_is_answered_with_its_command(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    command = f"hf download {name} --local-dir checkpoints/{name.split('/')[1]}"
-    asks = (lambda: Llama.build(name), lambda: call(verify, name), lambda: plan(name), lambda: convert(name, "out"))
-    for ask in asks:
-        with pytest.raises(ValueError) as caught:
-            ask()
-        assert f"{name} does not exist" in str(caught.value) and str(caught.value).count(command) == 1
-    (tmp_path / name).parent.mkdir()
-    with pytest.raises(CheckpointError) as caught_path:  # a folder of that name is there: a path with a slip in it
-        Llama.build(name)
-    assert "hf download" not in str(caught_path.value)

@@ -1,4 +1,4 @@
-"""What `generate` promises: rows that do not depend on each other, log-probabilities that rescoring confirms."""
+"""`generate`: rows do not depend on each other, and log-probabilities equal those of rescoring."""
 
 import random
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def test_logprobs_equal_rescoring_with_an_uncached_forward(
         logits = plain.logits(params, weights, ids)
         expected = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
         close(scores, [0.0, *expected[np.arange(len(ids) - 1), ids[1:]]])
-        assert len(set(scores)) > len(scores) // 2  # they are not all one number, -0.0 for instance
+        assert len(set(scores)) > len(scores) // 2  # not all of them are one number such as -0.0
 
 
 def generated(folder: Path) -> Any:
@@ -144,8 +144,8 @@ def test_a_stop_id_in_the_prompt_ends_nothing(build: Callable[..., Llama]) -> No
 
 
 @pytest.mark.parametrize("pad_id", [-1, 0, 2, 319])
-def test_padding_is_told_by_length_whatever_the_pad_id(pad_id: int, build: Callable[..., Llama]) -> None:
-    """319 stands inside a prompt and still counts as a token there."""
+def test_padding_is_known_by_length_whatever_the_pad_id(pad_id: int, build: Callable[..., Llama]) -> None:
+    """319 occurs in a prompt, where it counts as a token even if it is the pad id."""
     llama = build("mha", max_seq_len=96, max_batch_size=5)
     expected = llama.generate(PROMPTS, 8, temperature=0, logprobs=True, echo=True)
     assert llama.tokenizer.pad_id == -1
@@ -156,17 +156,17 @@ def test_padding_is_told_by_length_whatever_the_pad_id(pad_id: int, build: Calla
 # Random streams -----------------------------------------------------------------------------------
 
 
-def test_a_seed_repeats_and_calls_without_one_go_on(build: Callable[..., Llama]) -> None:
-    hot: dict[str, Any] = {"temperature": 2.0, "top_p": 1.0}
+def test_a_seed_repeats_and_calls_without_one_continue_the_stream(build: Callable[..., Llama]) -> None:
+    sampled: dict[str, Any] = {"temperature": 2.0, "top_p": 1.0}
     first = build("mha", seed=5)
-    a, b = first.generate([[1, 5]] * 2, 12, **hot)[0], first.generate([[1, 5]] * 2, 12, **hot)[0]
+    a, b = first.generate([[1, 5]] * 2, 12, **sampled)[0], first.generate([[1, 5]] * 2, 12, **sampled)[0]
     assert len({tuple(row) for row in a + b}) == 4  # unseeded rows and calls differ
     second = build("mha", seed=5)
-    assert second.generate([[1, 5]] * 2, 12, **hot)[0] == a  # and repeat with the build's seed
-    assert build("mha", seed=6).generate([[1, 5]] * 2, 12, **hot)[0] != a
-    seeded = first.generate([[1, 5]], 12, seed=3, **hot)[0]
-    assert seeded == second.generate([[1, 5]], 12, seed=3, **hot)[0]
-    assert seeded != first.generate([[1, 5]], 12, seed=4, **hot)[0]
+    assert second.generate([[1, 5]] * 2, 12, **sampled)[0] == a  # they repeat with the seed of `build`
+    assert build("mha", seed=6).generate([[1, 5]] * 2, 12, **sampled)[0] != a
+    seeded = first.generate([[1, 5]], 12, seed=3, **sampled)[0]
+    assert seeded == second.generate([[1, 5]], 12, seed=3, **sampled)[0]
+    assert seeded != first.generate([[1, 5]], 12, seed=4, **sampled)[0]
 
 
 # Mistakes -----------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_a_seed_repeats_and_calls_without_one_go_on(build: Callable[..., Llama])
         ({"temperature": -0.1}, ValueError, "temperature is -0.1"),
         ({"temperature": float("nan")}, ValueError, "temperature is nan"),
         ({"temperature": float("inf")}, ValueError, "temperature is inf"),
-        ({"temperature": "hot"}, TypeError, "temperature is 'hot'"),
+        ({"temperature": "sampled"}, TypeError, "temperature is 'sampled'"),
         ({"top_p": 1.1}, ValueError, "top_p is 1.1"),
         ({"temperature": [0.5, 0.6]}, ValueError, "temperature has 2 values for 1 prompts: give one"),
         ({"temperature": [None]}, TypeError, "temperature is None, expected a number"),
@@ -208,7 +208,7 @@ def test_a_seed_repeats_and_calls_without_one_go_on(build: Callable[..., Llama])
         ({"stop_token_ids": ["\n"]}, TypeError, "stop_token_ids"),
         ({"stop_token_ids": 5}, TypeError, "stop_token_ids is 5, expected a list of ids"),
         ({"seed": "x"}, TypeError, "seed is 'x'"),
-        ({"seed": -1}, ValueError, "seed is -1"),  # Python would take it for 1
+        ({"seed": -1}, ValueError, "seed is -1"),  # random.Random would treat it as 1
     ],
 )
 def test_mistakes_are_named(
@@ -230,7 +230,7 @@ def test_numpy_numbers_are_numbers(build: Callable[..., Llama]) -> None:
 @pytest.mark.parametrize("logprobs", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_logits_that_are_not_finite_raise(value: float, logprobs: bool, build: Callable[..., Llama]) -> None:
-    llama = build("mha", max_seq_len=32, plain=True)  # packed weights cannot be written to
+    llama = build("mha", max_seq_len=32, plain=True)  # as its modules are written
     llama.model.output.weight[7] = value
     for temperature in (0, 0.8):
         with pytest.raises(FloatingPointError, match="at step 0, row 0, rank 0"):
@@ -247,7 +247,7 @@ def test_logits_are_checked_at_every_step(build: Callable[..., Llama], monkeypat
 
 
 def test_a_failed_call_leaves_nothing_in_the_cache(build: Callable[..., Llama]) -> None:
-    """Masked keys still count as 0 times their value, and 0 times NaN is NaN."""
+    """A masked position has weight 0, but 0 * NaN is NaN."""
     llama = build("mha", max_seq_len=64)
     expected = llama.generate(PROMPTS[:2], 8, temperature=0, logprobs=True)
     healthy = llama.model.tok_embeddings.weight[9].clone()
@@ -272,7 +272,7 @@ def test_a_batch_is_prefilled_in_passes_of_about_one_length(
 
     monkeypatch.setattr(llama.executor, "hidden", watched)
     llama.generate(PROMPTS, 4, temperature=0)
-    assert shapes == [(5, 58), (5, 1), (5, 1), (5, 1)]  # and no pass for the last id, which nothing follows
+    assert shapes == [(5, 58), (5, 1), (5, 1), (5, 1)]  # no pass for the last id, as nothing follows it
     expected = llama.generate(PROMPTS, 4, temperature=0, logprobs=True, echo=True)
     for cost, passes in ((2, [(1, 58), (1, 8), (1, 5), (2, 2)]), (0, [(1, 58), (1, 8), (1, 5), (1, 2), (1, 1)])):
         shapes.clear()
@@ -319,7 +319,7 @@ def test_any_ragged_batch_equals_its_rows_alone(
     stream = random.Random(seed)
     prompts = [[stream.randrange(512) for _ in range(n)] for n in lengths]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama.engine.requests.PASS_COST", pass_cost)  # texts in one pass, or in several
+        patch.setattr("llama.engine.requests.PASS_COST", pass_cost)  # prompts in one pass, or in several
         batch, logprobs = llama.generate(prompts, max_gen_len, temperature, top_p, True, True, seed=seed)
     assert logprobs is not None
     for prompt, tokens, scores in zip(prompts, batch, logprobs, strict=True):
@@ -331,7 +331,7 @@ def test_any_ragged_batch_equals_its_rows_alone(
 
 
 def test_bfloat16_batches_diverge_little(build: Callable[..., Llama], measured: Callable[[str, object], None]) -> None:
-    """Equality across batches is promised in float32. In bfloat16 the log-probabilities of the same ids differ by
+    """Results are independent of the batch in float32. In bfloat16 the log-probabilities of the same ids differ by
     rounding, which is measured here."""
     llama = build("llama31", max_seq_len=96, max_batch_size=5, dtype="bfloat16")
     tokens, _ = llama.generate(PROMPTS, 12, temperature=0, echo=True)

@@ -1,4 +1,4 @@
-"""Filters on distributions small enough to work out by hand, and their properties on any."""
+"""Sampling filters on distributions small enough to compute by hand, and their properties on random ones."""
 
 import math
 import random
@@ -19,7 +19,7 @@ FOUR = [0.5, 0.25, 0.125, 0.125]
 
 
 def sample(logits: torch.Tensor, uniform: float | list[float], prompts: Any = None, **settings: Any) -> list[int]:
-    """One id for each row of logits, by settings as `generate` takes them."""
+    """One id for each row of logits, with the settings of `generate`."""
     bsz, vocab = logits.shape
     args = ModelArgs(vocab_size=vocab, max_seq_len=10_000)
     rows = read_rows(args, lambda: 1, (), prompts or [[0]] * bsz, **settings)
@@ -37,10 +37,10 @@ def kept(probs: list[float], top_p: float) -> list[int]:
     [
         (0.0, [0]),
         (0.4999, [0]),
-        (0.5, [0, 1]),  # what is more probable than token 1 sums to 0.5, which is at most 0.5
+        (0.5, [0, 1]),  # token 0 sums to 0.5, which is not above 0.5: token 1 stays
         (0.75, [0, 1, 2]),
         (0.8, [0, 1, 2]),
-        (0.875, [0, 1, 2, 3]),  # token 3 ranks behind its equal, token 2
+        (0.875, [0, 1, 2, 3]),  # token 3 ranks after token 2, which has the same probability
         (1.0, [0, 1, 2, 3]),
     ],
 )
@@ -50,7 +50,7 @@ def test_top_p_keeps_tokens_whose_more_probable_ones_sum_to_at_most_p(top_p: flo
 
 def test_top_p_ranks_by_probability_not_by_place() -> None:
     assert kept([0.125, 0.25, 0.5, 0.125], 0.5) == [1, 2]
-    assert kept([0.125, 0.125, 0.25, 0.5], 0.8) == [0, 2, 3]  # of equals the lower id ranks first
+    assert kept([0.125, 0.125, 0.25, 0.5], 0.8) == [0, 2, 3]  # of equal probabilities the lower id ranks first
     assert kept([0.25, 0.25, 0.25, 0.25], 0.0) == [0]
 
 
@@ -96,7 +96,7 @@ def test_temperature_0_and_top_p_0_take_the_most_probable_token() -> None:
 
 
 def test_top_p_1_keeps_everything() -> None:
-    """Ten thousand equal tokens: their rounded cumulative sum may pass 1, and the last is still drawn."""
+    """Ten thousand equal tokens: the last can be drawn, even if the rounded cumulative sum exceeds 1 before it."""
     logits = torch.zeros(1, 10_000)
     assert sample(logits, 1 - 2**-53, temperature=1.0, top_p=1.0) == [9_999]
 
@@ -122,18 +122,18 @@ def test_settings_of_rows_do_not_mix() -> None:
 
 
 def test_penalized_rows_see_what_they_have_drawn() -> None:
-    """Ids are seen in the prompt and once they are drawn, each in its own row."""
+    """An id counts as seen in its row if it is in the prompt or has been drawn."""
     args = ModelArgs(vocab_size=4, max_seq_len=10)
     rows = read_rows(args, lambda: 1, (), [[0], [1]], temperature=0, repetition_penalty=[10.0, 1.0])
     sampler, uniform = Sampler(rows, 4, torch.device("cpu")), torch.zeros(2, dtype=torch.float64)
     logits = torch.tensor([[4.0, 3.0, 2.0, -1.0]] * 2)
     assert [sampler.sample(logits, uniform).tolist() for _ in range(4)] == [[1, 0], [2, 0], [0, 0], [0, 0]]
-    # 0.4, 0.3, 0.2, -1: the three that were seen still stand before the one below zero.
+    # 0.4, 0.3, 0.2, -1: the three that were seen are still more probable than the negative one.
 
 
 @pytest.mark.parametrize("vocab", [13, 512, 32_000])
 def test_filters_are_those_of_transformers(vocab: int) -> None:
-    """Their processors in our order, on random logits, a row each with its own settings."""
+    """transformers' logits processors in our order, on random logits, each row with its own settings."""
     torch.manual_seed(vocab)
     logits = 3 * torch.randn(6, vocab)
     prompts = torch.randint(vocab, (6, 40))
@@ -173,14 +173,14 @@ def test_top_k_keeps_the_equals_of_the_last() -> None:
 
 
 def test_top_p_1_keeps_everything_in_a_mixed_batch() -> None:
-    """45 equal ids, whose rounded probabilities sum to more than 1, and one that is improbable."""
+    """45 equal ids, whose rounded probabilities sum to more than 1, and one improbable id."""
     logits = torch.tensor([[0.0] * 45 + [-31.0]] * 2)
-    assert keep_top_p(probabilities(logits[:1], 1.0), 1.0)[0, 45] == 0  # which the filter at 1 would lose
+    assert keep_top_p(probabilities(logits[:1], 1.0), 1.0)[0, 45] == 0  # the filter at 1 would drop it
     assert sample(logits, 1 - 2**-53, temperature=1.0, top_p=[1.0, 0.5])[0] == 45
 
 
 def test_draws_with_every_setting_follow_the_probabilities() -> None:
-    """Chi-square over 20,000 draws against weights worked out by hand: ids 0 and 2 were seen, so their logits 2 and
+    """Chi-square over 20,000 draws against weights computed by hand: ids 0 and 2 were seen, so their logits 2 and
     -0.5 become 1 and -1; top-k 4 leaves 1, 1, 0.5, 0; halved by temperature 2 and cut by top-p, three are left.
     2 degrees of freedom: the 0.1 % quantile is 13.8."""
     logits = torch.tensor([[2.0, 1.0, -0.5, 0.5, 0.0, -0.7]])

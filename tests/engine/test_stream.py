@@ -1,4 +1,4 @@
-"""Streams of ids and of text: the same as what comes in one piece, whatever happens in between."""
+"""Streams of ids and of text equal the results of `generate`, whatever happens between the steps."""
 
 import json
 import random
@@ -46,7 +46,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def pieces_of(stream: TextStream, ids: list[int]) -> list[str]:
-    """Push ids until a stop text is complete; the pieces, the last one after the end."""
+    """Push ids until a stop text is complete. Returns the pieces, the last one that of `finish`."""
     pieces = []
     for token in ids:
         stream.push(token)
@@ -63,7 +63,7 @@ def pieces_of(stream: TextStream, ids: list[int]) -> list[str]:
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_pieces_joined_are_the_decoded_whole(data: st.DataObject, tokenizer: Tokenizer) -> None:
-    """Any ids: half characters, bytes that are no UTF-8, special ids, runs of spaces at either end."""
+    """For any ids: partial characters, invalid UTF-8, special ids, runs of spaces at either end."""
     some = st.integers(0, tokenizer.n_words - 1)
     low = st.integers(0, min(300, tokenizer.n_words - 1))  # where tokenizers keep bytes and special ids
     ids = data.draw(st.lists(some | low, max_size=40))
@@ -105,18 +105,18 @@ def test_bytes_that_are_no_character_are_given_when_that_is_certain() -> None:
 
 
 def letters(text: str) -> list[int]:
-    """One id a character, by the byte pieces."""
+    """One id for each character, its byte piece."""
     return bytes_of(TOK512, text.encode())
 
 
 @pytest.mark.parametrize(
     ("text", "stop", "expected"),
     [
-        ("xaaaby", ["aab"], "xa"),  # a start that fails overlaps the one that succeeds
+        ("xaaaby", ["aab"], "xa"),  # a partial match overlaps the match
         ("ababac", ["abac"], "ab"),
         ("one\n\ntwo", ["\n\n"], "one"),
         ("hello User: x", ["User:", "\n\n"], "hello "),
-        ("abcd", ["cd", "bcd"], "a"),  # bcd and cd are complete at once: the earlier begins
+        ("abcd", ["cd", "bcd"], "a"),  # bcd and cd are complete with the same id: the one that begins earlier counts
         ("abcd", ["abcde", "bc"], "a"),  # the first to be complete ends the row
         ("abc", ["abcd"], "abc"),  # never complete
         ("stop", ["stop"], ""),
@@ -136,7 +136,7 @@ def test_ids_of_the_stop_text_go_with_it_also_behind_held_bytes(tmp_path: Path) 
     assert "".join(pieces_of(stream, [*broken, *TOK512.encode("a", bos=False, eos=False)])) == "\ufffd\ufffd"
     assert stream.tokens == broken
     tokenizer = byte_fallback_tokenizer(tmp_path)
-    ids = [258, *"漢".encode(), 10, 10, 258]  # the ids of bytes are the bytes
+    ids = [258, *"漢".encode(), 10, 10, 258]  # the id of a byte is its value
     stream = TextStream(tokenizer, ["\n\n"])
     assert "".join(pieces_of(stream, ids)) == "a漢" and stream.tokens == ids[:4]
 
@@ -178,7 +178,7 @@ def test_an_id_that_the_stop_text_cuts_into_stays_with_the_part_before_it() -> N
 
 def test_no_stop_text_is_found_in_the_prompt() -> None:
     stream = TextStream(TOK512, ["ab"], prompt=letters("xaba"))
-    assert stream.take() == "xaba"  # and its last letter is not held back
+    assert stream.take() == "xaba"  # its last letter is not held back
     assert "".join(pieces_of(stream, letters("bab"))) == "b"
     assert stream.tokens == letters("b") and stream.pieces() == list("xabab")
     empty = TextStream(TOK512, ["b"], prompt=[TOK512.bos_id])
@@ -262,7 +262,7 @@ def collect(stream: Any, rows: int) -> tuple[list[list[int]], list[list[float]],
     for step in stream:
         assert len({token.row for token in step}) == len(step) > 0
         for token in step:
-            assert reasons[token.row] is None  # nothing comes after the end
+            assert reasons[token.row] is None  # no token comes after a row's end
             if token.id is not None:
                 ids[token.row].append(token.id)
                 logprobs[token.row].append(token.logprob)
@@ -276,7 +276,7 @@ def test_stream_gives_what_generate_collects(build: Callable[..., Llama]) -> Non
     ids, logprobs, reasons = collect(llama.stream(PROMPTS, **MIXED), 5)
     assert (ids, logprobs) == (expected, expected_logprobs)
     assert all(reasons) and reasons[2] == "length" and [len(row) for row in ids][1:3] == [3, 0]
-    assert len(ids[3]) < 79 and reasons[3] == "stop"  # of 40 stop ids it met one
+    assert len(ids[3]) < 79 and reasons[3] == "stop"  # it generated one of 40 stop ids
     assert llama.stream([[1]], temperature=0, max_gen_len=1, logprobs=False).__next__()[0].logprob is None
 
 
@@ -325,8 +325,8 @@ def test_an_exception_at_the_readers_leaves_no_trace(build: Callable[..., Llama]
 
 
 def test_calls_in_between_change_nothing(build: Callable[..., Llama]) -> None:
-    """Streams of two batches step by step in turn, each overwriting the other's cache, and whole calls and forwards
-    between the steps."""
+    """Streams of two batches alternate, each overwriting the other's cache, with calls and forwards between the
+    steps."""
     llama = build("gqa", max_seq_len=80, max_batch_size=5)
     first, second = PROMPTS[:3], PROMPTS[2:]
     hot: dict[str, Any] = {"max_gen_len": 10, "temperature": 0.8, "repetition_penalty": 1.2, "seed": 3}
@@ -349,7 +349,7 @@ def test_calls_in_between_change_nothing(build: Callable[..., Llama]) -> None:
 
 
 def test_calls_in_between_change_no_bit_in_bfloat16(build: Callable[..., Llama]) -> None:
-    """Not only ids in float32: the cache is filled again in the steps that filled it first."""
+    """Bits too, not only ids in float32: the cache is refilled by the same steps as at first."""
     llama = build("llama31", max_seq_len=120, max_batch_size=3, dtype="bfloat16")
     arguments: dict[str, Any] = {"max_gen_len": [40, 5, 40], "temperature": 0}
     expected, scores = llama.generate(PROMPTS[:3], logprobs=True, **arguments)
@@ -397,7 +397,7 @@ def joined(pieces: Any, rows: int) -> tuple[list[str], list[str | None]]:
 
 @pytest.mark.parametrize("echo", [False, True])
 def test_streamed_texts_are_the_unstreamed(echo: bool, build: Callable[..., Llama]) -> None:
-    llama = build("mha", max_seq_len=96, max_batch_size=2)  # in chunks, too
+    llama = build("mha", max_seq_len=96, max_batch_size=2)  # also in chunks
     arguments: dict[str, Any] = {"temperature": 1.5, "top_p": 1.0, "seed": 5, "max_gen_len": 40, "stop": ["e", "\n"]}
     arguments["stop"] = [["e"], None, ["\n", "th"], None, [" "]]
     answers = llama.text_completion(TEXTS, echo=echo, **arguments)
@@ -417,9 +417,9 @@ def test_streamed_dialogs_are_the_unstreamed(build: Callable[..., Llama]) -> Non
     assert reasons == [answer["finish_reason"] for answer in answers]
     assert texts[2] == texts[3] != "" and reasons[2:4] == ["stop", "stop"]  # the refusal
     (refused,) = llama.chat_completion(dialogs[1:2])
-    stopped = llama.stream_chat(dialogs[1:2], stop=[".\n"])  # of which the refusal ends with the first half
+    stopped = llama.stream_chat(dialogs[1:2], stop=[".\n"])  # the stop text does not cut the refusal
     assert joined(stopped, 1)[0] == [refused["generation"]["content"]]
-    assert texts[0] == texts[1] and texts[4] != texts[5]  # greedy samples are equal, others draw apart
+    assert texts[0] == texts[1] and texts[4] != texts[5]  # greedy samples are equal, others differ
 
 
 # Samples and alternatives -------------------------------------------------------------------------
@@ -469,11 +469,11 @@ def test_samples_share_their_prefill_across_chunks(
     assert shapes[::6] == [(1, length, 0), (1, 1, length - 1), (1, 1, length - 1)]
     found += llama.text_completion(TEXTS[1:2], n=2, **arguments)
     assert found == expected
-    assert shapes[18][2] == 0  # another call starts afresh
+    assert shapes[18][2] == 0  # another call prefills the prompt again
 
 
 def test_equal_prompts_anywhere_in_a_batch(build: Callable[..., Llama]) -> None:
-    """They are computed once, and each row gets its own prompt's state."""
+    """Equal prompts are computed once, and each row gets the hidden state of its prompt."""
     llama = build("gqa", max_seq_len=96, max_batch_size=6)
     order, arguments = [0, 2, 0, 4, 2, 4], {"temperature": 0.9, "logprobs": True, "echo": True}
     seeds = list(range(6))
@@ -544,7 +544,7 @@ def test_alternatives_in_text(build: Callable[..., Llama]) -> None:
     result = llama.generate([ids], 3, temperature=0, logprobs=2, echo=True)
     name = llama.tokenizer.decode_token
     assert answer["top_logprobs"] == [[(name(i), p) for i, p in best] for best in result.top[0]]
-    assert [best[0][0] for best in answer["top_logprobs"][-3:]] == answer["tokens"][-3:]  # greedy takes the best
+    assert [best[0][0] for best in answer["top_logprobs"][-3:]] == answer["tokens"][-3:]  # decoding was greedy
     (plain_answer,) = llama.text_completion(["The"], temperature=0, max_gen_len=3, logprobs=True)
     assert "top_logprobs" not in plain_answer
 
@@ -595,7 +595,7 @@ def test_2000_random_requests_are_rows_for_themselves_and_leave_no_memory(
         requests = [request(stream) for _ in range(stream.randint(1, 8))]
         prompts = [prompt for prompt, _ in requests]
         columns: dict[str, Any] = {name: [settings[name] for _, settings in requests] for name in requests[0][1]}
-        if stream.random() < 0.2:  # a stream that is left open, or read in part
+        if stream.random() < 0.2:  # a stream that is left open or read in part
             left_open = llama.stream(prompts, **columns)
             for _ in range(stream.randrange(3)):
                 next(left_open, None)
@@ -617,7 +617,7 @@ def test_2000_random_requests_are_rows_for_themselves_and_leave_no_memory(
 
 
 def everything(folder: Path) -> list[Any]:
-    """What a rank gets from mixed settings, samples, stops, turns, calls in between."""
+    """A rank's results with mixed settings, samples, stop texts, turns of a dialog, and calls in between."""
     llama = Llama.build(folder, max_seq_len=200, max_batch_size=5)
     ids = llama.generate(PROMPTS, **MIXED)[0]
     stream = llama.stream(PROMPTS[:2], max_gen_len=8, temperature=0.8, seed=3)

@@ -1,5 +1,5 @@
-"""The adapter for lm-evaluation-harness: against the harness's own `hf` backend on the same weights, its command line,
-and what it makes of texts and dialogs. The tasks are in tests/tasks; nothing is fetched."""
+"""The adapter for lm-evaluation-harness: compared with the harness's own `hf` model on the same weights; how it encodes
+texts and dialogs; its command line. The tasks are in tests/tasks, and nothing is downloaded."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-# Read when these packages are imported.
+# These packages read the variables when they are imported.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 import datasets.config
@@ -29,27 +29,28 @@ from helpers.paths import LLAMA3, ROOT
 from helpers.ranks import run_ranks, torchrun
 from helpers.tolerance import logprob_sum
 from llama import Llama
-from llama.chat.formats import Message, for_tokenizer
+from llama.chat.formats import Message, find_chat_format
+from llama.cli.lm_eval import lm_eval as lm_eval_command
 from llama.cli.main import main
 from llama.convert import convert
-from llama.evaluate import harness, lm_eval_adapter
+from llama.evaluate import lm_eval_adapter
 from llama.evaluate.lm_eval_adapter import MetaLlama
 from llama.tokenizer import Tokenizer
 
 FACTS, PROSE, COMPLETIONS = TASKS = "meta_llama_facts", "meta_llama_prose", "meta_llama_completions"
-LENGTH = 128  # of the context: the longest text of PROSE has two windows
+LENGTH = 128  # max_seq_len: the longest text of PROSE has two windows
 
 
 @pytest.fixture(autouse=True, scope="module")
 def at_the_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The tasks name their files as seen from the project's folder; `datasets` writes its copies to ours."""
+    """Run in the project's folder, which the tasks' paths are relative to, with a temporary cache for `datasets`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        # Thousands of tasks come with the harness: reading their files takes seconds each time.
+        # Reading the harness's own thousands of tasks takes seconds.
         patch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
-        patch.setattr(evaluator, "add_env_info", lambda _: None)  # it asks pip, among others
-        patch.setattr(lm_eval.__main__, "setup_logging", lambda: None)  # to a stderr that is pytest's
+        patch.setattr(evaluator, "add_env_info", lambda _: None)  # it runs pip, for example
+        patch.setattr(lm_eval.__main__, "setup_logging", lambda: None)  # it would log to pytest's stderr
         yield
 
 
@@ -64,8 +65,8 @@ def ours(demo: Path) -> Iterator[MetaLlama]:
 def theirs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> HFLM:
     folder = tmp_path_factory.mktemp("harness") / "hf"
     convert(demo, folder, to="hf")
-    # Computed in float32, like ours. Its softmax in float64: torch's float32 one is 7e-6 off with this vocabulary,
-    # always to the same side, which 300 tokens make 2e-3.
+    # Computed in float32, like ours. The softmax in float64: torch's float32 one is off by 7e-6 with this vocabulary,
+    # always with the same sign, which adds up to 2e-3 over 300 tokens.
     common = {"device": "cpu", "dtype": "float32", "batch_size": 8, "max_length": LENGTH}
     return HFLM(str(folder), softmax_dtype="float64", **common)
 
@@ -88,14 +89,16 @@ def evaluated(ours: MetaLlama, theirs: HFLM, tasks: Any, **arguments: Any) -> di
 
 
 def responses(samples: list[dict[str, Any]]) -> list[Any]:
-    """What the model said to each request."""
+    """The model's response to each request."""
     return [response for sample in samples for (response,) in sample["resps"]]
 
 
 def close(pairs: Any, lm: HFLM, samples: list[dict[str, Any]]) -> float:
-    """The worst difference of two log-likelihoods, as a part of what their number of tokens allows."""
-    asked = [arguments[-1] for sample in samples for arguments in sample["arguments"]]
-    return max(abs(a - b) / logprob_sum(len(lm.tok_encode(text))) for (a, b), text in zip(pairs, asked, strict=True))
+    """The largest difference of two log-likelihoods, as a fraction of the tolerance for their number of tokens."""
+    continuations = [arguments[-1] for sample in samples for arguments in sample["arguments"]]
+    return max(
+        abs(a - b) / logprob_sum(len(lm.tok_encode(text))) for (a, b), text in zip(pairs, continuations, strict=True)
+    )
 
 
 def requests(*arguments: tuple[Any, ...]) -> list[Instance]:
@@ -160,14 +163,14 @@ def test_awkward_pairs_equal_hf(ours: MetaLlama, theirs: HFLM) -> None:
         ("The capital of France is ", "Paris"),  # the space goes to the continuation
         ("Two lines\n\n", "and a third"),
         ("", " Once upon a time"),  # an empty context is BOS
-        ("", "<|im_start|>user"),  # which is not doubled
+        ("", "<|im_start|>user"),  # BOS is not doubled
         ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Hello!<|im_end|>"),
         ("Café: naïve ", "façade \N{SNOWMAN}"),
     )
-    long = requests(("1 2 3 " * 50, "4"))  # longer than the context: its end counts
-    for asked in (pairs, long):
+    long = requests(("1 2 3 " * 50, "4"))  # longer than max_seq_len: cut at its beginning
+    for instances in (pairs, long):
         for each, (our_sum, our_greedy), (their_sum, greedy) in zip(
-            asked, ours.loglikelihood(asked), theirs.loglikelihood(asked, disable_tqdm=True), strict=True
+            instances, ours.loglikelihood(instances), theirs.loglikelihood(instances, disable_tqdm=True), strict=True
         ):
             within = logprob_sum(len(theirs.tok_encode(each.args[1])))
             assert our_sum == pytest.approx(their_sum, rel=0, abs=within) and our_greedy == greedy
@@ -179,8 +182,8 @@ def test_an_empty_context_is_bos(ours: MetaLlama) -> None:
 
 
 def test_long_contexts_keep_their_end(ours: MetaLlama, theirs: HFLM) -> None:
-    asked = [("word " * 200 + "1, 2, 3,", {"until": ["6"], "max_gen_toks": 12}), ("a b c d", {"max_gen_toks": 4})]
-    assert ours.generate_until(requests(*asked)) == theirs.generate_until(requests(*asked), disable_tqdm=True)
+    requested = [("word " * 200 + "1, 2, 3,", {"until": ["6"], "max_gen_toks": 12}), ("a b c d", {"max_gen_toks": 4})]
+    assert ours.generate_until(requests(*requested)) == theirs.generate_until(requests(*requested), disable_tqdm=True)
 
 
 # Texts and ids ------------------------------------------------------------------------------------
@@ -188,7 +191,7 @@ def test_long_contexts_keep_their_end(ours: MetaLlama, theirs: HFLM) -> None:
 
 @pytest.fixture
 def adapter(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MetaLlama]:
-    """adapter(file, format): the adapter of a model that has nothing but its tokenizer and chat format."""
+    """adapter(file, format): an adapter whose model is a stub with a tokenizer and a chat format."""
 
     def make(file: Path, name: str | None = None, **changes: Any) -> MetaLlama:
         tokenizer = Tokenizer(file)
@@ -198,7 +201,7 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MetaLlama]:
             tokenizer.chat_format = None
         stub = SimpleNamespace(
             tokenizer=tokenizer,
-            chat_format=for_tokenizer(tokenizer, name),
+            chat_format=find_chat_format(tokenizer, name),
             model=SimpleNamespace(params=SimpleNamespace(max_seq_len=64)),
             executor=SimpleNamespace(device=torch.device("cpu")),
         )
@@ -230,7 +233,7 @@ def test_rolling_puts_bos_in_front_once(build: Callable[..., Llama], checkpoint:
     text = "The licence says what may be done with it. " * 8
     ids = llama.tokenizer.encode(text, bos=True, eos=False)
     assert len(ids) > 128
-    # Window for window, from the model's own logits.
+    # Computed window by window from the model's logits.
     expected = 0.0
     for begin, done, end in ((0, 1, 65), (64, 65, 129), (len(ids) - 65, 129, len(ids))):
         window = torch.tensor([ids[begin:end]])
@@ -264,14 +267,14 @@ def test_a_dialog_as_text_has_its_ids(
         ids = lm._format.encode(history)
         assert lm.tok_encode(text) == ids
         assert "\0" not in text
-        # What follows it does not change how it begins, and ids of an answer that has begun are those of its text.
+        # Later messages do not change the text before them.
         begun: Message = {"role": "assistant", "content": "Yes, it"}
         longer = lm.apply_chat_template([*history, begun], add_generation_prompt=False)
         assert longer.endswith("Yes, it") and longer.startswith(text)
         following: Message = {"role": "user", "content": "x"}
-        whole = lm.apply_chat_template([*history, begun, following])
+        continued = lm.apply_chat_template([*history, begun, following])
         if format != "mistral" or history[0]["role"] != "system":
-            assert whole.startswith(longer)
+            assert continued.startswith(longer)
     assert lm.chat_template(True) == lm.chat_template(format) == format
     assert lm.chat_template(False) is None
     assert lm.tokenizer_name.startswith(f"{format}-")
@@ -287,7 +290,7 @@ def test_dialogs_equal_hf(ours: MetaLlama, theirs: HFLM) -> None:
         assert ours.apply_chat_template(longer, False) == theirs.apply_chat_template(longer, False)
 
 
-def test_names_tell_dialogs_apart(adapter: Callable[..., MetaLlama], demo: Path) -> None:
+def test_tokenizer_name_differs_with_the_dialogs(adapter: Callable[..., MetaLlama], demo: Path) -> None:
     file = demo / "tokenizer.json"
     changes: list[dict[str, Any]] = [{}, {"default_system": "A"}, {"system_prefix": "A"}, {"dialog_bos": True}]
     assert len({adapter(file, "chatml", **change).tokenizer_name for change in changes}) == 4
@@ -300,7 +303,7 @@ def test_a_model_without_a_format(adapter: Callable[..., MetaLlama]) -> None:
             ask()
 
 
-def test_nothing_is_certain(ours: MetaLlama) -> None:
+def test_an_empty_continuation_has_probability_1(ours: MetaLlama) -> None:
     assert ours.loglikelihood(requests(("", ""), ("A context", ""), ("", ""))) == [(0.0, True)] * 3
 
 
@@ -358,8 +361,8 @@ def test_stop_ids(seeded: MetaLlama, ours: MetaLlama) -> None:
 
 def test_order_is_kept(seeded: MetaLlama) -> None:
     contexts = ["a" * n for n in (3, 30, 1, 12, 7)]
-    asked = requests(*((context, {"max_gen_toks": 5}) for context in contexts))
-    assert seeded.generate_until(asked) == [seeded.generate_until([each])[0] for each in asked]
+    instances = requests(*((context, {"max_gen_toks": 5}) for context in contexts))
+    assert seeded.generate_until(instances) == [seeded.generate_until([each])[0] for each in instances]
 
 
 def test_answers_reach_the_cache(seeded: MetaLlama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +383,7 @@ def test_answers_reach_the_cache(seeded: MetaLlama, monkeypatch: pytest.MonkeyPa
 
 
 def run_main(patch: pytest.MonkeyPatch, *words: str) -> Any:
-    """`python -m llama lm_eval ...` here -> what it exits with, None where it ends by itself."""
+    """Run `llama lm_eval ...` in this process; returns its exit status or message, None if it does not exit."""
     patch.setattr(sys, "argv", ["llama", "lm_eval", *words])
     try:
         main()
@@ -396,7 +399,7 @@ def arguments(checkpoint: Path, out: Path, *tasks: str) -> list[str]:
 
 
 def results(folder: Path) -> tuple[dict[str, Any], list[Any]]:
-    """The numbers in the one results file of a folder, and what the model said to each request."""
+    """The numbers in the results file of a folder, and the model's response to each request."""
     (file,) = folder.rglob("*results_*.json")
     samples = sorted(folder.rglob("*samples_*.jsonl"))
     found = [json.loads(line)["resps"] for path in samples for line in path.read_text().splitlines()]
@@ -417,10 +420,10 @@ def test_the_command_on_one_rank_and_two(
     assert run_main(monkeypatch, *arguments(folder, tmp_path / "1", *TASKS)) is None
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("meta_llama ({'ckpt_dir': ") and lines[0].endswith("batch_size: 4")
-    expected, said = results(tmp_path / "1")
-    assert len(expected) == 9 and len(said) == 20 + 3 + 6
+    expected, expected_answers = results(tmp_path / "1")
+    assert len(expected) == 9 and len(expected_answers) == 20 + 3 + 6
 
-    # Rank 0 has answers to some requests, the other rank to none: both compute the same ones all the same.
+    # Rank 0 finds some answers in its cache, the other rank finds none: both compute the same requests all the same.
     cache = ["--use_cache", str(tmp_path / "cache")]
     assert run_main(monkeypatch, *arguments(folder, tmp_path / "0", FACTS), *cache, "--limit", "10") is None
     words = [*arguments(folder, tmp_path / "2", *TASKS), *cache]
@@ -433,8 +436,8 @@ def test_the_command_on_one_rank_and_two(
     assert "Traceback" not in done.stderr
     found, answers = results(tmp_path / "2")
     assert found == pytest.approx(expected, rel=1e-4)
-    assert len(answers) == len(said)
-    for mine, reference in zip(answers, said, strict=True):
+    assert len(answers) == len(expected_answers)
+    for mine, reference in zip(answers, expected_answers, strict=True):
         near = pytest.approx(numbers(reference), rel=0, abs=logprob_sum(LENGTH))
         assert numbers(mine) == near and texts(mine) == texts(reference)
 
@@ -452,14 +455,14 @@ def texts(response: Any) -> list[str]:
 
 
 def mistaken(folder: Path) -> Any:
-    """What a rank exits with where the command line is wrong."""
+    """The exit status or message of a rank with a wrong command line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
         return run_main(patch, *arguments(folder, folder, FACTS), "--model_args", "max_seq_len=none")
 
 
 def test_a_mistake_on_two_ranks_is_one_line(checkpoint: Callable[..., Path]) -> None:
-    assert run_ranks(2, mistaken, checkpoint("gqa")) == ["error: max_seq_len is 'none', expected a whole number", 1]
+    assert run_ranks(2, mistaken, checkpoint("gqa")) == ["error: max_seq_len is 'none', expected an integer", 1]
 
 
 @pytest.mark.parametrize(
@@ -468,8 +471,8 @@ def test_a_mistake_on_two_ranks_is_one_line(checkpoint: Callable[..., Path]) -> 
         ("ckpt_dir=/nowhere/at/all", "error: /nowhere/at/all does not exist: give the folder"),
         ("max_seq_len=16", "error: meta_llama needs a checkpoint folder: --model_args ckpt_dir=..."),
         ("ckpt_dir=x,pretrained=y", "error: meta_llama has no argument pretrained; there are ckpt_dir, tokenizer_path"),
-        ("ckpt_dir=x,max_seq_len=many", "error: max_seq_len is 'many', expected a whole number"),
-        ("ckpt_dir=x,max_batch_size=1.5", "error: batch_size is 1.5, expected a whole number"),
+        ("ckpt_dir=x,max_seq_len=many", "error: max_seq_len is 'many', expected an integer"),
+        ("ckpt_dir=x,max_batch_size=1.5", "error: batch_size is 1.5, expected an integer"),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch, given: str, error: str) -> None:
@@ -491,7 +494,7 @@ def test_the_harness_picks_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert code is None
 
 
-def test_what_the_harness_says_where_its_user_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_defaults_are_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr(MetaLlama, "__init__", lambda self, **arguments: given.update(arguments))
     config = {"batch_size": "16", "max_batch_size": None, "device": "cuda:0"}
@@ -508,4 +511,4 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match=r"lm_eval needs the Python package lm_eval: pip install 'llama-runner\[eval\]'"
     ):
-        harness.lm_eval(["--tasks", FACTS])
+        lm_eval_command(["--tasks", FACTS])

@@ -1,4 +1,4 @@
-"""`python -m llama perplexity`: figures, against transformers' and worked out by hand, and what is no text."""
+"""Perplexity: compared with transformers' and with figures computed by hand; the command, and its mistakes."""
 
 import contextlib
 import io
@@ -28,14 +28,14 @@ KEYS = ["file", "tokens", "nll", "perplexity", "word_perplexity", "byte_perplexi
 def test_thousands_of_tokens_of_the_demo_model(
     demo_float32: Path, tmp_path: Path, measured: Callable[[str, object], None]
 ) -> None:
-    """tests/golden/make_perplexity.py has transformers' figures, float32, in the same windows. Here the first lines:
-    the whole takes a minute."""
+    """Compared with transformers in float32, in the same windows (tests/golden/make_perplexity.py). Only the first
+    lines of the text: all of it takes a minute."""
     golden = json.loads((GOLDEN / "perplexity.json").read_text())
     lines = (GOLDEN / "text.txt").read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "lines.txt").write_text("".join(lines[: golden["lines"]]), "utf-8")
     command = [sys.executable, "-m", "llama", "perplexity", str(tmp_path / "lines.txt"), "--json"]
     command += ["--ckpt_dir", str(demo_float32), "--max_seq_len", str(golden["max_seq_len"])]
-    # Two threads, where the other tests have one: this one computes long enough.
+    # Two threads, unlike other tests: this one computes long enough to profit.
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "2"}
     )
@@ -48,7 +48,7 @@ def test_thousands_of_tokens_of_the_demo_model(
     assert ours["nll"] == pytest.approx(theirs["nll"], rel=0, abs=within)
 
 
-def test_figures_worked_out_by_hand(build: Callable[..., Llama]) -> None:
+def test_figures_computed_by_hand(build: Callable[..., Llama]) -> None:
     llama = build("gqa", max_seq_len=128)
     ids = llama.tokenizer.encode(TEXT, bos=False, eos=False)
     nll = -sum(token_logprobs(llama, [ids])[0])
@@ -56,8 +56,8 @@ def test_figures_worked_out_by_hand(build: Callable[..., Llama]) -> None:
     assert list(found) == KEYS and found["file"] == "some.txt" and found["tokens"] == len(ids)
     assert found["nll"] == pytest.approx(nll)
     assert found["perplexity"] == pytest.approx(math.exp(nll / len(ids)))
-    # The, first, sentence., A, second, one,, with, an, é., and what is behind the last white space: ten, as the harness
-    # counts them. 49 bytes: 47 characters, of which é has two, and \\r.
+    # Words as the harness counts them: The, first, sentence., A, second, one,, with, an, é., and an empty one after the
+    # last white space.
     assert len(TEXT.encode()) == 49
     assert math.log(found["word_perplexity"] or 0) == pytest.approx(nll / 10)
     assert math.log(found["byte_perplexity"] or 0) == pytest.approx(nll / 49)
@@ -67,7 +67,7 @@ def test_figures_worked_out_by_hand(build: Callable[..., Llama]) -> None:
     assert without["nll"] == pytest.approx(-sum(token_logprobs(llama, [ids], bos=False)[0]))
 
 
-def test_what_no_float_holds_is_none(build: Callable[..., Llama]) -> None:
+def test_overflow_is_none(build: Callable[..., Llama]) -> None:
     text = "x" * 2000  # one word, of 2,000 bytes
     llama = build("mha", max_seq_len=512)
     found = score_text(llama, text, llama.tokenizer.encode(text, bos=False, eos=False), "x")
@@ -133,7 +133,7 @@ def test_several_files_in_a_table(checkpoint: Callable[..., Path], tmp_path: Pat
         (b"a", ["--bos", "False"], "is one token, with no token before it to predict it from: give --bos True"),
         (b"text", ["--stride", "9", "--max_seq_len", "8"], "stride is 9, but a window has only max_seq_len 8 ids"),
         (b"text", ["--stride", "0"], "stride is 0, expected a whole number from 1"),
-        (b"text", ["--bos", "maybe"], "bos is 'maybe', expected True or False"),
+        (b"text", ["--bos", "maybe"], "Invalid value for '--bos': 'maybe' is not one of 'True', 'False'."),
         (None, [], "does not exist: name a text file"),
         (b"text", ["."], "is a folder: name a text file"),
     ],
@@ -146,9 +146,10 @@ def test_mistakes_end_in_one_line(
         file.write_bytes(content)
     ended = command("perplexity", str(file), *words)
     *before, last = ended.err.splitlines()
-    assert ended.status == 1 and ended.out == "" and last.startswith("error: ") and message in last
+    assert ended.status == (2 if "Invalid value" in message else 1)
+    assert ended.out == "" and last.startswith("error: ") and message in last
     assert all(line.startswith("llama: ") for line in before)  # what was loaded
 
 
 def test_a_file_must_be_named(command: Callable[..., Ended]) -> None:
-    assert command("perplexity") == (2, "", "error: FILE... is missing; --help tells more\n")
+    assert command("perplexity") == (2, "", "error: Missing argument 'FILES...'.\n")

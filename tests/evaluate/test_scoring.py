@@ -1,4 +1,4 @@
-"""Log-probabilities of given ids: against a float64 forward that shares no code, at any batch and number of ranks."""
+"""Log-probabilities of given ids, against a float64 forward that shares no code, for any batch size and world size."""
 
 import random
 import subprocess
@@ -35,8 +35,8 @@ BOS, EOS = 1, 2
 Ids = list[int]
 
 
-def some_ids(stream: random.Random, length: int) -> Ids:
-    return [stream.randrange(3, 512) for _ in range(length)]
+def some_ids(rng: random.Random, length: int) -> Ids:
+    return [rng.randrange(3, 512) for _ in range(length)]
 
 
 class Plain:
@@ -46,13 +46,13 @@ class Plain:
         self.params, self.weights = plain.load(folder)
 
     def logprobs(self, ids: Ids) -> np.ndarray:
-        """[n, vocab]: of what follows each prefix."""
+        """[n, vocab]: of the id after each prefix."""
         logits = plain.logits(self.params, self.weights, ids)
         top = logits.max(-1, keepdims=True)
         return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
     def of(self, ids: Ids, start: int) -> list[float]:
-        """Of ids[start:], each given all before it."""
+        """Of ids[start:], each given all ids before it."""
         return [float(row[token]) for row, token in zip(self.logprobs(ids[:-1])[start - 1 :], ids[start:], strict=True)]
 
 
@@ -61,21 +61,21 @@ def reference(checkpoint: Callable[..., Path]) -> Callable[[str], Plain]:
     return lambda name: Plain(checkpoint(name))
 
 
-# Requests as a multiple-choice task makes them: contexts of several lengths, answers of one id and of more, a context
-# with a single answer, two answers that are equal; shuffled.
+# Requests like those of a multiple-choice task, shuffled: contexts of several lengths, answers of one and more ids, a
+# context with a single answer, two equal requests, an empty context.
 def multiple_choice() -> list[tuple[Ids, Ids]]:
-    stream = random.Random(5)
+    rng = random.Random(5)
     requests = [
-        (context, some_ids(stream, length))
-        for context in (some_ids(stream, n) for n in (30, 1, 12, 25, 7))
+        (context, some_ids(rng, length))
+        for context in (some_ids(rng, n) for n in (30, 1, 12, 25, 7))
         for length in (1, 4, 2, 1, 9)
     ]
-    requests += [(some_ids(stream, 20), some_ids(stream, 6)), requests[1], ([], some_ids(stream, 3))]
-    stream.shuffle(requests)
+    requests += [(some_ids(rng, 20), some_ids(rng, 6)), requests[1], ([], some_ids(rng, 3))]
+    rng.shuffle(requests)
     return requests
 
 
-def whole(context: Ids, continuation: Ids) -> tuple[Ids, int]:
+def joined(context: Ids, continuation: Ids) -> tuple[Ids, int]:
     ids = [BOS, *context, *continuation]
     return ids, len(context) + 1
 
@@ -92,13 +92,13 @@ def test_token_logprobs_are_those_of_a_float64_forward(
     reference: Callable[[str], Plain],
     measured: Callable[[str, object], None],
 ) -> None:
-    stream, plainly = random.Random(1), reference(name)
-    texts = [some_ids(stream, n) for n in (1, 40, 3, 100, 17)]
+    rng, exact = random.Random(1), reference(name)
+    texts = [some_ids(rng, n) for n in (1, 40, 3, 100, 17)]
     found = token_logprobs(build(name, max_seq_len=100, max_batch_size=3, dtype=dtype), texts)
     worst = 0.0
     for text, logprobs in zip(texts, found, strict=True):
         assert len(logprobs) == len(text)
-        worst = max(worst, float(np.abs(np.array(logprobs) - plainly.of([BOS, *text], 1)).max()))
+        worst = max(worst, float(np.abs(np.array(logprobs) - exact.of([BOS, *text], 1)).max()))
     measured(f"{dtype} to float64, {name}, worst log-probability", worst)
     # 8 bits of bfloat16 and 11 of float16 hold a logit of 4 to 16 to 0.03 and 0.004, over a few dozen roundings.
     least, most = {"float32": (0.0, 1e-4), "bfloat16": (1e-3, 0.3), "float16": (1e-4, 0.04)}[dtype]
@@ -120,11 +120,11 @@ def test_generate_and_the_scorer_agree(build: Callable[..., Llama]) -> None:
 def test_loglikelihood_is_that_of_each_request_alone(
     name: str, max_batch_size: int, build: Callable[..., Llama], reference: Callable[[str], Plain]
 ) -> None:
-    requests, plainly = multiple_choice(), reference(name)
+    requests, exact = multiple_choice(), reference(name)
     found = loglikelihood(build(name, max_seq_len=64, max_batch_size=max_batch_size), requests)
     for (context, continuation), (total, _) in zip(requests, found, strict=True):
-        ids, start = whole(context, continuation)
-        assert total == pytest.approx(sum(plainly.of(ids, start)), abs=1e-4)
+        ids, start = joined(context, continuation)
+        assert total == pytest.approx(sum(exact.of(ids, start)), abs=1e-4)
 
 
 def test_is_greedy_is_what_greedy_decoding_says(build: Callable[..., Llama]) -> None:
@@ -141,9 +141,9 @@ def test_is_greedy_is_what_greedy_decoding_says(build: Callable[..., Llama]) -> 
 
 def on_a_rank(folder: Path) -> Any:
     llama = Llama.build(folder, max_seq_len=32, max_batch_size=4)
-    stream = random.Random(2)
-    texts = [some_ids(stream, n) for n in (3, 31, 12)]
-    long = some_ids(stream, 150)
+    rng = random.Random(2)
+    texts = [some_ids(rng, n) for n in (3, 31, 12)]
+    long = some_ids(rng, 150)
     states = hidden_states(llama, texts[1]).numpy()
     found = (
         [p for row in token_logprobs(llama, texts) for p in row],
@@ -200,12 +200,12 @@ def test_the_printed_model_shows_its_shapes(build: Callable[..., Llama]) -> None
         assert line in shown
 
 
-# What is fed, and how often ----------------------------------------------------------------------------
+# Forward passes ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
-    """Shapes of the ids that `hidden` is given, and of the states that become logits, in the order of the calls."""
+    """(method, shape) of each call: the ids that `hidden` gets, the hidden states that `logits` gets."""
     seen: list[tuple[str, tuple[int, ...]]] = []
     for name, at in (("hidden", 1), ("logits", 1)):
         plain_method = getattr(Executor, name)
@@ -222,24 +222,24 @@ def test_a_shared_context_is_computed_once(
     build: Callable[..., Llama], passes: list[tuple[str, tuple[int, ...]]]
 ) -> None:
     llama = build("mha", max_seq_len=64, max_batch_size=8)
-    stream = random.Random(7)
-    context = some_ids(stream, 40)
-    loglikelihood(llama, [(context, some_ids(stream, n)) for n in (5, 3, 1, 5)])
-    # The context with BOS once; then three rows of what follows, without the id that is only predicted. Logits of 5 + 3
-    # + 1 + 5 places.
+    rng = random.Random(7)
+    context = some_ids(rng, 40)
+    loglikelihood(llama, [(context, some_ids(rng, n)) for n in (5, 3, 1, 5)])
+    # The context with BOS once; then three suffixes, without their last ids, which are only predicted. Logits of
+    # 5 + 3 + 1 + 5 positions.
     assert passes == [("hidden", (1, 41)), ("hidden", (3, 4)), ("logits", (14, 64))]
     passes.clear()
     loglikelihood(llama, [(context, [n]) for n in range(50)])
     assert passes == [("hidden", (1, 41)), ("logits", (50, 64))]
     passes.clear()
-    loglikelihood(llama, [(context, some_ids(stream, 3)) for _ in range(20)])  # more than rows of the cache
+    loglikelihood(llama, [(context, some_ids(rng, 3)) for _ in range(20)])  # more than the cache has rows
     assert passes == [("hidden", (1, 41)), *[("hidden", (n, 2)) for n in (8, 8, 4)], ("logits", (60, 64))]
 
 
 def test_no_padding_becomes_logits(build: Callable[..., Llama], passes: list[tuple[str, tuple[int, ...]]]) -> None:
     llama = build("mha", max_seq_len=64, max_batch_size=8)
-    stream = random.Random(8)
-    token_logprobs(llama, [some_ids(stream, n) for n in (3, 60, 9, 31)])
+    rng = random.Random(8)
+    token_logprobs(llama, [some_ids(rng, n) for n in (3, 60, 9, 31)])
     assert passes == [("hidden", (4, 60)), ("logits", (3 + 60 + 9 + 31, 64))]
 
 
@@ -248,14 +248,14 @@ def test_batches_keep_to_the_rows_of_the_cache_and_to_the_budget(
 ) -> None:
     llama = build("mha", max_seq_len=64, max_batch_size=4)
     monkeypatch.setattr(scoring, "BATCH_TOKENS", 100)
-    stream = random.Random(9)
+    rng = random.Random(9)
     lengths = [3, 60, 9, 31, 30, 8, 7, 6, 5, 33]
-    token_logprobs(llama, [some_ids(stream, n) for n in lengths])
-    # The longest first: 60 alone, 33 + 31 + 30 in one, then four rows, then what is left.
+    token_logprobs(llama, [some_ids(rng, n) for n in lengths])
+    # Longest first: 60 alone, 33 + 31 + 30 in one pass, then four rows, then two.
     assert [shape for name, shape in passes if name == "hidden"] == [(1, 60), (3, 33), (4, 9), (2, 5)]
     passes.clear()
-    context = some_ids(stream, 10)
-    loglikelihood(llama, [(context, some_ids(stream, 41)) for _ in range(4)])  # 164 measured ids: two pieces
+    context = some_ids(rng, 10)
+    loglikelihood(llama, [(context, some_ids(rng, 41)) for _ in range(4)])  # 164 measured ids: two groups
     assert [shape for name, shape in passes if name == "hidden"] == [
         (1, 11),
         (2, 40),
@@ -264,22 +264,20 @@ def test_batches_keep_to_the_rows_of_the_cache_and_to_the_budget(
         (1, 40),
     ]
     passes.clear()
-    loglikelihood(llama, [(some_ids(stream, 9), [n]) for n in (5, 6) for _ in range(5)])
-    # Answers of one id need no row in a second pass.
+    loglikelihood(llama, [(some_ids(rng, 9), [n]) for n in (5, 6) for _ in range(5)])
+    # Answers of one id need no second pass.
     assert [shape for name, shape in passes if name == "hidden"] == [(4, 10), (4, 10), (2, 10)]
 
 
 def test_several_groups_go_through_the_second_pass_at_once(
     build: Callable[..., Llama], reference: Callable[[str], Plain], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else what the first of its parts writes would be taken for the second group's prefix."""
-    llama, plainly, stream = build("mha", max_seq_len=64, max_batch_size=4), reference("mha"), random.Random(14)
+    """In two second passes, the first would overwrite the other group's prefix in the cache."""
+    llama, exact, rng = build("mha", max_seq_len=64, max_batch_size=4), reference("mha"), random.Random(14)
     monkeypatch.setattr(scoring, "BATCH_TOKENS", 100)
-    requests = [
-        (context, some_ids(stream, 41)) for context in (some_ids(stream, 21), some_ids(stream, 21)) for _ in "ab"
-    ]
+    requests = [(context, some_ids(rng, 41)) for context in (some_ids(rng, 21), some_ids(rng, 21)) for _ in "ab"]
     for (context, continuation), (total, _) in zip(requests, loglikelihood(llama, requests), strict=True):
-        assert total == pytest.approx(sum(plainly.of(*whole(context, continuation))), abs=1e-4)
+        assert total == pytest.approx(sum(exact.of(*joined(context, continuation))), abs=1e-4)
 
 
 def test_the_order_of_requests_changes_nothing(build: Callable[..., Llama]) -> None:
@@ -297,66 +295,64 @@ def test_the_order_of_requests_changes_nothing(build: Callable[..., Llama]) -> N
 def test_rows_near_the_end_of_the_context_do_not_run_over_it(
     build: Callable[..., Llama], reference: Callable[[str], Plain]
 ) -> None:
-    """A long context with short answers beside a short one with long answers: padded together they would not fit."""
-    llama, plainly, stream = build("mha", max_seq_len=48, max_batch_size=16), reference("mha"), random.Random(10)
-    requests = [(context, some_ids(stream, n)) for context, n in [(some_ids(stream, 45), 2)] * 3]
-    requests += [(context, some_ids(stream, n)) for context, n in [(some_ids(stream, 20), 27)] * 3]
+    """A long context with short answers and a short one with long answers: padded together they exceed max_seq_len."""
+    llama, exact, rng = build("mha", max_seq_len=48, max_batch_size=16), reference("mha"), random.Random(10)
+    requests = [(context, some_ids(rng, n)) for context, n in [(some_ids(rng, 45), 2)] * 3]
+    requests += [(context, some_ids(rng, n)) for context, n in [(some_ids(rng, 20), 27)] * 3]
     for (context, continuation), (total, _) in zip(requests, loglikelihood(llama, requests), strict=True):
-        assert total == pytest.approx(sum(plainly.of(*whole(context, continuation))), abs=1e-4)
+        assert total == pytest.approx(sum(exact.of(*joined(context, continuation))), abs=1e-4)
 
 
 # BOS, and what is empty or too long -------------------------------------------------------------------
 
 
-def test_bos_stands_there_once(build: Callable[..., Llama], reference: Callable[[str], Plain]) -> None:
-    llama, plainly = build("mha", max_seq_len=32), reference("mha")
+def test_bos_is_never_doubled(build: Callable[..., Llama], reference: Callable[[str], Plain]) -> None:
+    llama, exact = build("mha", max_seq_len=32), reference("mha")
     ids = some_ids(random.Random(11), 8)
     ((first, *rest),) = token_logprobs(llama, [ids])
-    assert first == pytest.approx(plainly.of([BOS, *ids], 1)[0], abs=1e-4)
+    assert first == pytest.approx(exact.of([BOS, *ids], 1)[0], abs=1e-4)
     for same in (token_logprobs(llama, [[BOS, *ids]]), token_logprobs(llama, [[BOS, *ids]], bos=True)):
         assert same == [[0.0, first, *rest]]
     without = token_logprobs(llama, [ids], bos=False)[0]
     assert without[0] == 0.0
-    np.testing.assert_allclose(without[1:], plainly.of(ids, 1), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(without[1:], exact.of(ids, 1), rtol=0, atol=1e-4)
 
     for context in (ids, [BOS, *ids]):
-        assert loglikelihood(llama, [(context, [7])])[0][0] == pytest.approx(plainly.of([BOS, *ids, 7], 9)[0], abs=1e-4)
-        assert rolling_loglikelihood(llama, [context]) == pytest.approx([sum(plainly.of([BOS, *ids], 1))], abs=1e-4)
-    assert loglikelihood(llama, [(ids, [7])], bos=False)[0][0] == pytest.approx(plainly.of([*ids, 7], 8)[0], abs=1e-4)
-    assert rolling_loglikelihood(llama, [ids], bos=False) == pytest.approx([sum(plainly.of(ids, 1))], abs=1e-4)
+        assert loglikelihood(llama, [(context, [7])])[0][0] == pytest.approx(exact.of([BOS, *ids, 7], 9)[0], abs=1e-4)
+        assert rolling_loglikelihood(llama, [context]) == pytest.approx([sum(exact.of([BOS, *ids], 1))], abs=1e-4)
+    assert loglikelihood(llama, [(ids, [7])], bos=False)[0][0] == pytest.approx(exact.of([*ids, 7], 8)[0], abs=1e-4)
+    assert rolling_loglikelihood(llama, [ids], bos=False) == pytest.approx([sum(exact.of(ids, 1))], abs=1e-4)
 
 
-def test_without_a_bos_eos_stands_for_an_empty_context(
-    build: Callable[..., Llama], reference: Callable[[str], Plain]
-) -> None:
-    llama, plainly = build("mha", max_seq_len=32), reference("mha")
+def test_without_bos_an_empty_context_is_eos(build: Callable[..., Llama], reference: Callable[[str], Plain]) -> None:
+    llama, exact = build("mha", max_seq_len=32), reference("mha")
     llama.tokenizer.bos_id, llama.tokenizer.adds_bos = -1, False
-    assert loglikelihood(llama, [([], [7, 8])])[0][0] == pytest.approx(sum(plainly.of([EOS, 7, 8], 1)), abs=1e-4)
+    assert loglikelihood(llama, [([], [7, 8])])[0][0] == pytest.approx(sum(exact.of([EOS, 7, 8], 1)), abs=1e-4)
     assert token_logprobs(llama, [[7]]) == [[0.0]]
     with pytest.raises(ValueError, match="this tokenizer has no BOS"):
         token_logprobs(llama, [[7]], bos=True)
 
 
 def test_empty_contexts_and_continuations(build: Callable[..., Llama], reference: Callable[[str], Plain]) -> None:
-    llama, plainly = build("mha", max_seq_len=32), reference("mha")
+    llama, exact = build("mha", max_seq_len=32), reference("mha")
     requests: list[tuple[Ids, Ids]] = [([], [5, 6]), ([], [BOS, 5, 6]), ([5], []), ([], []), ([], [BOS]), ([5], [6])]
     found = loglikelihood(llama, requests)
-    expected = sum(plainly.of([BOS, 5, 6], 1))
+    expected = sum(exact.of([BOS, 5, 6], 1))
     assert [total for total, _ in found[:2]] == pytest.approx([expected] * 2, abs=1e-4)
     assert found[2:5] == [(0.0, True)] * 3
-    assert found[5][0] == pytest.approx(plainly.of([BOS, 5, 6], 2)[0], abs=1e-4)
+    assert found[5][0] == pytest.approx(exact.of([BOS, 5, 6], 2)[0], abs=1e-4)
 
 
-def test_of_a_context_that_does_not_fit_the_end_counts(
+def test_a_context_that_does_not_fit_is_cut_at_its_beginning(
     build: Callable[..., Llama], reference: Callable[[str], Plain]
 ) -> None:
-    llama, plainly, stream = build("mha", max_seq_len=16), reference("mha"), random.Random(12)
-    context, answers = some_ids(stream, 40), [some_ids(stream, n) for n in (1, 3, 16)]
+    llama, exact, rng = build("mha", max_seq_len=16), reference("mha"), random.Random(12)
+    context, answers = some_ids(rng, 40), [some_ids(rng, n) for n in (1, 3, 16)]
     for answer, (total, _) in zip(answers, loglikelihood(llama, [(context, a) for a in answers]), strict=True):
-        kept = (context + answer)[-17:]  # 16 of input, and the last, which is predicted only
-        assert total == pytest.approx(sum(plainly.of(kept, 17 - len(answer))), abs=1e-4)
+        kept = (context + answer)[-17:]  # 16 ids of input, and the last one, which is only predicted
+        assert total == pytest.approx(sum(exact.of(kept, 17 - len(answer))), abs=1e-4)
     with pytest.raises(ValueError, match="continuation 1 has 17 ids, but max_seq_len is 16"):
-        loglikelihood(llama, [([5], [6]), (context, some_ids(stream, 17))])
+        loglikelihood(llama, [([5], [6]), (context, some_ids(rng, 17))])
 
 
 @pytest.mark.parametrize(
@@ -387,11 +383,11 @@ def test_mistakes_are_named(call: Callable[[Llama], object], message: str, build
         call(build("mha", max_seq_len=16))
 
 
-def test_damaged_weights_are_told_and_leave_nothing_behind(build: Callable[..., Llama]) -> None:
+def test_damaged_weights_raise_and_do_not_affect_later_calls(build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=64, max_batch_size=4, plain=True)  # packed weights cannot be written to
     requests = [(context, some_ids(random.Random(n), 4)) for context in ([7] * 30, [8] * 5) for n in range(2)]
     expected = loglikelihood(llama, requests)
-    weight = llama.model.get_parameter("layers.0.feed_forward.w1.weight")  # its NaN reaches the cache of later layers
+    weight = llama.model.get_parameter("layers.0.feed_forward.w1.weight")  # its NaN reaches the caches of later layers
     kept = weight.clone()
     weight[3, 3] = float("nan")
     with pytest.raises(FloatingPointError, match="begins with ids 1, 5, 5, 5, 5, 5, 5, 5, rank 0: the weights are dam"):
@@ -401,7 +397,7 @@ def test_damaged_weights_are_told_and_leave_nothing_behind(build: Callable[..., 
 
 
 def test_sums_are_float64(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 each 1 would be lost beside 2^24."""
+    """In float32, adding 1 to 2^24 changes nothing."""
     monkeypatch.setattr(scoring, "measure_texts", lambda llama, texts, measure: [[[-(2.0**24), 1], *[[-1.0, 1]] * 9]])
     llama = build("mha", max_seq_len=64)
     assert loglikelihood(llama, [([5], [6] * 10)]) == [(-(2.0**24) - 9, True)]
@@ -422,7 +418,7 @@ def test_windows_score_every_id_once_with_all_the_context_they_can(
     for window in windows(ids, limit, stride):
         first, end = window.ids[0], window.ids[-1] + 1
         assert list(window.ids) == list(range(first, end)) and 1 <= window.start < len(window.ids)
-        assert len(window.ids) - 1 == min(limit, end - 1)  # its input: as many as fit, or all there are
+        assert len(window.ids) - 1 == min(limit, end - 1)  # its input: as many ids as fit, or all
         assert len(window.ids) - window.start <= (stride if scored else limit)
         scored += window.ids[window.start :]
     assert scored == ids[1:]
@@ -440,16 +436,16 @@ def test_windows_without_a_stride_are_those_of_lm_evaluation_harness(length: int
 def test_rolling_sums_its_windows(
     stride: int | None, build: Callable[..., Llama], reference: Callable[[str], Plain]
 ) -> None:
-    plainly, stream = reference("gqa"), random.Random(13)
-    texts = [some_ids(stream, n) for n in (50, 16, 17, 1, 0)]
+    exact, rng = reference("gqa"), random.Random(13)
+    texts = [some_ids(rng, n) for n in (50, 16, 17, 1, 0)]
     expected = []
     for text in texts:
         ids = [BOS, *text]
-        # By hand, an id at a time: which window scores it, and what that window begins with.
+        # One id at a time: the last position of the window that scores it, and the ids before it in that window.
         total = 0.0
         for at in range(1, len(ids)):
             last = 16 if at <= 16 else min(len(ids) - 1, 16 + -(-(at - 16) // (stride or 16)) * (stride or 16))
-            total += plainly.of(ids[max(0, last - 16) : at + 1], at - max(0, last - 16))[0]
+            total += exact.of(ids[max(0, last - 16) : at + 1], at - max(0, last - 16))[0]
         expected.append(total)
     found = rolling_loglikelihood(build("gqa", max_seq_len=16, max_batch_size=3), texts, stride)
     for text, ours, theirs in zip(texts, found, expected, strict=True):

@@ -15,7 +15,7 @@ from helpers.report_reader import ReportReader
 from helpers.vocabularies import byte_fallback_tokenizer
 from llama import Llama
 from llama.evaluate.html_report import html_report
-from llama.evaluate.text_report import level, shown, summary, text_report, text_width
+from llama.evaluate.text_report import display_piece, level, summary, text_report, text_width
 from llama.evaluate.token_report import TokenReport, inspect_tokens, token_texts
 
 TEXT = "The licence of it"
@@ -43,7 +43,7 @@ def test_the_numbers_are_those_of_the_float64_forward(
     first, *others = report["tokens"]
     assert first["top"] == [] and [first[key] for key in ("logprob", "percent", "rank", "entropy")] == [None] * 4
     ranks = set()
-    for i, token in enumerate(others):  # what stands behind position i
+    for i, token in enumerate(others):  # the token after position i
         assert (token["position"], token["id"], token["generated"]) == (i + 1, ids[i + 1], False)
         assert token["piece"] == llama.tokenizer.decode_token(ids[i + 1])
         assert token["logprob"] == pytest.approx(logprobs[i, ids[i + 1]], abs=1e-4)
@@ -59,7 +59,7 @@ def test_the_numbers_are_those_of_the_float64_forward(
         for alternative in alternatives:
             assert alternative["piece"] == llama.tokenizer.decode_token(alternative["id"])
             assert alternative["percent"] == pytest.approx(100 * math.exp(alternative["logprob"]))
-    # After each prefix the most probable id: above the one that does stand there.
+    # The most probable id after each prefix.
     assert [token["next"]["id"] for token in report["tokens"]] == order[:, 0].tolist()
     assert [token["next"] for token in report["tokens"]] == [*(token["top"][0] for token in others), report["next"][0]]
 
@@ -67,20 +67,20 @@ def test_the_numbers_are_those_of_the_float64_forward(
 def test_ids_that_are_equally_probable_share_a_rank(build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=16, plain=True)  # packed weights cannot be written to
     with torch.inference_mode():
-        llama.model.output.weight.zero_()  # all 512 are
+        llama.model.output.weight.zero_()  # all 512 ids are equally probable
     (_, token) = inspect_tokens(llama, [1, 300])["tokens"]
     assert token["rank"] == 1
     assert token["logprob"] == pytest.approx(-math.log(512)) and token["entropy"] == pytest.approx(math.log(512))
 
 
-def test_the_demo_says_what_its_forward_says_after_each_prefix(demo: Path) -> None:
+def test_the_demo_predicts_what_its_forward_predicts_after_each_prefix(demo: Path) -> None:
     llama = Llama.build(demo, max_seq_len=32, max_batch_size=1, dtype="float32")
     ids = llama.tokenizer.encode("The most famous fruit is the", bos=False, eos=False)
     report = inspect_tokens(llama, ids, 3)
-    said = [int(llama.model.forward(torch.tensor([ids[:n]]), 0)[0, -1].argmax()) for n in range(1, len(ids) + 1)]
-    assert [token["next"]["id"] for token in report["tokens"]] == said
+    predicted = [int(llama.model.forward(torch.tensor([ids[:n]]), 0)[0, -1].argmax()) for n in range(1, len(ids) + 1)]
+    assert [token["next"]["id"] for token in report["tokens"]] == predicted
     assert [token["text"] for token in report["tokens"]] == ["The", " most", " famous", " fruit", " is", " the"]
-    assert report["tokens"][4]["rank"] == 1 and report["tokens"][4]["id"] == said[3]  # "is"
+    assert report["tokens"][4]["rank"] == 1 and report["tokens"][4]["id"] == predicted[3]  # "is"
     llama.close()
 
 
@@ -112,11 +112,11 @@ def test_texts_joined_are_the_text(build: Callable[..., Llama], tmp_path: Path) 
             assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_a_character_of_several_ids_comes_with_the_last(build: Callable[..., Llama], tmp_path: Path) -> None:
+def test_a_character_of_several_ids_is_in_the_text_of_the_last(build: Callable[..., Llama], tmp_path: Path) -> None:
     tokenizer = build("mha").tokenizer
     ids = tokenizer.encode("a漢b", bos=False, eos=False)
     assert token_texts(tokenizer, ids)[-4:] == ["", "", "漢", "b"]
-    tokenizer = byte_fallback_tokenizer(tmp_path)  # which tells what bytes are when the next id has come
+    tokenizer = byte_fallback_tokenizer(tmp_path)  # it decodes bytes once the id after them is known
     text = "a漢a"
     ids = tokenizer.encode(text, bos=False, eos=False)
     texts = token_texts(tokenizer, ids)
@@ -126,7 +126,7 @@ def test_a_character_of_several_ids_comes_with_the_last(build: Callable[..., Lla
 # The table and the HTML ---------------------------------------------------------------------------
 
 
-def test_a_token_alone_has_no_sum(build: Callable[..., Llama]) -> None:
+def test_a_single_token_has_no_log_probability(build: Callable[..., Llama]) -> None:
     assert summary(inspect_tokens(build("mha"), [5])) == "1 token"
 
 
@@ -163,7 +163,7 @@ def test_pieces_show_what_is_in_them() -> None:
         "漢": "漢",
         "": "",
     }.items():
-        assert shown(piece) == expected
+        assert display_piece(piece) == expected
     assert [text_width(text) for text in ("ab", "漢字", "e\u0301", "👍", "é", "ｱ")] == [2, 4, 1, 2, 1, 1]
     assert [level(percent) for percent in (100, 50, 49.9, 10, 9, 1, 0.9, 0.1, 0.09, 0)] == [
         0,

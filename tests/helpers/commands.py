@@ -11,7 +11,7 @@ from llama.cli import main as cli
 
 
 class Keyboard(io.StringIO):
-    """A stdin at which somebody sits."""
+    """A stdin that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -26,7 +26,7 @@ class Ended(NamedTuple):
 def run_command(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stdin: io.StringIO
 ) -> Ended:
-    """What the command with these words ends with, and what it has printed since the last look."""
+    """Run the command line `llama *words`: its exit status, and what was printed since capsys was last read."""
     monkeypatch.setattr(sys, "stdin", stdin)
     monkeypatch.setattr(sys, "argv", ["llama", *words])
     status, message = 0, ""

@@ -1,6 +1,6 @@
 """Everything that can be wrong with a checkpoint or a source of `convert`: how to damage one, and the expected error.
 
-`PYTHONPATH=tests python -m helpers.faults` prints docs/faults.md.
+`PYTHONPATH=tests python -m helpers.faults` prints docs/faults.md. The module is long because it is mostly that table.
 """
 
 import hashlib
@@ -307,7 +307,7 @@ FAULTS: dict[str, Fault] = {
         "holds the same tensors as consolidated.00.pth",
         "does not match params.json as one of 3 shards (files missing, or another model's?)",
     ),
-    "a number twice": Fault(
+    "a repeated number": Fault(
         lambda folder, rng: shutil.copy(folder / FIRST, folder / "consolidated.000.pth"),
         "consolidated.000.pth",
         "has the same number as consolidated.00.pth",
@@ -325,14 +325,14 @@ FAULTS: dict[str, Fault] = {
     ),
     "swapped": Fault(swap, FIRST, "was saved as consolidated.01.pth, expected consolidated.00.pth"),
     "another model's": Fault(foreign, SECOND, "has other norms than consolidated.00.pth"),
-    "another type": Fault(edit(lambda t: t.update({WQ: t[WQ].bfloat16()})), SECOND, "has other dtypes than"),
+    "another dtype": Fault(edit(lambda t: t.update({WQ: t[WQ].bfloat16()})), SECOND, "has other dtypes than"),
     "not a float": Fault(edit(lambda t: t.update({WQ: t[WQ].to(torch.int8)})), SECOND, f"wrong type: {WQ} torch.int8"),
     "float64": Fault(
         edit(lambda t: t.update({WQ: t[WQ].double()})), SECOND, "has other dtypes than consolidated.00.pth"
     ),
     "NaN": Fault(edit(lambda t: t[WQ][3].fill_(NAN)), SECOND, f"holds NaN or infinity in {WQ}"),
     "infinity": Fault(edit(lambda t: t["norm.weight"][0].fill_(-INFINITY)), SECOND, "holds NaN or infinity in norm"),
-    "a shape": Fault(
+    "another shape": Fault(
         edit(lambda t: t.update({WQ: torch.ones(1)})), SECOND, f"wrong shape: {WQ} (1,), expected (32, 64)"
     ),
     "a meta tensor": Fault(
@@ -378,12 +378,14 @@ FAULTS: dict[str, Fault] = {
         SECOND,
         "holds tensors under Hugging Face's names: name it",
     ),
-    "a name twice": Fault(
+    "a repeated tensor": Fault(
         edit(lambda t: t.update({f"layers.1._orig_mod.{WQ[9:]}": t[WQ]})), SECOND, f"holds {WQ} twice, with and without"
     ),
     "a missing tensor": Fault(edit(lambda t: t.pop(WQ)), SECOND, f"missing: {WQ}"),
     "an extra tensor": Fault(edit(lambda t: t.update({"extra": torch.ones(1)})), SECOND, "unexpected: extra"),
-    "no names": Fault(lambda folder, rng: torch.save([1], folder / SECOND), SECOND, "does not hold tensors by name"),
+    "a list of tensors": Fault(
+        lambda folder, rng: torch.save([1], folder / SECOND), SECOND, "does not hold tensors by name"
+    ),
     "no embedding": Fault(
         no_embedding,
         FIRST,
@@ -394,28 +396,30 @@ FAULTS: dict[str, Fault] = {
     "no params.json": Fault(
         remove(PARAMS), PARAMS, "is missing: fetch it", "is missing: it comes with the consolidated.NN.pth files"
     ),
-    "params.json a pointer": Fault(write(PARAMS, POINTER), PARAMS, "is a Git LFS pointer"),
-    "params.json a page": Fault(write(PARAMS, PAGE), PARAMS, "is an HTML or XML page"),
-    "params.json empty": Fault(write(PARAMS, b""), PARAMS, "is an empty file"),
-    "params.json a folder": Fault(become_folder(PARAMS), PARAMS, "is a folder"),
-    "params.json unreadable": Fault(loop(PARAMS), PARAMS, "cannot be read (Too many levels of symbolic links)"),
-    "params.json a pipe": Fault(become_pipe(PARAMS), PARAMS, PIPE),
-    "params.json a device": Fault(become_device(PARAMS), PARAMS, PIPE),
+    "params.json is a pointer": Fault(write(PARAMS, POINTER), PARAMS, "is a Git LFS pointer"),
+    "params.json is a page": Fault(write(PARAMS, PAGE), PARAMS, "is an HTML or XML page"),
+    "params.json is empty": Fault(write(PARAMS, b""), PARAMS, "is an empty file"),
+    "params.json is a folder": Fault(become_folder(PARAMS), PARAMS, "is a folder"),
+    "params.json is unreadable": Fault(loop(PARAMS), PARAMS, "cannot be read (Too many levels of symbolic links)"),
+    "params.json is a pipe": Fault(become_pipe(PARAMS), PARAMS, PIPE),
+    "params.json is a device": Fault(become_device(PARAMS), PARAMS, PIPE),
     "params.json of megabytes": Fault(write(PARAMS, b" " * 2**21), PARAMS, "it has more than 1,048,576 bytes"),
-    "params.json cut": Fault(write(PARAMS, b'{"dim": 64, '), PARAMS, "cannot be read as JSON"),
-    "params.json nested": Fault(write(PARAMS, b"[" * 100_000), PARAMS, "cannot be read as JSON"),
+    "params.json is cut short": Fault(write(PARAMS, b'{"dim": 64, '), PARAMS, "cannot be read as JSON"),
+    "params.json is nested too deep": Fault(write(PARAMS, b"[" * 100_000), PARAMS, "cannot be read as JSON"),
     "params.json in Latin-1": Fault(write(PARAMS, b'{"dim": "\xe9"}'), PARAMS, "cannot be read as JSON"),
-    "params.json a list": Fault(write(PARAMS, b"[64]"), PARAMS, "holds a list, expected an object"),
-    "a strange key": Fault(change(alpha=1), PARAMS, "unknown key 'alpha'; this runner knows dim"),
+    "params.json is a list": Fault(write(PARAMS, b"[64]"), PARAMS, "holds a list, expected an object"),
+    "an unknown key": Fault(change(alpha=1), PARAMS, "unknown key 'alpha'; this runner knows dim"),
     "a missing key": Fault(change(n_heads="drop"), PARAMS, "n_heads is missing"),
-    "a text for a number": Fault(change(dim="64x"), PARAMS, "dim is '64x', expected a positive integer"),
-    "a list for a number": Fault(change(dim=[64]), PARAMS, "dim is [64], expected a positive integer"),
-    "a number for a flag": Fault(change(use_scaled_rope=1), PARAMS, "use_scaled_rope is 1, expected true or false"),
+    "a string instead of a number": Fault(change(dim="64x"), PARAMS, "dim is '64x', expected a positive integer"),
+    "a list instead of a number": Fault(change(dim=[64]), PARAMS, "dim is [64], expected a positive integer"),
+    "a number instead of a flag": Fault(
+        change(use_scaled_rope=1), PARAMS, "use_scaled_rope is 1, expected true or false"
+    ),
     "a negative size": Fault(change(n_layers=-1), PARAMS, "n_layers is -1, expected a positive integer"),
     "an absurd number of layers": Fault(change(n_layers=10**9), PARAMS, "n_layers is 1000000000, expected"),
     "an absurd width": Fault(change(dim=10**30), PARAMS, "dim is 1000000000000000000000000000000, expected"),
-    "a width that is large": Fault(change(dim=2**23), FIRST, MISMATCH),
-    "NaN for a number": Fault(change(norm_eps=NAN), PARAMS, "norm_eps is nan, expected a positive number"),
+    "a large width": Fault(change(dim=2**23), FIRST, MISMATCH),
+    "NaN in params.json": Fault(change(norm_eps=NAN), PARAMS, "norm_eps is nan, expected a positive number"),
     "an absurd norm_eps": Fault(
         change(norm_eps=1e11), PARAMS, "norm_eps is 100000000000.0, expected a positive number"
     ),
@@ -430,14 +434,14 @@ FAULTS: dict[str, Fault] = {
     # Tokenizer
     "no tokenizer": Fault(remove(TOKENIZER), "", "no tokenizer.model or tokenizer.json in"),
     "an empty tokenizer": Fault(write(TOKENIZER, b""), TOKENIZER, "is an empty file"),
-    "a tokenizer's pointer": Fault(write(TOKENIZER, POINTER), TOKENIZER, "is a Git LFS pointer"),
-    "a tokenizer's page": Fault(
+    "a tokenizer that is a pointer": Fault(write(TOKENIZER, POINTER), TOKENIZER, "is a Git LFS pointer"),
+    "a tokenizer that is a page": Fault(
         write(TOKENIZER, PAGE), TOKENIZER, "is an HTML or XML page", "is not a SentencePiece model"
     ),
-    "a tokenizer's folder": Fault(become_folder(TOKENIZER), "", "no tokenizer.model or tokenizer.json in"),
+    "a tokenizer that is a folder": Fault(become_folder(TOKENIZER), "", "no tokenizer.model or tokenizer.json in"),
     "a broken tokenizer": Fault(write(TOKENIZER, b"\n nothing"), TOKENIZER, "is not a SentencePiece model"),
     "a tokenizer that is a pipe": Fault(become_pipe(TOKENIZER), "", "no tokenizer.model or tokenizer.json in"),
-    "tokenizer_config.json a pipe": Fault(become_pipe(CONFIG), CONFIG, PIPE),
+    "tokenizer_config.json is a pipe": Fault(become_pipe(CONFIG), CONFIG, PIPE),
     "an unknown chat format": Fault(
         write(CONFIG, b'{"chat_format": "nonsense"}'), CONFIG, "chat format 'nonsense': expected llama2, llama3"
     ),
@@ -449,17 +453,23 @@ FAULTS: dict[str, Fault] = {
         add_line(f"{'0' * 32}  LICENSE"), "LICENSE", "is missing, but checklist.chk lists it", ""
     ),
     "a line of nonsense": Fault(add_line("nonsense"), CHECKLIST, "line 5 is 'nonsense', expected an md5 or sha256", ""),
-    "a sum too short": Fault(add_line(f"{'0' * 31}  LICENSE"), CHECKLIST, "line 5 is '000", ""),
-    "a path": Fault(add_line(f"{'0' * 32}  ../model/{FIRST}"), CHECKLIST, "names '../model/consolidated.00.pth'", ""),
-    "an absolute path": Fault(add_line(f"{'0' * 64}  /etc/passwd"), CHECKLIST, "names '/etc/passwd' in line 5", ""),
-    "the folder above": Fault(add_line(f"{'0' * 64}  .."), CHECKLIST, "names '..' in line 5", ""),
-    "a name of 300 letters": Fault(
+    "a hash too short": Fault(add_line(f"{'0' * 31}  LICENSE"), CHECKLIST, "line 5 is '000", ""),
+    "a listed path": Fault(
+        add_line(f"{'0' * 32}  ../model/{FIRST}"), CHECKLIST, "names '../model/consolidated.00.pth'", ""
+    ),
+    "a listed absolute path": Fault(
+        add_line(f"{'0' * 64}  /etc/passwd"), CHECKLIST, "names '/etc/passwd' in line 5", ""
+    ),
+    "a listed parent folder": Fault(add_line(f"{'0' * 64}  .."), CHECKLIST, "names '..' in line 5", ""),
+    "a listed name of 300 letters": Fault(
         add_line(f"{'0' * 32}  {'a' * 300}"), CHECKLIST, "in line 5, expected the name of a file", ""
     ),
-    "a list that is a pipe": Fault(become_pipe(CHECKLIST), CHECKLIST, PIPE, ""),
-    "a list of megabytes": Fault(write(CHECKLIST, b"#" * 2**21), CHECKLIST, "it has more than 1,048,576 bytes", ""),
-    "an empty list": Fault(write(CHECKLIST, b""), CHECKLIST, "is an empty file", ""),
-    "a list that is a page": Fault(write(CHECKLIST, PAGE), CHECKLIST, "is an HTML or XML page", ""),
+    "a checklist that is a pipe": Fault(become_pipe(CHECKLIST), CHECKLIST, PIPE, ""),
+    "a checklist of megabytes": Fault(
+        write(CHECKLIST, b"#" * 2**21), CHECKLIST, "it has more than 1,048,576 bytes", ""
+    ),
+    "an empty checklist": Fault(write(CHECKLIST, b""), CHECKLIST, "is an empty file", ""),
+    "a checklist that is a page": Fault(write(CHECKLIST, PAGE), CHECKLIST, "is an HTML or XML page", ""),
 }
 
 
@@ -473,7 +483,7 @@ def config(**changes: Any) -> str:
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 13\n"
 FOREIGN: dict[str, tuple[dict[str, str], str]] = {
-    "nothing": ({}, "holds neither consolidated.NN.pth nor config.json"),
+    "an empty folder": ({}, "holds neither consolidated.NN.pth nor config.json"),
     "gpt-2": ({"config.json": config(architectures=["GPT2LMHeadModel"])}, "'GPT2LMHeadModel' is not supported: Llama"),
     "falcon": ({"config.json": config(architectures=["FalconForCausalLM"])}, "'FalconForCausalLM' is not supported"),
     "gemma": ({"config.json": config(architectures=["GemmaForCausalLM"])}, "'GemmaForCausalLM' is not supported"),
@@ -485,7 +495,7 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
     "no architecture": ({"config.json": "{}"}, "names no architecture"),
     "adapter": (
         {"adapter_config.json": '{"base_model_name_or_path": "me/base"}'},
-        "an adapter for 'me/base', no",
+        "an adapter for 'me/base', not",
     ),
     "adapter with config": ({"adapter_config.json": "{}", "config.json": config()}, "only an adapter is in here"),
     "no weights": ({"config.json": config()}, "neither model.safetensors nor pytorch_model.bin"),
@@ -518,11 +528,11 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
         {"config.json": config(rope_parameters={"rope_type": "default"}, rope_scaling={"type": "linear", "factor": 4})},
         "rope_theta, rope_parameters and rope_scaling contradict each other",
     ),
-    "nested without end": ({"config.json": "[" * 100_000}, "config.json is no JSON"),
-    "half rotary": ({"config.json": config(partial_rotary_factor=0.5)}, "partial_rotary_factor is 0.5"),
+    "config is nested too deep": ({"config.json": "[" * 100_000}, "config.json is no JSON"),
+    "partial rotary": ({"config.json": config(partial_rotary_factor=0.5)}, "partial_rotary_factor is 0.5"),
     "odd heads": ({"config.json": config(num_attention_heads=5)}, "hidden_size 64 is no multiple of 5"),
-    "kv heads": ({"config.json": config(num_key_value_heads=3)}, "3 KV heads do not go together"),
-    "odd head_dim": ({"config.json": config(head_dim=15)}, "do not go together"),
+    "kv heads": ({"config.json": config(num_key_value_heads=3)}, "3 KV heads are inconsistent"),
+    "odd head_dim": ({"config.json": config(head_dim=15)}, "are inconsistent"),
     "absurd layers": ({"config.json": config(num_hidden_layers=10**12)}, "num_hidden_layers is 1000000000000"),
     "no size": ({"config.json": config(hidden_size=None)}, "hidden_size is missing"),
     "text for a size": ({"config.json": config(vocab_size="many")}, "vocab_size is 'many'"),
@@ -542,12 +552,12 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
         "'../secret', a file outside the folder",
     ),
     "index without map": ({"config.json": config(), "model.safetensors.index.json": "{}"}, "has no weight_map"),
-    "file: pointer": ({"model.gguf": LFS}, "is a Git LFS pointer: fetch the file that it stands for"),
+    "file: pointer": ({"model.gguf": LFS}, "is a Git LFS pointer: fetch the file that it points to"),
     "file: page": ({"model.bin": "<!DOCTYPE html>"}, "is an HTML or XML page: supported are"),
     "file: nothing": ({"model.bin": ""}, "is an empty file: supported are"),
-    "file: text": ({"model.bin": "what is this"}, "is of no known format: supported are"),
+    "file: text": ({"model.bin": "what is this"}, "is of unknown format: supported are"),
     "file: json": ({"model.json": "{}"}, "is a JSON text: supported are"),
-    "file: zip": ({"consolidated.00.pth": "PK\3\4"}, "a part of a model: name the folder it lies in"),
+    "file: zip": ({"consolidated.00.pth": "PK\3\4"}, "a part of a model: name the folder it is in"),
     "file: gguf alone": ({"a.gguf": "GGUF"}, "a.gguf: damaged, cut off or of an unknown GGUF version"),
     "only original": ({"original/consolidated.00.pth": ""}, "holds Meta's files in its folder original: name that"),
     "folder of a gguf": ({"a.gguf": "GGUF", "readme": ""}, "is a folder: name the file in it"),

@@ -1,4 +1,4 @@
-"""A seeded checkpoint in the formats that others write."""
+"""Write a seeded checkpoint in other formats: GGUF and llama2.c."""
 
 import json
 import math
@@ -28,14 +28,20 @@ GGUF_NAMES = {
     "ffn_norm.weight": "ffn_norm.weight",
 }
 
+# Kinds of sources that the fixture `in_format` writes.
+FORMATS = ("meta", "meta-4-shards", "hf", "hf-3-files", "hf-bin", "gguf", "llama2c")
+
 
 def meta_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a Meta folder of one shard."""
+    """All tensors of a Meta folder with one shard."""
     return torch.load(folder / "consolidated.00.pth", weights_only=True)
 
 
 def write_gguf(folder: Path, path: Path, factor: float = 8.0) -> None:
-    """A seeded Meta folder of one shard as GGUF with a SentencePiece vocabulary."""
+    """Write a seeded Meta folder with one shard as GGUF, with a SentencePiece vocabulary.
+
+    factor: Llama 3's rope scaling factor, for models with scaled rope.
+    """
     params, weights = json.loads((folder / "params.json").read_text()), meta_weights(folder)
     heads = params["n_heads"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -71,7 +77,7 @@ def write_gguf(folder: Path, path: Path, factor: float = 8.0) -> None:
 
 
 def llama3_divisors(theta: float, head_dim: int, factor: float) -> np.ndarray:
-    """What llama.cpp divides each frequency by for Llama 3: 1 for short wavelengths, the factor for long ones."""
+    """llama.cpp's divisors of Llama 3's frequencies [head_dim / 2]: 1 for short wavelengths, factor for long ones."""
     divisors = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (i / head_dim)
@@ -81,7 +87,7 @@ def llama3_divisors(theta: float, head_dim: int, factor: float) -> np.ndarray:
 
 
 def write_llama2c(folder: Path, path: Path) -> None:
-    """A seeded Meta folder of one shard as llama2.c's version 1, with grouped heads if it has them, untied."""
+    """Write a seeded Meta folder with one shard in llama2.c's version 1, untied."""
     params, weights = json.loads((folder / "params.json").read_text()), meta_weights(folder)
     hidden = weights["layers.0.feed_forward.w1.weight"].shape[0]
     sizes = (params["dim"], hidden, params["n_layers"], params["n_heads"], params.get("n_kv_heads", params["n_heads"]))

@@ -1,4 +1,4 @@
-"""`python -m llama ...`, but the harness knows no tasks beside those it is shown: reading its own takes seconds."""
+"""`python -m llama ...` without the harness's own tasks, because reading them takes seconds."""
 
 from functools import partialmethod
 

@@ -1,6 +1,6 @@
-"""A server for download.sh that keeps Meta's layout and misbehaves where a test says so.
+"""A server for download.sh with Meta's files, which misbehaves where a test asks for it.
 
-`Server.faults[path]` is a list of answers, one for each request for that path in turn; after them it answers well.
+`Server.faults[path]` is a list of answers, one for each request for that path; later requests get the correct one.
 """
 
 import random
@@ -25,7 +25,7 @@ def checklist(files: dict[str, bytes]) -> bytes:
 
 
 def metas_files() -> dict[str, bytes]:
-    """What lies below a link: Llama 2 and Llama 3, each file with other bytes."""
+    """Path below the link -> content, for Llama 2 and Llama 3. All files differ."""
     draw = random.Random(7)
     files = {
         "LICENSE": b"LLAMA COMMUNITY LICENSE AGREEMENT\n",
@@ -94,7 +94,7 @@ Answer = Callable[[Request, bytes], None]
 
 
 def whole(request: Request, data: bytes, send: int | None = None) -> None:
-    """The right answer, or its first `send` bytes."""
+    """The correct answer, or its first `send` bytes."""
     start = request.start
     if start is None:
         request.answer(data, send=send)
@@ -107,7 +107,7 @@ def whole(request: Request, data: bytes, send: int | None = None) -> None:
 
 
 def cut(send: int, reset: bool = False) -> Answer:
-    """Ends after so many bytes."""
+    """Closes the connection after `send` bytes, by a TCP reset if `reset`."""
 
     def answer(request: Request, data: bytes) -> None:
         whole(request, data, send)
@@ -120,7 +120,7 @@ def cut(send: int, reset: bool = False) -> Answer:
 
 
 def hold(send: int) -> Answer:
-    """Stands still after so many bytes, until the test lets it go on or kills who waits for more."""
+    """Pauses after `send` bytes, until the test sets `released` or kills the client."""
 
     def answer(request: Request, data: bytes) -> None:
         whole(request, data, send)
@@ -137,7 +137,7 @@ def says(status: int, body: bytes = XML, type: str = "application/xml") -> Answe
 
 
 def sends(body: bytes, type: str = "binary/octet-stream") -> Answer:
-    """Other bytes than the file's, in the way that was asked for: with 206 if from the middle."""
+    """Sends `body` instead of the file, with status 206 if a range was requested."""
 
     def answer(request: Request, data: bytes) -> None:
         if request.start is None:
@@ -149,7 +149,7 @@ def sends(body: bytes, type: str = "binary/octet-stream") -> Answer:
 
 
 def flips(request: Request, data: bytes) -> None:
-    """The last bit of the file is another."""
+    """The file with its last bit flipped."""
     whole(request, data[:-1] + bytes([data[-1] ^ 1]))
 
 
@@ -158,7 +158,7 @@ def ignores_range(request: Request, data: bytes) -> None:
 
 
 def from_elsewhere(request: Request, data: bytes) -> None:
-    """From a byte later than the one that was asked for."""
+    """Sends the range that starts one byte too late."""
     if request.start is None:
         return whole(request, data)
     start = request.start + 1
@@ -171,7 +171,7 @@ def without_length(request: Request, data: bytes) -> None:
 
 
 def chunked(send: int) -> Answer:
-    """Of unknown length, and ends in its middle: only the missing last chunk tells."""
+    """Chunked, so of unknown length, and incomplete: only the last chunk is missing."""
 
     def answer(request: Request, data: bytes) -> None:
         request.answer(b"", Content_Length="", Transfer_Encoding="chunked")
@@ -198,7 +198,7 @@ class Server(ThreadingHTTPServer):
         self.reset(None)
 
     def reset(self, target: Path | None) -> None:
-        """For the next test; target: where the files go, which is looked at with each request."""
+        """Prepare for the next test. target: the client's folder, which is checked at each request."""
         self.target = target
         self.faults: defaultdict[str, list[Answer]] = defaultdict(list)
         self.asked: list[tuple[str, int | None]] = []
@@ -227,7 +227,7 @@ class Server(ThreadingHTTPServer):
         self.look(self.asked[-1][0])
 
     def look(self, path: str) -> None:
-        """While weights are on their way, nothing may have their name."""
+        """Record a weight file that has its final name before it is complete."""
         if self.target and path.endswith(".pth") and (self.target / path).exists():
             self.early.append(path)
 

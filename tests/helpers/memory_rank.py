@@ -1,7 +1,7 @@
-"""One rank under watch, started by test_memory.py.
+"""One rank whose memory test_memory.py measures.
 
-python memory_rank.py                             imports the packages and joins the other ranks, no more
-python memory_rank.py CKPT_DIR TOKENIZER DTYPE    loads, generates, prints which files it mapped and touched as JSON
+python memory_rank.py                             imports the packages and connects to the other ranks
+python memory_rank.py CKPT_DIR TOKENIZER DTYPE    loads, generates, prints {file: bytes of it in memory}
 """
 
 import json
@@ -32,11 +32,11 @@ def main(ckpt_dir: str, tokenizer: str, dtype: str, quantize: str | None = None)
     touched: dict[str, int] = {}
     load_weights = loading.load_weights
 
-    def load_and_look(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype, finish: Finish = None) -> None:
+    def load_and_measure(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype, finish: Finish = None) -> None:
         load_weights(model, checkpoint, dtype, finish)
-        touched.update(touched_bytes())  # now: the files are unmapped when `build` returns
+        touched.update(touched_bytes())  # here, as the files are unmapped when `build` returns
 
-    loading.load_weights = load_and_look
+    loading.load_weights = load_and_measure
     llama = Llama.build(ckpt_dir, tokenizer, max_seq_len=16, max_batch_size=1, dtype=dtype, quantize=quantize)
     llama.generate([[1, *range(3, 16)]], max_gen_len=2, temperature=0)  # fills the cache
     llama.close()

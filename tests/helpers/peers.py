@@ -1,4 +1,4 @@
-"""The same weights in implementations that others wrote."""
+"""The same weights in other implementations: transformers and Meta's llama-models."""
 
 import json
 from collections import defaultdict
@@ -64,8 +64,10 @@ def transformers_model(folder: Path) -> LlamaForCausalLM:
 
 
 def llama_models_vectors(folder: Path, ids: list[int], next_ids: list[int]) -> dict[str, torch.Tensor]:
-    """What llama-models computes on a seeded checkpoint in one shard, by the names of docs/conformance.md: the ids at
-    once, those that follow one by one. Needs fairscale's groups."""
+    """What llama-models computes on a seeded checkpoint in one shard: tensors by their names in docs/conformance.md.
+
+    It runs `ids` in one prefill, then `next_ids` one by one. Needs fairscale's groups.
+    """
     from llama_models.llama3 import model as published
     from llama_models.llama3.args import ModelArgs
 
@@ -83,7 +85,7 @@ def llama_models_vectors(folder: Path, ids: list[int], next_ids: list[int]) -> d
         found[f"layers.{layer}.k"].append(k[0])
         return q, k
 
-    layers = cycle(range(params["n_layers"]))  # it is called once in each
+    layers = cycle(range(params["n_layers"]))  # called once in each layer
 
     def output(name: str) -> Any:
         return lambda module, args, value: found[name].append(value[0])

@@ -1,4 +1,4 @@
-"""An independent plain Llama forward, in float64 on numpy: no cache, no batch, no parallel layers, no shared code.
+"""An independent Llama forward pass in float64, in numpy: no cache, no batch, no parallel layers, no shared code.
 
 Written from the papers: RMSNorm (arXiv:1910.07467), rotary positions (2104.09864), SwiGLU (2002.05202), grouped
 queries (2305.13245), Llama 3.1's frequency scaling (2407.21783).
@@ -15,7 +15,7 @@ Array = np.ndarray
 
 
 def load(folder: Path) -> tuple[dict, dict[str, Array]]:
-    """params.json and the float64 tensors of a checkpoint in one shard."""
+    """(params.json, float64 weights by name) of a checkpoint with one shard."""
     tensors = torch.load(folder / "consolidated.00.pth", weights_only=True)
     return json.loads((folder / "params.json").read_text()), {k: t.double().numpy() for k, t in tensors.items()}
 
@@ -40,45 +40,46 @@ def frequencies(params: dict, head_dim: int) -> list[float]:
 
 
 def rotate(x: Array, freqs: list[float]) -> Array:
-    """x [n, heads, head_dim]: neighbouring numbers are one complex number, turned by position * frequency."""
-    turn = np.exp(1j * np.outer(np.arange(len(x)), freqs))[:, None, :]
-    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * turn
-    return np.stack((turned.real, turned.imag), axis=-1).reshape(x.shape)
+    """Apply RoPE to x [n, heads, head_dim]: pairs of adjacent numbers, as complex numbers, are rotated by position *
+    frequency."""
+    rotation = np.exp(1j * np.outer(np.arange(len(x)), freqs))[:, None, :]
+    rotated = (x[..., 0::2] + 1j * x[..., 1::2]) * rotation
+    return np.stack((rotated.real, rotated.imag), axis=-1).reshape(x.shape)
 
 
 def forward(params: dict, w: dict[str, Array], ids: list[int]) -> dict[str, Array]:
-    """What is computed on the way from the ids of one sequence to its logits [n, vocab], by the names of
-    docs/conformance.md; the values, which there is no cache for, are cache_v."""
+    """All activations of one sequence up to its logits [n, vocab], under the names of docs/conformance.md. The values
+    are called cache_v, although there is no cache."""
     n, heads = len(ids), params["n_heads"]
     kv_heads, head_dim = params.get("n_kv_heads", heads), params["dim"] // heads
     freqs = frequencies(params, head_dim)
     future = np.triu(np.full((n, n), -np.inf), 1)
     x = w["tok_embeddings.weight"][ids]
-    found = {"embedding": x}
+    activations = {"embedding": x}
     for layer in range(params["n_layers"]):
         p = f"layers.{layer}."
-        found[p + "input"] = x
+        activations[p + "input"] = x
         h = norm(x, w[p + "attention_norm.weight"], params["norm_eps"])
         q = rotate((h @ w[p + "attention.wq.weight"].T).reshape(n, heads, head_dim), freqs)
         k = rotate((h @ w[p + "attention.wk.weight"].T).reshape(n, kv_heads, head_dim), freqs)
         v = (h @ w[p + "attention.wv.weight"].T).reshape(n, kv_heads, head_dim)
-        found |= {p + "q": q, p + "k": k, p + "cache_v": v}
+        activations |= {p + "q": q, p + "k": k, p + "cache_v": v}
         out = np.empty_like(q)
         for head in range(heads):
             shared = head * kv_heads // heads
             scores = q[:, head] @ k[:, shared].T / math.sqrt(head_dim) + future
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, shared]
-        found[p + "attention"] = out.reshape(n, -1) @ w[p + "attention.wo.weight"].T
-        x = x + found[p + "attention"]
+        activations[p + "attention"] = out.reshape(n, -1) @ w[p + "attention.wo.weight"].T
+        x = x + activations[p + "attention"]
         h = norm(x, w[p + "ffn_norm.weight"], params["norm_eps"])
         gate = h @ w[p + "feed_forward.w1.weight"].T
         up = h @ w[p + "feed_forward.w3.weight"].T
-        found[p + "feed_forward"] = (gate / (1 + np.exp(-gate)) * up) @ w[p + "feed_forward.w2.weight"].T
-        x = x + found[p + "feed_forward"]
-    found["norm"] = norm(x, w["norm.weight"], params["norm_eps"])
-    found["logits"] = found["norm"] @ w.get("output.weight", w["tok_embeddings.weight"]).T
-    return found
+        activations[p + "feed_forward"] = (gate / (1 + np.exp(-gate)) * up) @ w[p + "feed_forward.w2.weight"].T
+        x = x + activations[p + "feed_forward"]
+    activations["norm"] = norm(x, w["norm.weight"], params["norm_eps"])
+    activations["logits"] = activations["norm"] @ w.get("output.weight", w["tok_embeddings.weight"]).T
+    return activations
 
 
 def logits(params: dict, w: dict[str, Array], ids: list[int]) -> Array:

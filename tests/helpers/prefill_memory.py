@@ -1,5 +1,5 @@
-"""python prefill_memory.py DTYPE LENGTH...: bytes of anonymous memory by which a prompt of each length grows a process,
-for two layers in the widths of the demo model, as JSON."""
+"""python prefill_memory.py DTYPE LENGTH...: prints as JSON, for each length, by how many bytes a prefill grows the
+anonymous memory of a process. The model has two layers of the demo model's widths."""
 
 import gc
 import json
@@ -33,10 +33,10 @@ def main(dtype: torch.dtype, lengths: list[int]) -> None:
     model.requires_grad_(False)
     executor = Executor(model)
     for cache in model.caches:
-        cache.clear()  # its pages are there from now on
+        cache.clear()  # so that its pages are allocated
     executor.hidden(torch.ones(1, 8, dtype=torch.int64), 0, 8)
     bench.SAMPLE_SECONDS = 0.001
-    with bench.peak_memory(here) as before:  # all prompts: what kernels keep for themselves is growth, too
+    with bench.peak_memory(here) as before:  # once, so that memory that kernels keep counts as growth
         pass
     grown = dict.fromkeys(lengths, 0)
     for length in lengths:

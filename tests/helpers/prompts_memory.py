@@ -1,6 +1,6 @@
-"""`complete --file` under watch, started by test_hostile.py.
+"""The memory of `complete --file`, run by test_hostile.py.
 
-python prompts_memory.py CKPT_DIR FILE OUT     prints by how many bytes the command's anonymous memory grew at most
+python prompts_memory.py CKPT_DIR FILE OUT     prints the peak growth of the command's anonymous memory in bytes
 """
 
 import sys
@@ -17,7 +17,7 @@ def main(ckpt_dir: str, file: str, out: str) -> None:
     build, grown = Llama.build, [0]
 
     def built(*args: object, **kwargs: object) -> Llama:
-        llama = build(*args, **kwargs)  # type: ignore[arg-type]  # what the command gives
+        llama = build(*args, **kwargs)  # type: ignore[arg-type]  # as the command passes them
         llama.text_completion(["x"], max_gen_len=1)
         before = anonymous_bytes()
 

@@ -20,7 +20,7 @@ CONTEXT.set_forkserver_preload(["llama"])
 
 
 def free_port() -> int:
-    """Below those that systems give to whoever asks for any, as gloo does in tests that run beside this one."""
+    """A free port below the ephemeral ones, which gloo takes in tests that run at the same time."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -31,7 +31,8 @@ def free_port() -> int:
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
     """Call function(*args) on every rank, with the variables that torchrun would set; results in rank order.
 
-    `function` is a module's function, as it is pickled. A rank that raises or dies fails the caller.
+    `function` is pickled, so it is defined at a module's top level. Raises if a rank raises, dies, or takes longer than
+    `timeout` seconds.
     """
     port = free_port()
     ranks = []
@@ -78,7 +79,7 @@ def _rank(
 
 
 def torchrun(world_size: int, *command: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a script under torchrun as a user would, with nothing in the environment but what is given."""
+    """Run a script under torchrun as a user would: without OMP_NUM_THREADS, and with `env` added to the environment."""
     clean = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     program = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", str(world_size)]
     if world_size > 1:

@@ -1,10 +1,10 @@
-"""How much memory a process holds itself."""
+"""The anonymous memory of a process."""
 
 from pathlib import Path
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
-    """RssAnon, without pages of mapped files; 0 when the process has ended."""
+    """RssAnon, which excludes pages of mapped files; 0 if the process has exited."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""python scoring_memory.py TOKENIZER DTYPE: the most memory in bytes after hidden states, and after scoring."""
+"""python scoring_memory.py TOKENIZER DTYPE: peak memory in bytes after hidden_states, and after token_logprobs."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ ROWS, LENGTH = 4, 4096
 
 
 def peak() -> int:
-    # Not ru_maxrss, which begins with what the process that started this one had.
+    # Not ru_maxrss, which starts at the value of the parent process.
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 

@@ -1,4 +1,4 @@
-"""How far two right computations may lie apart: it follows from the number of terms and the rounding of the dtype.
+"""How much two correct computations may differ, derived from the number of terms and the rounding of the dtype.
 
 Kernels: `gamma`, which is proven. What a model computes on the way: `near`, derived in docs/conformance.md.
 Log-probabilities in float32: LOGPROB, which the README promises, and `logprob_sum`.
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llama import Llama
-from llama.evaluate.conformance import bound_of
+from llama.evaluate.conformance.bounds import error_bound
 
 BFLOAT16 = 2.0**-8  # the largest error that rounding makes of a number of size 1
 FLOAT32 = 2.0**-24
@@ -28,12 +28,12 @@ def gamma(roundings: int) -> float:
 
 
 def logprob_sum(tokens: int) -> float:
-    """Of the sum of so many log-probabilities, whose errors have either sign."""
+    """The tolerance of a sum of `tokens` log-probabilities, whose errors have either sign."""
     return LOGPROB * math.sqrt(tokens)
 
 
 def near(llama: Llama, expected: torch.Tensor, dtype: str = "float32") -> float:
-    """Of final states or logits of a model that was computed in this dtype."""
+    """The tolerance of final hidden states or logits of a model that is computed in `dtype`."""
     layers: Any = llama.model.layers
     hidden_dim = layers[0].feed_forward.w2.weight.shape[1]
-    return bound_of("logits", len(layers), dtype, hidden_dim) * float(expected.abs().max())
+    return error_bound("logits", len(layers), dtype, hidden_dim) * float(expected.abs().max())

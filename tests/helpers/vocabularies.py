@@ -1,6 +1,7 @@
-"""Small vocabularies of every kind, and texts to try them on."""
+"""Small vocabularies of every kind, and texts to encode with them."""
 
 import base64
+import json
 import random
 from pathlib import Path
 
@@ -8,12 +9,13 @@ from sentencepiece import SentencePieceProcessor
 
 from golden.make_checkpoint import TOKENIZER
 from llama import Tokenizer
-from llama.convert.vocab import NORMAL, USER_DEFINED, _pieces, sentencepiece_model
+from llama.convert.vocab import NORMAL, USER_DEFINED, read_pieces, sentencepiece_model
+from llama.engine.streaming import TextStream
 
 INFILLING = ["\u2581<PRE>", "\u2581<MID>", "\u2581<SUF>", "\u2581<EOT>"]  # ids 508 to 511
 
 
-ALPHABETS = [  # what tokenizers treat each in its own way
+ALPHABETS = [  # characters that tokenizers treat differently
     " ab\n\t\r",
     "etaoinshrdlu ,.'",
     "0123456789.,- ",
@@ -28,32 +30,34 @@ ALPHABETS = [  # what tokenizers treat each in its own way
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
-    """Short texts, each of one alphabet, of runs of its characters, or of any characters at all."""
-    draw = random.Random(seed)
+    """Short texts: runs of characters of one alphabet, random characters of one, or any characters."""
+    rng = random.Random(seed)
     texts = []
     for i in range(count):
         alphabet = ALPHABETS[i % len(ALPHABETS)]
         if i % 3 == 0:
-            texts.append("".join(draw.choice(alphabet) * draw.randint(1, 40) for _ in range(draw.randint(0, 5))))
+            texts.append("".join(rng.choice(alphabet) * rng.randint(1, 40) for _ in range(rng.randint(0, 5))))
         elif i % 3 == 1:
-            texts.append("".join(draw.choices(alphabet, k=draw.randint(0, 50))))
+            texts.append("".join(rng.choices(alphabet, k=rng.randint(0, 50))))
         else:
-            codes = [draw.choice([draw.randint(0, 0xD7FF), draw.randint(0xE000, 0x10FFFF)]) for _ in range(20)]
-            texts.append("".join(chr(code) + draw.choice(["", " ", "a"]) for code in codes))
+            codes = [rng.choice([rng.randint(0, 0xD7FF), rng.randint(0xE000, 0x10FFFF)]) for _ in range(20)]
+            texts.append("".join(chr(code) + rng.choice(["", " ", "a"]) for code in codes))
     return texts
 
 
 def write_infilling(path: Path) -> Path:
-    """tok512 with the infilling pieces in place of its last four."""
-    pieces = _pieces(TOKENIZER.read_bytes())[:-4] + [(name, -1000.0 - i, NORMAL) for i, name in enumerate(INFILLING)]
+    """tok512 with its last four pieces replaced by the infilling pieces."""
+    pieces = read_pieces(TOKENIZER.read_bytes())[:-4] + [
+        (name, -1000.0 - i, NORMAL) for i, name in enumerate(INFILLING)
+    ]
     path.write_bytes(sentencepiece_model(pieces))
     return path
 
 
 def write_step(path: Path, source: Path = TOKENIZER, extra: int = 0, dummy_prefix: bool = False) -> Path:
-    """A vocabulary whose last id is <step>, in place of the source's last or behind `extra` - 1 other new pieces. Code
-    Llama 70B's puts no space before a text."""
-    pieces = _pieces(source.read_bytes())
+    """A vocabulary whose last id is <step>. It replaces the source's last piece, or, with `extra`, follows `extra` - 1
+    other new pieces. dummy_prefix: whether a space goes before texts; Code Llama 70B's adds none."""
+    pieces = read_pieces(source.read_bytes())
     pieces = pieces + [(f"<new{i}>", -1e6, NORMAL) for i in range(extra - 1)] if extra else pieces[:-1]
     path.write_bytes(sentencepiece_model([*pieces, ("<step>", 0.0, USER_DEFINED)], add_dummy_prefix=dummy_prefix))
     return path
@@ -64,14 +68,14 @@ def plain(path: Path) -> SentencePieceProcessor:
 
 
 def write_ranks(path: Path, *tokens: bytes) -> Path:
-    """A rank file of all bytes, the last first, and these tokens."""
-    every = [*(bytes([byte]) for byte in reversed(range(256))), *tokens]
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(every)))
+    """A rank file of all bytes, in descending order, and these tokens."""
+    all_tokens = [*(bytes([byte]) for byte in reversed(range(256))), *tokens]
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(all_tokens)))
     return path
 
 
 def byte_fallback_tokenizer(folder: Path) -> Tokenizer:
-    """A tokenizer.json as Hugging Face writes Llama 2's: 256 bytes, pieces with U+2581 for a space."""
+    """A tokenizer.json like Hugging Face's of Llama 2: 256 bytes, and pieces with U+2581 for spaces."""
     from tokenizers import Tokenizer as Writer
     from tokenizers import decoders, models
 
@@ -82,3 +86,30 @@ def byte_fallback_tokenizer(folder: Path) -> Tokenizer:
     writer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text("{}")
     return Tokenizer(folder / "tokenizer.json")
+
+
+def write_byte_level_json(folder: Path) -> Path:
+    """A byte-level tokenizer.json with ChatML's special tokens: ids 0 to 255 are bytes, then three special tokens."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Writer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer = Writer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    writer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    writer.decoder = decoders.ByteLevel()
+    writer.add_special_tokens([AddedToken(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    writer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "add_bos_token": False}
+    config |= {"chat_format": "chatml", "default_system": "Be brief."}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def streamed_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of ids, decoded by a TextStream."""
+    stream, pieces = TextStream(tokenizer), []
+    for token in ids:
+        stream.push(token)
+        pieces.append(stream.take())
+    stream.finish()
+    return "".join([*pieces, stream.take()])

@@ -1,4 +1,4 @@
-"""`plan` says what a built model really holds, and the published models' figures."""
+"""The sizes of `memory.sizes` against models that were built and against published models; the command `plan`."""
 
 import json
 import os
@@ -10,10 +10,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 
 import llama as package
+from helpers.commands import call
 from helpers.faults import edit_params, edit_shard
 from helpers.paths import HELPERS
 from helpers.ranks import run_ranks
@@ -23,7 +25,8 @@ from llama.checkpoint.errors import CheckpointError
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.layout import legal_world_sizes, tensor_shapes
 from llama.cli import main as cli
-from llama.memory.plan import Sizes, count_parameters, plan, read_bytes, sizes
+from llama.cli.plan import plan, read_bytes
+from llama.memory.sizes import Sizes, count_parameters, sizes
 from llama.parallel.device import DTYPES
 
 SEVEN_B = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
@@ -44,14 +47,14 @@ MIB = 2**20
 
 
 def held(llama: Llama) -> Sizes:
-    """What this rank really holds between calls: the bytes of tensors, each once."""
+    """The bytes of this rank's tensors between calls, each counted once."""
     model = llama.model
     weights: dict[int, int] = {}
     for weight in model.parameters():
         if isinstance(weight, QuantizedWeight):
             weights[id(weight.source)] = sum(buffer.nbytes for buffer in weight.source.buffers())
         else:
-            storage = weight.untyped_storage()  # that of a merged matrix has several weights
+            storage = weight.untyped_storage()  # several weights share that of a merged matrix
             weights[storage.data_ptr()] = storage.nbytes()
     cache = sum(cache.k.nbytes + cache.v.nbytes for cache in model.caches)
     return Sizes(sum(weights.values()), cache, model.freqs_cis.nbytes, 0)
@@ -60,7 +63,7 @@ def held(llama: Llama) -> Sizes:
 def planned(
     folder: Path, ranks: int, dtype: torch.dtype, max_seq_len: int, max_batch_size: int, quantize: str | None = None
 ) -> Sizes:
-    """What it should hold: without the peak of a prefill."""
+    """What `sizes` expects, without the peak of a prefill."""
     checkpoint = Checkpoint(folder)
     checkpoint.params.max_seq_len, checkpoint.params.max_batch_size = max_seq_len, max_batch_size
     tied = "output.weight" not in checkpoint.shapes
@@ -69,7 +72,7 @@ def planned(
 
 
 def untie(folder: Path, checkpoint: Path) -> Path:
-    """A copy of a checkpoint without its output layer: the embedding serves."""
+    """A copy of a checkpoint without output.weight: the embedding serves as output."""
     folder.mkdir()
     for path in checkpoint.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -95,7 +98,7 @@ def test_one_rank_holds_what_is_planned(
 def test_a_quantized_model_holds_what_is_planned(
     name: str, quantize: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Tied, too: there the output becomes a copy in 8 bits."""
+    """Tied models, too: there the output layer is an int8 copy."""
     for folder in (checkpoint(name), untie(tmp_path / "tied", checkpoint(name))):
         llama = Llama.build(folder, max_seq_len=33, max_batch_size=3, dtype="bfloat16", quantize=quantize)
         assert held(llama) == planned(folder, 1, torch.bfloat16, 33, 3, quantize)
@@ -113,7 +116,7 @@ def build_and_measure(folders: list[Path]) -> list[Sizes]:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_rank_holds_what_is_planned(ranks: int, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """On 4 ranks the two KV heads of gqa are held twice each."""
+    """On 4 ranks each of the two KV heads of gqa is stored on two ranks."""
     folders = [checkpoint(name, 2) for name in ("mha", "gqa", "llama31")]
     folders += [untie(tmp_path / name, checkpoint(name, 2)) for name in ("mha", "llama31")]
     expected = [planned(folder, ranks, torch.float32, 40, 2) for folder in folders]
@@ -122,7 +125,7 @@ def test_every_rank_holds_what_is_planned(ranks: int, checkpoint: Callable[..., 
 
 @pytest.mark.parametrize("name", ["mha", "llama31"])
 def test_a_tied_model_holds_its_embedding_once(name: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """On one rank, and wherever the files divide the embedding by rows, as the output is divided."""
+    """The embedding is stored once on one rank, and where the files split it on the vocabulary, as the output is."""
     folder = untie(tmp_path / "tied", checkpoint(name))
     (found,) = build_and_measure([folder])
     assert found == planned(folder, 1, torch.float32, 40, 2)
@@ -172,7 +175,7 @@ def test_bytes_of_the_quantized_7b() -> None:
     int8, int4 = (sizes(args, 1, torch.float16, quantize=scheme) for scheme in ("int8", "int4"))
     assert int8.weights == 32 * (numbers + 2 * rows) + kept + output16 == 7_003_545_600
     assert int4.weights == 32 * (numbers // 2 + 4 * numbers // 32) + kept + output8 == 4_441_315_840
-    # A GPU of 12 GB has room for the 7B at its full context in 8 and 4 bits, not in 16.
+    # The 7B at its full context fits on a GPU of 12 GB in 8 and 4 bits, not in 16.
     whole = sizes(args, 1, torch.float16, device="cuda")
     assert whole.cache == int8.cache == int4.cache == 2 * 2**30
     assert whole.weights + whole.cache > 12 * 10**9
@@ -186,7 +189,7 @@ def test_bytes_of_the_quantized_7b() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID/status, which Linux has")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_prefill_grows_the_process_as_planned(dtype: str, measured: Callable[[str, object], None]) -> None:
-    # Blocks of over 64 KB go back to the system when they are freed: what grows is what stands.
+    # Freed blocks of over 64 KB are returned to the system, so that the process grows by what is in use.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     env["PYTHONPATH"] = str(Path(package.__file__).parents[1])
     command = [sys.executable, str(HELPERS / "prefill_memory.py"), dtype, "1024", "1024", "4096"]
@@ -202,7 +205,7 @@ def test_a_prefill_grows_the_process_as_planned(dtype: str, measured: Callable[[
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_a_prefill_grows_with_length_rows_and_nothing_else(device: str, quantize: str | None) -> None:
-    """Monotone, so that searches find the edge; far out by a fixed number of bytes a position."""
+    """Sizes grow monotonically, as the binary search requires; for long contexts by a constant number of bytes."""
 
     def peak(length: int, rows: int) -> int:
         args = ModelArgs(**PUBLISHED["llama-3-8b"][0], max_seq_len=length, max_batch_size=rows)
@@ -227,7 +230,7 @@ def test_kv_heads_are_repeated_on_more_ranks_than_heads() -> None:
     one_head = 2 * 80 * 2 * 4096 * 128 * 2  # keys and values, layers, rows, positions, head_dim, bytes
     assert [cache // one_head for cache in caches] == [8, 4, 2, 1, 1, 1, 1]
     held_by_all = 64 * sizes(args, 64, torch.bfloat16).weights
-    norms, repeated = 161 * 8192, 80 * 2 * 1024 * 8192  # every rank has the norms; each KV head lies on eight
+    norms, repeated = 161 * 8192, 80 * 2 * 1024 * 8192  # every rank has the norms; each KV head is on eight ranks
     assert held_by_all == 2 * (68_976_648_192 + 63 * norms + 7 * repeated)
 
 
@@ -241,7 +244,7 @@ def write_params(folder: Path, params: dict[str, Any]) -> Path:
 
 
 def answer(capsys: pytest.CaptureFixture[str], path: str, **flags: Any) -> dict[str, Any]:
-    plan(path, json=True, **flags)
+    call(plan, path, json=True, **flags)
     return json.loads(capsys.readouterr().out)
 
 
@@ -269,7 +272,7 @@ def test_a_vocabulary_left_open(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["parameters"]["total"] == 6_738_415_616 + 2 * 16 * 4096 and len(found["notes"]) == 1
     write_params(tmp_path, SEVEN_B | {"vocab_size": 32000})
     with pytest.raises(ValueError, match="vocab_size is 32016, but the model's is 32000: leave it out"):
-        plan(str(path), vocab_size=32016)
+        call(plan, str(path), vocab_size=32016)
 
 
 def test_a_folders_vocabulary_is_its_embeddings(
@@ -280,10 +283,10 @@ def test_a_folders_vocabulary_is_its_embeddings(
     tied = answer(capsys, str(untie(tmp_path / "tied", checkpoint("mha", 2))))
     assert tied["tied"] and tied["parameters"]["output"] == 0
     with pytest.raises(ValueError, match="vocab_size is 500, but the model's is 512"):
-        plan(str(checkpoint("mha", 2)), vocab_size=500)
+        call(plan, str(checkpoint("mha", 2)), vocab_size=500)
     edit_params(tmp_path / "tied", n_layers=4)
     with pytest.raises(CheckpointError, match=r"does not match params\.json as one of 2 shards"):
-        plan(str(tmp_path / "tied"))
+        call(plan, str(tmp_path / "tied"))
 
 
 @pytest.mark.parametrize("memory", ["12GB", "24GiB", "900MiB", "1.5 TB", "14551621632B"])
@@ -291,7 +294,7 @@ def test_a_folders_vocabulary_is_its_embeddings(
 def test_what_fits_is_the_most_that_fits(
     name: str, memory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One position or row more than the largest would not."""
+    """The largest sizes fit, and one position or row more does not."""
     params, _ = PUBLISHED[name]
     found = answer(capsys, str(write_params(tmp_path, params)), memory=memory, max_seq_len=2048)
     available = read_bytes(memory)
@@ -335,7 +338,7 @@ def test_memory_sizes(text: str, size: int) -> None:
 @pytest.mark.parametrize("text", ["12", "GB", "", "-1GB", "0GB", "12G", "12 apples", "1e3GB", "nanGB", "1,5GB", "٣GB"])
 def test_memory_that_is_no_size(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a number and its unit, 12GB or 11.5GiB"):
-        plan(str(tmp_path), memory=text)
+        call(plan, str(tmp_path), memory=text)
 
 
 @pytest.mark.parametrize(
@@ -346,30 +349,30 @@ def test_memory_that_is_no_size(text: str, tmp_path: Path) -> None:
         ({"max_seq_len": 0}, "max_seq_len is 0, expected"),
         ({"max_batch_size": -2}, "max_batch_size is -2, expected"),
         ({"vocab_size": 0}, "vocab_size is 0, expected"),
-        ({"dtype": "int8"}, "dtype 'int8': expected float32, bfloat16, float16"),
-        ({"quantize": "int2"}, "quantize 'int2': expected int8 or int4"),
-        ({"device": "tpu"}, "device 'tpu': expected cpu or cuda"),
+        ({"dtype": "int8"}, "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
+        ({"quantize": "int2"}, "'int2' is not one of 'int8', 'int4'"),
+        ({"device": "tpu"}, "'tpu' is not one of 'cpu', 'cuda'"),
     ],
 )
 def test_flags_that_do_not_fit(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = write_params(tmp_path, SEVEN_B)
-    with pytest.raises(ValueError, match=message):
-        plan(str(path), **flags)
+    with pytest.raises((ValueError, click.UsageError), match=message):
+        call(plan, str(path), **flags)
 
 
 def test_paths_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere does not exist: give the folder"):
-        plan(str(tmp_path / "nowhere"))
+        call(plan, str(tmp_path / "nowhere"))
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"other.json is a file: give .* named params.json"):
-        plan(str(tmp_path / "other.json"))
+        call(plan, str(tmp_path / "other.json"))
     with pytest.raises(
         CheckpointError,
         match=r"holds no consolidated.NN.pth: .* named params.json",
     ):
-        plan(str(tmp_path))
+        call(plan, str(tmp_path))
     with pytest.raises(CheckpointError, match="dim is missing"):
-        plan(str(write_params(tmp_path, {"n_layers": 1})))
+        call(plan, str(write_params(tmp_path, {"n_layers": 1})))
 
 
 def test_the_table_on_the_command_line(

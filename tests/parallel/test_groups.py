@@ -1,4 +1,4 @@
-"""Ranks: how they start, what they print, how they end."""
+"""Ranks: build and close with and without torchrun, process groups, devices, exchanges, output, exit."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from helpers.paths import PYTHONPATH, ROOT
 from helpers.ranks import run_ranks, torchrun
 from helpers.rss import anonymous_bytes
 from llama import Llama
-from llama.parallel import groups as distributed
+from llama.parallel import groups
 from llama.parallel.device import pick_device, pick_dtype, share_cores
 from llama.parallel.groups import World, current_world
 
@@ -29,25 +29,24 @@ from llama.parallel.groups import World, current_world
 def test_plain_python_needs_no_environment(checkpoint: Callable[..., Path]) -> None:
     code = f"""
 from llama import Llama
-from llama.parallel import groups as distributed
 llama = Llama.build({str(checkpoint("mha"))!r})
 print(llama.text_completion(["The licence"], temperature=0, max_gen_len=4)[0]["finish_reason"])
 """
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "length\n"  # fairscale's three lines do not get here
+    assert done.stdout == "length\n"  # without the three lines that fairscale prints
     assert re.fullmatch(
         r"llama: 0\.2M parameters, 1 shard -> 1 rank, float32 on cpu; 0\.9 MB weights and 6\.3 MB cache a rank; .* s\n",
         done.stderr,
     )
 
 
-def test_models_come_and_go_in_one_process(build: Callable[..., Llama]) -> None:
+def test_models_are_built_and_closed_in_one_process(build: Callable[..., Llama]) -> None:
     prompt, hook = [[1, 450, 319, 352]], sys.excepthook
     a = build("mha")
     first, _ = a.generate(prompt, 8, temperature=0)
-    b = build("gqa", dtype="bfloat16")  # both open
+    b = build("gqa", dtype="bfloat16")  # while a is open
     assert torch.get_default_dtype() == torch.float32
     b.generate(prompt, 8, temperature=0)
     assert a.generate(prompt, 8, temperature=0)[0] == first
@@ -56,7 +55,7 @@ def test_models_come_and_go_in_one_process(build: Callable[..., Llama]) -> None:
     b.close()
     b.close()
     assert not dist.is_initialized() and not initialize.model_parallel_is_initialized()
-    assert sys.excepthook is hook  # torch wraps it at each init
+    assert sys.excepthook is hook  # init_process_group replaces it
     with pytest.raises(ValueError, match="this model is closed: build it again"):
         a.generate(prompt, 8)
     again = build("mha")
@@ -71,8 +70,8 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path, build: Callabl
 
 
 def memory_of_a_model(folder: Path) -> tuple[int, int, int]:
-    """(bytes of the caches, growth while they are open, growth after close). Without the native step, whose buffers of
-    some MB glibc keeps for later once they are freed."""
+    """(bytes of the caches, growth of memory while the model is open, growth after close). Without the native step:
+    glibc keeps its buffers, some MB, after they are freed."""
     Llama.build(folder, max_seq_len=64, compile=False).close()
     before = anonymous_bytes()
     llama = Llama.build(folder, max_seq_len=8192, max_batch_size=64, compile=False)
@@ -85,7 +84,7 @@ def memory_of_a_model(folder: Path) -> tuple[int, int, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status, which Linux has")
-def test_close_gives_the_memory_back(checkpoint: Callable[..., Path]) -> None:
+def test_close_frees_the_memory(checkpoint: Callable[..., Path]) -> None:
     ((size, growth, left),) = run_ranks(1, memory_of_a_model, checkpoint("mha"))
     assert size > 700e6 and growth > 0.99 * size and left < 0.02 * size
 
@@ -99,6 +98,7 @@ def test_another_model_parallel_size_is_an_error(build: Callable[..., Llama]) ->
 
 
 def fairscale_calls(folder: Path) -> dict[str, int]:
+    """fairscale's layer class -> calls in one forward pass."""
     counts: dict[str, int] = {}
     for kind in (
         layers.ColumnParallelLinear,
@@ -126,7 +126,7 @@ def test_every_plain_projection_runs_through_fairscale(
     name: str, embedding: str, n_layers: int, world_size: int, checkpoint: Callable[..., Path]
 ) -> None:
     for counts in run_ranks(world_size, fairscale_calls, checkpoint(name, 2)):
-        # wq, wk, wv, w1 and w3 of each layer, and the output; wo and w2 of each layer
+        # wq, wk, wv, w1, w3 of each layer and the output layer; wo and w2 of each layer
         assert counts == {"ColumnParallelLinear": 5 * n_layers + 1, "RowParallelLinear": 2 * n_layers, embedding: 1}
 
 
@@ -203,10 +203,10 @@ def test_build_shares_the_cores(checkpoint: Callable[..., Path]) -> None:
 
 
 def users_own_group(folder: Path) -> list[list[int]]:
-    """Somebody else's process group: used, left alive, and gone when the next model is built."""
+    """The program's own process group: the model uses it, close leaves it; destroyed before the next model is built."""
     answers = []
     for _ in range(2):
-        # A port of its own: the faster rank could find the store of the first group there still, and wait for ever.
+        # A new port: on the old one a fast rank may still find the store of the first group, and wait forever.
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         dist.init_process_group("gloo")
         llama = Llama.build(folder)
@@ -234,29 +234,29 @@ def build_twice(folder: Path, other: Path) -> Any:
     return answers, current_world().rank
 
 
-def test_models_come_and_go_on_two_ranks(checkpoint: Callable[..., Path]) -> None:
+def test_models_are_built_and_closed_on_two_ranks(checkpoint: Callable[..., Path]) -> None:
     results = run_ranks(2, build_twice, checkpoint("mha"), checkpoint("gqa", 2))
     assert [rank for _, rank in results] == [0, 1]
     for (first, second, third), _ in results:
         assert first == third != second
 
 
-def what_rank_0_told(folder: Path) -> list[Any]:
+def broadcast_from_rank_0(folder: Path) -> list[Any]:
     llama = Llama.build(folder)
-    assert distributed._stores is not None
-    for store in distributed._stores:
+    assert groups._stores is not None
+    for store in groups._stores:
         store.set_timeout(timedelta(seconds=0.2))
-    if distributed.is_main_rank():
-        time.sleep(1)  # several of the store's timeouts
-    mine = ["é" * 5_000_000, None, {"line": "half \udc80"}] if distributed.is_main_rank() else [0] * 3
-    told = [distributed.broadcast_object(value) for value in mine]
+    if groups.is_main_rank():
+        time.sleep(1)  # longer than the store's timeout
+    values = ["é" * 5_000_000, None, {"line": "half \udc80"}] if groups.is_main_rank() else [0] * 3
+    received = [groups.broadcast_object(value) for value in values]
     llama.close()
-    return [len(told[0]), *told[1:]]
+    return [len(received[0]), *received[1:]]
 
 
-def test_rank_0_tells_the_others_however_much_and_late(checkpoint: Callable[..., Path]) -> None:
+def test_broadcast_of_large_and_late_objects(checkpoint: Callable[..., Path]) -> None:
     expected = [5_000_000, None, {"line": "half \udc80"}]
-    assert run_ranks(2, what_rank_0_told, checkpoint("mha")) == [expected, expected]
+    assert run_ranks(2, broadcast_from_rank_0, checkpoint("mha")) == [expected, expected]
 
 
 def test_an_example_under_torchrun_prints_once(checkpoint: Callable[..., Path]) -> None:
@@ -281,11 +281,10 @@ def test_a_users_mistake_is_one_line_on_one_rank(checkpoint: Callable[..., Path]
 FAILING = """
 import os, sys, time
 from llama import Llama
-from llama.parallel import groups as distributed
 llama = Llama.build(sys.argv[1])
 if os.environ["RANK"] == "1":
-    raise RuntimeError("rank one has had enough")
-while True:  # the other rank goes on and waits for the one that is gone
+    raise RuntimeError("rank one fails")
+while True:  # the other rank continues and waits for the lost one
     llama.generate([[1, 2, 3]], 50)
 """
 
@@ -295,7 +294,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_error(checkpoint: Callable[...,
     script.write_text(FAILING)
     done = torchrun(2, str(script), str(checkpoint("mha")), timeout=30, PYTHONPATH=str(ROOT))
     assert done.returncode != 0
-    assert "RuntimeError: rank one has had enough" in done.stderr
+    assert "RuntimeError: rank one fails" in done.stderr
 
 
 def fails_on_one_rank(folder: Path, other: Path) -> str:
@@ -313,17 +312,17 @@ def test_a_build_that_fails_on_one_rank_fails_on_all(checkpoint: Callable[..., P
 
 
 ENDING = """
-import atexit, os, sys
+import atexit, gc, os, sys
 import torch
 from helpers.ranks import free_port
 
-# Registered before the package's own handler, so it runs after that: the abort is rare, a group left alive is not.
+# An abort is rare, so this looks for its cause. Registered before the package's own handler, it runs after that.
 atexit.register(lambda: torch.distributed.is_initialized() and os._exit(3))
 from llama import Llama
-from llama.parallel import groups as distributed
 
 attempt, is_rank = 0, False
-while attempt < 20 and not is_rank:  # one import serves all; a fork is a rank, and ends as a program of its own does
+gc.freeze()  # at its exit each rank would collect what the imports made, for most of its processor time
+while attempt < 20 and not is_rank:  # ranks are forks, so packages are imported once, and they exit as programs do
     attempt += 1
     ranks = []
     port = free_port()
@@ -340,13 +339,13 @@ while attempt < 20 and not is_rank:  # one import serves all; a fork is a rank, 
 if is_rank:
     llama = Llama.build(sys.argv[1])
     llama.generate([[1, 2, 3]], 4)
-    if attempt % 2:  # the others leave it to the exit
+    if attempt % 2:  # the others leave it to the atexit handler
         llama.close()
 """
 
 
 def test_ranks_exit_cleanly_20_times_of_20(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """gloo ranks that exit with their group alive abort now and then."""
+    """A gloo rank that exits without destroying its process group sometimes aborts."""
     script = tmp_path / "ending.py"
     script.write_text(ENDING)
     command = [sys.executable, str(script), str(checkpoint("mha"))]

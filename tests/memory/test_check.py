@@ -1,4 +1,4 @@
-"""`memory` says whether a model finds room and what would fit; tests/gpu.py reports what it finds."""
+"""The check before loading: whether a model fits, and which flags would. Also tests/gpu.py, run on a CPU."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from helpers.paths import ROOT
 from helpers.ranks import run_ranks
 from llama import Llama, ModelArgs
 from llama.checkpoint.errors import CheckpointError
-from llama.memory import check as memory
+from llama.memory import check
 from llama.memory.check import Choice, InsufficientMemoryError, check_memory, free_bytes, suggestions
 from llama.parallel.groups import World
 
@@ -36,7 +36,7 @@ def seven_b(
 
 
 def applied(flags: str, choice: Choice) -> Choice:
-    """What a proposal says, read as a user would."""
+    """The choice that a suggestion's flags make."""
     for name, value in re.findall(r"--(\w+) (\S+)", flags):
         if name == "quantize":
             choice = replace(choice, quantize=value)
@@ -49,7 +49,7 @@ def applied(flags: str, choice: Choice) -> Choice:
 
 
 def refusal(choice: Choice, free: int, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(check, "free_bytes", lambda device: free)
     device = torch.device(choice.device)
     with pytest.raises(InsufficientMemoryError) as caught:
         check_memory(choice.args, choice.world_size, choice.dtype, device, False, 1, choice.quantize)
@@ -77,37 +77,40 @@ def refusal(choice: Choice, free: int, monkeypatch: pytest.MonkeyPatch) -> str:
         (seven_b(4096, 8), 4.5, ["--quantize int4 --max_batch_size 1 --max_seq_len", "8 ranks"]),
     ],
 )
-def test_each_proposal_fits_and_one_size_more_does_not(
+def test_each_suggestion_fits_and_one_size_more_does_not(
     choice: Choice, free: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = int(free * GIB)
-    message = refusal(choice, room, monkeypatch)
+    available = int(free * GIB)
+    message = refusal(choice, available, monkeypatch)
     assert "\n" not in message and message.endswith(" would fit")
     head, _, listed = message.partition(": ")
     assert head.startswith(
         f"the model needs {choice.sizes.total / GIB:.2f} GiB (weights {choice.sizes.weights / GIB:.2f}"
     )
     assert f"{free:.2f} GiB are free on {choice.device}" in head
-    proposals = re.split(r", (?=--|\d+ ranks)| or ", listed.removesuffix(" would fit"))
-    assert len(proposals) == len(expected)
-    assert all(proposal.startswith(flags) for proposal, flags in zip(proposals, expected, strict=True)), proposals
-    for proposal in proposals:
-        way = applied(proposal, choice)
-        assert way.sizes.total <= room, proposal
-        assert proposal.endswith(f"({way.sizes.total / GIB:.2f} GiB)")
-        if "--max_seq_len" in proposal:
-            assert way.args.max_seq_len % 64 == 0
-            assert way.resized(max_seq_len=way.args.max_seq_len + 64).sizes.total > room
-        elif "--max_batch_size" in proposal:
-            assert way.resized(max_batch_size=way.args.max_batch_size + 1).sizes.total > room
+    suggested = re.split(r", (?=--|\d+ ranks)| or ", listed.removesuffix(" would fit"))
+    assert len(suggested) == len(expected)
+    assert all(suggestion.startswith(flags) for suggestion, flags in zip(suggested, expected, strict=True)), suggested
+    for suggestion in suggested:
+        changed = applied(suggestion, choice)
+        assert changed.sizes.total <= available, suggestion
+        assert suggestion.endswith(f"({changed.sizes.total / GIB:.2f} GiB)")
+        if "--max_seq_len" in suggestion:
+            assert changed.args.max_seq_len % 64 == 0
+            assert changed.resized(max_seq_len=changed.args.max_seq_len + 64).sizes.total > available
+        elif "--max_batch_size" in suggestion:
+            assert changed.resized(max_batch_size=changed.args.max_batch_size + 1).sizes.total > available
 
 
 def test_the_12_gb_card() -> None:
-    """The 7B at 4096 positions: not in float16, but in 8 and in 4 bits, with a tenth of the card to spare."""
-    room = int(11.6 * GIB)  # what a card of 12 GB has free
-    assert seven_b(4096, 1).sizes.total > room
-    assert [flags for flags, _ in suggestions(seven_b(4096, 1), room)][:2] == ["--quantize int8", "--quantize int4"]
-    assert seven_b(4096, 1, quantize="int8").sizes.total < 0.9 * room
+    """The 7B at 4096 positions fits in 8 and 4 bits, with a tenth of the card free, and not in float16."""
+    available = int(11.6 * GIB)  # what a card of 12 GB has free
+    assert seven_b(4096, 1).sizes.total > available
+    assert [flags for flags, _ in suggestions(seven_b(4096, 1), available)][:2] == [
+        "--quantize int8",
+        "--quantize int4",
+    ]
+    assert seven_b(4096, 1, quantize="int8").sizes.total < 0.9 * available
 
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +121,7 @@ def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_fits_or_is_unknown_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     args = ModelArgs(**SEVEN_B, max_seq_len=4096, max_batch_size=1)
     for free in (20 * GIB, None):
-        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(check, "free_bytes", lambda device, free=free: free)
         check_memory(args, 1, torch.float16, CARD, False, 1, None)
     assert not issubclass(InsufficientMemoryError, CheckpointError) and issubclass(InsufficientMemoryError, ValueError)
 
@@ -127,7 +130,7 @@ def test_what_fits_or_is_unknown_passes(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch keeps in reserve is free to us; a driver that does not answer stops nothing."""
+    """Memory that torch has reserved counts as free. Without an answer of the driver it is unknown."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 12 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * GIB)
@@ -146,7 +149,7 @@ def test_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("0::/", {}, 8 * GIB),  # no limit known
         ("0::/a/b", {"a/memory.max": "max", "a/memory.current": "1"}, 8 * GIB),
         ("0::/a/b", {"a/b/memory.max": str(4 * GIB), "a/b/memory.current": str(3 * GIB)}, GIB),
-        # A parent's limit holds for its children, and pages of files are given up.
+        # A parent's limit applies to its children, and the page cache counts as free.
         (
             "0::/a/b",
             {
@@ -156,7 +159,7 @@ def test_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             },
             5 * GIB // 2,
         ),
-        # A container: the path is the host's, the limit stands at the root.
+        # A container: the path is the host's, the limit is at the root.
         ("0::/host/only", {"memory.max": str(2 * GIB), "memory.current": "0"}, 2 * GIB),
         (
             "5:cpu,cpuacct:/x\n4:memory:/job",
@@ -181,22 +184,22 @@ def test_free_on_a_cpu(
     }.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(memory, "PROC", proc)
-    monkeypatch.setattr(memory, "CGROUPS", cgroups)
-    monkeypatch.setattr(memory, "current_world", lambda: World(0, ranks, 0, ranks))
+    monkeypatch.setattr(check, "PROC", proc)
+    monkeypatch.setattr(check, "CGROUPS", cgroups)
+    monkeypatch.setattr(check, "current_world", lambda: World(0, ranks, 0, ranks))
     assert free_bytes(CPU) == free // ranks
 
 
 def test_free_is_unknown_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "PROC", tmp_path / "nowhere")
+    monkeypatch.setattr(check, "PROC", tmp_path / "nowhere")
     assert free_bytes(CPU) is None
 
 
-# tests/gpu.py, walked on a CPU --------------------------------------------------------------------
+# tests/gpu.py on a CPU ----------------------------------------------------------------------------
 
 
-def run_gpu(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, gpu.__file__, *words], capture_output=True, text=True, timeout=120)
+def run_gpu(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, gpu.__file__, *args], capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -233,28 +236,31 @@ def test_its_cases_pass_on_a_cpu(
     assert not failures and figures
 
 
-# Memory that runs out all the same ----------------------------------------------------------------
+# Out of memory in spite of the check --------------------------------------------------------------
 
 
 def limited(folder: Path) -> list[str]:
-    """What is said under a limit of the address space, set before a build and before a batch; then a smaller batch."""
+    """The errors under a limit of the address space, set before a build and before a batch; then a smaller batch."""
     import resource
 
-    said = []
+    errors = []
 
     def limit(more: int) -> None:
         used = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
         resource.setrlimit(resource.RLIMIT_AS, (int(used.split()[1]) * 1024 + more, resource.RLIM_INFINITY))
 
-    Llama.build(folder, max_seq_len=64).close()  # what is taken once
+    Llama.build(folder, max_seq_len=64).close()  # allocates what is needed only once
     limit(200 * 2**20)
-    for free in (free_bytes, lambda device: 2**40):  # told before anything is taken; and where the estimate is wrong
-        memory.free_bytes = free
+    for free in (
+        free_bytes,
+        lambda device: 2**40,
+    ):  # refused before loading; while loading, if the estimate is wrong
+        check.free_bytes = free
         try:
             Llama.build(folder, max_seq_len=8192, max_batch_size=32)
         except InsufficientMemoryError as error:
-            said.append(str(error))
-    memory.free_bytes = free_bytes
+            errors.append(str(error))
+    check.free_bytes = free_bytes
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     llama = Llama.build(folder, max_seq_len=4096, max_batch_size=64, plain=True)
     prompts = [[3 + i] * 4000 for i in range(64)]
@@ -263,11 +269,11 @@ def limited(folder: Path) -> list[str]:
     try:
         llama.generate(prompts, 4, temperature=0)
     except InsufficientMemoryError as error:
-        said.append(str(error))
+        errors.append(str(error))
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     after, _ = llama.generate(prompts[:1], 4, temperature=0)
     llama.close()
-    return [*said, str(before == after)]
+    return [*errors, str(before == after)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
@@ -288,7 +294,7 @@ def test_a_limit_of_the_address_space(checkpoint: Callable[..., Path]) -> None:
 def test_a_card_that_others_have_filled(
     step: str, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the words of torch's CUDA allocator; the request after it is answered as before."""
+    """The error is that of torch's CUDA allocator. The next request is answered as before."""
     llama = build("gqa", max_seq_len=256, max_batch_size=4)
     prompts = [[5, 6, 7], [8, 9]]
     before = llama.generate(prompts, 8, temperature=0)[0]
@@ -298,7 +304,7 @@ def test_a_card_that_others_have_filled(
 
     def short(*args: Any, **kwargs: Any) -> Any:
         if step == "hidden":
-            made.append(weakref.ref(args[1]))  # what enters a layer
+            made.append(weakref.ref(args[1]))  # the input of a layer
         if next(calls) == 9:
             raise torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 11.76 GiB of which "
@@ -307,12 +313,12 @@ def test_a_card_that_others_have_filled(
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(owner, "forward" if step == "hidden" else "logits", short)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: GIB * 5 // 4)
+    monkeypatch.setattr(check, "free_bytes", lambda device: GIB * 5 // 4)
     with pytest.raises(
         InsufficientMemoryError, match=r"out of memory on cpu, 2\.50 GiB more were asked for, 1\.25 GiB"
     ) as caught:
         llama.generate(prompts, 30, temperature=0)
-    assert len(made) == 10 * (step == "hidden") and not any(tensor() for tensor in made), f"{caught} holds it"
+    assert len(made) == 10 * (step == "hidden") and not any(tensor() for tensor in made), f"{caught} keeps it alive"
     monkeypatch.undo()
     assert llama.generate(prompts, 8, temperature=0)[0] == before
 
@@ -321,7 +327,7 @@ def test_a_card_that_others_have_filled(
 def test_a_process_that_goes_on_for_long_needs_no_more_memory(
     checkpoint: Callable[..., Path], measured: Callable[[str, object], None]
 ) -> None:
-    """80,000 ids here; soak.py by hand goes on to a million."""
+    """80,000 ids here; soak.py, started by hand, generates a million."""
     program = str(ROOT / "tests" / "soak.py")
     done = subprocess.run(
         [sys.executable, program, str(checkpoint("mha")), "--tokens", "80000"], capture_output=True, text=True

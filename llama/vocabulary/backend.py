@@ -1,0 +1,80 @@
+"""What all kinds of tokenizer file share: detection by content, a limit on their size, and the interface `Backend`."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from llama.files import detect_format, expect_file
+
+Kind = Literal["sentencepiece", "tiktoken", "tokenizer.json"]
+
+# Bytes of a file. The largest published ones: 5 MB of SentencePiece, 33 MB of tokenizer.json (262,144 tokens).
+SIZE_LIMIT = 64 * 2**20
+STEP = "<step>"  # ends a turn of Code Llama 70B-Instruct
+
+
+class TokenizerError(ValueError):
+    """The tokenizer file is missing, damaged, of an unknown kind, or does not belong to the checkpoint."""
+
+
+class Backend(Protocol):
+    """One kind of tokenizer, with the meanings of `llama.tokenizer.Tokenizer`'s attributes.
+
+    model: the library's own object. unk_id: the id of unknown characters. bos_id, eos_id, pad_id, unk_id are -1 where
+    the vocabulary has none. chat_format: the default where tokenizer_config.json names none.
+    """
+
+    model: Any
+    n_words: int
+    unk_id: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    adds_bos: bool
+    special_ids: dict[str, int]
+    rstrip_ids: set[int]
+    unsettled_ids: set[int]
+    chat_format: str | None
+
+    def normalize(self, s: str) -> str: ...
+
+    def encode(self, s: str) -> list[int]:
+        """The ids of a text, without BOS and EOS. Names of special tokens in it are plain text."""
+        ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def piece(self, token: int) -> str:
+        """One id as readable text: leading spaces kept, special ids by name."""
+        ...
+
+    def find(self, piece: str) -> int | None:
+        """The id of a piece, spelled as in the vocabulary."""
+        ...
+
+
+def check_size(path: Path) -> None:
+    """Raise TokenizerError for a file larger than SIZE_LIMIT, before it is read, and OSError for what is no file."""
+    expect_file(path)
+    if (size := path.stat().st_size) > SIZE_LIMIT:
+        raise TokenizerError(f"{path} has {size:,} bytes, expected {SIZE_LIMIT:,} at most: fetch it again")
+
+
+def detect_kind(path: Path) -> Kind:
+    """The kind of a tokenizer file, detected from its first bytes. Raises TokenizerError."""
+    try:
+        check_size(path)
+        with path.open("rb") as file:
+            start = file.read(1024)
+    except OSError as error:
+        raise TokenizerError(f"tokenizer {path} cannot be read: {error.strerror}") from None
+    if start.lstrip().startswith(b"{"):
+        return "tokenizer.json"
+    if start.startswith(b"\n"):  # protobuf's tag of the first field of a SentencePiece model
+        return "sentencepiece"
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", start):
+        return "tiktoken"
+    raise TokenizerError(
+        f"{path} is {detect_format(path) or 'of no known kind'}, expected a SentencePiece model, tiktoken ranks or a "
+        "tokenizer.json: fetch it again"
+    )

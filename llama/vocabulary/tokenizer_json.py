@@ -1,0 +1,131 @@
+"""tokenizer.json, the format of Hugging Face's tokenizers package."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llama.vocabulary.backend import TokenizerError, check_size
+
+PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
+# A letter or underscore written as \u00XX, which could spell that name.
+ESCAPED_LETTER = re.compile(rb"(?<!\\)(\\\\)*\\u00(5f|6[1-9a-f]|7[0-9a])", re.IGNORECASE)
+
+
+class TokenizerJsonBackend:
+    """A `Backend` on a tokenizers.Tokenizer. Raises TokenizerError.
+
+    config: tokenizer_config.json, which names the BOS, EOS and padding tokens.
+    """
+
+    chat_format: str | None = None
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.model = read_tokenizer_json(path)
+        from tokenizers import AddedToken
+
+        self.model.no_padding()  # the file may ask for both, but texts are encoded in full and alone
+        self.model.no_truncation()
+        self.bos_id, self.eos_id, self.pad_id = (
+            self._id_of(config, key, path) for key in ("bos_token", "eos_token", "pad_token")
+        )
+        self.model.encode_special_tokens = True  # "<|im_end|>" in a text stays text
+        added = self.model.get_added_tokens_decoder()
+        for i in {self.bos_id, self.eos_id} - {-1}:
+            # Some files do not mark them special (Phi-3's </s>): then a text that contains one could end a turn.
+            self.model.add_special_tokens([added.get(i, AddedToken(self.model.id_to_token(i), normalized=False))])
+        added = self.model.get_added_tokens_decoder()
+        self.special_ids = {token.content: i for i, token in added.items() if token.special}
+        self.rstrip_ids = {i for i, token in added.items() if token.special and token.rstrip}
+        self.n_words: int = max(self.model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        with _rust_errors(f"{path} cannot encode"):
+            template_adds_bos = self.model.encode("").ids[:1] == [self.bos_id]
+        self.unk_id = self._find_unk()
+        # As in transformers: a post-processor that adds BOS counts, whatever add_bos_token says.
+        self.adds_bos = self.bos_id >= 0 and (template_adds_bos or bool(config.get("add_bos_token")))
+        decoder = self.model.decoder.__getstate__() if self.model.decoder is not None else b""
+        self.unsettled_ids: set[int] = set()
+        if b"ByteFallback" in decoder:
+            byte_ids = (self.model.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+            self.unsettled_ids = {token for token in byte_ids if token is not None}
+        self._strips_first_space = b"Strip" in decoder or b"Metaspace" in decoder
+
+    def _find_unk(self) -> int:
+        from tokenizers import models
+
+        model = self.model.model
+        if not isinstance(model, models.Unigram):
+            name = getattr(model, "unk_token", None)
+            return -1 if name is None or (token := self.model.token_to_id(name)) is None else token
+        try:  # Unigram does not expose its unk_id: encode a code point that no vocabulary has
+            return next((token.id for token in model.tokenize("\U0010ffff")), -1)
+        except Exception:  # the package raises no narrower class: there is no unk_id
+            return -1
+
+    def _id_of(self, config: dict[str, Any], key: str, path: Path) -> int:
+        token = config.get(key)
+        if token is None:
+            return -1
+        name = token.get("content") if isinstance(token, dict) else token
+        token_id = self.model.token_to_id(str(name))
+        if token_id is None:
+            raise TokenizerError(f"{path} has no token {name!r}, which tokenizer_config.json calls {key}")
+        return token_id
+
+    def normalize(self, s: str) -> str:
+        with _rust_errors("the tokenizer's normalizer fails on the text"):
+            return s if self.model.normalizer is None else self.model.normalizer.normalize_str(s)
+
+    def encode(self, s: str) -> list[int]:
+        with _rust_errors("the tokenizer fails on the text"):
+            return self.model.encode(s, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        with _rust_errors("the tokenizer fails on the ids"):
+            return self.model.decode(ids)
+
+    def piece(self, token: int) -> str:
+        with _rust_errors("the tokenizer fails on the ids"):
+            alone = self.model.decode([token], skip_special_tokens=False)
+            if self._strips_first_space:  # the second of two ids keeps it
+                return self.model.decode([token, token], skip_special_tokens=False)[len(alone) :]
+        return alone
+
+    def find(self, piece: str) -> int | None:
+        return self.model.token_to_id(piece)
+
+
+def read_tokenizer_json(path: Path) -> Any:
+    """A tokenizers.Tokenizer. Raises TokenizerError."""
+    try:
+        from tokenizers import Tokenizer as HFTokenizer
+    except ImportError:
+        raise TokenizerError(f"{path} needs the tokenizers package: pip install 'llama-runner[convert]'") from None
+    check_size(path)
+    _refuse_subword_prefix(path)
+    with _rust_errors(f"{path} is not a tokenizer.json, fetch it again"):
+        return HFTokenizer.from_file(str(path))
+
+
+def _refuse_subword_prefix(path: Path) -> None:
+    """Raise TokenizerError for a continuing_subword_prefix, which BERT's tokenizers have and no Llama's has.
+
+    With one, the package strips that many bytes off every merge. If they end inside a character, it aborts the process
+    instead of raising an error. The bytes are searched, not parsed: 64 MiB of JSON may take 2.5 GB when parsed.
+    """
+    content = path.read_bytes()
+    if PREFIX.search(content) or ESCAPED_LETTER.search(content):
+        raise TokenizerError(f"{path} has a continuing_subword_prefix, which no Llama's has: fetch the model's own")
+
+
+@contextlib.contextmanager
+def _rust_errors(message: str) -> Iterator[None]:
+    """Turn the package's errors into TokenizerError: bare Exceptions and, for panics in Rust, PanicException, which is
+    not a subclass of Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{message}: {error}") from None
