@@ -8,12 +8,13 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
-
-from prompt_toolkit import PromptSession
+from typing import TYPE_CHECKING, Any
 
 from llama.cli.output import write
 from llama.parallel.groups import is_main_rank
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
 
 # Lines ----------------------------------------------------------------------------------------------
 
@@ -35,16 +36,22 @@ def read_line(prompt: str) -> str | None:
         try:
             return _editor().prompt(prompt, default=line)
         except EOFError:
-            write("\n")
             return None
-        except KeyboardInterrupt:  # a new line
-            write("\n")
+        except KeyboardInterrupt:  # drops the line
+            continue
 
 
 @functools.cache
-def _editor() -> PromptSession[str]:
-    """One for the whole chat: it keeps the history."""
-    return PromptSession()
+def _editor() -> "PromptSession[str]":
+    """The line editor, one for the whole chat, as it keeps the history. A paste of several lines stays one message."""
+    from prompt_toolkit import PromptSession  # only chats need it
+    from prompt_toolkit.output.vt100 import Vt100_Output
+
+    if sys.platform == "win32":
+        return PromptSession()
+    output = Vt100_Output.from_pty(sys.stdout, os.environ.get("TERM"))
+    output.enable_cpr = False  # not all terminals report the cursor's position, and the editor would wait for it
+    return PromptSession(output=output)
 
 
 def _without_control(keys: bytes) -> str:

@@ -1,6 +1,5 @@
 """`python -m llama chat`: what people see, and the keys and lines they send."""
 
-import builtins
 import codecs
 import contextlib
 import fcntl
@@ -38,8 +37,10 @@ from llama.engine.streaming import TextPiece
 
 CTRL_C, CTRL_D, LEFT, UP, BACKSPACE = "\x03", "\x04", "\x1b[D", "\x1b[A", "\x7f"
 # Every line that is typed is answered with a quiet note at the least. A model cannot write the escapes.
-PROMPT = r"\x1b\[0m\r\n(?:\x1b\[[?\d;]*[A-Za-z])*>\x08\x1b\[2C(?:\x1b\[[?\d;]*[A-Za-z])*\x1b\[\?25h"
-EMPTY = r"\r\n(?:\x1b\[[?\d;]*[A-Za-z])*>\x08\x1b\[2C(?:\x1b\[[?\d;]*[A-Za-z])*\x1b\[\?25h"  # the next prompt where nothing is said
+ESCAPES = r"(?:\x1b\[[?\d;]*[A-Za-z])*"
+EMPTY = rf"\r\n{ESCAPES}>\x08\x1b\[2C{ESCAPES}\x1b\[\?25h"  # the next prompt, drawn by the line editor
+PROMPT = rf"\x1b\[0m{EMPTY}"
+ANSWERING = rf"(?:Hello|The licence){ESCAPES}\r+\n{ESCAPES}[^\x1b]{{20}}"  # the line, and 20 characters of its answer
 STATUS = (
     r"\[(cut by max_gen_len, |cut, the context is full, )?([\d.]+ tokens/s, )?"
     r"context (?P<used>\d+) of (?P<limit>\d+)\]"
@@ -145,13 +146,13 @@ def test_an_answer_streams_and_a_quiet_line_and_a_new_prompt_follow(
 ) -> None:
     terminal = open_chat("--max_seq_len", "1024")
     terminal.send("Hello\r")
-    begin = terminal.read_until(r"Hello\r\n.{20}")
+    begin = terminal.read_until(ANSWERING)
     assert "tokens/s" not in terminal.shown  # the rest is still being computed
     shown = plain(begin + terminal.read_until(PROMPT))
     llama = build("mha", max_seq_len=1024)
     (result,) = llama.chat_completion([[{"role": "user", "content": "Hello"}]], temperature=0, logprobs=True)
     answer, count = result["generation"]["content"], len(result["tokens"])
-    assert shown.startswith(f"Hello\n{visible(answer)}\n[")
+    assert shown.partition("Hello\n")[2].startswith(f"{visible(answer)}\n[")
     (status,) = notes(shown)
     assert status.startswith("[cut, the context is full, ") and status.endswith(" tokens/s, context 1024 of 1024]")
     match = re.search(r"([\d.]+) tokens/s", status)
@@ -195,6 +196,14 @@ def test_typed_lines_can_be_edited(open_chat: Callable[..., Terminal]) -> None:
     ]
     assert notes(terminal.enter("/system")) == ["[system message: hello]"]
     assert notes(terminal.enter(f"{UP}{UP}{BACKSPACE}p")) == ["[system message: hellp]"]  # an earlier line
+
+
+def test_a_paste_of_several_lines_is_one_message(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
+    terminal = open_chat("--max_gen_len", "3")
+    terminal.enter("\x1b[200~first line\nsecond line\x1b[201~")
+    terminal.enter(f"/save {tmp_path / 'dialog'}")
+    dialog = json.loads((tmp_path / "dialog").read_text(encoding="utf-8"))
+    assert dialog[0] == {"role": "user", "content": "first line\nsecond line"}
 
 
 def test_commands(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
@@ -288,7 +297,7 @@ def test_a_file_that_is_no_dialog_leaves_the_dialog(open_chat: Callable[..., Ter
 def test_a_line_typed_during_an_answer_waits_for_the_prompt(open_chat: Callable[..., Terminal]) -> None:
     terminal = open_chat("--max_gen_len", "600")
     terminal.send("Hello\r")
-    terminal.read_until(r"Hello\r\n.{20}")
+    terminal.read_until(ANSWERING)
     terminal.send("/system later\r")
     assert "later" not in terminal.read_until(PROMPT)  # no echo between the words of the answer
     assert notes(terminal.read_until(PROMPT)) == ["[system message: later]"]
@@ -300,7 +309,7 @@ def test_a_line_typed_during_an_answer_waits_for_the_prompt(open_chat: Callable[
 def test_ctrl_c_stops_an_answer_and_the_session_goes_on(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
     terminal = open_chat()
     terminal.send("Hello\r")
-    begin = terminal.read_until(r"Hello\r\n.{20}")
+    begin = terminal.read_until(ANSWERING)
     terminal.send(CTRL_C)
     shown = plain(begin + terminal.read_until(PROMPT))
     (status,) = notes(shown)
@@ -312,7 +321,7 @@ def test_ctrl_c_stops_an_answer_and_the_session_goes_on(open_chat: Callable[...,
     assert dialog[0] == {"role": "user", "content": "Hello"}
     assert f"Hello\n{visible(dialog[1]['content'])}" in shown.replace("^C", "")
     terminal.send("The licence\r")
-    terminal.read_until(r"The licence\r\n.{20}")
+    terminal.read_until(ANSWERING)
     terminal.send(CTRL_C)
     assert "[stopped, " in terminal.read_until(PROMPT)
     terminal.enter(f"/save {tmp_path / 'dialog'}")
@@ -336,7 +345,7 @@ def test_ctrl_d_leaves_the_terminal_as_it_was(open_chat: Callable[..., Terminal]
     terminal.send(CTRL_D)
     assert terminal.ends() == 0
     assert termios.tcgetattr(terminal.device) == terminal.before
-    assert plain(terminal.shown[terminal.read :]) == "\n"  # the shell's prompt gets its own line
+    assert plain(terminal.shown[terminal.read :]).strip("> ") == "\n"  # the shell's prompt gets its own line
 
 
 def test_interrupts_count() -> None:
@@ -495,10 +504,11 @@ def test_two_ranks_share_a_terminal(open_chat: Callable[..., Terminal], tmp_path
     first = terminal.enter("Tell me more")
     terminal.enter(f"/save {tmp_path / 'dialog'}")
     dialog = json.loads((tmp_path / "dialog").read_text(encoding="utf-8"))
-    assert first.startswith(f"Tell me more\n{visible(dialog[-1]['content'])}\n[") and len(notes(first)) == 1
+    answered = first.rpartition("Tell me more\n")[2]
+    assert answered.startswith(f"{visible(dialog[-1]['content'])}\n[") and len(notes(first)) == 1
 
     terminal.send("Hello\r")  # Ctrl-C is a key here
-    terminal.read_until(r"Hello\r\n.{20}")
+    terminal.read_until(ANSWERING)
     terminal.send(CTRL_C)
     (status,) = notes(terminal.read_until(PROMPT))
     match = re.fullmatch(r"\[stopped, [\d.]+ tokens/s, context (\d+) of 2048\]", status)
@@ -512,7 +522,7 @@ def test_two_ranks_share_a_terminal(open_chat: Callable[..., Terminal], tmp_path
     assert error.startswith("error: ")
     terminal.enter("/reset")
     again = terminal.enter("Tell me more")
-    assert again.splitlines()[:2] == first.splitlines()[:2]
+    assert again.rpartition("Tell me more\n")[2].splitlines()[0] == answered.splitlines()[0]
 
     terminal.send(CTRL_D)
     assert terminal.ends() == 0
@@ -535,13 +545,14 @@ def test_what_is_typed_during_an_answer_comes_next(
 ) -> None:
     """Where Ctrl-C is no signal, the keys of an answer's time were read to look for it."""
     inserted: list[str] = []
-    hooks: list[Any] = []
-    readline = pytest.importorskip("readline")
+
+    def prompt(message: str, default: str) -> str:
+        inserted.append(default)
+        return "typed"
+
     monkeypatch.setattr(keyboard, "_ahead", keys)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr(readline, "set_startup_hook", hooks.append)
-    monkeypatch.setattr(readline, "insert_text", inserted.append)
-    monkeypatch.setattr(builtins, "input", lambda prompt: (hooks[-1](), "typed")[1])
+    monkeypatch.setattr(keyboard, "_editor", lambda: SimpleNamespace(prompt=prompt))
     assert [keyboard.read_line("> ") for _ in lines] == lines
     assert capsys.readouterr().out == "".join(f"> {line}\n" for line in lines)
     assert keyboard.read_line("> ") == "typed" and inserted == [left]
