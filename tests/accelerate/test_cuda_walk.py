@@ -55,9 +55,7 @@ def pretend_gpus(patch: pytest.MonkeyPatch, count: int, capability: tuple[int, i
         (0, "cuda", World(), "this torch sees no GPU"),
     ],
 )
-def test_gpus_that_are_not_there(
-    count: int, name: str, world: World, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_gpus(count: int, name: str, world: World, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, count)
     with pytest.raises(ValueError, match=message):
         pick_device(name, world)

@@ -56,7 +56,7 @@ def test_the_fastest_is_kept_in_a_file(folder: Path, monkeypatch: pytest.MonkeyP
     assert len(json.loads(file.read_text())) == 2
 
 
-def test_the_number_of_rows_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_is_chosen_per_range_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def kernel(weight: torch.Tensor, rows: int) -> linear.Kernel:
@@ -121,6 +121,6 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
         native.compile_library()
 
 
-def test_what_has_no_choice_is_torchs() -> None:
+def test_other_dtypes_and_devices_use_torchs_kernel() -> None:
     assert linear.kernel(torch.ones(2, 2, dtype=torch.float64), 1) is F.linear
     assert linear.kernel(torch.ones(2, 2, device="meta"), 1) is F.linear

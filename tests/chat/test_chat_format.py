@@ -129,7 +129,7 @@ def test_roles_out_of_order_are_an_error(roles: list[str]) -> None:
 @pytest.mark.parametrize(
     "dialog", ["hello", {"role": "user", "content": "x"}, [{"role": "user"}], ["x"], [{"role": "user", "content": 5}]]
 )
-def test_what_is_not_a_dialog_is_an_error(dialog: Any) -> None:
+def test_an_invalid_dialog_is_an_error(dialog: Any) -> None:
     with pytest.raises(TypeError, match="a dialog is a list of"):
         LLAMA2.encode(dialog)
 

@@ -173,7 +173,7 @@ def test_known(name: str) -> None:
     assert chat_keys(template, NAMES, specials) == expected
 
 
-def test_the_demo_models_own(demo: Path) -> None:
+def test_the_template_of_the_demo_model(demo: Path) -> None:
     config = json.loads((demo / "tokenizer_config.json").read_text())
     recorded = {key: config.pop(key) for key in ("chat_format", "default_system")}
     assert chat_keys(config["chat_template"], config, CHATML) == recorded
@@ -223,11 +223,11 @@ def test_broken(name: str) -> None:
 
 
 @pytest.mark.parametrize("template", [None, 5, {}, [], ["x"], [{"name": "tool_use", "template": chatml()}], [{}]])
-def test_what_is_no_template(template: Any) -> None:
+def test_values_that_are_not_templates(template: Any) -> None:
     assert chat_keys(template, NAMES, EVERY) == {"chat_format": None}
 
 
-def test_of_several_templates_the_default_counts() -> None:
+def test_the_default_of_several_templates_is_used() -> None:
     templates = [{"name": "tool_use", "template": GEMMA}, {"name": "default", "template": chatml()}]
     assert chat_keys(templates, NAMES, EVERY) == {"chat_format": "chatml"}
 
@@ -242,7 +242,7 @@ def test_of_several_templates_the_default_counts() -> None:
         ("mistral-v0.3", "[INST]"),
     ],
 )
-def test_marks_that_are_no_specials_make_no_dialect(name: str, lacking: str) -> None:
+def test_marks_that_are_not_special_tokens_give_no_dialect(name: str, lacking: str) -> None:
     template, specials, _ = KNOWN[name]
     assert chat_keys(template, NAMES, specials - {lacking}) == {"chat_format": None}
 
@@ -270,7 +270,7 @@ def test_statements_of_chat_templates() -> None:
 @pytest.mark.parametrize(
     "name", [name for name in KNOWN if name != "llama-3.2"]
 )  # there transformers inserts the current date
-def test_what_was_found_writes_what_transformers_writes(name: str) -> None:
+def test_a_found_dialect_writes_what_transformers_writes(name: str) -> None:
     """For dialogs other than those used to find the dialect. For Mistral, white space is not compared."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template

@@ -142,7 +142,7 @@ def test_a_world_size_that_does_not_divide_names_those_that_do(folder: Path, mon
 # Files --------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_folder(tmp_path: Path) -> None:
     assert "does not exist: give the folder with" in message(tmp_path / "nowhere")
     assert "holds no consolidated.NN.pth" in message(tmp_path)
 

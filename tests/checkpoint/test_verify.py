@@ -26,7 +26,7 @@ from helpers.faults import (
     edit_params,
     edit_shard,
     flip,
-    write_list,
+    write_checklist,
 )
 from llama import files
 from llama.checkpoint.errors import CheckpointError
@@ -67,7 +67,7 @@ def test_an_intact_folder_passes(
 @pytest.mark.parametrize("form", ["{}  {}\n", "{} *{}\r\n", "{}  ./{}\n\n", "# a comment\n{}\t{}\n"])
 def test_listed_files_pass(kind: str, form: str, copy: Callable[..., Path]) -> None:
     folder = copy()
-    write_list(folder, kind, form)
+    write_checklist(folder, kind, form)
     report = check_folder(folder)
     assert (report.problems, report.notes) == ([], [])
     assert "4 files against their listed hashes" in report.checked
@@ -75,7 +75,7 @@ def test_listed_files_pass(kind: str, form: str, copy: Callable[..., Path]) -> N
 
 def test_uppercase_digits_and_two_kinds_of_hashes_in_one_list(copy: Callable[..., Path]) -> None:
     folder = copy()
-    write_list(folder, "sha256")
+    write_checklist(folder, "sha256")
     lines = (folder / "checklist.chk").read_text().splitlines()
     lines[0] = f"{hashlib.md5((folder / FIRST).read_bytes()).hexdigest().upper()}  {FIRST}"
     (folder / "checklist.chk").write_text("\n".join(lines))
@@ -85,8 +85,8 @@ def test_uppercase_digits_and_two_kinds_of_hashes_in_one_list(copy: Callable[...
 def test_metas_layout_with_the_tokenizer_in_the_parent_folder(copy: Callable[..., Path]) -> None:
     folder = copy()
     tokenizer = (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
-    write_list(folder)
-    write_list(folder.parent, name="tokenizer_checklist.chk")
+    write_checklist(folder)
+    write_checklist(folder.parent, name="tokenizer_checklist.chk")
     report = check_folder(folder)
     assert (report.problems, report.notes) == ([], [])
     flip(tokenizer, random.Random(1), 1)
@@ -104,7 +104,7 @@ def test_tied_embeddings_are_a_note(copy: Callable[..., Path]) -> None:
 
 def test_files_in_no_list_are_notes(copy: Callable[..., Path]) -> None:
     folder = copy()
-    write_list(folder)
+    write_checklist(folder)
     lines = (folder / "checklist.chk").read_text().splitlines()
     (folder / "checklist.chk").write_text(lines[0] + "\n")
     report = check_folder(folder)
@@ -163,7 +163,7 @@ def damage(folder: Path, fault: str) -> list[str]:
 )
 def test_a_checklist_detects_faults_too(fault: str, kind: str, copy: Callable[..., Path]) -> None:
     folder = copy()
-    write_list(folder, kind)
+    write_checklist(folder, kind)
     faults = damage(folder, fault)
     assert all(SECOND in line or fault == "swapped" for line in faults) and faults
     text = {

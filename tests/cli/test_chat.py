@@ -46,7 +46,7 @@ STATUS = (
 )
 
 
-def on_terminal(device: str, words: list[str]) -> None:
+def on_terminal(device: str, args: list[str]) -> None:
     """Become a program that a terminal was opened for; "llama" runs here, where torch is imported already."""
     os.setsid()
     terminal = os.open(device, os.O_RDWR)
@@ -56,23 +56,23 @@ def on_terminal(device: str, words: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ |= {"TERM": "xterm", "INPUTRC": "/dev/null"}
     os.chdir(ROOT)
-    if words[0] != "llama":
-        os.execvp(words[0], words)
+    if args[0] != "llama":
+        os.execvp(args[0], args)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115  (they stay open)
-    sys.argv = words
+    sys.argv = args
     cli.main()
 
 
 class Terminal:
     """A program on a pseudo-terminal of its own."""
 
-    def __init__(self, *words: str):
+    def __init__(self, *args: str):
         self.master, self.device = pty.openpty()
         fcntl.ioctl(self.device, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 1000, 0, 0))  # no line is wrapped
         self.before = termios.tcgetattr(self.device)
         self.shown, self.read = "", 0
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self.process = CONTEXT.Process(target=on_terminal, args=(os.ttyname(self.device), list(words)), daemon=True)
+        self.process = CONTEXT.Process(target=on_terminal, args=(os.ttyname(self.device), list(args)), daemon=True)
         self.process.start()
 
     def send(self, keys: str) -> None:
@@ -128,8 +128,8 @@ def open_chat(checkpoint: Callable[..., Path]) -> Iterator[Callable[..., Termina
     with contextlib.ExitStack() as stack:
 
         def start(*flags: str, model: Path | None = None, program: Sequence[str] = ("llama",)) -> Terminal:
-            words = [*program, "chat", "--ckpt_dir", str(model or checkpoint("mha")), "--temperature", "0", *flags]
-            terminal = Terminal(*words)
+            args = [*program, "chat", "--ckpt_dir", str(model or checkpoint("mha")), "--temperature", "0", *flags]
+            terminal = Terminal(*args)
             stack.callback(terminal.close)
             terminal.read_until(PROMPT)
             return terminal
@@ -140,7 +140,7 @@ def open_chat(checkpoint: Callable[..., Path]) -> Iterator[Callable[..., Termina
 # Answers ------------------------------------------------------------------------------------------
 
 
-def test_an_answer_streams_and_a_quiet_line_and_a_new_prompt_follow(
+def test_an_answer_streams_and_a_status_line_and_a_prompt_follow(
     open_chat: Callable[..., Terminal], build: Callable[..., Llama]
 ) -> None:
     terminal = open_chat("--max_seq_len", "1024")
@@ -168,7 +168,7 @@ def test_an_answer_streams_and_a_quiet_line_and_a_new_prompt_follow(
         ([], "a [INST] b", r"\[not kept, context \d+ of 64\]"),
     ],
 )
-def test_the_quiet_line_tells_how_an_answer_ended(
+def test_the_status_line_says_how_an_answer_ended(
     flags: list[str], message: str, expected: str, open_chat: Callable[..., Terminal]
 ) -> None:
     shown = open_chat("--max_seq_len", "64", *flags).enter(message)
@@ -178,7 +178,7 @@ def test_the_quiet_line_tells_how_an_answer_ended(
 
 
 def test_the_demo_model_answers_and_remembers(demo: Path, open_chat: Callable[..., Terminal]) -> None:
-    # In float32: "The" and "L" are equally probable first words in bfloat16.
+    # In float32: "The" and "L" are equally probable first args in bfloat16.
     settings = "--max_seq_len 256 --max_gen_len 24 --temperature 0 --dtype float32"
     terminal = open_chat(*settings.split(), model=demo)
     assert "Paris" in terminal.enter("What is the capital of France?")
@@ -233,7 +233,7 @@ def test_commands(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
     assert dialog() == [{"role": "system", "content": "Answer in é words."}]
 
 
-def test_a_saved_dialog_goes_on_the_same(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
+def test_a_loaded_dialog_continues_as_before(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
     terminal = open_chat("--max_gen_len", "30", "--system", "Answer shortly.")
     terminal.enter("Hello")
     terminal.enter(f"/save {tmp_path / 'half'}")
@@ -256,7 +256,7 @@ def test_a_saved_dialog_goes_on_the_same(open_chat: Callable[..., Terminal], tmp
     assert f"The licence\n{visible(dialog[-1]['content'])}\n[" in second
 
 
-def test_a_file_that_is_no_dialog_leaves_the_dialog(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
+def test_loading_a_file_that_is_no_dialog_changes_nothing(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
     terminal = open_chat("--max_gen_len", "5", "--system", "Be brief.")
     terminal.enter("Hello")
     terminal.enter(f"/save {tmp_path / 'before'}")
@@ -297,7 +297,7 @@ def test_a_line_typed_during_an_answer_waits_for_the_prompt(open_chat: Callable[
 # Ctrl-C and Ctrl-D --------------------------------------------------------------------------------
 
 
-def test_ctrl_c_stops_an_answer_and_the_session_goes_on(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
+def test_ctrl_c_stops_an_answer_and_the_session_continues(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
     terminal = open_chat()
     terminal.send("Hello\r")
     begin = terminal.read_until(r"Hello\r\n.{20}")
@@ -444,7 +444,7 @@ def test_nothing_but_visible_text_reaches_the_terminal(
 # Other ways in ------------------------------------------------------------------------------------
 
 
-def test_a_broken_off_answer_does_not_come_back(
+def test_an_interrupted_answer_is_dropped(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C a second time, while the terminal is slow to take the answer."""
@@ -530,7 +530,7 @@ def test_two_ranks_share_a_terminal(open_chat: Callable[..., Terminal], tmp_path
         ("é😀\n".encode(), ["é😀"], ""),
     ],
 )
-def test_what_is_typed_during_an_answer_comes_next(
+def test_keys_typed_during_an_answer_are_read_next(
     keys: bytes, lines: list[str], left: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where Ctrl-C is no signal, the keys of an answer's time were read to look for it."""
@@ -559,7 +559,7 @@ PIECES = [(1, "b", None), (0, "a\x1b", None), (1, "c", "stop"), (2, "", "length"
         (False, ["<0>a\x1bd.", "<1>bc.", "<2>."]),
     ],
 )
-def test_rows_are_shown_one_below_the_other(live: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_shown_one_after_the_other(live: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     screen = SimpleNamespace(isatty=lambda: live, write=written.append, flush=lambda: None)
     monkeypatch.setattr(sys, "stdout", screen)

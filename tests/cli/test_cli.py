@@ -34,7 +34,7 @@ def fails(reason: BaseException) -> click.Command:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["--source", "x", "--cuont", "3"], "unknown flag --cuont: did you mean --count?"),
         (["--source=x", "--cuont=3"], "unknown flag --cuont: did you mean --count?"),
@@ -49,13 +49,13 @@ def fails(reason: BaseException) -> click.Command:
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_misspelt_and_missing_flags_run_nothing(
-    words: list[str],
+    args: list[str],
     message: str,
     nested: bool,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["program", *(["go"] if nested else []), *words])
+    monkeypatch.setattr(sys, "argv", ["program", *(["go"] if nested else []), *args])
     with pytest.raises(SystemExit) as ended:
         run(Group("llama", commands={"go": command}) if nested else command)
     assert ended.value.code == 2
@@ -63,15 +63,15 @@ def test_misspelt_and_missing_flags_run_nothing(
     assert message in line
 
 
-@pytest.mark.parametrize("words", [["--count", "2", "x"], ["-source", "x"], ["x", "--count=-5"], ["x", "7"]])
-def test_words_without_flags_fill_what_is_left(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["program", *words])
+@pytest.mark.parametrize("args", [["--count", "2", "x"], ["-source", "x"], ["x", "--count=-5"], ["x", "7"]])
+def test_arguments_without_flags_are_assigned_in_order(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", *args])
     with pytest.raises(AssertionError, match="ran"):
         run(command)
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("args", "expected"),
     [
         ([], None),
         (["--compile"], True),
@@ -82,7 +82,7 @@ def test_words_without_flags_fill_what_is_left(words: list[str], monkeypatch: py
         (["--nocompile"], False),
     ],
 )
-def test_switches(words: list[str], expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switches(args: list[str], expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """`compile` of a command line is None where nobody set it: `build` then has its own default."""
     seen: list[object] = []
 
@@ -92,9 +92,9 @@ def test_switches(words: list[str], expected: object, monkeypatch: pytest.Monkey
     def switched(compile: bool | None, quiet: bool, **options: Any) -> None:
         seen.append((compile, quiet))
 
-    monkeypatch.setattr(sys, "argv", ["program", *words])
+    monkeypatch.setattr(sys, "argv", ["program", *args])
     run(switched)
-    assert seen == [(expected, "--quiet" in words)]
+    assert seen == [(expected, "--quiet" in args)]
 
 
 def test_every_command_compiles_by_default() -> None:
@@ -114,7 +114,7 @@ def test_a_users_mistake_is_one_line(error: Exception, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["chatt"], "no command 'chatt': did you mean chat?"),
         (["xyz"], "no command 'xyz'; there are bench, chat, complete, conformance, "),
@@ -122,9 +122,9 @@ def test_a_users_mistake_is_one_line(error: Exception, monkeypatch: pytest.Monke
     ],
 )
 def test_a_mistyped_command_is_one_line(
-    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["llama", *words])
+    monkeypatch.setattr(sys, "argv", ["llama", *args])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     (line,) = capsys.readouterr().err.splitlines()
@@ -196,7 +196,7 @@ def texts(text: str, stop: list[str] | None, count: int, go_on: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("args", "expected"),
     [
         (["1e3"], ("1e3", None, 1, False)),
         (["[1]", "--count", "-2"], ("[1]", None, -2, False)),
@@ -214,26 +214,24 @@ def texts(text: str, stop: list[str] | None, count: int, go_on: bool) -> None:
     ],
 )
 def test_texts_arrive_as_they_were_written(
-    words: list[str], expected: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    args: list[str], expected: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["program", "go", *words])
+    monkeypatch.setattr(sys, "argv", ["program", "go", *args])
     run(Group("llama", commands={"go": texts}))
     assert capsys.readouterr().out == f"{expected!r}\n"
 
 
-@pytest.mark.parametrize("words", [["--text"], ["--stop", "--go_on"], ["x", "--count"]])
+@pytest.mark.parametrize("args", [["--text"], ["--stop", "--go_on"], ["x", "--count"]])
 def test_a_flag_without_its_value(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["program", *words])
+    monkeypatch.setattr(sys, "argv", ["program", *args])
     with pytest.raises(SystemExit):
         run(texts)
     assert "needs a value" in capsys.readouterr().err
 
 
-def test_help_runs_nothing_wherever_it_stands(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_anywhere_runs_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["program", "go", "--count", "3", "--help"])
     with pytest.raises(SystemExit) as ended:
         run(Group("llama", commands={"go": texts}))

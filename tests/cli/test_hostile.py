@@ -234,7 +234,7 @@ def test_no_text_is_a_special_id(case: tuple[str, ChatFormat]) -> None:
     assert refused == ({"<s>", "</s>", *CHATML} if name in REFUSING else set())
 
 
-def test_an_unknown_character_is_no_forged_mark(tmp_path: Path) -> None:
+def test_an_unknown_character_is_not_a_forged_mark(tmp_path: Path) -> None:
     """Where it has a token of its own; where that one is EOS too, the text is refused."""
     from tokenizers import models
 
@@ -372,7 +372,7 @@ def test_a_bad_tokenizer_json_is_one_line(name: str, tmp_path: Path) -> None:
     assert time.perf_counter() - started < 5
 
 
-def test_a_prefix_is_not_seen_where_there_is_none(tmp_path: Path) -> None:
+def test_no_prefix_is_detected_where_there_is_none(tmp_path: Path) -> None:
     """Names and texts that look like one, and characters written as numbers, are in real vocabularies."""
     vocab = {
         "a": 0,
@@ -447,7 +447,7 @@ def test_a_file_of_gigabytes_is_not_read(name: str, tmp_path: Path) -> None:
     assert time.perf_counter() - started < 1
 
 
-def test_ten_million_ranks_and_long_pieces(tmp_path: Path) -> None:
+def test_too_many_ranks_and_long_pieces(tmp_path: Path) -> None:
     """The one is refused unread, the other is a vocabulary like others."""
     path = tmp_path / "tokenizer.model"
     ranks = [bytes([byte]) for byte in range(256)] + [b"a" * n for n in (2, 10**6)]
@@ -508,7 +508,7 @@ def test_damaged_sentencepiece_models_end_in_one_line_or_work(tmp_path: Path) ->
     assert 10 < int(done.stdout) < 190
 
 
-def test_a_piece_that_is_no_utf8_is_told_at_once(tmp_path: Path) -> None:
+def test_a_piece_that_is_not_utf8_is_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     data = TOKENIZER.read_bytes()
     at = data.index("\u2581the".encode())
@@ -548,15 +548,15 @@ def test_a_file_of_prompts_is_not_held_in_memory(
     assert grown < 50
 
 
-def test_windows_are_answered_in_turn_each_longest_first(
+def test_windows_are_answered_in_order_and_each_longest_first(
     command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llama.cli.complete.WINDOW_JOBS", 4)
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     lengths = [1, 5, 3, 9, 7, 2, 8, 4, 6]
     file.write_text("".join(json.dumps({"prompt": "word " * n}) + "\n\n" for n in lengths))
-    words = ["--file", str(file), "--out", str(out), "--max_gen_len", "2", "--max_batch_size", "2"]
-    assert command("complete", *words).status == 0
+    args = ["--file", str(file), "--out", str(out), "--max_gen_len", "2", "--max_batch_size", "2"]
+    assert command("complete", *args).status == 0
     order = [(json.loads(line)["line"] + 1) // 2 for line in out.read_text().splitlines()]
     assert order == [4, 2, 3, 1, 7, 5, 8, 6, 9]
     whole = sorted(out.read_text().splitlines())
@@ -564,13 +564,13 @@ def test_windows_are_answered_in_turn_each_longest_first(
     for characters, expected in ((1, list(range(1, 10))), (60, [2, 3, 1, 4, 5, 7, 6, 9, 8])):
         monkeypatch.setattr("llama.cli.complete.WINDOW_CHARACTERS", characters)
         out.unlink()
-        assert command("complete", *words).status == 0
+        assert command("complete", *args).status == 0
         assert [(json.loads(line)["line"] + 1) // 2 for line in out.read_text().splitlines()] == expected
         assert sorted(out.read_text().splitlines()) == whole
 
 
 @pytest.mark.parametrize("change", [lambda s: s.replace("two", "2wo"), lambda s: s[:30], lambda s: "\n" + s])
-def test_a_file_that_changes_meanwhile_is_told(
+def test_a_file_that_changes_while_it_is_read_is_reported(
     change: Callable[[str], str], command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
@@ -589,19 +589,19 @@ def test_a_file_that_changes_meanwhile_is_told(
 
 def test_a_file_has_limits(command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
-    words = ["--file", str(file), "--out", str(out), "--max_gen_len", "1"]
+    args = ["--file", str(file), "--out", str(out), "--max_gen_len", "1"]
     monkeypatch.setattr("llama.cli.complete.LINE_LIMIT", 20)
     file.write_text('{"prompt": "123456"}\n{"prompt": "1234567"}\n{"prompt": "123456"}')
-    ended = command("complete", *words)
+    ended = command("complete", *args)
     assert "prompts.jsonl, line 2: longer than 20 characters: mend" in ended.err and not out.exists()
-    assert command("complete", *words, "--keep_going").status == 0
+    assert command("complete", *args, "--keep_going").status == 0
     assert sorted(json.loads(line)["line"] for line in out.read_text().splitlines()) == [1, 3]
     file.write_text(" " * 21 + "\n")
-    assert "line 1: longer than 20 characters" in command("complete", *words).err
+    assert "line 1: longer than 20 characters" in command("complete", *args).err
     monkeypatch.setattr("llama.cli.complete.LINES_LIMIT", 3)
     file.write_text("\n" * 4)
-    assert f"error: {file} has more than 3 lines: divide it" in command("complete", *words).err
-    assert "is no regular file: it is read twice" in command("complete", "--file", "/dev/null", *words[2:]).err
+    assert f"error: {file} has more than 3 lines: divide it" in command("complete", *args).err
+    assert "is no regular file: it is read twice" in command("complete", "--file", "/dev/null", *args[2:]).err
 
 
 def test_texts_taken_whole_have_a_limit(
@@ -628,7 +628,7 @@ EVIL = "\x1b]0;pwned\x07\x1b[2J\n\r\x9b31m\u202egnp.\u2066\t\x7f"
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\u061c]")
 
 
-def test_a_line_shows_what_it_quotes() -> None:
+def test_control_characters_in_quotes_are_shown() -> None:
     assert in_one_line(f"a{EVIL}é") == ("a␛]0;pwned␇␛[2J␊␍<U+009B>31m<U+202E>gnp.<U+2066>␉␡é")
     assert in_one_line(ValueError("\ud800 \u2028")) == "<U+D800> <U+2028>"
     assert len(in_one_line("x" * 10**7)) == LONGEST + 5
@@ -641,8 +641,8 @@ def test_no_error_writes_to_the_terminal_what_others_wrote(
     """Names of files, keys and values of params.json, what a prompt's line holds, unknown flags."""
     evil = EVIL.replace("/", "")
 
-    def one_line(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["llama", *words])
+    def one_line(*args: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["llama", *args])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         line = str(ended.value.code)

@@ -21,7 +21,7 @@ for n in progress(range(6), "failing"):
 """
 
 
-def test_a_terminal_sees_a_bar_that_counts_and_ends_its_line() -> None:
+def test_a_terminal_shows_a_bar_that_counts_and_ends_its_line() -> None:
     leader, follower = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", CALL], stderr=follower, stdout=subprocess.DEVNULL)
     os.close(follower)

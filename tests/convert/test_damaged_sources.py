@@ -39,7 +39,7 @@ def test_sources_that_are_not_models_are_described(tmp_path: Path, fault: str) -
     assert part in error_of(source, tmp_path / "out")
 
 
-def test_a_source_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_source(tmp_path: Path) -> None:
     assert "does not exist: supported are" in error_of(tmp_path / "none", tmp_path / "out")
 
 

@@ -42,7 +42,7 @@ DIALOG: Any = [
         [],
     ],
 )
-def test_llama3_takes_any_roles(roles: list[str]) -> None:
+def test_llama3_accepts_any_roles(roles: list[str]) -> None:
     dialog: Any = [{"role": role, "content": f"message {i}"} for i, role in enumerate(roles)]
     # The package writes the role "tool" as ipython; here roles are written unchanged.
     ours: Any = [{**message, "role": message["role"].replace("tool", "ipython")} for message in dialog]
@@ -61,7 +61,7 @@ def test_llama2_needs_roles_in_order(build: Callable[..., Llama]) -> None:
     assert llama.formatter is llama.chat_format
 
 
-def test_codellama_70b_ids_that_metas_code_gave(tmp_path: Path) -> None:
+def test_codellama_70b_ids_published_with_the_models(tmp_path: Path) -> None:
     """Published with the models: what Meta's own code makes of this dialog."""
     if not LLAMA2.exists():
         pytest.skip(f"Llama 2's tokenizer.model is not at {LLAMA2}")

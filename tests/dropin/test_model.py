@@ -183,7 +183,7 @@ HOOKS: list[tuple[str, Callable[[Weights], Any]]] = [
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(("name", "edit"), HOOKS)
-def test_hooks_act_and_go(
+def test_hooks_act_until_they_are_removed(
     name: str,
     edit: Callable[[Weights], Any],
     form: dict[str, Any],
@@ -207,7 +207,9 @@ def test_hooks_act_and_go(
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_weights_are_replaced_while_a_stream_is_read(form: dict[str, Any], build: Callable[..., Llama]) -> None:
+def test_weights_replaced_during_a_stream_act_in_the_next_step(
+    form: dict[str, Any], build: Callable[..., Llama]
+) -> None:
     """All replaced weights act in the next step: here they are zero, so that no layer adds anything."""
     llama = build("gqa", max_seq_len=32, max_batch_size=2, **form)
     steps = llama.stream([IDS], max_gen_len=20, temperature=0)
@@ -259,7 +261,7 @@ def narrow_angles(model: Any) -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("change", [grow_positions, widen_embedding, narrow_embedding, shorten_angles, narrow_angles])
-def test_sizes_that_do_not_fit_raise(
+def test_inconsistent_sizes_raise(
     change: Callable[[Any], None], form: dict[str, Any], build: Callable[..., Llama]
 ) -> None:
     """Also in a step of one id, where native.c would otherwise read out of bounds."""
@@ -279,14 +281,14 @@ def test_angles_in_float64_act(form: dict[str, Any], build: Callable[..., Llama]
     torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-4)
 
 
-def test_a_bias_is_a_parameter(build: Callable[..., Llama]) -> None:
+def test_a_bias_must_be_a_parameter(build: Callable[..., Llama]) -> None:
     layer: Any = build("gqa", max_seq_len=32).model.layers[0]
     with pytest.raises(TypeError, match="cannot assign"):
         layer.attention.wq.bias = torch.ones(128)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_lists_and_arrays_of_quantized_weights_refuse_writing(scheme: str, build: Callable[..., Llama]) -> None:
+def test_quantized_weights_refuse_foreach_and_numpy_writes(scheme: str, build: Callable[..., Llama]) -> None:
     layer: Any = build("gqa", max_seq_len=32, quantize=scheme).model.layers[0]
     weight = layer.attention.wq.weight
     with pytest.raises(RuntimeError, match="cannot be written"):
@@ -343,7 +345,7 @@ class Whole(nn.Module):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_modules_of_ones_own(form: dict[str, Any], build: Callable[..., Llama]) -> None:
+def test_modules_that_the_user_wrote(form: dict[str, Any], build: Callable[..., Llama]) -> None:
     llama = build("gqa", max_seq_len=32, max_batch_size=3, **form)
     prompts = [IDS, IDS[:3], IDS[:3]]
     expected = llama.generate(prompts, 5, temperature=0)
@@ -372,7 +374,7 @@ def test_a_model_that_cannot_run_is_usable_after_the_change_is_undone(build: Cal
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("name", ["n_local_heads", "n_local_kv_heads", "head_dim"])
-def test_numbers_of_heads_that_the_weights_lack_are_refused(
+def test_head_counts_that_do_not_match_the_weights_are_refused(
     name: str, form: dict[str, Any], build: Callable[..., Llama]
 ) -> None:
     """With the error of the view that Meta's code has, too."""
@@ -542,7 +544,7 @@ def test_a_model_is_built_loaded_and_run_without_build(
     expected.generate([IDS], 2)
 
 
-def test_parts_are_made_with_metas_arguments() -> None:
+def test_modules_are_built_with_metas_arguments() -> None:
     args = ModelArgs(**SMALL, max_seq_len=16, max_batch_size=2)
     assert TransformerBlock(1, args).layer_id == 1 and Attention(args).n_rep == 2
     feed_forward = FeedForward(dim=64, hidden_dim=256, multiple_of=32, ffn_dim_multiplier=None)

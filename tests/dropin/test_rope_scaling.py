@@ -93,7 +93,7 @@ def test_gguf_carries_the_numbers_in_its_divisors(
         ({"rope_high_freq_factor": "x"}, "rope_high_freq_factor is 'x', expected a positive number"),
     ],
 )
-def test_scaling_that_makes_no_sense(changes: dict[str, Any], expected: str, copy: Callable[..., Path]) -> None:
+def test_inconsistent_scaling(changes: dict[str, Any], expected: str, copy: Callable[..., Path]) -> None:
     folder = copy()
     edit_params(folder, use_scaled_rope=True, **changes)
     with pytest.raises(CheckpointError) as caught:

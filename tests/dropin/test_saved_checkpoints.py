@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from helpers.commands import call
-from helpers.faults import Bomb, edit_params, write_list
+from helpers.faults import Bomb, edit_params, write_checklist
 from helpers.paths import ROOT
 from helpers.ranks import run_ranks
 from llama import Llama
@@ -104,7 +104,7 @@ class Saved(NamedTuple):
 
 WRAPPED = "the weights were read from the entry"
 IGNORED = {"max_seq_len": 2048, "max_batch_size": 4, "model_parallel_size": 1, "use_kv_cache": True, "dropout": 0.1}
-WAYS: dict[str, Saved] = {
+SAVED: dict[str, Saved] = {
     "model": Saved(every(lambda t: {"model": t}), f"{WRAPPED} 'model'"),
     "state_dict and step": Saved(
         every(lambda t: {"state_dict": t, "step": 7}), f"{WRAPPED} 'state_dict'; entries not read: step"
@@ -165,11 +165,11 @@ def copy(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]
     return lambda shards=1: Path(shutil.copytree(checkpoint("mha", shards), tmp_path / "saved"))
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", SAVED)
 def test_results_are_those_of_the_original_folder(
     name: str, copy: Callable[..., Path], checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    way = WAYS[name]
+    way = SAVED[name]
     expected = answer(checkpoint("mha", way.shards))
     folder = copy(way.shards)
     way.save(folder)
@@ -187,11 +187,11 @@ def test_results_are_those_of_the_original_folder(
     assert [line for line in lines if line in notes] == notes, "verify prints the same notes"
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_convert_and_plan_take_them_too(
+@pytest.mark.parametrize("name", SAVED)
+def test_convert_and_plan_accept_them_too(
     name: str, copy: Callable[..., Path], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    way = WAYS[name]
+    way = SAVED[name]
     folder = copy(way.shards)
     way.save(folder)
     call(plan, str(folder))
@@ -259,7 +259,7 @@ def test_mistrals_own_release(checkpoint: Callable[..., Path], tmp_path: Path) -
     assert answer(tmp_path / "meta")[0] == expected[0]
 
 
-def test_hugging_faces_folder_with_a_stray_shard_is_still_one(tmp_path: Path) -> None:
+def test_a_hugging_face_folder_with_a_stray_shard_is_recognized(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "consolidated.safetensors").write_bytes(b"")
     with pytest.raises(ConvertError, match="names no architecture"):
@@ -319,7 +319,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_ambiguous_is_refused_by_name(name: str, copy: Callable[..., Path]) -> None:
+def test_ambiguous_folders_are_refused(name: str, copy: Callable[..., Path]) -> None:
     folder = copy()
     damage, expected = REFUSED[name]
     damage(folder)
@@ -359,7 +359,7 @@ def test_files_without_sums_are_noted_and_checked_by_a_list(copy: Callable[..., 
     as_safetensors("consolidated.safetensors")(folder)
     path = folder / "consolidated.safetensors"
     assert any("holds no checksums" in note for note in check_folder(folder).notes)
-    write_list(folder)
+    write_checklist(folder)
     assert not any("checksums: only" in note for note in check_folder(folder).notes)
     content = bytearray(path.read_bytes())
     content[-100] ^= 1

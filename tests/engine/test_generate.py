@@ -118,7 +118,7 @@ def test_a_stop_id_ends_its_row_and_is_not_returned(build: Callable[..., Llama])
     assert tokens[1] == (free[1][: free[1].index(stop)] if stop in free[1] else free[1])
 
 
-def test_stop_ids_of_a_call_are_beside_the_models_own(build: Callable[..., Llama]) -> None:
+def test_stop_ids_of_a_call_are_added_to_the_models_own(build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=64)
     (row,), _ = llama.generate([[1, 5]], 20, temperature=0)
     llama.tokenizer.stop_tokens = {row[4]}

@@ -64,10 +64,10 @@ def transformers_side(hugging_face: Callable[..., Path], tmp_path: Path) -> Call
 
 @pytest.fixture
 def conformance(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """conformance(*words): `python -m llama conformance` in this process."""
+    """conformance(*args): `python -m llama conformance` in this process."""
 
-    def run(*words: Any) -> Ended:
+    def run(*args: Any) -> Ended:
         capsys.readouterr()
-        return run_command(["conformance", *map(str, words)], monkeypatch, capsys, io.StringIO())
+        return run_command(["conformance", *map(str, args)], monkeypatch, capsys, io.StringIO())
 
     return run

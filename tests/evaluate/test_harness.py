@@ -382,9 +382,9 @@ def test_answers_reach_the_cache(seeded: MetaLlama, monkeypatch: pytest.MonkeyPa
 # The command --------------------------------------------------------------------------------------
 
 
-def run_main(patch: pytest.MonkeyPatch, *words: str) -> Any:
+def run_main(patch: pytest.MonkeyPatch, *args: str) -> Any:
     """Run `llama lm_eval ...` in this process; returns its exit status or message, None if it does not exit."""
-    patch.setattr(sys, "argv", ["llama", "lm_eval", *words])
+    patch.setattr(sys, "argv", ["llama", "lm_eval", *args])
     try:
         main()
     except SystemExit as done:
@@ -394,8 +394,8 @@ def run_main(patch: pytest.MonkeyPatch, *words: str) -> Any:
 
 def arguments(checkpoint: Path, out: Path, *tasks: str) -> list[str]:
     model = f"ckpt_dir={checkpoint},max_seq_len={LENGTH}"
-    words = ["--model_args", model, "--batch_size", "4", "--tasks", ",".join(tasks), "--include_path", "tests/tasks"]
-    return [*words, "--output_path", str(out), "--log_samples"]
+    args = ["--model_args", model, "--batch_size", "4", "--tasks", ",".join(tasks), "--include_path", "tests/tasks"]
+    return [*args, "--output_path", str(out), "--log_samples"]
 
 
 def results(folder: Path) -> tuple[dict[str, Any], list[Any]]:
@@ -426,9 +426,9 @@ def test_the_command_on_one_rank_and_two(
     # Rank 0 finds some answers in its cache, the other rank finds none: both compute the same requests all the same.
     cache = ["--use_cache", str(tmp_path / "cache")]
     assert run_main(monkeypatch, *arguments(folder, tmp_path / "0", FACTS), *cache, "--limit", "10") is None
-    words = [*arguments(folder, tmp_path / "2", *TASKS), *cache]
+    args = [*arguments(folder, tmp_path / "2", *TASKS), *cache]
     done = torchrun(
-        2, "tests/helpers/harness_rank.py", "lm_eval", *words, HF_HOME=str(tmp_path / "hf"), OMP_NUM_THREADS="1"
+        2, "tests/helpers/harness_rank.py", "lm_eval", *args, HF_HOME=str(tmp_path / "hf"), OMP_NUM_THREADS="1"
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(lines) and done.stdout.count("Stderr") == 1

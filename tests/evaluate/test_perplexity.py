@@ -94,8 +94,8 @@ def test_rank_0_reads_and_prints(checkpoint: Callable[..., Path], tmp_path: Path
         assert shown[1][key] == pytest.approx(shown[0][key], rel=1e-5)
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "llama", "perplexity", *words], capture_output=True, text=True)
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "llama", "perplexity", *args], capture_output=True, text=True)
 
 
 def test_several_files_in_a_table(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_several_files_in_a_table(checkpoint: Callable[..., Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("content", "words", "message"),
+    ("content", "args", "message"),
     [
         (b"", [], "is empty: there is nothing to score"),
         (b"\xef\xbb\xbf", [], "is empty: there is nothing to score"),
@@ -139,12 +139,12 @@ def test_several_files_in_a_table(checkpoint: Callable[..., Path], tmp_path: Pat
     ],
 )
 def test_mistakes_end_in_one_line(
-    content: bytes | None, words: list[str], message: str, command: Callable[..., Ended], tmp_path: Path
+    content: bytes | None, args: list[str], message: str, command: Callable[..., Ended], tmp_path: Path
 ) -> None:
     file = tmp_path / "text.txt"
     if content is not None:
         file.write_bytes(content)
-    ended = command("perplexity", str(file), *words)
+    ended = command("perplexity", str(file), *args)
     *before, last = ended.err.splitlines()
     assert ended.status == (2 if "Invalid value" in message else 1)
     assert ended.out == "" and last.startswith("error: ") and message in last

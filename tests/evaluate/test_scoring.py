@@ -127,7 +127,7 @@ def test_loglikelihood_is_that_of_each_request_alone(
         assert total == pytest.approx(sum(exact.of(ids, start)), abs=1e-4)
 
 
-def test_is_greedy_is_what_greedy_decoding_says(build: Callable[..., Llama]) -> None:
+def test_is_greedy_agrees_with_greedy_decoding(build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=64, max_batch_size=4)
     contexts = [[BOS, 5, 6], [BOS, *range(60, 90)]]
     greedy, _ = llama.generate(contexts, 6, temperature=0)
@@ -157,7 +157,7 @@ def on_a_rank(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", ["gqa", "llama31"])
-def test_all_ranks_of_any_world_find_the_same(name: str, checkpoint: Callable[..., Path]) -> None:
+def test_results_are_equal_for_any_world_size(name: str, checkpoint: Callable[..., Path]) -> None:
     ((alone, ids, states),) = run_ranks(1, on_a_rank, checkpoint(name))
     for world_size in (2, 4):
         for found, found_ids, found_states in run_ranks(world_size, on_a_rank, checkpoint(name)):
@@ -167,7 +167,7 @@ def test_all_ranks_of_any_world_find_the_same(name: str, checkpoint: Callable[..
             np.testing.assert_allclose(found_states, states, rtol=0, atol=1e-4)
 
 
-def test_top_logprobs_are_what_the_model_would_say_after_each_prefix(
+def test_top_logprobs_are_those_of_the_model_after_each_prefix(
     build: Callable[..., Llama], reference: Callable[[str], Plain]
 ) -> None:
     ids = [BOS, *some_ids(random.Random(4), 20)]

@@ -43,7 +43,7 @@ class Bomb:
         return (Path.write_text, (self.marker, "boom"))
 
 
-def write_list(folder: Path, kind: str = "md5", form: str = "{}  {}\n", name: str = "checklist.chk") -> None:
+def write_checklist(folder: Path, kind: str = "md5", form: str = "{}  {}\n", name: str = "checklist.chk") -> None:
     """Write a checklist of all files in a folder."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix != ".chk" and path.is_file()]
     lines = [form.format(hashlib.new(kind, path.read_bytes()).hexdigest(), path.name) for path in files]
@@ -126,7 +126,7 @@ def deflate(folder: Path, rng: random.Random) -> None:
 
 def add_line(line: str) -> Damage:
     def add(folder: Path, rng: random.Random) -> None:
-        write_list(folder)
+        write_checklist(folder)
         with (folder / "checklist.chk").open("a") as file:
             file.write(line + "\n")
 

@@ -291,9 +291,7 @@ def test_a_limit_of_the_address_space(checkpoint: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("step", ["hidden", "logits"])
-def test_a_card_that_others_have_filled(
-    step: str, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_others_have_filled(step: str, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is that of torch's CUDA allocator. The next request is answered as before."""
     llama = build("gqa", max_seq_len=256, max_batch_size=4)
     prompts = [[5, 6, 7], [8, 9]]
@@ -324,7 +322,7 @@ def test_a_card_that_others_have_filled(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_process_that_goes_on_for_long_needs_no_more_memory(
+def test_a_long_running_process_needs_no_more_memory(
     checkpoint: Callable[..., Path], measured: Callable[[str, object], None]
 ) -> None:
     """80,000 ids here; soak.py, started by hand, generates a million."""
@@ -337,7 +335,7 @@ def test_a_process_that_goes_on_for_long_needs_no_more_memory(
     assert done.returncode == 0 and found["tokens"] >= 80_000, done.stderr
 
 
-def test_other_errors_stay_what_they_are(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_changed(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build("gqa", max_seq_len=64)
 
     def broken(*args: Any, **kwargs: Any) -> Any:

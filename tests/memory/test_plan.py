@@ -291,9 +291,7 @@ def test_a_folders_vocabulary_is_its_embeddings(
 
 @pytest.mark.parametrize("memory", ["12GB", "24GiB", "900MiB", "1.5 TB", "14551621632B"])
 @pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-405b-mp16"])
-def test_what_fits_is_the_most_that_fits(
-    name: str, memory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_largest_sizes_that_fit(name: str, memory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The largest sizes fit, and one position or row more does not."""
     params, _ = PUBLISHED[name]
     found = answer(capsys, str(write_params(tmp_path, params)), memory=memory, max_seq_len=2048)
@@ -336,7 +334,7 @@ def test_memory_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["12", "GB", "", "-1GB", "0GB", "12G", "12 apples", "1e3GB", "nanGB", "1,5GB", "٣GB"])
-def test_memory_that_is_no_size(text: str, tmp_path: Path) -> None:
+def test_invalid_memory_sizes(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a number and its unit, 12GB or 11.5GiB"):
         call(plan, str(tmp_path), memory=text)
 

@@ -381,9 +381,9 @@ def test_a_rank_that_never_starts(checkpoint: Callable[..., Path]) -> None:
 
 def start_alone(folder: Path, port: int) -> subprocess.Popen[str]:
     world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    words = ["-m", "llama", "complete", "--ckpt_dir", str(folder), "a"]
+    args = ["-m", "llama", "complete", "--ckpt_dir", str(folder), "a"]
     return subprocess.Popen(
-        [sys.executable, *words], env=os.environ | world, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        [sys.executable, *args], env=os.environ | world, cwd=ROOT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -440,8 +440,8 @@ class Hosts:
     def __init__(self, name: str):
         self.names, self.devices = [f"{name}a", f"{name}b"], [f"{name}x", f"{name}y"]
 
-    def ip(self, *words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+    def ip(self, *args: str) -> None:
+        subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
 
     def __enter__(self) -> "Hosts":
         for host in self.names:
@@ -490,12 +490,12 @@ def hosts() -> Iterator[Hosts]:
 def test_two_hosts_generate_the_same_as_one_rank(hosts: Hosts, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Two ranks on each, with a copy of the checkpoint on each."""
     folders = [str(shutil.copytree(checkpoint("mha", 2), tmp_path / host)) for host in "ab"]
-    words = ["inspect", "The licence", "--generate", "40", "--json", "--ckpt_dir"]
+    args = ["inspect", "The licence", "--generate", "40", "--json", "--ckpt_dir"]
     alone = subprocess.run(
-        [sys.executable, "-m", "llama", *words, folders[0]], capture_output=True, text=True, cwd=ROOT, timeout=100
+        [sys.executable, "-m", "llama", *args, folders[0]], capture_output=True, text=True, cwd=ROOT, timeout=100
     )
     assert alone.returncode == 0, alone.stderr
-    running = [hosts.start(number, 2, "-m", "llama", *words, folders[number]) for number in range(2)]
+    running = [hosts.start(number, 2, "-m", "llama", *args, folders[number]) for number in range(2)]
     results = [host.communicate(timeout=100) for host in running]
     assert [host.returncode for host in running] == [0, 0], results
     ids, expected = ([token["id"] for token in json.loads(out)["tokens"]] for out in (results[0][0], alone.stdout))
@@ -507,9 +507,9 @@ def test_both_hosts_exit_when_the_network_is_cut(
     hosts: Hosts, checkpoint: Callable[..., Path], tmp_path: Path, measured: Callable[[str, object], None]
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a b c"}\n' * 10_000)
-    words = ["-m", "llama", "complete", "--ckpt_dir", str(checkpoint("mha", 2)), "--file",
+    args = ["-m", "llama", "complete", "--ckpt_dir", str(checkpoint("mha", 2)), "--file",
              str(tmp_path / "prompts.jsonl"), "--max_gen_len", "400", "--out"]  # fmt: skip
-    running = [hosts.start(n, 1, *words, str(tmp_path / f"out{n}.jsonl"), LLAMA_TIMEOUT="24") for n in range(2)]
+    running = [hosts.start(n, 1, *args, str(tmp_path / f"out{n}.jsonl"), LLAMA_TIMEOUT="24") for n in range(2)]
     until = time.monotonic() + 60
     while not (tmp_path / "out0.jsonl").exists() or not (tmp_path / "out0.jsonl").read_text():
         assert time.monotonic() < until and running[0].poll() is None, running[0].communicate()
