@@ -1,4 +1,4 @@
-"""`generate` with a tensor of prompts, and a model that is closed at the end of a block."""
+"""`generate` with a tensor of prompts, and a model as a context manager."""
 
 from collections.abc import Callable
 from pathlib import Path

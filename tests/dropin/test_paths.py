@@ -89,6 +89,8 @@ def test_a_hub_name_is_answered_with_its_download_command(
             ask()
         assert f"{name} does not exist" in str(caught.value) and str(caught.value).count(command) == 1
     (tmp_path / name).parent.mkdir()
-    with pytest.raises(CheckpointError) as caught_path:  # a folder org exists, so it is probably a mistyped path
+    with pytest.raises(
+        CheckpointError
+    ) as caught_path:  # the folder of the organization exists, so this is probably a mistyped path
         Llama.build(name)
     assert "hf download" not in str(caught_path.value)

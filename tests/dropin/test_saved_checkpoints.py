@@ -36,7 +36,7 @@ def single(folder: Path) -> Path:
 
 
 def every(change: Callable[[Tensors], Any], **options: Any) -> Callable[[Path], None]:
-    """Save each file again, as what `change` makes of its tensors."""
+    """Replace the tensors of each file by `change(tensors)`."""
 
     def save(folder: Path) -> None:
         for path in folder.glob("consolidated.*.pth"):
@@ -95,7 +95,7 @@ def with_buffers(tensors: Tensors) -> Tensors:
 
 
 class Saved(NamedTuple):
-    """save: rewrites a folder. note: part of the one note about it, "" for none. shards: of the original folder."""
+    """save: rewrites a folder. note: part of the only note that is printed, "" for none. shards: of the original."""
 
     save: Callable[[Path], Any]
     note: str = ""
@@ -169,17 +169,17 @@ def copy(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]
 def test_results_are_those_of_the_original_folder(
     name: str, copy: Callable[..., Path], checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    way = SAVED[name]
-    expected = answer(checkpoint("mha", way.shards))
-    folder = copy(way.shards)
-    way.save(folder)
+    saved = SAVED[name]
+    expected = answer(checkpoint("mha", saved.shards))
+    folder = copy(saved.shards)
+    saved.save(folder)
     capsys.readouterr()
 
     ids, logits = answer(folder)
     assert ids == expected[0] and torch.equal(logits, expected[1])
     *notes, last = capsys.readouterr().err.splitlines()
     assert last.startswith("llama: 0.2M parameters")
-    assert len(notes) == bool(way.note) and all(line.startswith("note: ") and way.note in line for line in notes)
+    assert len(notes) == bool(saved.note) and all(line.startswith("note: ") and saved.note in line for line in notes)
 
     call(verify, str(folder))
     *lines, last = capsys.readouterr().out.splitlines()
@@ -191,9 +191,9 @@ def test_results_are_those_of_the_original_folder(
 def test_convert_and_plan_accept_them_too(
     name: str, copy: Callable[..., Path], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    way = SAVED[name]
-    folder = copy(way.shards)
-    way.save(folder)
+    saved = SAVED[name]
+    folder = copy(saved.shards)
+    saved.save(folder)
     call(plan, str(folder))
     convert(folder, tmp_path / "out")
     found = torch.load(single(tmp_path / "out"), weights_only=True)
@@ -217,7 +217,7 @@ def ids_of(folder: Path) -> list[list[int]]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_optimizer_is_mapped_and_not_read(copy: Callable[..., Path]) -> None:
-    """A file of 257 MB, of which the weights are 1 MB: the peak of a process that opens it."""
+    """The peak memory of a process that opens a file of 257 MB with 1 MB of weights."""
     folder = copy()
     every(lambda t: {"model": t, "optimizer": {"exp_avg": torch.ones(2**26)}})(folder)
     script = """if True:

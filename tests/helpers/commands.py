@@ -26,7 +26,7 @@ class Ended(NamedTuple):
 def run_command(
     args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stdin: io.StringIO
 ) -> Ended:
-    """Run the command line `llama *args`: its exit status, and what was printed since capsys was last read."""
+    """Run `llama *args`. Return its exit status and what was printed since capsys was last read."""
     monkeypatch.setattr(sys, "stdin", stdin)
     monkeypatch.setattr(sys, "argv", ["llama", *args])
     status, message = 0, ""
@@ -40,6 +40,6 @@ def run_command(
 
 
 def call(command: click.Command, *args: object, **flags: object) -> None:
-    """Run a command in this process, its errors raised as they are."""
+    """Run a command in this process. Its exceptions are raised unchanged, not printed."""
     arguments = [*map(str, args), *(f"--{name}={value}" for name, value in flags.items())]
     command.main(arguments, standalone_mode=False)
