@@ -44,7 +44,7 @@ TIMEOUT = 1800  # seconds for a case: torch.compile takes minutes
 
 @dataclass
 class Asked:
-    """What a case runs on. folders: name -> seeded checkpoint. demo: the demo model's folder, None if it is missing."""
+    """Arguments of a case. folders: name -> seeded checkpoint. demo: the demo model's folder, None if it is missing."""
 
     device: str
     folders: dict[str, Path]

@@ -1,4 +1,4 @@
-"""text_completion and chat_completion: the results' fields, refusals, stops, batches above max_batch_size."""
+"""text_completion and chat_completion: fields of the results, refusals, stops, batches above max_batch_size."""
 
 from collections.abc import Callable
 from pathlib import Path

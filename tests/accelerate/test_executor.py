@@ -59,7 +59,7 @@ def test_steps_at_any_positions(form: str, name: str, dtype: str, build: Callabl
 
 @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (5, 1), (7, 1), (8, 1)])
 def test_steps_of_heads_that_share_keys(heads: int, kv_heads: int, tmp_path: Path) -> None:
-    """native.c computes up to four heads that relative a KV head at a time: here groups of 3, 5, 7 and 8."""
+    """native.c computes up to four heads that share a KV head at a time: here groups of 3, 5, 7 and 8."""
     params: dict[str, Any] = {"dim": 16 * heads, "n_layers": 2, "n_heads": heads, "n_kv_heads": kv_heads}
     params |= {"vocab_size": 512, "hidden_dim": 96}
     (tmp_path / "params.json").write_text(json.dumps(params))
@@ -263,7 +263,7 @@ def test_the_parts_of_a_layer(seqlen: int, dtype: str) -> None:
     exact = x64 / (x64.square().mean(dim=-1, keepdim=True) + plain.eps).sqrt() * weight
     with torch.no_grad():
         for found in (fused.rms_norm(plain, x), plain(x)):
-            # A sum of 96 squares, and a dozen operations: mean, eps, root, its inverse, products.
+            # A sum of 96 squares and about a dozen operations: mean, eps, root, its inverse, products.
             assert ((found.double() - exact).abs() <= (gamma(96 + 12) + last) * exact.abs()).all()
 
     angles = torch.rand(seqlen, 1, 16, generator=stream) * 7

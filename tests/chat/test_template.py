@@ -1,4 +1,4 @@
-"""Chat templates: which dialect they write, and that malicious ones do no harm."""
+"""Chat templates: the dialect is recognized, and malicious templates do no harm."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 PHI3 = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 INST = ("[INST]", "[/INST]")
 EVERY = {"<s>", "</s>", *LLAMA3, *CHATML, *PHI3, *INST}
-# All but the tags, which are plain text in Mistral's first vocabulary.
+# All but [INST] and [/INST], which are plain text in Mistral's first vocabulary.
 MOST = EVERY - {*INST}
 
 # Templates written for these tests, with the output of the published ones --------------------------
@@ -32,7 +32,7 @@ ALTERNATE = f"{{% if not ({IN_TURN}) %}}{{{{ raise_exception('user and assistant
 
 
 def chatml(default: str | None = None, end: str = "\n", bos: str = "", separator: str = "\n") -> str:
-    """SmolLM2, Qwen 2.5 and others, but for their default system messages."""
+    """The template of SmolLM2, Qwen 2.5 and others, with other default system messages."""
     opening = f"<|im_start|>system{separator}{default}<|im_end|>{end}" if default is not None else ""
     return (
         bos
@@ -69,7 +69,7 @@ def llama2(default: str = "false", system: bool = True) -> str:
 
 
 def llama3(preamble: str = "''", always: bool = False) -> str:
-    """Llama 3; with a preamble 3.1 and 3.2, which always have a system message."""
+    """The template of Llama 3, or, with a preamble, of 3.1 and 3.2, which always have a system message."""
     head = "'<|start_header_id|>' + %s + '<|end_header_id|>\\n\\n'"
     return (
         "{{- bos_token }}{% set system = messages[0].content | trim if messages[0].role == 'system' else '' %}"
@@ -113,7 +113,7 @@ PHI3_MEDIUM = (
 
 
 def mistral(user: str, answer: str, system: str | None = None) -> str:
-    """user, answer: how each is written. system: the user message it goes into, "first" or "last"; None: refused."""
+    """user, answer: how each is written. system: the user message it goes into, "first" or "last". None: refused."""
     place = f"loop.{system} and messages[0].role == 'system'" if system else "false"
     turns = "(messages[1:] if messages[0].role == 'system' else messages)" if system else "messages"
     return (
@@ -249,7 +249,7 @@ def test_marks_that_are_not_special_tokens_give_no_dialect(name: str, lacking: s
 
 @pytest.mark.parametrize("config", [{}, {"bos_token": None, "eos_token": {"id": 2}}])
 def test_without_bos_and_eos(config: dict[str, Any]) -> None:
-    """Dialects that need BOS and EOS are not found, whatever the template writes instead. ChatML needs neither."""
+    """Dialects that need BOS and EOS are not recognized without them. ChatML needs neither."""
     for name in ("llama-2-chat", "zephyr", "llama-3"):
         assert chat_keys("{% set bos_token = '' %}" + KNOWN[name][0], config, MOST) == {"chat_format": None}
     assert chat_keys(chatml(), config, CHATML) == {"chat_format": "chatml"}
@@ -271,7 +271,7 @@ def test_statements_of_chat_templates() -> None:
     "name", [name for name in KNOWN if name != "llama-3.2"]
 )  # there transformers inserts the current date
 def test_a_found_dialect_writes_what_transformers_writes(name: str) -> None:
-    """For dialogs other than those used to find the dialect. For Mistral, white space is not compared."""
+    """Compares other dialogs than those that the dialect is recognized by. For Mistral, white space is not compared."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -369,7 +369,7 @@ ESCAPES = [
 
 
 def touch(*_: object) -> None:
-    """Takes the place of raise_exception: a function whose module has imported os."""
+    """Replaces raise_exception in plain Jinja: a function whose module has imported os."""
 
 
 @pytest.mark.parametrize("expression", ESCAPES)

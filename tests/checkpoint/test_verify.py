@@ -135,7 +135,7 @@ def test_files_written_without_crcs_are_noted(copy: Callable[..., Path]) -> None
 
 
 def test_a_shard_of_another_number_of_bytes_than_blocks(tmp_path: Path) -> None:
-    """Tensors that begin and end anywhere within blocks, one of them longer than several."""
+    """Tensors begin and end at any place in a block, and one is longer than several blocks."""
     sizes = [3, BLOCK // 4, 3 * BLOCK // 4 + 5, 1, 0, 17]
     path = tmp_path / FIRST
     torch.save({str(i): torch.randn(n) for i, n in enumerate(sizes)}, path)
@@ -205,7 +205,9 @@ def test_headers_that_contradict_the_directory(copy: Callable[..., Path]) -> Non
         records = {name: archive.read(name) for name in archive.namelist()}
         (offset,) = (info.header_offset for info in archive.infolist() if info.filename.endswith("/data/7"))
     content = path.read_bytes()
-    path.write_bytes(content[: offset + 8] + b"\x08" + content[offset + 9 :])  # compressed, says its header
+    path.write_bytes(
+        content[: offset + 8] + b"\x08" + content[offset + 9 :]
+    )  # the header says that the record is compressed
     (line,) = check_folder(path.parent).problems
     assert line.startswith(f"{path} is damaged in consolidated.01/data/7 (header)")
     with zipfile.ZipFile(path, "w") as archive:
@@ -223,7 +225,7 @@ def test_headers_that_contradict_the_directory(copy: Callable[..., Path]) -> Non
 def test_two_directories(copy: Callable[..., Path]) -> None:
     """zipfile uses the directory right before the end record, torch the one that the end record points to.
 
-    If they differ, other bytes would be checked than are loaded.
+    If they differ, `verify` would check other bytes than `build` loads.
     """
     path = copy() / SECOND
     content = path.read_bytes()
@@ -234,7 +236,7 @@ def test_two_directories(copy: Callable[..., Path]) -> None:
         b"\0" * 64 + content,
         content + b"PK",
         content[:-34] + (64).to_bytes(8, "little") + content[-26:],  # the locator points elsewhere
-        content[:-2] + len(directory).to_bytes(2, "little") + directory,  # and a second directory, as a comment
+        content[:-2] + len(directory).to_bytes(2, "little") + directory,  # and a second directory in the comment
         content[:end] + bytes(8) + content[end:],
         content[: end + 48] + (64).to_bytes(8, "little") + content[end + 56 :],
     ):

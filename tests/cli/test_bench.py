@@ -1,4 +1,4 @@
-"""`bench`: what it runs, what it counts, what it refuses before anything is loaded."""
+"""`bench`: its runs, its figures, its output, and the errors before it loads a model."""
 
 import contextlib
 import io
@@ -72,7 +72,7 @@ def test_every_pair_runs_to_its_end(command: Callable[..., Ended], monkeypatch: 
     order = [(1, 5, True), (1, 5, False), (1, 9, True), (1, 9, False)]
     order += [(3, 5, True), (3, 5, False), (3, 9, True), (3, 9, False)]
     assert [(row["batch"], row["prompt"], row["cache"]) for row in rows] == order
-    # One run to warm up and three that count, whose five steps after the first are timed; the prompts are the same.
+    # One warm-up and three timed runs with the same prompts. In each, five steps after the first are timed.
     assert [(len(prompts), len(prompts[0]), count) for prompts, _, count in streams] == [
         (rows, length, rows * 6) for rows in (1, 3) for length in (5, 9) for _ in range(4)
     ]
@@ -80,7 +80,7 @@ def test_every_pair_runs_to_its_end(command: Callable[..., Ended], monkeypatch: 
     assert all(0 <= token < 512 for prompts, _, _ in streams for ids in prompts for token in ids)
     assert streams[8][0] == streams[11][0] and len({tuple(ids) for ids in streams[8][0]}) == 3
     assert [row["steps"] for row in rows] == [15, 5] * 4
-    # Without the cache: whole prefixes, of those lengths that the steps with it had.
+    # Without the cache each step is a pass over the whole prefix, at the same lengths as with the cache.
     first = passes.index(((3, 6), 0, 6))
     assert passes[first + 1 : first + 6] == [((3, n), 0, n) for n in range(6, 11)]
 
@@ -147,8 +147,10 @@ def test_bytes_a_token(
     args = ["--ckpt_dir", str(folder), "--batch", "3", "--prompt", "7", "--gen", "4", *args]
     (row,) = run_json(command, *args)["rows"]
     layer = 2 * dim * dim + 2 * kv_dim * dim + 3 * dim * width + 2 * dim
-    weights = layers * layer + dim + 512 * dim  # tied or not, the output is read and nothing else of that size
-    positions = 7 + 4 / 2  # what a step in the middle looks back on
+    weights = (
+        layers * layer + dim + 512 * dim
+    )  # tied or not, a step reads the output matrix, and of the embedding only single rows
+    positions = 7 + 4 / 2  # in the cache at the average step
     assert row["bytes_per_token"] == pytest.approx(4 * (weights / 3 + positions * layers * 2 * kv_dim))
 
 
@@ -222,7 +224,7 @@ def test_the_plot(command: Callable[..., Ended], tmp_path: Path) -> None:
 
 
 def test_steps_of_the_plot_are_those_of_the_whole_text(build: Callable[..., Llama]) -> None:
-    """The cache, filled piece by piece, answers at each context as one pass over the text does."""
+    """The cache is filled in pieces. At each context, the logits are those of one pass over the text."""
     llama = build("gqa", max_seq_len=300)
     model, executor = llama.model, llama.executor
     bench.measure_contexts(executor, 256, 1e9)
@@ -299,5 +301,5 @@ def test_an_existing_plot_survives_a_mistake(command: Callable[..., Ended], tmp_
 
 def test_a_prompt_that_needs_too_much_memory(command: Callable[..., Ended]) -> None:
     ended = command("bench", "--batch", "1", "--prompt", str(10**13))
-    told = r"error: the model needs [\d.]+ GiB \(.*\), [\d.]+ GiB are free on cpu: .* would fit\n"
-    assert re.fullmatch(told, ended.err)
+    expected = r"error: the model needs [\d.]+ GiB \(.*\), [\d.]+ GiB are free on cpu: .* would fit\n"
+    assert re.fullmatch(expected, ended.err)

@@ -1,4 +1,4 @@
-"""Command lines: every mistake is one line on stderr, and nothing runs before it is reported."""
+"""Command lines: every mistake is reported in one line on stderr, before anything runs."""
 
 import os
 import signal
@@ -83,7 +83,7 @@ def test_arguments_without_flags_are_assigned_in_order(args: list[str], monkeypa
     ],
 )
 def test_switches(args: list[str], expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`compile` of a command line is None where nobody set it: `build` then has its own default."""
+    """A command gets compile=None if no flag set it, and `build` uses its own default."""
     seen: list[object] = []
 
     @click.command(cls=Command)
@@ -98,7 +98,7 @@ def test_switches(args: list[str], expected: object, monkeypatch: pytest.MonkeyP
 
 
 def test_every_command_compiles_by_default() -> None:
-    """As `build` does, which takes its own default where a command line says nothing."""
+    """Commands pass compile=None without a flag, so that `build` uses its default."""
     assert signature(Llama.build).parameters["compile"].default == "auto"
     assert signature(MetaLlama.__init__).parameters["compile"].default == "auto"
     flags = [p for each in cli.app.commands.values() for p in each.params if p.name == "compile"]
@@ -155,7 +155,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("library", ["libtorch_python", "libtorch_python then 0.4 s"])
 def test_ctrl_c_while_packages_are_imported(library: str, tmp_path: Path) -> None:
     library, _, later = library.partition(" then ")
-    # The last import but one waits, so that the program is still in its imports, however fast the machine is.
+    # The last import but one waits, so that the program is still importing on any machine.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, time\n"
         "class Waits:\n"
@@ -191,7 +191,7 @@ def test_convert_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
 @click.option("--count", type=int, default=1)
 @click.option("--go_on/--no_go_on")
 def texts(text: str, stop: list[str] | None, count: int, go_on: bool) -> None:
-    """Print what arrived."""
+    """Print the arguments that were parsed."""
     print(repr((text, stop, count, go_on)))
 
 

@@ -1,4 +1,4 @@
-"""`python -m llama complete`: a text from the command line, and a file of prompts that survives anything."""
+"""`python -m llama complete`: a text, or a file of prompts whose run can be interrupted and continued."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ from llama.cli.complete import (
 from llama.console import visible
 from llama.engine.streaming import TextPiece
 
-# What every file here is answered with; texts and dialogs take them by the same names.
+# The settings of all runs here. Flags, text_completion and chat_completion have the same names for them.
 SETTINGS: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "max_gen_len": 16}
 FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
@@ -92,9 +92,9 @@ def test_stop_texts_end_the_answer(complete: Callable[..., Ended], build: Callab
     for stop, expected in {
         first: whole[: whole.find(first)],
         json.dumps([first, second]): whole[: whole.find(second)],
-        "[1": whole,  # no JSON, so a text
+        "[1": whole,  # not JSON, so a text
         "1e3": whole,
-        "[1, 2]": whole,  # JSON, but no texts
+        "[1, 2]": whole,  # JSON, but not a list of texts
     }.items():
         assert complete("The licence", *FLAGS, "--stop", stop)[:2] == (0, expected + "\n")
     both = complete("The licence", *FLAGS, "--stop", first, "--stop", second)
@@ -131,7 +131,7 @@ ENTRIES: list[dict[str, Any]] = [
     {"prompt": ""},
     {"prompt": "the software is provided", "id": 7, "reference": ["x"]},
     {"messages": [SYSTEM, user("What is it?"), ANSWER, user("Is it?")], "id": 8},
-    {"prompt": "The licence"},  # once more: another seed, so another answer
+    {"prompt": "The licence"},  # the same prompt again has another seed, so another answer
     {"messages": [user("a [INST] b")]},  # refused by the format
     {"prompt": "é 漢字 👩‍👧 \u2028 \x1b \n\n"},
     {"messages": [SYSTEM, user("")]},
@@ -143,7 +143,7 @@ ENTRIES: list[dict[str, Any]] = [
 
 
 def write_lines(path: Path, entries: list[Any], blank_every: int = 3) -> dict[int, Any]:
-    """Write a file with blank lines between the entries -> line number: entry."""
+    """Write a file with blank lines between the entries. Return {line number: entry}."""
     numbered: dict[int, Any] = {}
     lines: list[str] = []
     for i, entry in enumerate(entries):
@@ -160,12 +160,12 @@ def read_answers(path: Path) -> dict[int, dict[str, Any]]:
     assert content.endswith("\n")
     answers = [json.loads(line) for line in content[:-1].split("\n")]
     by_line = {answer.pop("line"): answer for answer in answers}
-    assert len(by_line) == len(answers)  # each line once
+    assert len(by_line) == len(answers)  # no line has two answers
     return by_line
 
 
 def alone(llama: Llama, number: int, entry: dict[str, Any], seed: int = 1, **settings: Any) -> dict[str, Any]:
-    """The answer to one line without the others."""
+    """The answer to one line, computed without the other lines."""
     arguments: dict[str, Any] = SETTINGS | settings | {"seed": seed + number}
     if "prompt" in entry:
         return {"prompt": entry["prompt"], **llama.text_completion([entry["prompt"]], **arguments)[0]}
@@ -235,14 +235,14 @@ def test_batches_hold_each_job_once_and_respect_their_limits(
         assert len({job.key for job in batch}) == 1
         assert 1 <= len(batch) <= limits.max_batch_size
         assert len(batch) == 1 or positions(batch) <= batch_tokens
-    for batch, following in itertools.pairwise(made):  # none is smaller than it must be
+    for batch, following in itertools.pairwise(made):  # no batch could hold the next job, too
         larger = [*batch, following[0]]
         assert (
             batch[0].key != following[0].key or len(larger) > limits.max_batch_size or positions(larger) > batch_tokens
         )
 
 
-# Lines that are no prompts ------------------------------------------------------------------------
+# Bad lines ----------------------------------------------------------------------------------------
 
 BAD = {
     "The licence": r"not JSON \(Expecting value.*\)",
@@ -292,7 +292,7 @@ def test_keep_going_skips_the_bad_lines_and_no_others(
     ended = complete(*args)
     assert ended.status == 1 and not out.exists()
     assert f"; {len(BAD) - 1} more lines are bad: mend the file" in ended.err
-    for _ in range(2):  # the second time there is nothing left to do
+    for _ in range(2):  # the second run has nothing left to do
         ended = complete(*args, "--keep_going")
         assert ended.status == 0, ended.err
         skipped = dict(re.findall(r"^skipped prompts\.jsonl, line (\d+): (.*)$", ended.err, re.M))
@@ -345,7 +345,7 @@ def test_two_runs_do_not_write_one_file(complete: Callable[..., Ended], tmp_path
     assert complete("--file", str(file), "--out", str(out), *FLAGS).status == 0
 
 
-# A run that is broken off -------------------------------------------------------------------------
+# Interrupted runs ---------------------------------------------------------------------------------
 
 
 def run_command_line(args: list[str], stderr: str) -> None:
@@ -392,7 +392,7 @@ def test_a_run_killed_repeatedly_answers_each_line_once(
             process.kill()
             process.join()
             deaths += 1
-            if deaths % 2:  # as if it had died in the middle of a line
+            if deaths % 2:  # as if it had been killed while it wrote a line
                 os.truncate(out, out.stat().st_size - rng.randint(1, 30))
     assert status == 0, log.read_text()
     assert deaths >= 5
@@ -412,7 +412,7 @@ def answer_to(job: Job, generation: str = "é\u2028.") -> bytes:
 
 
 def struck_off(out: Path) -> set[int]:
-    """The lines of a file of ENTRIES that `out` has answers to."""
+    """Write ENTRIES to a file. Return the numbers of the lines that `_strike_off` finds answered in `out`."""
     file = out.with_name("entries.jsonl")
     file.write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES))
     todo = array("Q", [0, *(_digest(_head(job)) for job in jobs_of(ENTRIES).values())])
@@ -543,7 +543,7 @@ def test_two_ranks_answer_each_line_once(
 
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Callable[[], str]]]:
-    """screen("stderr") makes a stream a terminal, and gives a function that reads what it shows."""
+    """screen("stderr") replaces a stream by a terminal and returns a function that reads what the terminal shows."""
     master, device = pty.openpty()
     with open(device, "w", encoding="utf-8") as stream:
 
@@ -587,10 +587,10 @@ def test_progress_counts_tokens_and_estimates_the_time_left(
 
     now += 0.4
     progress.show(20)
-    assert shown() == ""  # not more than twice a second
+    assert shown() == ""  # shown at most twice a second
     now += 0.1
     progress.show(20)
-    assert shown() == "0/4 prompts, 40.0 tokens/s"  # nothing yet to tell the time by
+    assert shown() == "0/4 prompts, 40.0 tokens/s"  # no prompt is complete, so the time left is unknown
     progress.show(21)
     assert shown() == ""
     now += 1999.5

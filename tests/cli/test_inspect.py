@@ -1,4 +1,4 @@
-"""`llama inspect`: the table, the JSON object, the HTML file, and what mistakes end in."""
+"""`llama inspect`: the table, the JSON object, the HTML file, and error messages."""
 
 import contextlib
 import io
@@ -224,7 +224,7 @@ def test_colours_on_a_terminal_unless_no_color_is_set(
     os.close(master)
     assert re.sub(r"\033\[\d+m", "", out) == plain_text and "\033" not in plain_text
     assert all(text_width(line) <= 90 for line in plain_text.splitlines()[:-1])
-    found = re.findall(r"\033\[(\d+)m([^\033]*)\033\[0m", out)  # a piece and its numbers, in turn
+    found = re.findall(r"\033\[(\d+)m([^\033]*)\033\[0m", out)  # alternately a piece and its numbers
     assert bool(found) == (not no_color) == ("\033" in out)
     for (colour, _), (same, numbers) in zip(found[::2], found[1::2], strict=True):
         assert colour == same == str((32, 36, 33, 35, 31)[level(float(numbers.split()[1].replace("<", "")))])

@@ -14,8 +14,8 @@ import pytest
 
 from helpers.paths import ROOT
 
-# Runs a program with SIGINT ignored. It starts in a session of its own, and with "foreground" and "background" it opens
-# the terminal that is its stdin, which makes it the controlling one.
+# Runs a program with SIGINT ignored, in a session of its own. With "foreground" and "background" it opens the terminal
+# that is its stdin, which makes it the controlling terminal.
 LAUNCH = """
 import os, signal, sys
 place, *args = sys.argv[1:]
@@ -78,7 +78,7 @@ class Program:
 
     def _receive(self, timeout: float) -> bool:
         if select.select([self.master], [], [], timeout)[0]:
-            with contextlib.suppress(OSError):  # nobody has it open any more
+            with contextlib.suppress(OSError):  # no process has the terminal open
                 self.shown += os.read(self.master, 65536).decode(errors="replace")
                 return True
         return False

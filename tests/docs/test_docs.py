@@ -1,4 +1,4 @@
-"""The documentation does what it says: its links lead somewhere, its commands and programs run, its outputs are real.
+"""The documentation is correct: its links resolve, its commands and programs run, its outputs are real.
 
 What runs: fenced blocks of `console` (lines that begin with "$ ") and `python`, page by page, in a folder of the page's
 own that has the demo model. Lines after a command, and a `text` block right after a program, are compared with stdout.

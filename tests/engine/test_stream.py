@@ -1,4 +1,4 @@
-"""Streams of ids and of text equal the results of `generate`, whatever happens between the steps."""
+"""Streams of ids and of text equal the results of `generate`, even with other calls between the steps."""
 
 import json
 import random
@@ -46,7 +46,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def pieces_of(stream: TextStream, ids: list[int]) -> list[str]:
-    """Push ids until a stop text is complete. Returns the pieces, the last one that of `finish`."""
+    """Push ids until a stop text is complete. Returns the pieces. The last one is that of `finish`."""
     pieces = []
     for token in ids:
         stream.push(token)
@@ -325,8 +325,7 @@ def test_an_exception_in_the_reader_leaves_no_trace(build: Callable[..., Llama])
 
 
 def test_calls_in_between_change_nothing(build: Callable[..., Llama]) -> None:
-    """Streams of two batches alternate, each overwriting the other's cache, with calls and forwards between the
-    steps."""
+    """Two streams alternate, each of which overwrites the other's cache, with calls and forwards between the steps."""
     llama = build("gqa", max_seq_len=80, max_batch_size=5)
     first, second = PROMPTS[:3], PROMPTS[2:]
     hot: dict[str, Any] = {"max_gen_len": 10, "temperature": 0.8, "repetition_penalty": 1.2, "seed": 3}
@@ -349,7 +348,7 @@ def test_calls_in_between_change_nothing(build: Callable[..., Llama]) -> None:
 
 
 def test_calls_in_between_change_no_bit_in_bfloat16(build: Callable[..., Llama]) -> None:
-    """Bits too, not only ids in float32: the cache is refilled by the same steps as at first."""
+    """The cache is refilled by the same steps as before, so that bfloat16 results are equal bit for bit."""
     llama = build("llama31", max_seq_len=120, max_batch_size=3, dtype="bfloat16")
     arguments: dict[str, Any] = {"max_gen_len": [40, 5, 40], "temperature": 0}
     expected, scores = llama.generate(PROMPTS[:3], logprobs=True, **arguments)
@@ -617,7 +616,7 @@ def test_2000_random_requests_are_independent_and_leak_no_memory(
 
 
 def everything(folder: Path) -> list[Any]:
-    """A rank's results with mixed settings, samples, stop texts, turns of a dialog, and calls in between."""
+    """A rank's results with mixed settings, samples, stop texts, turns of a dialog, and calls between steps."""
     llama = Llama.build(folder, max_seq_len=200, max_batch_size=5)
     ids = llama.generate(PROMPTS, **MIXED)[0]
     stream = llama.stream(PROMPTS[:2], max_gen_len=8, temperature=0.8, seed=3)

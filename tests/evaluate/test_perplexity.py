@@ -28,8 +28,10 @@ KEYS = ["file", "tokens", "nll", "perplexity", "word_perplexity", "byte_perplexi
 def test_thousands_of_tokens_of_the_demo_model(
     demo_float32: Path, tmp_path: Path, measured: Callable[[str, object], None]
 ) -> None:
-    """Compared with transformers in float32, in the same windows (tests/golden/make_perplexity.py). Only the first
-    lines of the text: all of it takes a minute."""
+    """Compared with transformers in float32, in the same windows (tests/golden/make_perplexity.py).
+
+    Uses only the first lines of the text, because all of it takes a minute.
+    """
     golden = json.loads((GOLDEN / "perplexity.json").read_text())
     lines = (GOLDEN / "text.txt").read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "lines.txt").write_text("".join(lines[: golden["lines"]]), "utf-8")

@@ -36,7 +36,7 @@ def seven_b(
 
 
 def applied(flags: str, choice: Choice) -> Choice:
-    """The choice that a suggestion's flags make."""
+    """The choice after a suggestion's flags are applied."""
     for name, value in re.findall(r"--(\w+) (\S+)", flags):
         if name == "quantize":
             choice = replace(choice, quantize=value)
@@ -102,8 +102,8 @@ def test_each_suggestion_fits_and_one_size_more_does_not(
             assert changed.resized(max_batch_size=changed.args.max_batch_size + 1).sizes.total > available
 
 
-def test_the_12_gb_card() -> None:
-    """The 7B at 4096 positions fits in 8 and 4 bits, with a tenth of the card free, and not in float16."""
+def test_a_12_gb_gpu() -> None:
+    """The 7B with 4096 positions fits in 8 and 4 bits, with a tenth of the GPU free, and not in float16."""
     available = int(11.6 * GIB)  # what a card of 12 GB has free
     assert seven_b(4096, 1).sizes.total > available
     assert [flags for flags, _ in suggestions(seven_b(4096, 1), available)][:2] == [
@@ -240,7 +240,7 @@ def test_its_cases_pass_on_a_cpu(
 
 
 def limited(folder: Path) -> list[str]:
-    """The errors under a limit of the address space, set before a build and before a batch; then a smaller batch."""
+    """Errors under a limit of the address space, set before builds and a batch, and whether a smaller batch works."""
     import resource
 
     errors = []
@@ -331,7 +331,7 @@ def test_a_long_running_process_needs_no_more_memory(
         [sys.executable, program, str(checkpoint("mha")), "--tokens", "80000"], capture_output=True, text=True
     )
     found = json.loads(done.stdout)
-    measured("memory in use after 80,000 ids, beside that after 16,000", f"{found['in_use_growth']:+.2%}")
+    measured("memory in use after 80,000 ids, compared to that after 16,000", f"{found['in_use_growth']:+.2%}")
     assert done.returncode == 0 and found["tokens"] >= 80_000, done.stderr
 
 

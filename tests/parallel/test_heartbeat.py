@@ -58,7 +58,7 @@ REPORTS = {
 
 
 def lose(timeout: int, folder: Path, scenarios: list[str]) -> Iterator[dict]:
-    """Run helpers/lost_ranks.py; one result for each scenario, whose surviving rank exited in time, in one line."""
+    """Run helpers/lost_ranks.py. Check that every surviving rank exited in time. Yields the result of each scenario."""
     env = os.environ | {"LLAMA_TIMEOUT": str(timeout), "PYTHONPATH": PYTHONPATH}
     command = [sys.executable, str(HELPERS / "lost_ranks.py"), str(folder), *scenarios]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env)
@@ -89,7 +89,7 @@ def test_20_kills_at_random_moments(checkpoint: Callable[..., Path], measured: C
 
 @contextlib.contextmanager
 def chatting(folder: Path, port: int) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """torchrun with two ranks of `llama chat` that wait for input, and the pids of the ranks."""
+    """Start torchrun with two ranks of `llama chat` that wait for input. Yields torchrun and the pids of the ranks."""
     command = [TORCHRUN, "--nproc_per_node", "2", "--master_port", str(port), "-m", "llama", "chat"]
     ranks = subprocess.Popen(
         [*command, "--ckpt_dir", str(folder), "--chat_format", "llama2"],
@@ -160,7 +160,7 @@ def test_a_rank_that_closed_its_model_is_named(checkpoint: Callable[..., Path]) 
 
 
 def build_differently(pairs: list[list[dict]]) -> list[str]:
-    """For each pair of arguments, one for each rank: "built", or the error that `build` raises on this rank."""
+    """Build with each pair of arguments, one for each rank. Returns "built" or this rank's error for each pair."""
     answers = []
     for arguments in pairs:
         try:
@@ -242,7 +242,7 @@ def test_hosts_that_compute_in_other_dtypes_are_named(checkpoint: Callable[..., 
 
 
 def run_out_of_memory(folder: Path) -> tuple[str, str]:
-    """A chat in which only rank 1 runs out of memory: the error that ends it on this rank."""
+    """Run a chat in which only rank 1 runs out of memory. Returns the type and message of this rank's error."""
     hidden, calls = Executor.hidden, 0
 
     def failing(self: Executor, *args: Any, **named: Any) -> Any:
@@ -270,8 +270,9 @@ def test_a_chat_ends_if_one_rank_runs_out_of_memory(checkpoint: Callable[..., Pa
 
 
 def load_slowly(folder: Path) -> float:
-    """Seconds for `build` and two calls. Rank 1 loads slowly, and rank 0 is busy between the calls: both for longer
-    than a collective's timeout."""
+    """Seconds for `build` and two calls. Rank 1 loads slowly and rank 0 is busy between the calls, each for longer than
+    a collective's timeout.
+    """
     os.environ["LLAMA_TIMEOUT"] = "6"
     if current_world().rank == 1:
         load = loading.load_weights
@@ -318,7 +319,7 @@ def test_ranks_that_were_suspended_together_continue(checkpoint: Callable[..., P
 
 
 def test_a_silent_rank_is_lost_at_the_second_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the first, this rank itself may have been suspended: then it hears the others as soon as it continues."""
+    """At the first check, this rank itself may have been suspended. Then it hears from the others once it continues."""
     monkeypatch.setenv("LLAMA_TIMEOUT", "10")
     stores = heartbeat.Stores.of(dist.HashStore())
     first, second = (heartbeat.Heartbeat(stores, 1, rank, 2) for rank in range(2))
