@@ -296,21 +296,21 @@ Written by `{argv}` on {date.today()}, in {minutes:.0f} minutes: {processor()}, 
 (with several ranks one each), Python {platform.python_version()}, {versions}.
 Change the script, not this page.
 
-Errors are differences from a float64 forward of the weights as the files store them: `tests/helpers/plain.py`, in
-numpy, with no code of the package. A second float64 route, transformers with its float32 parts replaced, agrees to
+Errors are differences from a float64 forward pass with the weights as the files store them. `tests/helpers/plain.py`
+computes it in numpy, without code of the package. transformers in float64, with its float32 parts replaced, agrees to
 {agreement:.0e}.
-Logits here have a standard deviation of {float(logits.std()):.2f}, the largest is {float(logits.abs().max()):.1f}.
+Logits here have a standard deviation of {float(logits.std()):.2f}; the largest is {float(logits.abs().max()):.1f}.
 
-{len(texts)} texts of {PROMPT} ids (`{TEXT.name}`) are computed in one pass each; then the {STEPS} ids of float64's
-greedy continuation follow, one at a time through the KV cache. Cells with two figures have that of the prompts first,
-then that of the steps. Logits: of all of the vocabulary. Log-probabilities: of the ids that follow. Perplexity: of the
-prompts, compared with {perplexity:.4f} in float64. First other id: the first step, of any text, at which greedy
-decoding chooses another id than float64.
+{len(texts)} texts of {PROMPT} ids (`{TEXT.name}`) are computed in one pass each. Then the {STEPS} ids of float64's
+greedy continuation are computed one at a time with the KV cache. A cell with two figures has that of the prompts, then
+that of the steps. Logits are those of the whole vocabulary, log-probabilities those of the next ids. The perplexity is
+that of the prompts, compared with {perplexity:.4f} in float64. "First other id" is the first step, in any text, at
+which greedy decoding chooses another id than float64.
 
-"plain" are the layers of `llama/model.py`; "merged" those of `--no-compile`; "compiled", the default, has a compiled
-decode step, except in float16. Quantized weights are those of `--quantize`: their error is that of fewer bits, not of
-computing. This model's matrices were on a grid of 4 bits before, which flatters int4; `benchmarks/accuracy.py` has
-random weights, too.
+"plain" is `--plain`, "merged" is `--no-compile`. "compiled" is the default: it has a compiled decode step, except in
+float16. int8 and int4 are those of `--quantize`; their errors come from fewer bits, not from the computation. This
+model was quantized to 4 bits before, which makes int4 look better than it is. `benchmarks/accuracy.py` has random
+weights, too.
 """
     ]
     for dtype in DTYPES:

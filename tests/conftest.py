@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-# The seeded models are too small for threads: one each, here and in the ranks that tests start. Before torch is
-# imported.
+# The seeded models are too small to profit from threads, so this process and the ranks that tests start use one each.
+# Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Nothing is fetched. Without this, Hugging Face's packages retry again and again where there is no network.
+# Tests download nothing. Without this, Hugging Face's packages retry many times if there is no network.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
 
 # Tests send SIGINT and SIGHUP to programs that they start. If our parent ignores these signals (`nohup make test &`, a
-# script's background job, some CI runners), the programs would inherit that. With a handler here they start with the
-# default. The workers of pytest-xdist inherit it, too, and import this file.
+# script's background job, some CI runners), these programs would ignore them, too. If this process has a handler, they
+# start with the default action. Workers of pytest-xdist also import this file.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, lambda *_: None)  # pytest itself outlives the terminal, as nohup promises
+    signal.signal(signal.SIGHUP, lambda *_: None)  # under nohup, pytest must survive SIGHUP
 
 from golden.make_checkpoint import write
 from helpers.commands import Ended, run_command
@@ -33,7 +33,7 @@ MEASURED: dict[str, object] = {}
 
 @pytest.fixture(scope="session")
 def measured() -> Callable[[str, object], None]:
-    """measured(name, figure): print a figure at the end of the run, also if its test fails."""
+    """measured(name, figure): print a figure at the end of the run, even if its test fails."""
     return MEASURED.__setitem__
 
 
@@ -56,13 +56,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Any]:
-    """Meta's own code's answers on the seeded checkpoints (float32, CPU, greedy)."""
+    """Answers of Meta's own code on the seeded checkpoints (float32, CPU, greedy)."""
     return json.loads((GOLDEN / "expected.json").read_text())
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> dict[str, Any]:
-    """The same for SmolLM2-135M-Instruct, dequantized from its GGUF file."""
+    """Like `golden`, for SmolLM2-135M-Instruct, dequantized from its GGUF file."""
     return json.loads((GOLDEN / "smollm2.json").read_text())
 
 
@@ -96,8 +96,10 @@ def build(checkpoint: Callable[..., Path]) -> Iterator[Callable[..., Llama]]:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Llama]]:
-    """The models that commands build in this process. Closed at the end, as a command that fails leaves that to the
-    exit."""
+    """The models that commands build in this process.
+
+    They are closed at the end of the test: a command that fails leaves its model open until the process exits.
+    """
     models: list[Llama] = []
     build = Llama.build
 
@@ -118,17 +120,17 @@ def command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., Ended]:
-    """command(name, *words, stdin=""): `python -m llama` in this process, on a seeded model."""
+    """command(name, *args, stdin=""): `python -m llama` in this process, on a seeded model."""
 
-    def run(name: str, *words: str, stdin: str | io.StringIO = "") -> Ended:
+    def run(name: str, *args: str, stdin: str | io.StringIO = "") -> Ended:
         stream = io.StringIO(stdin) if isinstance(stdin, str) else stdin
-        return run_command([name, "--ckpt_dir", str(checkpoint("mha")), *words], monkeypatch, capsys, stream)
+        return run_command([name, "--ckpt_dir", str(checkpoint("mha")), *args], monkeypatch, capsys, stream)
 
     return run
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of this run, which pytest-xdist's workers share."""
+    """A temporary folder of this run that pytest-xdist's workers share."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 

@@ -44,7 +44,7 @@ TIMEOUT = 1800  # seconds for a case: torch.compile takes minutes
 
 @dataclass
 class Asked:
-    """What a case runs on. folders: name -> seeded checkpoint. demo: the demo model's folder, None if it is missing."""
+    """Arguments of a case. folders: name -> seeded checkpoint. demo: the demo model's folder, None if it is missing."""
 
     device: str
     folders: dict[str, Path]
@@ -159,8 +159,8 @@ def dropin(asked: Asked) -> Answer:
     """Changed modules and weights, compared to transformers with the same changes: tests/dropin/test_model.py here."""
     if find_spec("pytest") is None or find_spec("transformers") is None:
         return {"left out": "pytest and transformers are needed"}, []
-    words = ["-q", "--no-header", "-p", "no:cacheprovider", "-k", "not rank", str(HERE / "dropin" / "test_model.py")]
-    done = subprocess.run([sys.executable, "-m", "pytest", *words], capture_output=True, text=True, cwd=HERE.parent)
+    args = ["-q", "--no-header", "-p", "no:cacheprovider", "-k", "not rank", str(HERE / "dropin" / "test_model.py")]
+    done = subprocess.run([sys.executable, "-m", "pytest", *args], capture_output=True, text=True, cwd=HERE.parent)
     lines = done.stdout.splitlines()
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     if done.returncode and not failures:

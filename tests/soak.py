@@ -1,5 +1,5 @@
-"""soak.py CKPT_DIR [--tokens N] [--no-compile]: does a process that generates for a long time need more and
-more memory?
+"""soak.py CKPT_DIR [--tokens N] [--no-compile]: whether a process that generates for a long time needs more and more
+memory.
 
 Generates from prompts of random length in batches: with stop texts and log-probabilities, plain, and as streams. After
 each tenth prints tokens, tokens per second and anonymous memory: as held by the process, and as in use after glibc's

@@ -1,5 +1,6 @@
-"""benchmarks/compare.py: all sides hold the same model, shown with a small random one, and a peer that crashes does not
-end the comparison."""
+"""benchmarks/compare.py: all sides hold the same model (here a small random one), and a peer that crashes does not end
+the comparison.
+"""
 
 import argparse
 import json
@@ -28,14 +29,14 @@ SHAPE: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2
 
 @pytest.fixture
 def forkserver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peers start from a process that has imported torch already: quicker, and the same for what is tested here."""
+    """Start peers from a forkserver that has torch already imported, which is quicker."""
     monkeypatch.setattr(sides, "START_METHOD", CONTEXT.get_start_method())
 
 
 @pytest.mark.usefixtures("forkserver")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_all_sides_hold_the_same_model(tmp_path: Path, kind: str) -> None:
-    """Ids of Meta, transformers, llama.cpp where it is installed, and our variants, alone and in a ragged batch."""
+    """Meta, transformers, llama.cpp if installed, and our variants give the same ids, alone and in a ragged batch."""
     left_out = list[str]()
     sides.write_random(tmp_path / kind, TOKENIZER, SHAPE, kind)
     found = sides.sides_of(kind, tmp_path / kind, None, 4, left_out.append, no_failure)
@@ -66,7 +67,7 @@ def no_failure(name: str, reason: str) -> None:
 
 @pytest.fixture
 def peer() -> Iterator[Callable[..., sides.Peer]]:
-    """peer(name, make): closed at the end."""
+    """peer(name, make): a sides.Peer that is closed at the end."""
     made: list[sides.Peer] = []
 
     def make(*args: object) -> sides.Peer:

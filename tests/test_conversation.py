@@ -1,4 +1,4 @@
-"""A conversation gives the answers of a run over its complete history, and computes only the new ids."""
+"""A conversation's answers equal those of a run over its complete history, but it computes only the new ids."""
 
 import statistics
 import time

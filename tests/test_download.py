@@ -50,7 +50,7 @@ BASHES = [path for path in os.environ.get("BASHES", "").split(":") if path]
 BASHES += [found for name in ("bash3.2", "bash") if (found := shutil.which(name))]
 CLIENTS = [name for name in ("curl", "wget") if shutil.which(name)]
 DIGESTS = [*["md5sum"] * bool(shutil.which("md5sum")), "md5", "Python"]
-# All that download.sh may use beside a client and a tool for md5 sums.
+# All that download.sh may use besides a client and a tool for md5 sums.
 TOOLS = ["bash", "cat", "dd", "dirname", "mkdir", "mktemp", "mv", "rm", "sed", "sh", "stty", "tr", "wc"]
 LOCK = ".download.lock"
 SHARD = "llama-2-7b/consolidated.00.pth"
@@ -116,7 +116,7 @@ class Ended(NamedTuple):
 
 
 class Bench:
-    """A folder for the models, and runs of download.sh, after each of which `promises` is checked."""
+    """A folder for the models, and runs of download.sh. `promises` is checked after each run."""
 
     def __init__(self, folder: Path, server: Server, path: Path, bash: str, python: str) -> None:
         self.target = folder / "my models"
@@ -142,15 +142,15 @@ class Bench:
         return file
 
     def all_but_weights(self) -> None:
-        """Put every file of Llama-2-7B but its shard."""
+        """Write every file of Llama-2-7B except its shard."""
         for path in [*TOP, "llama-2-7b/params.json", "llama-2-7b/checklist.chk"]:
             self.put(path)
 
-    def start(self, *words: str, **more: Any) -> "subprocess.Popen[str]":
+    def start(self, *args: str, **more: Any) -> "subprocess.Popen[str]":
         environment = self.environment | more.pop("env", {})
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
         return subprocess.Popen(
-            [self.bash, str(self.script), *words], env=environment, start_new_session=True, text=True, **streams
+            [self.bash, str(self.script), *args], env=environment, start_new_session=True, text=True, **streams
         )
 
     def finish(self, process: "subprocess.Popen[str]", stdin: str | None = None) -> Ended:
@@ -159,9 +159,9 @@ class Bench:
         self.promises(ended)
         return ended
 
-    def run(self, *words: str, stdin: str | None = None, env: dict[str, str] | None = None) -> Ended:
+    def run(self, *args: str, stdin: str | None = None, env: dict[str, str] | None = None) -> Ended:
         stream = subprocess.DEVNULL if stdin is None else subprocess.PIPE
-        return self.finish(self.start(*words, env=env or {}, stdin=stream), stdin)
+        return self.finish(self.start(*args, env=env or {}, stdin=stream), stdin)
 
     def promises(self, ended: Ended) -> None:
         """Check what holds after every run, however it ended."""
@@ -245,9 +245,9 @@ def test_models_of_both_generations(fetching: Bench) -> None:
     there = {str(file.relative_to(fetching.target)) for file in fetching.target.rglob("*") if file.is_file()}
     shards = [f"consolidated.0{i}.pth" for i in range(8)]
     expected = {*TOP, *(f"llama-2-70b-chat/{name}" for name in ["checklist.chk", "params.json", *shards])}
-    beside = ["LICENSE", "USE_POLICY", "checklist.chk", "params.json", "tokenizer.model"]
-    expected |= {f"Meta-Llama-3-8B-Instruct/{name}" for name in [*beside, shards[0]]}
-    expected |= {f"Meta-Llama-3-70B/{name}" for name in [*beside, *shards]}
+    small = ["LICENSE", "USE_POLICY", "checklist.chk", "params.json", "tokenizer.model"]
+    expected |= {f"Meta-Llama-3-8B-Instruct/{name}" for name in [*small, shards[0]]}
+    expected |= {f"Meta-Llama-3-70B/{name}" for name in [*small, *shards]}
     assert there == expected  # their bytes were compared by Bench.promises
 
 
@@ -287,16 +287,16 @@ REFUSED = {
 
 def test_names(bench: Callable[..., Bench]) -> None:
     with_curl = bench()
-    for words, folders in FOLDERS.items():
-        for ended in [with_curl.run("--verify-only", words), with_curl.run("--verify-only", *words.split())]:
+    for args, folders in FOLDERS.items():
+        for ended in [with_curl.run("--verify-only", args), with_curl.run("--verify-only", *args.split())]:
             named = re.findall(rf"^Comparing md5 sums in {with_curl.target}/(.*)$", ended.out, re.MULTILINE)
-            assert (ended.status, named) == (1, folders), words
+            assert (ended.status, named) == (1, folders), args
     ended = with_curl.run("--verify-only", "all")
     assert ended.out.count("Comparing md5 sums in") == 10 and "link" not in ended.last, ended
     ended = with_curl.run("--list", "nonsense")
     assert ended.status == 1 and "--list shows every model" in ended.last, ended
-    for words, message in REFUSED.items():
-        ended = with_curl.run(words)
+    for args, message in REFUSED.items():
+        ended = with_curl.run(args)
         assert ended.status == 1 and message in ended.last, ended
     ended = with_curl.run(stdin=with_curl.server.link)
     assert ended.status == 1 and "that is a link, not models" in ended.last, ended
@@ -312,10 +312,10 @@ def test_links_as_users_copy_them(fetching: Bench) -> None:
     escaped = link.replace("&", "&amp;")
     fetching.all_but_weights()
 
-    def is_good(*words: str, url: str = "", stdin: str | None = None) -> None:
+    def is_good(*args: str, url: str = "", stdin: str | None = None) -> None:
         (fetching.target / SHARD).unlink(missing_ok=True)
-        ended = fetching.run(*words, env={"PRESIGNED_URL": url}, stdin=stdin)
-        assert ended.status == 0, (words, url, stdin, ended)
+        ended = fetching.run(*args, env={"PRESIGNED_URL": url}, stdin=stdin)
+        assert ended.status == 0, (args, url, stdin, ended)
 
     for copied in [f'"{link}"', f"'{escaped}'", f" \t{link} \r\n", f"<{link}>", f"{link[:90]}\r\n{link[90:]}"]:
         is_good("7B", url=copied)
@@ -352,7 +352,7 @@ def test_the_link_is_in_no_command_line(fetching: Bench) -> None:
     assert not [line for line in fetching.server.seen if "SECRET" in line]
 
 
-# ---- faults of the server at the request for the weights, of which nothing or the first half was fetched before
+# ---- faults of the server in its answer for the weights, after nothing or the first half of them was fetched
 
 HALF = WEIGHTS // 2
 FAULTS_OF_FULL_ANSWERS = ["a page as bytes", "a page without a type", "XML as bytes", "empty"]
@@ -397,7 +397,9 @@ FAULTS: dict[str, tuple[list[Answer], int, str]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults(fetching: Bench, fault: str, half: bool) -> None:
     answers, status, message = FAULTS[fault]
-    if half and fault in FAULTS_OF_FULL_ANSWERS:  # the answer to a range cannot be that: fetched from the start
+    if (
+        half and fault in FAULTS_OF_FULL_ANSWERS
+    ):  # this cannot be the answer to a range, so the client fetches from the start
         status, message = 0, ""
     fetching.all_but_weights()
     part = fetching.target / f"{SHARD}.part"
@@ -562,8 +564,9 @@ def test_lists_in_other_layouts(bench: Callable[..., Bench]) -> None:
 
 
 def test_a_hundred_cuts(fetching: Bench, measured: Callable[[str, object], None]) -> None:
-    """At random bytes: by the server, which closes or resets the connection, and by SIGKILL and Ctrl-C here, after
-    which another run continues. The file ends up correct, and never has its final name before."""
+    """Cuts at random bytes: the server closes or resets the connection, or the test sends SIGKILL or Ctrl-C. The next
+    run continues. In the end the file is correct, and it never has its final name before.
+    """
     draw = random.Random(2026)
     fetching.all_but_weights()
     server, final = fetching.server, fetching.target / SHARD
@@ -620,7 +623,7 @@ def group_is_gone(group: int) -> bool:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_the_script_alone_is_killed(fetching: Bench, how: signal.Signals) -> None:
-    """Its client would continue, and write to a file that another run appends to."""
+    """Without the script, its client would continue to write to a file that another run appends to."""
     fetching.all_but_weights()
     fetching.put(f"{SHARD}.part", WEIGHT[:HALF])
     fetching.server.faults[SHARD] = [hold(1000)]
@@ -690,27 +693,27 @@ def test_the_lock_of_another_user(bench: Callable[..., Bench]) -> None:
 
 # Fetches and converts nothing; waits at the download while there is a file "hold".
 DEMOS_PYTHON = """import hashlib, os, sys, time
-here, words = os.path.dirname(sys.argv[0]), sys.argv[1:]
-if words[:2] == ["-m", "pip"]:
-    open(words[words.index("-d") + 1] + "/a.whl", "w").close()
+here, args = os.path.dirname(sys.argv[0]), sys.argv[1:]
+if args[:2] == ["-m", "pip"]:
+    open(args[args.index("-d") + 1] + "/a.whl", "w").close()
     while os.path.exists(here + "/hold"):
         time.sleep(0.01)
-elif words[:2] == ["-m", "llama"]:
-    os.mkdir(words[4])
+elif args[:2] == ["-m", "llama"]:
+    os.mkdir(args[4])
     sums = ""
     for name in ["params.json", "tokenizer.json", "tokenizer_config.json", "consolidated.00.pth"]:
-        open(f"{words[4]}/{name}", "w").write(name)
+        open(f"{args[4]}/{name}", "w").write(name)
         sums += f"{hashlib.md5(name.encode()).hexdigest()}  {name}\\n"
-    open(words[4] + "/checklist.chk", "w").write(sums)
-elif "zipfile" in words[1]:
-    open(words[4], "w").close()
-elif "hashlib" in words[1]:
-    print("WHEEL" if words[3].endswith(".whl") else "GGUF")
+    open(args[4] + "/checklist.chk", "w").write(sums)
+elif "zipfile" in args[1]:
+    open(args[4], "w").close()
+elif "hashlib" in args[1]:
+    print("WHEEL" if args[3].endswith(".whl") else "GGUF")
 """
 
 
 def test_two_demos_at_once(bench: Callable[..., Bench], tmp_path: Path) -> None:
-    """And one on a full disk, and after one that was killed."""
+    """Two at once, one on a full disk, and one after another that was killed."""
     with_curl = bench()
     wheel, gguf = re.findall("_sum=([0-9a-f]{64})", SCRIPT.read_text())
     text = DEMOS_PYTHON.replace("WHEEL", wheel).replace("GGUF", gguf)
@@ -758,12 +761,12 @@ def test_ctrl_c(fetching: Bench) -> None:
 
 
 def on_a_terminal(
-    bench: Bench, steps: list[tuple[str, bytes | Callable[[], None]]], *words: str, sigint_ignored: bool = False
+    bench: Bench, steps: list[tuple[str, bytes | Callable[[], None]]], *args: str, sigint_ignored: bool = False
 ) -> tuple[int, str]:
-    """A run on a terminal: its status and what it showed.
+    """Run download.sh on a terminal. Returns its status and its output.
 
-    Each step waits for a text, after that of the step before, and then types bytes or calls a function. At the end the
-    terminal must echo again.
+    Each step waits for a text after that of the previous step, and then types bytes or calls a function. At the end
+    the terminal must echo again.
     """
     ours, theirs = pty.openpty()
 
@@ -777,7 +780,7 @@ def on_a_terminal(
         return os.read(ours, 65536).decode("utf-8", "replace") if ready else ""
 
     process = bench.start(
-        *words,
+        *args,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -790,7 +793,7 @@ def on_a_terminal(
         if steps and steps[0][0] in new:
             new = new.partition(steps[0][0])[2]
             _, then = steps.pop(0)
-            time.sleep(0.5)  # as a user; between a question and its `read` bash ignores Ctrl-C
+            time.sleep(0.5)  # like a user: between a question and its `read`, bash ignores Ctrl-C
             if callable(then):
                 then()
             else:
@@ -892,8 +895,8 @@ def test_the_disk_of_this_machine(bench: Callable[..., Bench]) -> None:
     (path / "df").symlink_to(df)
     with_curl.environment["PATH"] = f"{path}:{with_curl.environment['PATH']}"
     ended = with_curl.run("7B", env={"PRESIGNED_URL": "no link"})
-    told = re.search(r"([0-9.]+) GB (are )?free in", ended.out + ended.err)
-    assert told and abs(float(told[1]) * 1e9 - shutil.disk_usage(path).free) < 2e9, ended
+    free = re.search(r"([0-9.]+) GB (are )?free in", ended.out + ended.err)
+    assert free and abs(float(free[1]) * 1e9 - shutil.disk_usage(path).free) < 2e9, ended
 
 
 def test_a_full_disk(fetching: Bench) -> None:
@@ -1119,8 +1122,8 @@ def test_help(bench: Callable[..., Bench]) -> None:
     for word in ("--help", "-h"):
         ended = with_curl.run(word)
         assert ended.status == 0 and not ended.err
-        for told in ["demo", "--url", "--list", "--verify-only", "PRESIGNED_URL", "TARGET_FOLDER", "130"]:
-            assert told in ended.out
+        for expected in ["demo", "--url", "--list", "--verify-only", "PRESIGNED_URL", "TARGET_FOLDER", "130"]:
+            assert expected in ended.out
         for name in {name for names in FOLDERS for name in re.split(r"[\s,]+", names.lower())}:
             if "ama" in name or "meta" in name:
                 continue

@@ -1,4 +1,4 @@
-"""text_completion and chat_completion: the results' fields, refusals, stops, batches above max_batch_size."""
+"""text_completion and chat_completion: fields of the results, refusals, stops, batches above max_batch_size."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_an_answer_ends_at_the_formats_stop_ids(build: Callable[..., Llama]) -> 
 
 
 @pytest.mark.parametrize("dialogs", [5, "hello", [5], [None]])
-def test_what_is_no_list_of_dialogs_is_an_error(dialogs: Any, build: Callable[..., Llama]) -> None:
+def test_an_invalid_list_of_dialogs_is_an_error(dialogs: Any, build: Callable[..., Llama]) -> None:
     with pytest.raises(TypeError, match="dialog"):
         build("gqa").chat_completion(dialogs)
 

@@ -1,7 +1,7 @@
 """The CUDA path without a GPU: `Llama.build` and `generate` run unchanged on fake tensors, which have a shape, a dtype
 and a device but no numbers. Tensors of two devices in one operator are an error there, as on a GPU.
 
-Only these are replaced: what torch reports about GPUs, the NCCL group, and the copy of numbers from the device.
+Only these are replaced: what torch reports about GPUs, the NCCL group, and the copy of values from the device.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from llama.parallel.groups import World, connect_ranks, current_world, init_proc
 from llama.parallel.heartbeat import Stores
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:Set timeout is now only supported"),  # of the fake group
+    pytest.mark.filterwarnings("ignore:Set timeout is now only supported"),  # from the fake process group
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, and the walk pretends one"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="noop_cuda_guard.cpp needs g++"),
 ]
@@ -55,9 +55,7 @@ def pretend_gpus(patch: pytest.MonkeyPatch, count: int, capability: tuple[int, i
         (0, "cuda", World(), "this torch sees no GPU"),
     ],
 )
-def test_gpus_that_are_not_there(
-    count: int, name: str, world: World, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_gpus(count: int, name: str, world: World, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, count)
     with pytest.raises(ValueError, match=message):
         pick_device(name, world)
@@ -83,7 +81,7 @@ def device_guard(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 class Alone:
-    """In place of `Heartbeat`: the other ranks, which do not exist, send what this one sends."""
+    """Replaces `Heartbeat`. The other ranks do not exist, so each of them seems to send what this rank sends."""
 
     def __init__(self, stores: Stores, generation: int, rank: int, size: int):
         self.size = size
@@ -97,7 +95,7 @@ class Alone:
 
 @contextlib.contextmanager
 def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int, int]) -> Iterator[list[int]]:
-    """Inside, this is that rank under torchrun with NCCL, on hosts of up to two GPUs, and new tensors are fake."""
+    """Inside, the process is a rank under torchrun and NCCL, on hosts of up to two GPUs, and new tensors are fake."""
     init, hosts_gpus = dist.init_process_group, min(size, 2)
 
     def init_fake(backend: str, **arguments: Any) -> None:
@@ -108,19 +106,21 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     world = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % hosts_gpus, "LOCAL_WORLD_SIZE": hosts_gpus}
     for name, value in world.items():
         patch.setenv(name, str(value))
-    patch.setenv("OMP_NUM_THREADS", "2")  # a user's choice: build leaves this process its threads
+    patch.setenv(
+        "OMP_NUM_THREADS", "2"
+    )  # as if the user had set it, so that `build` does not change the number of threads
     patch.setattr(groups, "_stores", Stores.of(dist.HashStore()))  # in place of torchrun's port
     patch.setattr(groups, "Heartbeat", Alone)
     patch.setattr(dist, "is_nccl_available", lambda: True)
     patch.setattr(dist, "init_process_group", init_fake)
     patch.setattr(dist, "get_backend", lambda *group: "nccl")
-    patch.setattr(loading, "check_before_loading", lambda *arguments: ([], {}))  # searches the files for NaN
+    patch.setattr(loading, "check_before_loading", lambda *arguments: ([], {}))  # it would search the files for NaN
     for module in (decode_loop, scoring):
         patch.setattr(module, "read_back", lambda values: np.ones(values.shape).tolist())
-    patch.setattr(engine, "draw_seed", lambda: 1)  # reads a number from a tensor of the CPU
-    here = torch.device("cuda", rank % hosts_gpus)  # torch's class cannot be made inside the mode
+    patch.setattr(engine, "draw_seed", lambda: 1)  # it would read a number from a tensor on the CPU
+    here = torch.device("cuda", rank % hosts_gpus)  # torch.device cannot be called in the mode
     patch.setattr(fused, "causal_mask", lambda n, m, on: torch.ones(n, m, device=here).tril(m - n) > 0)
-    patch.setattr(FakeTensorMode, "avoid_device_init", True)  # or it initializes the pretended GPU
+    patch.setattr(FakeTensorMode, "avoid_device_init", True)  # otherwise it initializes the pretended GPU
     chosen = pretend_gpus(patch, hosts_gpus, capability)
     connect_ranks(current_world())
     init_process_groups(current_world(), torch.device("cuda"))  # outside the mode, where fairscale can read its ranks
@@ -128,12 +128,12 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
         with FakeTensorMode():
             yield chosen
     finally:
-        while dist.is_initialized():  # a test that failed has not closed its model
+        while dist.is_initialized():  # a test that failed did not close its model
             shutdown()
 
 
 def spy(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
-    """The arguments and, last, the result of every call, filled later."""
+    """Return a list to which each call appends its arguments and, last, its result."""
     calls: list[tuple[Any, ...]] = []
     original = getattr(owner, name)
 

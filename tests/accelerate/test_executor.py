@@ -59,7 +59,7 @@ def test_steps_at_any_positions(form: str, name: str, dtype: str, build: Callabl
 
 @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (5, 1), (7, 1), (8, 1)])
 def test_steps_of_heads_that_share_keys(heads: int, kv_heads: int, tmp_path: Path) -> None:
-    """native.c computes up to four heads that relative a KV head at a time: here groups of 3, 5, 7 and 8."""
+    """native.c computes up to four heads that share a KV head at a time: here groups of 3, 5, 7 and 8."""
     params: dict[str, Any] = {"dim": 16 * heads, "n_layers": 2, "n_heads": heads, "n_kv_heads": kv_heads}
     params |= {"vocab_size": 512, "hidden_dim": 96}
     (tmp_path / "params.json").write_text(json.dumps(params))
@@ -77,7 +77,7 @@ def test_steps_of_heads_that_share_keys(heads: int, kv_heads: int, tmp_path: Pat
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=bound)
 
 
-def test_a_cache_takes_rows_at_their_place() -> None:
+def test_a_cache_writes_rows_from_its_first_row() -> None:
     cache = KVCache((4, 2, 8, 4), torch.float32, torch.device("cpu"))
     k, v = torch.randn(2, 2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
     cache.first_row = 1
@@ -90,7 +90,7 @@ def test_a_cache_takes_rows_at_their_place() -> None:
 
 
 @pytest.mark.parametrize("form", [{}, {"compile": False}, {"quantize": "int8", "compile": False}, {"quantize": "int4"}])
-def test_a_batch_is_its_rows_alone(form: dict[str, Any], build: Callable[..., Llama]) -> None:
+def test_a_batch_equals_its_rows_alone(form: dict[str, Any], build: Callable[..., Llama]) -> None:
     llama = build("gqa", max_seq_len=128, max_batch_size=6, **form)
     prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 90, 17, 5, 64, 40)]
     together, scores = llama.generate(prompts, 12, temperature=0, logprobs=True)
@@ -101,7 +101,7 @@ def test_a_batch_is_its_rows_alone(form: dict[str, Any], build: Callable[..., Ll
 
 
 @pytest.mark.parametrize("form", [{}, {"quantize": "int8", "compile": False}, {"quantize": "int4"}])
-def test_weights_damaged_behind_the_check_are_told(
+def test_weights_damaged_after_the_check_are_reported(
     form: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = torch.load(checkpoint("gqa") / "consolidated.00.pth", weights_only=True)
@@ -263,7 +263,7 @@ def test_the_parts_of_a_layer(seqlen: int, dtype: str) -> None:
     exact = x64 / (x64.square().mean(dim=-1, keepdim=True) + plain.eps).sqrt() * weight
     with torch.no_grad():
         for found in (fused.rms_norm(plain, x), plain(x)):
-            # A sum of 96 squares, and a dozen operations: mean, eps, root, its inverse, products.
+            # A sum of 96 squares and about a dozen operations: mean, eps, root, its inverse, products.
             assert ((found.double() - exact).abs() <= (gamma(96 + 12) + last) * exact.abs()).all()
 
     angles = torch.rand(seqlen, 1, 16, generator=stream) * 7
@@ -410,7 +410,7 @@ def test_without_a_compiler(
 
 
 @pytest.mark.parametrize("form", [{}, {"plain": True}, {"compile": False}, {"quantize": "int4"}])
-def test_a_closed_model_is_gone(form: dict[str, Any], build: Callable[..., Llama]) -> None:
+def test_a_closed_model_is_freed(form: dict[str, Any], build: Callable[..., Llama]) -> None:
     llama = build("gqa", max_seq_len=16, max_batch_size=1, **form)
     llama.generate([[5, 6]], 4, temperature=0)
     held = weakref.ref(llama.model)
@@ -451,7 +451,7 @@ def graph(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> Itera
     torch._dynamo.reset()
 
 
-def test_graphs_are_compiled_once_for_a_number_of_rows(
+def test_graphs_are_compiled_once_per_number_of_rows(
     graph: tuple[Llama, Any], build: Callable[..., Llama], capfd: pytest.CaptureFixture[str]
 ) -> None:
     llama, counter = graph
@@ -467,7 +467,7 @@ def test_graphs_are_compiled_once_for_a_number_of_rows(
 # Options ------------------------------------------------------------------------------------------
 
 
-def test_the_switch(build: Callable[..., Llama]) -> None:
+def test_plain_runs_the_modules_and_excludes_other_options(build: Callable[..., Llama]) -> None:
     llama = build("gqa", max_seq_len=32, max_batch_size=2, plain=True)
     layer = llama.model.layers[0]
     forward: Any = type(layer).forward
@@ -513,7 +513,7 @@ def test_a_prefill_in_parts(form: dict[str, Any], build: Callable[..., Llama], m
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=LOGPROB)
 
 
-def test_what_cuda_gets_for_a_mask() -> None:
+def test_the_mask_for_cuda_is_that_for_cpus() -> None:
     """torch's causal_lower_right, as SDPA reads it, is the mask that CPUs get."""
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 12, 8)
     masks = [fused.causal_mask(5, 12, torch.device(device)) for device in ("cuda", "cpu")]

@@ -56,17 +56,17 @@ def test_the_fastest_is_kept_in_a_file(folder: Path, monkeypatch: pytest.MonkeyP
     assert len(json.loads(file.read_text())) == 2
 
 
-def test_the_number_of_rows_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_a_kernel_is_chosen_per_range_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    requested = []
 
     def kernel(weight: torch.Tensor, rows: int) -> linear.Kernel:
-        asked.append(rows)
+        requested.append(rows)
         return F.linear
 
     monkeypatch.setattr(linear, "kernel", kernel)
     for n in (1, 2, 16, 17, 500):
         linear.linear(torch.ones(n, 8), torch.ones(8, 8))
-    assert asked == [1, 16, 16, 128, 128]
+    assert requested == [1, 16, 16, 128, 128]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "7", '{"torch.float32 8x8 1": []}', '{"torch.float32 8x8 1": "nonsense"}'])
@@ -81,12 +81,12 @@ def test_a_file_that_holds_something_else_is_replaced(text: str, folder: Path) -
 
 
 def test_threads_measure_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    active, most = 0, 0
+    active, peak = 0, 0
 
     def measure(weight: torch.Tensor, rows: int) -> str:
-        nonlocal active, most
+        nonlocal active, peak
         active += 1
-        most = max(most, active)
+        peak = max(peak, active)
         time.sleep(0.005)
         active -= 1
         return "torch"
@@ -94,7 +94,7 @@ def test_threads_measure_one_after_another(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(linear, "measure", measure)
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda n: linear.kernel(torch.ones(n, 8), 1) is F.linear, range(1, 20)))
-    assert most == 1
+    assert peak == 1
 
 
 def test_a_wide_weight_is_converted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +121,6 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
         native.compile_library()
 
 
-def test_what_has_no_choice_is_torchs() -> None:
+def test_other_dtypes_and_devices_use_torchs_kernel() -> None:
     assert linear.kernel(torch.ones(2, 2, dtype=torch.float64), 1) is F.linear
     assert linear.kernel(torch.ones(2, 2, device="meta"), 1) is F.linear

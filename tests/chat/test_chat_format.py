@@ -1,4 +1,4 @@
-"""Dialogs to exact ids: derived from the rules of each format, or compared with the packages of the models' makers."""
+"""Exact ids of dialogs, derived from the rules of each format or compared with the packages of the models' makers."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ def pieces(text: str) -> list[int]:
 
 
 def dialog_of(system: str | None, contents: list[str]) -> list[Message]:
-    """A system message unless None, then user and assistant alternating. The last of an even number is dropped."""
+    """A system message unless None, then user and assistant alternate. Drops the last content of an even number."""
     contents = contents[: len(contents) - (len(contents) % 2 == 0)]
     dialog: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     for i, content in enumerate(contents):
@@ -95,7 +95,7 @@ def test_content_with_tags_that_are_text_is_refused(name: str, tag: str, place: 
 
 
 def test_each_tag_that_is_text_is_refused() -> None:
-    """`tags` lists all tags that a dialog is written with: the test above uses only those listed."""
+    """`tags` lists all tags that a dialog is written with. The test above covers only those in the list."""
     for name in ("llama2", "mistral", "zephyr"):
         format = ChatFormat(TOKENS, name)
         written = "".join(part for part in format.dialect.parts(TURNS) if isinstance(part, str))
@@ -129,7 +129,7 @@ def test_roles_out_of_order_are_an_error(roles: list[str]) -> None:
 @pytest.mark.parametrize(
     "dialog", ["hello", {"role": "user", "content": "x"}, [{"role": "user"}], ["x"], [{"role": "user", "content": 5}]]
 )
-def test_what_is_not_a_dialog_is_an_error(dialog: Any) -> None:
+def test_an_invalid_dialog_is_an_error(dialog: Any) -> None:
     with pytest.raises(TypeError, match="a dialog is a list of"):
         LLAMA2.encode(dialog)
 
@@ -169,7 +169,7 @@ DIALECTS = [pytest.param(name, d, id=f"{name}-{i}") for name, found in FORMATS.i
 @settings(max_examples=20)
 @given(dialog=DIALOGS, default=st.none() | CONTENTS)
 def test_parts(name: str, dialect: Any, dialog: Dialog, default: str | None) -> None:
-    """Parts use only specials in `needs`, no text follows another directly, and no content is lost."""
+    """Parts use only special tokens in `needs`, no two texts are adjacent, and no content is lost."""
     parts = dialect.parts(dialog, default, "prefix ")
     assert {part for part in parts if isinstance(part, Special)} <= set(dialect.needs)
     assert not any(isinstance(a, str) and isinstance(b, str) for a, b in itertools.pairwise(parts))
@@ -260,7 +260,7 @@ def test_llama3_stops_where_there_is_no_eom(llama3_ranks: Path) -> None:
 
 
 def test_system_prefix_and_default_system(llama3: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in Llama 3.1: a text before every system message, its white space kept; alone if the dialog has none."""
+    """Llama 3.1 has a text before every system message, with its white space, or alone if the dialog has none."""
     encode = llama3.tokenizer.encode
     preamble = "Today Date: 26 Jul 2024\n\n"
     monkeypatch.setattr(llama3.tokenizer, "system_prefix", preamble)

@@ -1,4 +1,4 @@
-"""Chat templates: which dialect they write, and that malicious ones do no harm."""
+"""Chat templates: the dialect is recognized, and malicious templates do no harm."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 PHI3 = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 INST = ("[INST]", "[/INST]")
 EVERY = {"<s>", "</s>", *LLAMA3, *CHATML, *PHI3, *INST}
-# All but the tags, which are plain text in Mistral's first vocabulary.
+# All but [INST] and [/INST], which are plain text in Mistral's first vocabulary.
 MOST = EVERY - {*INST}
 
 # Templates written for these tests, with the output of the published ones --------------------------
@@ -32,7 +32,7 @@ ALTERNATE = f"{{% if not ({IN_TURN}) %}}{{{{ raise_exception('user and assistant
 
 
 def chatml(default: str | None = None, end: str = "\n", bos: str = "", separator: str = "\n") -> str:
-    """SmolLM2, Qwen 2.5 and others, but for their default system messages."""
+    """The template of SmolLM2, Qwen 2.5 and others, with other default system messages."""
     opening = f"<|im_start|>system{separator}{default}<|im_end|>{end}" if default is not None else ""
     return (
         bos
@@ -69,7 +69,7 @@ def llama2(default: str = "false", system: bool = True) -> str:
 
 
 def llama3(preamble: str = "''", always: bool = False) -> str:
-    """Llama 3; with a preamble 3.1 and 3.2, which always have a system message."""
+    """The template of Llama 3, or, with a preamble, of 3.1 and 3.2, which always have a system message."""
     head = "'<|start_header_id|>' + %s + '<|end_header_id|>\\n\\n'"
     return (
         "{{- bos_token }}{% set system = messages[0].content | trim if messages[0].role == 'system' else '' %}"
@@ -113,7 +113,7 @@ PHI3_MEDIUM = (
 
 
 def mistral(user: str, answer: str, system: str | None = None) -> str:
-    """user, answer: how each is written. system: the user message it goes into, "first" or "last"; None: refused."""
+    """user, answer: how each is written. system: the user message it goes into, "first" or "last". None: refused."""
     place = f"loop.{system} and messages[0].role == 'system'" if system else "false"
     turns = "(messages[1:] if messages[0].role == 'system' else messages)" if system else "messages"
     return (
@@ -173,7 +173,7 @@ def test_known(name: str) -> None:
     assert chat_keys(template, NAMES, specials) == expected
 
 
-def test_the_demo_models_own(demo: Path) -> None:
+def test_the_template_of_the_demo_model(demo: Path) -> None:
     config = json.loads((demo / "tokenizer_config.json").read_text())
     recorded = {key: config.pop(key) for key in ("chat_format", "default_system")}
     assert chat_keys(config["chat_template"], config, CHATML) == recorded
@@ -223,11 +223,11 @@ def test_broken(name: str) -> None:
 
 
 @pytest.mark.parametrize("template", [None, 5, {}, [], ["x"], [{"name": "tool_use", "template": chatml()}], [{}]])
-def test_what_is_no_template(template: Any) -> None:
+def test_values_that_are_not_templates(template: Any) -> None:
     assert chat_keys(template, NAMES, EVERY) == {"chat_format": None}
 
 
-def test_of_several_templates_the_default_counts() -> None:
+def test_the_default_of_several_templates_is_used() -> None:
     templates = [{"name": "tool_use", "template": GEMMA}, {"name": "default", "template": chatml()}]
     assert chat_keys(templates, NAMES, EVERY) == {"chat_format": "chatml"}
 
@@ -242,14 +242,14 @@ def test_of_several_templates_the_default_counts() -> None:
         ("mistral-v0.3", "[INST]"),
     ],
 )
-def test_marks_that_are_no_specials_make_no_dialect(name: str, lacking: str) -> None:
+def test_marks_that_are_not_special_tokens_give_no_dialect(name: str, lacking: str) -> None:
     template, specials, _ = KNOWN[name]
     assert chat_keys(template, NAMES, specials - {lacking}) == {"chat_format": None}
 
 
 @pytest.mark.parametrize("config", [{}, {"bos_token": None, "eos_token": {"id": 2}}])
 def test_without_bos_and_eos(config: dict[str, Any]) -> None:
-    """Dialects that need BOS and EOS are not found, whatever the template writes instead. ChatML needs neither."""
+    """Dialects that need BOS and EOS are not recognized without them. ChatML needs neither."""
     for name in ("llama-2-chat", "zephyr", "llama-3"):
         assert chat_keys("{% set bos_token = '' %}" + KNOWN[name][0], config, MOST) == {"chat_format": None}
     assert chat_keys(chatml(), config, CHATML) == {"chat_format": "chatml"}
@@ -270,8 +270,8 @@ def test_statements_of_chat_templates() -> None:
 @pytest.mark.parametrize(
     "name", [name for name in KNOWN if name != "llama-3.2"]
 )  # there transformers inserts the current date
-def test_what_was_found_writes_what_transformers_writes(name: str) -> None:
-    """For dialogs other than those used to find the dialect. For Mistral, white space is not compared."""
+def test_a_found_dialect_writes_what_transformers_writes(name: str) -> None:
+    """Compares other dialogs than those that the dialect is recognized by. For Mistral, white space is not compared."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -369,7 +369,7 @@ ESCAPES = [
 
 
 def touch(*_: object) -> None:
-    """Takes the place of raise_exception: a function whose module has imported os."""
+    """Replaces raise_exception in plain Jinja: a function whose module has imported os."""
 
 
 @pytest.mark.parametrize("expression", ESCAPES)

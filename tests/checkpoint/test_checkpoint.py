@@ -142,7 +142,7 @@ def test_a_world_size_that_does_not_divide_names_those_that_do(folder: Path, mon
 # Files --------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_folder(tmp_path: Path) -> None:
     assert "does not exist: give the folder with" in message(tmp_path / "nowhere")
     assert "holds no consolidated.NN.pth" in message(tmp_path)
 
@@ -195,7 +195,7 @@ def test_every_tensor_is_accounted_for(folder: Path) -> None:
 def test_a_vocabulary_of_minus_1_is_the_embeddings_rows(
     name: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """On both axes along which files divide it."""
+    """The number of rows is found for both axes along which files split the embedding."""
     shutil.copytree(checkpoint(name, 2), tmp_path / "copy")
     edit_params(tmp_path / "copy", vocab_size=-1)
     assert Checkpoint(tmp_path / "copy").params.vocab_size == 512
@@ -219,7 +219,7 @@ def test_llama_1_frequencies_are_skipped(folder: Path) -> None:
 
 
 def test_transposed_weights_slices_and_parameters_are_weights(folder: Path, tmp_path: Path) -> None:
-    """As other programs save them: views that are not contiguous, or parameters of a module."""
+    """Other programs save views that are not contiguous, or parameters of a module."""
     expected = {key: tensor.clone() for key, tensor in Checkpoint(folder)[0].items()}
     wq, wo, w1 = (f"layers.1.{name}.weight" for name in ("attention.wq", "attention.wo", "feed_forward.w1"))
     wide = torch.randn(expected[w1].shape[0], 300)
@@ -259,7 +259,7 @@ def test_a_file_cannot_run_code(folder: Path, tmp_path: Path) -> None:
     torch.save(tensors | {"bomb": Bomb(marker)}, path)
     assert "consolidated.00.pth holds more than tensors, which could run code: it was not loaded" in message(folder)
     assert not marker.exists()
-    torch.load(path, weights_only=False)  # the pickle does run code when trusted
+    torch.load(path, weights_only=False)  # without weights_only the pickle does run code
     assert marker.exists()
     marker.unlink()
     path.write_bytes(pickle.dumps(Bomb(marker)))
@@ -332,7 +332,7 @@ def tied_answers(*folders: Path) -> list[Any]:
 def test_without_output_weight_the_embedding_is_used(
     name: str, world_size: int, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Files without output.weight give the logits of files that hold the embedding twice: one and four, both axes."""
+    """Files without output.weight give the logits of files that hold the embedding twice, for both axes of it."""
     embedding = tensor(name, "tok_embeddings.weight", (512, 64 if name == "mha" else 128))
     folders = []
     for shards in (1, 4):

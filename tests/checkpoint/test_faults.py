@@ -50,7 +50,7 @@ def damaged(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[[str], 
 def test_verify_names_a_fault(
     name: str, damaged: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In one line with the path of its file, and it reports no other file."""
+    """One line has the path of the damaged file and the reason. No other file is reported."""
     fault, folder = FAULTS[name], damaged(name)
     faults = check_folder(folder).problems
     monkeypatch.setattr(sys, "argv", ["llama", "verify", str(folder)])
@@ -65,7 +65,7 @@ def test_verify_names_a_fault(
 
 
 def builds(folders: list[Path]) -> list[str]:
-    """The error of `build` for each folder on this rank, or "built". No damaged folder may get as far as a model."""
+    """The error of `build` for each folder on this rank, or "built". Damage is found before the model is created."""
 
     def create_model(*args: Any, **options: Any) -> Transformer:
         assert good, "memory was taken for a damaged checkpoint"
@@ -112,7 +112,7 @@ def test_build_names_every_fault_on_every_rank(
 
 
 def one_damaged(intact: Path, folders: list[Path]) -> list[str]:
-    """Rank 1, on a host of its own, has the damaged folder; rank 0 has an intact one."""
+    """The errors of `build`. Rank 1, on its own host, has the damaged folders, rank 0 an intact one."""
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     return builds([folder if current_world().rank == 1 else intact for folder in folders])
 
@@ -143,7 +143,7 @@ def without_permission(folder: Path, names: list[str]) -> list[str]:
 
 
 def test_the_only_shard_is_damaged(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """No shard is left to open, which is not reported as a further problem."""
+    """That no intact shard is left is not reported as another problem."""
     folder = Path(shutil.copytree(checkpoint("mha"), tmp_path / "model"))
     shard = folder / "consolidated.00.pth"
     flip(shard, random.Random(1), *data_of(shard)[0])
@@ -155,7 +155,7 @@ def test_the_only_shard_is_damaged(checkpoint: Callable[..., Path], tmp_path: Pa
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
 def test_files_without_permission(checkpoint: Callable[..., Path]) -> None:
     names = ["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model", ""]
-    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others
+    with tempfile.TemporaryDirectory() as place:  # other users cannot enter pytest's own folders
         folder = Path(shutil.copytree(checkpoint("mha", 2), f"{place}/model"))
         for path in (Path(place), folder):
             path.chmod(0o755)

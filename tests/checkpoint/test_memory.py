@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID
 PARAMS = {"dim": 2048, "n_layers": 6, "n_heads": 16, "n_kv_heads": 8, "multiple_of": 256, "norm_eps": 1e-5}
 LAYOUT = layout(PARAMS, 1)  # name -> (logical shape, axis or None), the Llama 2 way
 STORED = 2  # bytes of a bfloat16 number
-CACHE = 2 * 6 * 1 * 8 * 16 * 128  # numbers in keys and values: layers, rows, KV heads, positions, head_dim
-# The kernel maps file pages by the folio, up to a huge page at a time, so this many bytes beyond a slice may be mapped.
+CACHE = 2 * 6 * 1 * 8 * 16 * 128  # elements: keys and values, layers, rows, KV heads, positions, head_dim
+# The kernel maps file pages in folios of up to a huge page, so up to this many bytes next to a slice may be mapped.
 HUGE_PAGE = 2**21
 MB = 1e6
 
@@ -60,7 +60,7 @@ def folder(shards: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 def watch(ranks: int, *arguments: str) -> list[tuple[int, str]]:
     """Run memory_rank.py on `ranks` ranks; the peak of RssAnon, sampled every 3 ms, and the output of each."""
-    # As in torchrun, the store belongs to the parent, so no port has to be guessed.
+    # As in torchrun, the parent hosts the store, so no port has to be guessed.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     package = str(Path(llama.__file__).parents[1])
     processes = []
@@ -100,7 +100,7 @@ def imports() -> Callable[[int], int]:
 
 
 def expected_pages(shards: int, ranks: int, rank: int) -> dict[str, tuple[int, int]]:
-    """File name -> (bytes of the pages that the rank's slices are on, bytes that may be mapped with them).
+    """File name -> (bytes of the pages with the rank's slices, upper bound of the bytes that are mapped).
 
     Only files that the rank needs. A slice of rows is contiguous, a slice of columns touches every page of its tensor,
     and repeated tensors are read from file 0.
@@ -149,7 +149,7 @@ def test_a_rank_holds_its_own_weights_and_reads_its_own_slices(
         pages = expected_pages(shards, ranks, rank)
         assert sorted(touched) == list(pages)
         for name, (used_bytes, limit_bytes) in pages.items():
-            # The kernel may evict pages when memory is short; if half of them are left, they were counted.
+            # The kernel may evict pages when memory is short. Half of them are enough to show that the file was read.
             assert used_bytes / 2 <= touched[name] <= limit_bytes, f"{name}: {used_bytes} to {limit_bytes}; {figures}"
 
 

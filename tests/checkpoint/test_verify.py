@@ -26,7 +26,7 @@ from helpers.faults import (
     edit_params,
     edit_shard,
     flip,
-    write_list,
+    write_checklist,
 )
 from llama import files
 from llama.checkpoint.errors import CheckpointError
@@ -67,7 +67,7 @@ def test_an_intact_folder_passes(
 @pytest.mark.parametrize("form", ["{}  {}\n", "{} *{}\r\n", "{}  ./{}\n\n", "# a comment\n{}\t{}\n"])
 def test_listed_files_pass(kind: str, form: str, copy: Callable[..., Path]) -> None:
     folder = copy()
-    write_list(folder, kind, form)
+    write_checklist(folder, kind, form)
     report = check_folder(folder)
     assert (report.problems, report.notes) == ([], [])
     assert "4 files against their listed hashes" in report.checked
@@ -75,7 +75,7 @@ def test_listed_files_pass(kind: str, form: str, copy: Callable[..., Path]) -> N
 
 def test_uppercase_digits_and_two_kinds_of_hashes_in_one_list(copy: Callable[..., Path]) -> None:
     folder = copy()
-    write_list(folder, "sha256")
+    write_checklist(folder, "sha256")
     lines = (folder / "checklist.chk").read_text().splitlines()
     lines[0] = f"{hashlib.md5((folder / FIRST).read_bytes()).hexdigest().upper()}  {FIRST}"
     (folder / "checklist.chk").write_text("\n".join(lines))
@@ -85,8 +85,8 @@ def test_uppercase_digits_and_two_kinds_of_hashes_in_one_list(copy: Callable[...
 def test_metas_layout_with_the_tokenizer_in_the_parent_folder(copy: Callable[..., Path]) -> None:
     folder = copy()
     tokenizer = (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
-    write_list(folder)
-    write_list(folder.parent, name="tokenizer_checklist.chk")
+    write_checklist(folder)
+    write_checklist(folder.parent, name="tokenizer_checklist.chk")
     report = check_folder(folder)
     assert (report.problems, report.notes) == ([], [])
     flip(tokenizer, random.Random(1), 1)
@@ -104,7 +104,7 @@ def test_tied_embeddings_are_a_note(copy: Callable[..., Path]) -> None:
 
 def test_files_in_no_list_are_notes(copy: Callable[..., Path]) -> None:
     folder = copy()
-    write_list(folder)
+    write_checklist(folder)
     lines = (folder / "checklist.chk").read_text().splitlines()
     (folder / "checklist.chk").write_text(lines[0] + "\n")
     report = check_folder(folder)
@@ -135,7 +135,7 @@ def test_files_written_without_crcs_are_noted(copy: Callable[..., Path]) -> None
 
 
 def test_a_shard_of_another_number_of_bytes_than_blocks(tmp_path: Path) -> None:
-    """Tensors that begin and end anywhere within blocks, one of them longer than several."""
+    """Tensors begin and end at any place in a block, and one is longer than several blocks."""
     sizes = [3, BLOCK // 4, 3 * BLOCK // 4 + 5, 1, 0, 17]
     path = tmp_path / FIRST
     torch.save({str(i): torch.randn(n) for i, n in enumerate(sizes)}, path)
@@ -163,7 +163,7 @@ def damage(folder: Path, fault: str) -> list[str]:
 )
 def test_a_checklist_detects_faults_too(fault: str, kind: str, copy: Callable[..., Path]) -> None:
     folder = copy()
-    write_list(folder, kind)
+    write_checklist(folder, kind)
     faults = damage(folder, fault)
     assert all(SECOND in line or fault == "swapped" for line in faults) and faults
     text = {
@@ -205,7 +205,9 @@ def test_headers_that_contradict_the_directory(copy: Callable[..., Path]) -> Non
         records = {name: archive.read(name) for name in archive.namelist()}
         (offset,) = (info.header_offset for info in archive.infolist() if info.filename.endswith("/data/7"))
     content = path.read_bytes()
-    path.write_bytes(content[: offset + 8] + b"\x08" + content[offset + 9 :])  # compressed, says its header
+    path.write_bytes(
+        content[: offset + 8] + b"\x08" + content[offset + 9 :]
+    )  # the header says that the record is compressed
     (line,) = check_folder(path.parent).problems
     assert line.startswith(f"{path} is damaged in consolidated.01/data/7 (header)")
     with zipfile.ZipFile(path, "w") as archive:
@@ -223,7 +225,7 @@ def test_headers_that_contradict_the_directory(copy: Callable[..., Path]) -> Non
 def test_two_directories(copy: Callable[..., Path]) -> None:
     """zipfile uses the directory right before the end record, torch the one that the end record points to.
 
-    If they differ, other bytes would be checked than are loaded.
+    If they differ, `verify` would check other bytes than `build` loads.
     """
     path = copy() / SECOND
     content = path.read_bytes()
@@ -234,7 +236,7 @@ def test_two_directories(copy: Callable[..., Path]) -> None:
         b"\0" * 64 + content,
         content + b"PK",
         content[:-34] + (64).to_bytes(8, "little") + content[-26:],  # the locator points elsewhere
-        content[:-2] + len(directory).to_bytes(2, "little") + directory,  # and a second directory, as a comment
+        content[:-2] + len(directory).to_bytes(2, "little") + directory,  # and a second directory in the comment
         content[:end] + bytes(8) + content[end:],
         content[: end + 48] + (64).to_bytes(8, "little") + content[end + 56 :],
     ):

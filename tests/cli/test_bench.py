@@ -1,4 +1,4 @@
-"""`bench`: what it runs, what it counts, what it refuses before anything is loaded."""
+"""`bench`: its runs, its figures, its output, and the errors before it loads a model."""
 
 import contextlib
 import io
@@ -30,8 +30,8 @@ def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "READ_BYTES", 4_000_000)
 
 
-def run_json(command: Callable[..., Ended], *words: str) -> dict[str, Any]:
-    ended = command("bench", "--json", *words)
+def run_json(command: Callable[..., Ended], *args: str) -> dict[str, Any]:
+    ended = command("bench", "--json", *args)
     assert ended.status == 0, ended.err
     (line,) = ended.out.splitlines()
     return json.loads(line)
@@ -45,7 +45,7 @@ def test_every_pair_runs_to_its_end(command: Callable[..., Ended], monkeypatch: 
     passes: list[tuple[tuple[int, ...], Any, int]] = []
     build, stream, hidden = Llama.build, Llama.stream, Executor.hidden
 
-    def eager_to_stop(*args: Any, **kwargs: Any) -> Llama:
+    def with_every_id_a_stop_id(*args: Any, **kwargs: Any) -> Llama:
         llama = build(*args, **kwargs)
         llama.tokenizer.stop_tokens = set(range(512))
         return llama
@@ -63,7 +63,7 @@ def test_every_pair_runs_to_its_end(command: Callable[..., Ended], monkeypatch: 
         passes.append((tuple(tokens.shape), start, ctx_len))
         return hidden(self, tokens, start, ctx_len, *row, **named)
 
-    monkeypatch.setattr(Llama, "build", staticmethod(eager_to_stop))
+    monkeypatch.setattr(Llama, "build", staticmethod(with_every_id_a_stop_id))
     monkeypatch.setattr(Llama, "stream", watched_stream)
     monkeypatch.setattr(Executor, "hidden", watched_hidden)
     found = run_json(command, "--batch", "1,3", "--prompt", "5,9", "--gen", "6", "--no_cache")
@@ -72,7 +72,7 @@ def test_every_pair_runs_to_its_end(command: Callable[..., Ended], monkeypatch: 
     order = [(1, 5, True), (1, 5, False), (1, 9, True), (1, 9, False)]
     order += [(3, 5, True), (3, 5, False), (3, 9, True), (3, 9, False)]
     assert [(row["batch"], row["prompt"], row["cache"]) for row in rows] == order
-    # One run to warm up and three that count, whose five steps after the first are timed; the prompts are the same.
+    # One warm-up and three timed runs with the same prompts. In each, five steps after the first are timed.
     assert [(len(prompts), len(prompts[0]), count) for prompts, _, count in streams] == [
         (rows, length, rows * 6) for rows in (1, 3) for length in (5, 9) for _ in range(4)
     ]
@@ -80,7 +80,7 @@ def test_every_pair_runs_to_its_end(command: Callable[..., Ended], monkeypatch: 
     assert all(0 <= token < 512 for prompts, _, _ in streams for ids in prompts for token in ids)
     assert streams[8][0] == streams[11][0] and len({tuple(ids) for ids in streams[8][0]}) == 3
     assert [row["steps"] for row in rows] == [15, 5] * 4
-    # Without the cache: whole prefixes, of those lengths that the steps with it had.
+    # Without the cache each step is a pass over the whole prefix, at the same lengths as with the cache.
     first = passes.index(((3, 6), 0, 6))
     assert passes[first + 1 : first + 6] == [((3, n), 0, n) for n in range(6, 11)]
 
@@ -124,7 +124,7 @@ def test_steps_without_the_cache_are_few_and_spread(build: Callable[..., Llama])
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("words", [[], ["--plain"]])
+@pytest.mark.parametrize("args", [[], ["--plain"]])
 @pytest.mark.parametrize(
     ("name", "dim", "kv_dim", "width", "layers"), [("mha", 64, 64, 192, 3), ("gqa", 128, 32, 448, 2)]
 )
@@ -134,7 +134,7 @@ def test_bytes_a_token(
     kv_dim: int,
     width: int,
     layers: int,
-    words: list[str],
+    args: list[str],
     tied: bool,
     command: Callable[..., Ended],
     checkpoint: Callable[..., Path],
@@ -144,11 +144,13 @@ def test_bytes_a_token(
     if tied:
         folder = shutil.copytree(folder, tmp_path / "tied")
         edit_shard(folder / "consolidated.00.pth", lambda tensors: tensors.pop("output.weight"))
-    words = ["--ckpt_dir", str(folder), "--batch", "3", "--prompt", "7", "--gen", "4", *words]
-    (row,) = run_json(command, *words)["rows"]
+    args = ["--ckpt_dir", str(folder), "--batch", "3", "--prompt", "7", "--gen", "4", *args]
+    (row,) = run_json(command, *args)["rows"]
     layer = 2 * dim * dim + 2 * kv_dim * dim + 3 * dim * width + 2 * dim
-    weights = layers * layer + dim + 512 * dim  # tied or not, the output is read and nothing else of that size
-    positions = 7 + 4 / 2  # what a step in the middle looks back on
+    weights = (
+        layers * layer + dim + 512 * dim
+    )  # tied or not, a step reads the output matrix, and of the embedding only single rows
+    positions = 7 + 4 / 2  # in the cache at the average step
     assert row["bytes_per_token"] == pytest.approx(4 * (weights / 3 + positions * layers * 2 * kv_dim))
 
 
@@ -183,7 +185,7 @@ def on_a_rank(folder: str) -> tuple[str, bool]:
     return printed.getvalue(), originals == [getattr(dist, name) for name in bench.COLLECTIVES]
 
 
-def test_ranks_tell_their_collectives(checkpoint: Callable[..., Path]) -> None:
+def test_ranks_report_their_collectives(checkpoint: Callable[..., Path]) -> None:
     (first, restored), (second, _) = run_ranks(2, on_a_rank, str(checkpoint("mha")))
     assert second == "" and restored
     found = json.loads(first)
@@ -222,7 +224,7 @@ def test_the_plot(command: Callable[..., Ended], tmp_path: Path) -> None:
 
 
 def test_steps_of_the_plot_are_those_of_the_whole_text(build: Callable[..., Llama]) -> None:
-    """The cache, filled piece by piece, answers at each context as one pass over the text does."""
+    """The cache is filled in pieces. At each context, the logits are those of one pass over the text."""
     llama = build("gqa", max_seq_len=300)
     model, executor = llama.model, llama.executor
     bench.measure_contexts(executor, 256, 1e9)
@@ -242,7 +244,7 @@ def test_lists_come_in_any_form(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["--batch", "1,0"], "--batch is '1,0', expected whole numbers from 1 with commas between them, like 1,4,16"),
         (["--batch", "1,x"], "--batch is '1,x', expected whole numbers from 1"),
@@ -264,8 +266,8 @@ def test_lists_come_in_any_form(value: Any) -> None:
         (["--ckpt_dir", "{tmp}/window"], "--prompt 512 and --gen 64 are more than the 100 positions of this model's"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_loaded(
-    words: list[str],
+def test_mistakes_are_reported_before_anything_is_loaded(
+    args: list[str],
     message: str,
     command: Callable[..., Ended],
     built: list[Llama],
@@ -273,9 +275,9 @@ def test_mistakes_are_told_before_anything_is_loaded(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "folder.png").mkdir()
-    if "{tmp}/window" in words:
+    if "{tmp}/window" in args:
         edit_params(shutil.copytree(checkpoint("mha"), tmp_path / "window"), sliding_window=100)
-    ended = command("bench", *(word.replace("{tmp}", str(tmp_path)) for word in words))
+    ended = command("bench", *(word.replace("{tmp}", str(tmp_path)) for word in args))
     (line,) = ended.err.splitlines()
     assert line.startswith("error: ") and message in line and ended.out == "" and not built
     assert ended.status == (2 if "Invalid value" in message else 1)
@@ -289,7 +291,7 @@ def test_a_plot_without_matplotlib(
     assert not built
 
 
-def test_a_plot_that_is_there_survives_a_mistake(command: Callable[..., Ended], tmp_path: Path) -> None:
+def test_an_existing_plot_survives_a_mistake(command: Callable[..., Ended], tmp_path: Path) -> None:
     old, new = tmp_path / "old.png", tmp_path / "new.png"
     old.write_text("old")
     for path in (old, new):
@@ -297,7 +299,7 @@ def test_a_plot_that_is_there_survives_a_mistake(command: Callable[..., Ended], 
     assert old.read_text() == "old" and not new.exists()
 
 
-def test_a_prompt_that_no_memory_holds(command: Callable[..., Ended]) -> None:
+def test_a_prompt_that_needs_too_much_memory(command: Callable[..., Ended]) -> None:
     ended = command("bench", "--batch", "1", "--prompt", str(10**13))
-    told = r"error: the model needs [\d.]+ GiB \(.*\), [\d.]+ GiB are free on cpu: .* would fit\n"
-    assert re.fullmatch(told, ended.err)
+    expected = r"error: the model needs [\d.]+ GiB \(.*\), [\d.]+ GiB are free on cpu: .* would fit\n"
+    assert re.fullmatch(expected, ended.err)

@@ -1,4 +1,4 @@
-"""`python -m llama chat`: what people see, and the keys and lines they send."""
+"""`python -m llama chat` on a terminal and through a pipe: lines, keys, answers and notes."""
 
 import codecs
 import contextlib
@@ -36,9 +36,10 @@ from llama.console import visible
 from llama.engine.streaming import TextPiece
 
 CTRL_C, CTRL_D, LEFT, UP, BACKSPACE = "\x03", "\x04", "\x1b[D", "\x1b[A", "\x7f"
-# Every line that is typed is answered with a quiet note at the least. A model cannot write the escapes.
+# A prompt, as the line editor draws it, follows a dim note: every typed line causes one. A model cannot write the
+# escape sequences.
 ESCAPES = r"(?:\x1b\[[?\d;]*[A-Za-z])*"
-EMPTY = rf"\r\n{ESCAPES}>\x08\x1b\[2C{ESCAPES}\x1b\[\?25h"  # the next prompt, drawn by the line editor
+EMPTY = rf"\r\n{ESCAPES}>\x08\x1b\[2C{ESCAPES}\x1b\[\?25h"  # the next prompt after an empty or cancelled line, without a note
 PROMPT = rf"\x1b\[0m{EMPTY}"
 ANSWERING = rf"(?:Hello|The licence){ESCAPES}\r+\n{ESCAPES}[^\x1b]{{20}}"  # the line, and 20 characters of its answer
 STATUS = (
@@ -47,8 +48,8 @@ STATUS = (
 )
 
 
-def on_terminal(device: str, words: list[str]) -> None:
-    """Become a program that a terminal was opened for; "llama" runs here, where torch is imported already."""
+def on_terminal(device: str, args: list[str]) -> None:
+    """Run a program on this terminal. "llama" runs in this process, which has torch already imported."""
     os.setsid()
     terminal = os.open(device, os.O_RDWR)
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
@@ -57,30 +58,30 @@ def on_terminal(device: str, words: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ |= {"TERM": "xterm", "INPUTRC": "/dev/null"}
     os.chdir(ROOT)
-    if words[0] != "llama":
-        os.execvp(words[0], words)
+    if args[0] != "llama":
+        os.execvp(args[0], args)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115  (they stay open)
-    sys.argv = words
+    sys.argv = args
     cli.main()
 
 
 class Terminal:
     """A program on a pseudo-terminal of its own."""
 
-    def __init__(self, *words: str):
+    def __init__(self, *args: str):
         self.master, self.device = pty.openpty()
         fcntl.ioctl(self.device, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 1000, 0, 0))  # no line is wrapped
         self.before = termios.tcgetattr(self.device)
         self.shown, self.read = "", 0
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self.process = CONTEXT.Process(target=on_terminal, args=(os.ttyname(self.device), list(words)), daemon=True)
+        self.process = CONTEXT.Process(target=on_terminal, args=(os.ttyname(self.device), list(args)), daemon=True)
         self.process.start()
 
     def send(self, keys: str) -> None:
         os.write(self.master, keys.encode())
 
     def read_until(self, pattern: str, timeout: float = 60) -> str:
-        """What it shows up to a match of the regular expression, and the match."""
+        """The output up to the next match of a regular expression, including the match."""
         end = time.monotonic() + timeout
         while not (match := re.compile(pattern).search(self.shown, self.read)):
             if not self._receive(end - time.monotonic()):
@@ -89,12 +90,12 @@ class Terminal:
         return text
 
     def enter(self, line: str) -> str:
-        """Type a line -> what is shown until the next prompt, without the colours."""
+        """Type a line. Return the output up to the next prompt, without colours."""
         self.send(line + "\r")
         return plain(self.read_until(PROMPT))
 
     def ends(self, timeout: float = 60) -> int | None:
-        """The exit status, when all that it showed has been read."""
+        """Read the output until the program exits. Return its exit status, None if it does not exit in time."""
         end = time.monotonic() + timeout
         while self.process.is_alive() and time.monotonic() < end:
             self._receive(0.05)
@@ -110,7 +111,7 @@ class Terminal:
 
     def close(self) -> None:
         os.close(self.device)
-        os.close(self.master)  # hangs up: torchrun ends its ranks then
+        os.close(self.master)  # sends SIGHUP, after which torchrun ends its ranks
         self.process.join(10)
         self.process.kill()
 
@@ -125,12 +126,12 @@ def notes(shown: str) -> list[str]:
 
 @pytest.fixture
 def open_chat(checkpoint: Callable[..., Path]) -> Iterator[Callable[..., Terminal]]:
-    """open_chat(*flags): a dialog with a seeded model at its first prompt; `model` and `program` name others."""
+    """open_chat(*flags, model, program): a `chat` that shows its first prompt, by default with a seeded model."""
     with contextlib.ExitStack() as stack:
 
         def start(*flags: str, model: Path | None = None, program: Sequence[str] = ("llama",)) -> Terminal:
-            words = [*program, "chat", "--ckpt_dir", str(model or checkpoint("mha")), "--temperature", "0", *flags]
-            terminal = Terminal(*words)
+            args = [*program, "chat", "--ckpt_dir", str(model or checkpoint("mha")), "--temperature", "0", *flags]
+            terminal = Terminal(*args)
             stack.callback(terminal.close)
             terminal.read_until(PROMPT)
             return terminal
@@ -141,13 +142,13 @@ def open_chat(checkpoint: Callable[..., Path]) -> Iterator[Callable[..., Termina
 # Answers ------------------------------------------------------------------------------------------
 
 
-def test_an_answer_streams_and_a_quiet_line_and_a_new_prompt_follow(
+def test_an_answer_streams_and_a_status_line_and_a_prompt_follow(
     open_chat: Callable[..., Terminal], build: Callable[..., Llama]
 ) -> None:
     terminal = open_chat("--max_seq_len", "1024")
     terminal.send("Hello\r")
     begin = terminal.read_until(ANSWERING)
-    assert "tokens/s" not in terminal.shown  # the rest is still being computed
+    assert "tokens/s" not in terminal.shown  # the rest of the answer is still being computed
     shown = plain(begin + terminal.read_until(PROMPT))
     llama = build("mha", max_seq_len=1024)
     (result,) = llama.chat_completion([[{"role": "user", "content": "Hello"}]], temperature=0, logprobs=True)
@@ -157,7 +158,7 @@ def test_an_answer_streams_and_a_quiet_line_and_a_new_prompt_follow(
     assert status.startswith("[cut, the context is full, ") and status.endswith(" tokens/s, context 1024 of 1024]")
     match = re.search(r"([\d.]+) tokens/s", status)
     assert match and 1 < float(match[1]) < 1e5
-    assert count == 1024 - 21  # long enough for what this test says
+    assert count == 1024 - 21  # long enough to be still running above
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_an_answer_streams_and_a_quiet_line_and_a_new_prompt_follow(
         ([], "a [INST] b", r"\[not kept, context \d+ of 64\]"),
     ],
 )
-def test_the_quiet_line_tells_how_an_answer_ended(
+def test_the_status_line_says_how_an_answer_ended(
     flags: list[str], message: str, expected: str, open_chat: Callable[..., Terminal]
 ) -> None:
     shown = open_chat("--max_seq_len", "64", *flags).enter(message)
@@ -179,7 +180,7 @@ def test_the_quiet_line_tells_how_an_answer_ended(
 
 
 def test_the_demo_model_answers_and_remembers(demo: Path, open_chat: Callable[..., Terminal]) -> None:
-    # In float32: "The" and "L" are equally probable first words in bfloat16.
+    # In float32: "The" and "L" are equally probable first args in bfloat16.
     settings = "--max_seq_len 256 --max_gen_len 24 --temperature 0 --dtype float32"
     terminal = open_chat(*settings.split(), model=demo)
     assert "Paris" in terminal.enter("What is the capital of France?")
@@ -195,7 +196,7 @@ def test_typed_lines_can_be_edited(open_chat: Callable[..., Terminal]) -> None:
         "[system message: hello]"
     ]
     assert notes(terminal.enter("/system")) == ["[system message: hello]"]
-    assert notes(terminal.enter(f"{UP}{UP}{BACKSPACE}p")) == ["[system message: hellp]"]  # an earlier line
+    assert notes(terminal.enter(f"{UP}{UP}{BACKSPACE}p")) == ["[system message: hellp]"]  # from the history
 
 
 def test_a_paste_of_several_lines_is_one_message(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_commands(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
     assert notes(terminal.enter("/system")) == ["[system message: Be [1, 2].]"]
     assert notes(terminal.enter("/system  Answer in é words. ")) == ["[system message: Answer in é words.]"]
     terminal.enter("   Hello  you ")
-    terminal.enter(" /reset is what I typed")  # behind a space it is a message
+    terminal.enter(" /reset is what I typed")  # after a space it is a message
     roles = ["system", "user", "assistant", "user", "assistant"]
     assert [message["role"] for message in dialog()] == roles
     assert [m["content"] for m in dialog()[:4:3]] == ["Answer in é words.", "/reset is what I typed"]
@@ -242,7 +243,7 @@ def test_commands(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
     assert dialog() == [{"role": "system", "content": "Answer in é words."}]
 
 
-def test_a_saved_dialog_goes_on_the_same(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
+def test_a_loaded_dialog_continues_as_before(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
     terminal = open_chat("--max_gen_len", "30", "--system", "Answer shortly.")
     terminal.enter("Hello")
     terminal.enter(f"/save {tmp_path / 'half'}")
@@ -265,7 +266,7 @@ def test_a_saved_dialog_goes_on_the_same(open_chat: Callable[..., Terminal], tmp
     assert f"The licence\n{visible(dialog[-1]['content'])}\n[" in second
 
 
-def test_a_file_that_is_no_dialog_leaves_the_dialog(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
+def test_loading_a_file_that_is_no_dialog_changes_nothing(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
     terminal = open_chat("--max_gen_len", "5", "--system", "Be brief.")
     terminal.enter("Hello")
     terminal.enter(f"/save {tmp_path / 'before'}")
@@ -306,7 +307,7 @@ def test_a_line_typed_during_an_answer_waits_for_the_prompt(open_chat: Callable[
 # Ctrl-C and Ctrl-D --------------------------------------------------------------------------------
 
 
-def test_ctrl_c_stops_an_answer_and_the_session_goes_on(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
+def test_ctrl_c_stops_an_answer_and_the_session_continues(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
     terminal = open_chat()
     terminal.send("Hello\r")
     begin = terminal.read_until(ANSWERING)
@@ -315,7 +316,7 @@ def test_ctrl_c_stops_an_answer_and_the_session_goes_on(open_chat: Callable[...,
     (status,) = notes(shown)
     match = re.fullmatch(r"\[stopped, [\d.]+ tokens/s, context (\d+) of 2048\]", status)
     assert match and int(match[1]) < 2048
-    # What was read is the answer, and the next turn goes on from there.
+    # The text up to Ctrl-C is the answer, and the next turn continues from it.
     terminal.enter(f"/save {tmp_path / 'dialog'}")
     dialog = json.loads((tmp_path / "dialog").read_text(encoding="utf-8"))
     assert dialog[0] == {"role": "user", "content": "Hello"}
@@ -333,7 +334,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line(open_chat: Callable[..., Terminal])
     for line in ("/system forgotten", "", "Hello"):
         terminal.send(line)
         terminal.read_until(re.escape(line))
-        time.sleep(0.3)  # Python loses one that comes between showing a key and waiting for the next
+        time.sleep(0.3)  # Python loses a Ctrl-C between echoing a key and waiting for the next one
         terminal.send(CTRL_C)
         terminal.read_until(EMPTY)
     assert notes(terminal.enter("/system")) == ["[no system message]"]
@@ -358,7 +359,7 @@ def test_interrupts_count() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-# A context that is full ---------------------------------------------------------------------------
+# A full context -----------------------------------------------------------------------------------
 
 
 def test_a_full_context_drops_the_oldest_turns(open_chat: Callable[..., Terminal], tmp_path: Path) -> None:
@@ -390,7 +391,7 @@ def test_a_full_context_drops_the_oldest_turns(open_chat: Callable[..., Terminal
     assert messages[-2]["content"] == "Why? Why?"
 
 
-# Text that a terminal would obey ------------------------------------------------------------------
+# Control characters -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -446,17 +447,17 @@ def test_nothing_but_visible_text_reaches_the_terminal(
     os.close(master)
     text = re.sub(r"\x1b\[[02]m|\r\n", "", shown).partition("Ctrl-D leaves")[2]
     assert not [char for char in text if unicodedata.category(char)[0] == "C"]
-    assert text.count(visible(HOSTILE)) == 7  # and one that the operating system's error quotes
+    assert text.count(visible(HOSTILE)) == 7  # one of them quoted in an error of the operating system
     assert text.startswith(visible(f"{HOSTILE}\rover["))
 
 
-# Other ways in ------------------------------------------------------------------------------------
+# Interrupts, pipes and ranks ----------------------------------------------------------------------
 
 
-def test_a_broken_off_answer_does_not_come_back(
+def test_an_interrupted_answer_is_dropped(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C a second time, while the terminal is slow to take the answer."""
+    """As after a second Ctrl-C, while the answer is written to a slow terminal."""
 
     def slow(text: str) -> None:
         if not slowed:
@@ -485,7 +486,7 @@ def test_lines_through_a_pipe(checkpoint: Callable[..., Path], build: Callable[.
         dialog.append({"role": "user", "content": line})
         dialog.append(llama.chat_completion([dialog], temperature=0, max_gen_len=3)[0]["generation"])
     assert done.stdout == "".join(f"{message['content']}\n" for message in dialog[2::2])
-    notes = done.stderr.splitlines()[1:]  # behind the line that `build` prints
+    notes = done.stderr.splitlines()[1:]  # after the line that `build` prints
     assert notes[0] == "/help lists the commands, Ctrl-D leaves"
     assert notes[2:4] == [
         "[system message: 1e3]",
@@ -507,7 +508,7 @@ def test_two_ranks_share_a_terminal(open_chat: Callable[..., Terminal], tmp_path
     answered = first.rpartition("Tell me more\n")[2]
     assert answered.startswith(f"{visible(dialog[-1]['content'])}\n[") and len(notes(first)) == 1
 
-    terminal.send("Hello\r")  # Ctrl-C is a key here
+    terminal.send("Hello\r")  # with two ranks, Ctrl-C is read as a key
     terminal.read_until(ANSWERING)
     terminal.send(CTRL_C)
     (status,) = notes(terminal.read_until(PROMPT))
@@ -536,14 +537,14 @@ def test_two_ranks_share_a_terminal(open_chat: Callable[..., Terminal], tmp_path
         (b"", [], ""),
         (b"one\rtwo\nhal", ["one", "two"], "hal"),
         (b"wrong\x7f\x7f\x7f\x7f\x7fright\n", ["right"], ""),
-        (b"\x7f\x7fa\x1b[31mb\x04\x07\n", ["a[31mb"], ""),  # nothing that a terminal would obey
+        (b"\x7f\x7fa\x1b[31mb\x04\x07\n", ["a[31mb"], ""),  # control characters are dropped
         ("é😀\n".encode(), ["é😀"], ""),
     ],
 )
-def test_what_is_typed_during_an_answer_comes_next(
+def test_keys_typed_during_an_answer_are_read_next(
     keys: bytes, lines: list[str], left: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where Ctrl-C is no signal, the keys of an answer's time were read to look for it."""
+    """Where Ctrl-C is not a signal, `chat` reads keys during an answer to look for it, and keeps the others."""
     inserted: list[str] = []
 
     def prompt(message: str, default: str) -> str:
@@ -565,12 +566,12 @@ PIECES = [(1, "b", None), (0, "a\x1b", None), (1, "c", "stop"), (2, "", "length"
 @pytest.mark.parametrize(
     ("live", "expected"),
     [
-        # The first unfinished row as it comes, what had come of the others meanwhile when it is their turn.
+        # The first unfinished row is shown as it arrives. Text of later rows is kept until the rows before end.
         (True, ["<0>a␛", "d", ".", "<1>bc.", "<2>."]),
         (False, ["<0>a\x1bd.", "<1>bc.", "<2>."]),
     ],
 )
-def test_rows_are_shown_one_below_the_other(live: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_shown_one_after_the_other(live: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     screen = SimpleNamespace(isatty=lambda: live, write=written.append, flush=lambda: None)
     monkeypatch.setattr(sys, "stdout", screen)

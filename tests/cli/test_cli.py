@@ -1,4 +1,4 @@
-"""Command lines: every mistake is one line on stderr, and nothing runs before it is reported."""
+"""Command lines: every mistake is reported in one line on stderr, before anything runs."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def fails(reason: BaseException) -> click.Command:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["--source", "x", "--cuont", "3"], "unknown flag --cuont: did you mean --count?"),
         (["--source=x", "--cuont=3"], "unknown flag --cuont: did you mean --count?"),
@@ -49,13 +49,13 @@ def fails(reason: BaseException) -> click.Command:
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_misspelt_and_missing_flags_run_nothing(
-    words: list[str],
+    args: list[str],
     message: str,
     nested: bool,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["program", *(["go"] if nested else []), *words])
+    monkeypatch.setattr(sys, "argv", ["program", *(["go"] if nested else []), *args])
     with pytest.raises(SystemExit) as ended:
         run(Group("llama", commands={"go": command}) if nested else command)
     assert ended.value.code == 2
@@ -63,15 +63,15 @@ def test_misspelt_and_missing_flags_run_nothing(
     assert message in line
 
 
-@pytest.mark.parametrize("words", [["--count", "2", "x"], ["-source", "x"], ["x", "--count=-5"], ["x", "7"]])
-def test_words_without_flags_fill_what_is_left(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["program", *words])
+@pytest.mark.parametrize("args", [["--count", "2", "x"], ["-source", "x"], ["x", "--count=-5"], ["x", "7"]])
+def test_arguments_without_flags_are_assigned_in_order(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", *args])
     with pytest.raises(AssertionError, match="ran"):
         run(command)
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("args", "expected"),
     [
         ([], None),
         (["--compile"], True),
@@ -82,8 +82,8 @@ def test_words_without_flags_fill_what_is_left(words: list[str], monkeypatch: py
         (["--nocompile"], False),
     ],
 )
-def test_switches(words: list[str], expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`compile` of a command line is None where nobody set it: `build` then has its own default."""
+def test_switches(args: list[str], expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command gets compile=None if no flag set it, and `build` uses its own default."""
     seen: list[object] = []
 
     @click.command(cls=Command)
@@ -92,13 +92,13 @@ def test_switches(words: list[str], expected: object, monkeypatch: pytest.Monkey
     def switched(compile: bool | None, quiet: bool, **options: Any) -> None:
         seen.append((compile, quiet))
 
-    monkeypatch.setattr(sys, "argv", ["program", *words])
+    monkeypatch.setattr(sys, "argv", ["program", *args])
     run(switched)
-    assert seen == [(expected, "--quiet" in words)]
+    assert seen == [(expected, "--quiet" in args)]
 
 
 def test_every_command_compiles_by_default() -> None:
-    """As `build` does, which takes its own default where a command line says nothing."""
+    """Commands pass compile=None without a flag, so that `build` uses its default."""
     assert signature(Llama.build).parameters["compile"].default == "auto"
     assert signature(MetaLlama.__init__).parameters["compile"].default == "auto"
     flags = [p for each in cli.app.commands.values() for p in each.params if p.name == "compile"]
@@ -114,7 +114,7 @@ def test_a_users_mistake_is_one_line(error: Exception, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["chatt"], "no command 'chatt': did you mean chat?"),
         (["xyz"], "no command 'xyz'; there are bench, chat, complete, conformance, "),
@@ -122,9 +122,9 @@ def test_a_users_mistake_is_one_line(error: Exception, monkeypatch: pytest.Monke
     ],
 )
 def test_a_mistyped_command_is_one_line(
-    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["llama", *words])
+    monkeypatch.setattr(sys, "argv", ["llama", *args])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     (line,) = capsys.readouterr().err.splitlines()
@@ -155,7 +155,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("library", ["libtorch_python", "libtorch_python then 0.4 s"])
 def test_ctrl_c_while_packages_are_imported(library: str, tmp_path: Path) -> None:
     library, _, later = library.partition(" then ")
-    # The last import but one waits, so that the program is still in its imports, however fast the machine is.
+    # The last import but one waits, so that the program is still importing on any machine.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, time\n"
         "class Waits:\n"
@@ -191,12 +191,12 @@ def test_convert_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
 @click.option("--count", type=int, default=1)
 @click.option("--go_on/--no_go_on")
 def texts(text: str, stop: list[str] | None, count: int, go_on: bool) -> None:
-    """Print what arrived."""
+    """Print the arguments that were parsed."""
     print(repr((text, stop, count, go_on)))
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("args", "expected"),
     [
         (["1e3"], ("1e3", None, 1, False)),
         (["[1]", "--count", "-2"], ("[1]", None, -2, False)),
@@ -214,26 +214,24 @@ def texts(text: str, stop: list[str] | None, count: int, go_on: bool) -> None:
     ],
 )
 def test_texts_arrive_as_they_were_written(
-    words: list[str], expected: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    args: list[str], expected: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["program", "go", *words])
+    monkeypatch.setattr(sys, "argv", ["program", "go", *args])
     run(Group("llama", commands={"go": texts}))
     assert capsys.readouterr().out == f"{expected!r}\n"
 
 
-@pytest.mark.parametrize("words", [["--text"], ["--stop", "--go_on"], ["x", "--count"]])
+@pytest.mark.parametrize("args", [["--text"], ["--stop", "--go_on"], ["x", "--count"]])
 def test_a_flag_without_its_value(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["program", *words])
+    monkeypatch.setattr(sys, "argv", ["program", *args])
     with pytest.raises(SystemExit):
         run(texts)
     assert "needs a value" in capsys.readouterr().err
 
 
-def test_help_runs_nothing_wherever_it_stands(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_anywhere_runs_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["program", "go", "--count", "3", "--help"])
     with pytest.raises(SystemExit) as ended:
         run(Group("llama", commands={"go": texts}))

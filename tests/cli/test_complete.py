@@ -1,4 +1,4 @@
-"""`python -m llama complete`: a text from the command line, and a file of prompts that survives anything."""
+"""`python -m llama complete`: a text, or a file of prompts whose run can be interrupted and continued."""
 
 import itertools
 import json
@@ -38,14 +38,14 @@ from llama.cli.complete import (
 from llama.console import visible
 from llama.engine.streaming import TextPiece
 
-# What every file here is answered with; texts and dialogs take them by the same names.
+# The settings of all runs here. Flags, text_completion and chat_completion have the same names for them.
 SETTINGS: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "max_gen_len": 16}
 FLAGS = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.fixture
 def complete(command: Callable[..., Ended]) -> Callable[..., Ended]:
-    """complete(*words, stdin=""): the command in this process, on a seeded model."""
+    """complete(*args, stdin=""): the command in this process, on a seeded model."""
     return partial(command, "complete")
 
 
@@ -76,7 +76,7 @@ def test_a_text_from_a_pipe_is_continued_on_stdout(
     "text",
     ["The licence", "[1, 2]", "1e3", "-5", "None", "True", "'quoted'", '"quoted"', "{'a': 1}", "(1,)", " 07 ", ""],
 )
-def test_a_text_stays_the_text_it_is(text: str, complete: Callable[..., Ended], build: Callable[..., Llama]) -> None:
+def test_a_text_is_not_parsed(text: str, complete: Callable[..., Ended], build: Callable[..., Llama]) -> None:
     (result,) = build("mha").text_completion([text], seed=1, **SETTINGS)
     expected = (0, result["generation"] + "\n")
     assert complete(text, *FLAGS)[:2] == expected
@@ -92,9 +92,9 @@ def test_stop_texts_end_the_answer(complete: Callable[..., Ended], build: Callab
     for stop, expected in {
         first: whole[: whole.find(first)],
         json.dumps([first, second]): whole[: whole.find(second)],
-        "[1": whole,  # no JSON, so a text
+        "[1": whole,  # not JSON, so a text
         "1e3": whole,
-        "[1, 2]": whole,  # JSON, but no texts
+        "[1, 2]": whole,  # JSON, but not a list of texts
     }.items():
         assert complete("The licence", *FLAGS, "--stop", stop)[:2] == (0, expected + "\n")
     both = complete("The licence", *FLAGS, "--stop", first, "--stop", second)
@@ -102,7 +102,7 @@ def test_stop_texts_end_the_answer(complete: Callable[..., Ended], build: Callab
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         ([], 'nothing to continue: give a text ("..."), pipe one in, or --file prompts.jsonl --out FILE'),
         (["--file", "prompts.jsonl"], "--file and --out go together"),
@@ -110,11 +110,11 @@ def test_stop_texts_end_the_answer(complete: Callable[..., Ended], build: Callab
         (["text", "--file", "prompts.jsonl", "--out", "answers.jsonl"], "give a text or --file, not both"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_loaded(
-    words: list[str], message: str, complete: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+def test_a_mistake_is_reported_before_anything_is_loaded(
+    args: list[str], message: str, complete: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid(monkeypatch, "build")
-    assert complete(*words, stdin=Keyboard()) == (1, "", f"error: {message}\n")
+    assert complete(*args, stdin=Keyboard()) == (1, "", f"error: {message}\n")
 
 
 # A file of prompts --------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ ENTRIES: list[dict[str, Any]] = [
     {"prompt": ""},
     {"prompt": "the software is provided", "id": 7, "reference": ["x"]},
     {"messages": [SYSTEM, user("What is it?"), ANSWER, user("Is it?")], "id": 8},
-    {"prompt": "The licence"},  # once more: another seed, so another answer
+    {"prompt": "The licence"},  # the same prompt again has another seed, so another answer
     {"messages": [user("a [INST] b")]},  # refused by the format
     {"prompt": "é 漢字 👩‍👧 \u2028 \x1b \n\n"},
     {"messages": [SYSTEM, user("")]},
@@ -143,7 +143,7 @@ ENTRIES: list[dict[str, Any]] = [
 
 
 def write_lines(path: Path, entries: list[Any], blank_every: int = 3) -> dict[int, Any]:
-    """Write a file with blank lines between the entries -> line number: entry."""
+    """Write a file with blank lines between the entries. Return {line number: entry}."""
     numbered: dict[int, Any] = {}
     lines: list[str] = []
     for i, entry in enumerate(entries):
@@ -160,12 +160,12 @@ def read_answers(path: Path) -> dict[int, dict[str, Any]]:
     assert content.endswith("\n")
     answers = [json.loads(line) for line in content[:-1].split("\n")]
     by_line = {answer.pop("line"): answer for answer in answers}
-    assert len(by_line) == len(answers)  # each line once
+    assert len(by_line) == len(answers)  # no line has two answers
     return by_line
 
 
 def alone(llama: Llama, number: int, entry: dict[str, Any], seed: int = 1, **settings: Any) -> dict[str, Any]:
-    """The answer to one line without the others."""
+    """The answer to one line, computed without the other lines."""
     arguments: dict[str, Any] = SETTINGS | settings | {"seed": seed + number}
     if "prompt" in entry:
         return {"prompt": entry["prompt"], **llama.text_completion([entry["prompt"]], **arguments)[0]}
@@ -183,7 +183,7 @@ def alone(llama: Llama, number: int, entry: dict[str, Any], seed: int = 1, **set
         ),
     ],
 )
-def test_each_answer_is_the_one_its_line_gets_alone(
+def test_each_answer_equals_that_to_its_line_alone(
     flags: list[str],
     settings: dict[str, Any],
     complete: Callable[..., Ended],
@@ -221,7 +221,7 @@ kinds = st.sampled_from(["text", [user("dialog")]])
     st.integers(0, 40),
     st.builds(ModelArgs, max_batch_size=st.integers(1, 9), max_seq_len=st.just(60)),
 )
-def test_batches_hold_each_job_once_and_keep_their_bounds(
+def test_batches_hold_each_job_once_and_respect_their_limits(
     shapes: list[tuple[Any, int]], batch_tokens: int, max_gen_len: int, limits: ModelArgs
 ) -> None:
     jobs = [Job(line, given, length) for line, (given, length) in enumerate(shapes, 1)]
@@ -235,14 +235,14 @@ def test_batches_hold_each_job_once_and_keep_their_bounds(
         assert len({job.key for job in batch}) == 1
         assert 1 <= len(batch) <= limits.max_batch_size
         assert len(batch) == 1 or positions(batch) <= batch_tokens
-    for batch, following in itertools.pairwise(made):  # none is smaller than it must be
+    for batch, following in itertools.pairwise(made):  # no batch could hold the next job, too
         larger = [*batch, following[0]]
         assert (
             batch[0].key != following[0].key or len(larger) > limits.max_batch_size or positions(larger) > batch_tokens
         )
 
 
-# Lines that are no prompts ------------------------------------------------------------------------
+# Bad lines ----------------------------------------------------------------------------------------
 
 BAD = {
     "The licence": r"not JSON \(Expecting value.*\)",
@@ -270,7 +270,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("line", "message"), BAD.items(), ids=[line[:40] for line in BAD])
-def test_a_bad_line_is_told_before_anything_is_generated(
+def test_a_bad_line_is_reported_before_anything_is_generated(
     line: str, message: str, complete: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
@@ -288,12 +288,12 @@ def test_keep_going_skips_the_bad_lines_and_no_others(
 ) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     entries = write_lines(file, [entry for pair in zip(BAD, ENTRIES * 2, strict=False) for entry in pair])
-    words = ["--file", str(file), "--out", str(out), "--max_seq_len", "128", *FLAGS]
-    ended = complete(*words)
+    args = ["--file", str(file), "--out", str(out), "--max_seq_len", "128", *FLAGS]
+    ended = complete(*args)
     assert ended.status == 1 and not out.exists()
     assert f"; {len(BAD) - 1} more lines are bad: mend the file" in ended.err
-    for _ in range(2):  # the second time there is nothing left to do
-        ended = complete(*words, "--keep_going")
+    for _ in range(2):  # the second run has nothing left to do
+        ended = complete(*args, "--keep_going")
         assert ended.status == 0, ended.err
         skipped = dict(re.findall(r"^skipped prompts\.jsonl, line (\d+): (.*)$", ended.err, re.M))
         assert len(skipped) == ended.err.count("skipped")
@@ -307,7 +307,7 @@ def test_keep_going_skips_the_bad_lines_and_no_others(
         assert answer == alone(llama, number, entries[number])
 
 
-def test_an_empty_prompt_is_bad_where_no_bos_goes_first(build: Callable[..., Llama], tmp_path: Path) -> None:
+def test_an_empty_prompt_is_an_error_without_bos(build: Callable[..., Llama], tmp_path: Path) -> None:
     llama, file = build("mha", max_seq_len=64), tmp_path / "prompts.jsonl"
     file.write_text('\n{"prompt": ""}')
     assert _read_todo(llama, file, False, array("Q")) == (1, 1 + WORK_OF_AN_ANSWER)
@@ -324,15 +324,15 @@ def test_a_file_that_cannot_be_read_is_named(complete: Callable[..., Ended], tmp
     assert ended.err.count("\n") == 2 and not (tmp_path / "answers.jsonl").exists()
 
 
-def test_bytes_that_are_no_utf8_are_a_bad_line_and_a_byte_order_mark_is_none(
+def test_invalid_utf8_is_a_bad_line_and_a_byte_order_mark_is_skipped(
     complete: Callable[..., Ended], tmp_path: Path
 ) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"prompt": "one"}\r\n{"prompt": "caf\xe9"}\r\n{"prompt": "three"}\r\n')
-    words = ["--file", str(file), "--out", str(out), *FLAGS]
-    ended = complete(*words)
+    args = ["--file", str(file), "--out", str(out), *FLAGS]
+    ended = complete(*args)
     assert ended.status == 1 and "prompts.jsonl, line 2: not UTF-8" in ended.err and not out.exists()
-    assert complete(*words, "--keep_going").status == 0
+    assert complete(*args, "--keep_going").status == 0
     assert sorted(json.loads(line)["line"] for line in out.read_text().splitlines()) == [1, 3]
 
 
@@ -345,16 +345,16 @@ def test_two_runs_do_not_write_one_file(complete: Callable[..., Ended], tmp_path
     assert complete("--file", str(file), "--out", str(out), *FLAGS).status == 0
 
 
-# A run that is broken off -------------------------------------------------------------------------
+# Interrupted runs ---------------------------------------------------------------------------------
 
 
-def run_apart(words: list[str], stderr: str) -> None:
+def run_command_line(args: list[str], stderr: str) -> None:
     with open(stderr, "w") as sys.stderr:
-        sys.argv = words
+        sys.argv = args
         cli.main()
 
 
-def test_killed_again_and_again_it_answers_each_line_once(
+def test_a_run_killed_repeatedly_answers_each_line_once(
     complete: Callable[..., Ended], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     rng = random.Random(11)
@@ -363,8 +363,8 @@ def test_killed_again_and_again_it_answers_each_line_once(
         " ".join(rng.choices(["The", "licence", "copy", "é", "of", "it"], k=rng.randint(1, 12))) for _ in range(60)
     ]
     entries = write_lines(file, [{"prompt": t} if rng.random() < 0.7 else {"messages": [user(t)]} for t in texts])
-    words = ["--max_batch_size", "3", "--max_seq_len", "128", *FLAGS]
-    assert complete("--file", str(file), "--out", str(whole), *words).status == 0
+    args = ["--max_batch_size", "3", "--max_seq_len", "128", *FLAGS]
+    assert complete("--file", str(file), "--out", str(whole), *args).status == 0
     command = [
         "llama",
         "complete",
@@ -374,12 +374,12 @@ def test_killed_again_and_again_it_answers_each_line_once(
         str(file),
         "--out",
         str(out),
-        *words,
+        *args,
     ]
     deaths, status = 0, None
     while status is None:
         size = out.stat().st_size if out.exists() else 0
-        process = CONTEXT.Process(target=run_apart, args=(command, str(log)), daemon=True)
+        process = CONTEXT.Process(target=run_command_line, args=(command, str(log)), daemon=True)
         process.start()
         if deaths < 8:
             while process.is_alive() and (not out.exists() or out.stat().st_size <= size):
@@ -392,7 +392,7 @@ def test_killed_again_and_again_it_answers_each_line_once(
             process.kill()
             process.join()
             deaths += 1
-            if deaths % 2:  # as if it had died in the middle of a line
+            if deaths % 2:  # as if it had been killed while it wrote a line
                 os.truncate(out, out.stat().st_size - rng.randint(1, 30))
     assert status == 0, log.read_text()
     assert deaths >= 5
@@ -412,7 +412,7 @@ def answer_to(job: Job, generation: str = "é\u2028.") -> bytes:
 
 
 def struck_off(out: Path) -> set[int]:
-    """The lines of a file of ENTRIES that `out` has answers to."""
+    """Write ENTRIES to a file. Return the numbers of the lines that `_strike_off` finds answered in `out`."""
     file = out.with_name("entries.jsonl")
     file.write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES))
     todo = array("Q", [0, *(_digest(_head(job)) for job in jobs_of(ENTRIES).values())])
@@ -465,7 +465,7 @@ OURS = [answer_to(job) for job in jobs_of(ENTRIES).values()]
     ],
     ids=lambda content: repr(content[:40]),
 )
-def test_an_out_file_that_holds_something_else_is_left_as_it_is(
+def test_an_out_file_with_other_content_is_refused_and_unchanged(
     content: bytes, tmp_path: Path, built: list[Llama]
 ) -> None:
     out = tmp_path / "answers.jsonl"
@@ -480,13 +480,13 @@ def test_an_out_file_of_other_prompts_is_refused_in_one_line(
     complete: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
-    words = ["--file", str(file), "--out", str(out), "--max_seq_len", "128", *FLAGS]
+    args = ["--file", str(file), "--out", str(out), "--max_seq_len", "128", *FLAGS]
     write_lines(file, ENTRIES[:4])
-    assert complete(*words).status == 0
+    assert complete(*args).status == 0
     before = out.read_bytes()
     forbid(monkeypatch, "_pieces")
     write_lines(file, list(reversed(ENTRIES[:4])))
-    ended = complete(*words)
+    ended = complete(*args)
     assert ended.status == 1 and out.read_bytes() == before
     assert ended.err.splitlines()[1:] == [
         f"error: {out}, line 1, is no answer to a line of the file: name another --out, or remove it"
@@ -505,7 +505,7 @@ def test_the_prompts_are_never_written_over(name: str, complete: Callable[..., E
     assert ended.err.splitlines()[1:] == ["error: --file and --out name the same file"]
 
 
-def test_an_out_file_that_cannot_be_written_is_told_before_the_work(
+def test_an_out_file_that_cannot_be_written_is_reported_first(
     complete: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "prompts.jsonl"
@@ -521,13 +521,13 @@ def test_two_ranks_answer_each_line_once(
 ) -> None:
     file, out, whole = (tmp_path / name for name in ("prompts.jsonl", "answers.jsonl", "whole.jsonl"))
     entries = write_lines(file, [*ENTRIES, "bad"])
-    words = ["--max_seq_len", "128", "--max_batch_size", "5", *FLAGS, "--keep_going"]
-    assert complete("--file", str(file), "--out", str(whole), *words).status == 0
+    args = ["--max_seq_len", "128", "--max_batch_size", "5", *FLAGS, "--keep_going"]
+    assert complete("--file", str(file), "--out", str(whole), *args).status == 0
     begun = whole.read_bytes().splitlines(keepends=True)
     out.write_bytes(b"".join(begun[:2]) + begun[2][:-9])  # an earlier run was killed
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "-m", "llama", "complete"]
-    command += ["--ckpt_dir", str(checkpoint("mha", 2)), "--file", str(file), "--out", str(out), *words]
+    command += ["--ckpt_dir", str(checkpoint("mha", 2)), "--file", str(file), "--out", str(out), *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert not done.stdout
@@ -543,7 +543,7 @@ def test_two_ranks_answer_each_line_once(
 
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Callable[[], str]]]:
-    """screen("stderr") makes a stream a terminal, and gives a function that reads what it shows."""
+    """screen("stderr") replaces a stream by a terminal and returns a function that reads what the terminal shows."""
     master, device = pty.openpty()
     with open(device, "w", encoding="utf-8") as stream:
 
@@ -556,24 +556,24 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Callable
     os.close(master)
 
 
-def test_a_terminal_sees_how_far_a_file_is(
+def test_a_terminal_shows_the_progress_of_a_file(
     complete: Callable[..., Ended], screen: Callable[[str], Callable[[], str]], tmp_path: Path
 ) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     write_lines(file, ENTRIES)
-    words = ["--file", str(file), "--out", str(out), "--max_seq_len", "128", "--max_batch_size", "4", *FLAGS]
-    quiet = complete(*words)
+    args = ["--file", str(file), "--out", str(out), "--max_seq_len", "128", "--max_batch_size", "4", *FLAGS]
+    quiet = complete(*args)
     assert "\r" not in quiet.err and " prompts, " not in quiet.err and " left" not in quiet.err
     out.unlink()
     read = screen("stderr")
-    assert complete(*words).status == 0
+    assert complete(*args).status == 0
     *lines, last = read().split("\r\x1b[K")
     shown = [re.fullmatch(r"(\d+)/13 prompts, [\d.]+ tokens/s, \d+:\d\d:\d\d left", line) for line in lines[1:]]
     assert [match and int(match[1]) for match in shown] == [4, 5, 9, 13]
     assert last.startswith(f"{out}: 13 answers in ")
 
 
-def test_progress_counts_tokens_and_guesses_the_time_left(
+def test_progress_counts_tokens_and_estimates_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 50.0
@@ -587,10 +587,10 @@ def test_progress_counts_tokens_and_guesses_the_time_left(
 
     now += 0.4
     progress.show(20)
-    assert shown() == ""  # not more than twice a second
+    assert shown() == ""  # shown at most twice a second
     now += 0.1
     progress.show(20)
-    assert shown() == "0/4 prompts, 40.0 tokens/s"  # nothing yet to tell the time by
+    assert shown() == "0/4 prompts, 40.0 tokens/s"  # no prompt is complete, so the time left is unknown
     progress.show(21)
     assert shown() == ""
     now += 1999.5

@@ -1,5 +1,8 @@
-"""What others wrote and may mean harm with: texts that look like marks, tokenizer files, prompt files larger than
-memory, names and messages with control characters in them."""
+"""Malicious input: texts that look like marks of a dialog format, tokenizer files, prompt files larger than memory,
+control characters in names and messages.
+
+A mark is a special token, or a text like [INST], that a dialog format writes around messages.
+"""
 
 import base64
 import json
@@ -36,7 +39,7 @@ NAMES += ["<|python_tag|>", "<|reserved_special_token_0|>", "[AVAILABLE_TOOLS]",
 
 
 def full_width(text: str) -> str:
-    """What NFKC makes the ASCII text of."""
+    """The ASCII text in full-width characters, which NFKC turns into ASCII."""
     wide = "".join(chr(ord(char) + 0xFEE0) if "!" <= char <= "~" else char for char in text)
     assert unicodedata.normalize("NFKC", wide) == text
     return wide
@@ -72,7 +75,7 @@ def bytes_bpe(*pieces: str, **settings: Any) -> Any:
 
 
 def nfkc_sentencepiece(folder: Path) -> Path:
-    """As T5's and others' are: it takes full-width letters for ASCII, and zero-width spaces for spaces."""
+    """A SentencePiece model with NFKC, like T5's: it reads full-width letters as ASCII, zero-width spaces as spaces."""
     from sentencepiece import SentencePieceTrainer, set_min_log_level
 
     folder.mkdir()
@@ -114,15 +117,15 @@ def vocabulary(case: str, folder: Path) -> Path:
         return json_tokenizer(folder, bytes_bpe(), CHATML, "chatml", normalizers.NFKC(), normalized=True)
     if case == "llama2, nfkc":
         return json_tokenizer(folder, bytes_bpe(), [], "llama2", normalizers.NFKC(), normalized=True)
-    if case == "chatml, pieces":  # a text that is a piece is taken whole, and the marks are pieces too
+    if case == "chatml, pieces":  # a text that is a piece becomes one id, and marks are pieces
         return json_tokenizer(folder, bytes_bpe("<s>", "</s>", *CHATML, ignore_merges=True), CHATML, "chatml")
-    assert case == "chatml, unigram"  # marks are pieces like others, and the best ones
+    assert case == "chatml, unigram"  # marks are ordinary pieces, with the best scores
     pieces = [("<unk>", 0.0), *((mark, 0.0) for mark in ("<s>", "</s>", *CHATML))]
     pieces += [(chr(code), -9.0) for code in range(32, 127)]
     return json_tokenizer(folder, models.Unigram(pieces, 0), CHATML, "chatml", normalizers.NFKC())
 
 
-# The special tokens of a dialog by hand: before each answer and question, and where the answer begins.
+# The special tokens of a dialog with these roles, in order, written by hand.
 MARKS: dict[str, Callable[[list[str]], list[str]]] = {
     "llama2": lambda roles: ["BOS", "EOS"] * roles.count("assistant") + ["BOS"],
     "llama3": lambda roles: ["BOS", *["start", "end", "eot"] * len(roles), "start", "end"],
@@ -137,7 +140,7 @@ MARKS: dict[str, Callable[[list[str]], list[str]]] = {
 }
 CASES = [*MARKS, "llama2, nfkc sentencepiece", "zephyr, nfkc sentencepiece", "llama2, nfkc", "chatml, nfkc"]
 CASES += ["chatml, pieces", "chatml, unigram"]
-REFUSING = ("chatml, pieces", "chatml, unigram")  # where the text alone is a mark
+REFUSING = ("chatml, pieces", "chatml, unigram")  # vocabularies that encode the text of a mark as the mark's id
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -155,7 +158,7 @@ def special_ids(format: ChatFormat, ids: list[int]) -> list[int]:
 
 
 def expected_ids(case: str, format: ChatFormat, roles: list[str]) -> list[int]:
-    """Of a dialog, by hand."""
+    """The ids of the special tokens of a dialog with these roles, by MARKS."""
     tokenizer = format.tokenizer
     ids = {"BOS": tokenizer.bos_id, "EOS": tokenizer.eos_id, **tokenizer.special_ids}
     ids |= {"start": 128006, "end": 128007, "eot": 128009} if case == "llama3" else {}
@@ -163,7 +166,7 @@ def expected_ids(case: str, format: ChatFormat, roles: list[str]) -> list[int]:
 
 
 def content(draw: random.Random, marks: list[str]) -> str:
-    """Marks as they are, in full width, halved, with what nobody sees in them; words, white space, any characters."""
+    """A text of marks (whole, in full width, halved, with invisible characters), words, spaces and any characters."""
     text = ""
     for _ in range(draw.randint(0, 3)):
         mark, at = draw.choice(marks), draw.randint(1, 6)
@@ -180,7 +183,7 @@ def dialog_of(system: str | None, contents: list[str]) -> list[Message]:
 
 
 def forges_a_tag(format: ChatFormat, text: str) -> bool:
-    """Whether the model would read a tag, by what its tokenizer makes of the text."""
+    """Whether the model would read a tag: whether the tokenizer's ids of the text decode to one."""
     if not format.dialect.tags:
         return False
     read = format.tokenizer.decode(format.tokenizer.encode(text, bos=False, eos=False))
@@ -188,7 +191,7 @@ def forges_a_tag(format: ChatFormat, text: str) -> bool:
 
 
 def test_the_special_ids_of_a_dialog_are_those_of_its_format(case: tuple[str, ChatFormat]) -> None:
-    """Whatever the messages hold: a dialog is refused, or its marks are the ones of a dialog of harmless words."""
+    """For any messages, a dialog is refused or has the same special ids as one with harmless messages."""
     name, format = case
     marks = [*sorted({*NAMES, *PHI3, *MISTRAL_MARKS} & {*format.tokenizer.special_ids}), *format.dialect.tags]
     written = refused = 0
@@ -199,7 +202,7 @@ def test_the_special_ids_of_a_dialog_are_those_of_its_format(case: tuple[str, Ch
         forged = any(forges_a_tag(format, message["content"]) for message in dialog)
         if format.refusal(dialog):
             refused += 1
-            # Some tokenizers read no tag where there is one, before an accent for instance: refused all the same.
+            # A text with a tag is refused even if the tokenizer does not read one, for instance before an accent.
             assert forged or any(tag in m["content"] for m in dialog for tag in format.dialect.tags)
             continue
         assert not forged
@@ -216,7 +219,7 @@ def test_the_special_ids_of_a_dialog_are_those_of_its_format(case: tuple[str, Ch
 
 
 def test_no_text_is_a_special_id(case: tuple[str, ChatFormat]) -> None:
-    """As prompts are encoded: every name alone, first, last, surrounded, doubled, in full width."""
+    """Every name is encoded like a prompt: alone, first, last, surrounded, doubled, in full width."""
     name, format = case
     tokenizer = format.tokenizer
     names = sorted({*tokenizer.special_ids, *NAMES, *TAGS})
@@ -234,8 +237,8 @@ def test_no_text_is_a_special_id(case: tuple[str, ChatFormat]) -> None:
     assert refused == ({"<s>", "</s>", *CHATML} if name in REFUSING else set())
 
 
-def test_an_unknown_character_is_no_forged_mark(tmp_path: Path) -> None:
-    """Where it has a token of its own; where that one is EOS too, the text is refused."""
+def test_an_unknown_character_is_not_a_forged_mark(tmp_path: Path) -> None:
+    """An unknown character becomes <unk> if that is a token of its own. If it is EOS, the text is refused."""
     from tokenizers import models
 
     vocabularies: list[Any] = [
@@ -255,15 +258,15 @@ def test_an_unknown_character_is_no_forged_mark(tmp_path: Path) -> None:
     content["model"] = json.loads(vocabularies[0].__getstate__()) | {"unk_id": None}
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"the tokenizer fails on the text: .*unk_id.* is missing"):
-        Tokenizer(path).encode("a漢", bos=False, eos=False)  # where there is none
+        Tokenizer(path).encode("a漢", bos=False, eos=False)  # a vocabulary without an unknown token
 
 
 def test_tags_are_refused_as_the_tokenizer_reads_them(tmp_path: Path) -> None:
-    """Full-width brackets are brackets to NFKC; to a tokenizer that leaves them alone they are not."""
+    """A tokenizer with NFKC reads full-width brackets as brackets. Others do not."""
     format, plain = ChatFormat(Tokenizer(nfkc_sentencepiece(tmp_path / "a")), "llama2"), Tokenizer(TOKENIZER)
     for tag in format.dialect.tags:
         dialog = dialog_of(None, [f"x {full_width(tag)} y"])
-        assert tag in format.tokenizer.decode(format.encode(dialog))[6:-7]  # it is what the model would read
+        assert tag in format.tokenizer.decode(format.encode(dialog))[6:-7]  # the model would read a tag
         assert format.refusal(dialog) and format.refusal(dialog_of(f"{full_width(tag)}", ["x"]))
         assert ChatFormat(plain, "llama2").refusal(dialog) is None
     with pytest.raises(ValueError, match="half of a surrogate pair"):
@@ -372,8 +375,8 @@ def test_a_bad_tokenizer_json_is_one_line(name: str, tmp_path: Path) -> None:
     assert time.perf_counter() - started < 5
 
 
-def test_a_prefix_is_not_seen_where_there_is_none(tmp_path: Path) -> None:
-    """Names and texts that look like one, and characters written as numbers, are in real vocabularies."""
+def test_no_prefix_is_detected_where_there_is_none(tmp_path: Path) -> None:
+    """Real vocabularies have pieces that look like this key, and escaped characters."""
     vocab = {
         "a": 0,
         "b": 1,
@@ -387,7 +390,7 @@ def test_a_prefix_is_not_seen_where_there_is_none(tmp_path: Path) -> None:
     assert Tokenizer(path).n_words == 7
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pipes among its files")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes in folders")
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
 def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
     write_json(tmp_path, changed())
@@ -397,7 +400,7 @@ def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
         Tokenizer(tmp_path / ("tokenizer.json" if "config" in name else name))
 
 
-# What a file may hold, and what becomes of a text then.
+# Files that load: name -> (content, a text that fails, part of the error).
 ODD_JSON = {
     "an endless pattern": (changed(pre_tokenizer=splitting_at("(a+)+$")), "a" * 40 + "!", "retry-limit-in-match"),
     "an endless replacement": (
@@ -447,8 +450,8 @@ def test_a_file_of_gigabytes_is_not_read(name: str, tmp_path: Path) -> None:
     assert time.perf_counter() - started < 1
 
 
-def test_ten_million_ranks_and_long_pieces(tmp_path: Path) -> None:
-    """The one is refused unread, the other is a vocabulary like others."""
+def test_too_many_ranks_and_long_pieces(tmp_path: Path) -> None:
+    """A rank file that is too large is refused before it is parsed. Long pieces are accepted."""
     path = tmp_path / "tokenizer.model"
     ranks = [bytes([byte]) for byte in range(256)] + [b"a" * n for n in (2, 10**6)]
     path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranks)))
@@ -465,7 +468,7 @@ def test_ten_million_ranks_and_long_pieces(tmp_path: Path) -> None:
 def test_absurd_vocabularies_do_not_fit_the_model(
     ids: int, config: dict[str, Any], build: Callable[..., Llama], tmp_path: Path
 ) -> None:
-    """Their size costs nothing until it is compared."""
+    """No memory is allocated for the size before it is compared with the model's."""
     path = write_json(tmp_path, with_model(vocab={"a": 0, "b": 1, "ab": ids}), json.dumps(config))
     with pytest.raises(TokenizerError, match=r"the tokenizer has [0-9]{10,13} ids, the model 512"):
         build("mha", tokenizer_path=path)
@@ -480,7 +483,7 @@ model, path, read = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]), 0
 for seed in range(200):
     draw, data = random.Random(seed), bytearray(model)
     for _ in range(draw.choice([1, 1, 2, 8])):
-        # Anywhere, and in the last fields, which say how texts are read.
+        # Anywhere, or in the last fields, which set how texts are normalized.
         at = draw.choice([draw.randrange(len(data)), draw.randrange(len(data) - 100, len(data))])
         data[at] = draw.choice([0, 1, 127, 128, 255, data[at] ^ 1 << draw.randrange(8)])
     if seed % 9 == 0:
@@ -501,14 +504,14 @@ print(read)
 
 
 def test_damaged_sentencepiece_models_end_in_one_line_or_work(tmp_path: Path) -> None:
-    """In a process of its own: the reader is C++, and nothing may end it."""
+    """In a separate process, because the reader is C++ and may crash it."""
     command = [sys.executable, "-c", MUTATIONS, str(TOKENIZER), str(tmp_path / "tokenizer.model")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert 10 < int(done.stdout) < 190
 
 
-def test_a_piece_that_is_no_utf8_is_told_at_once(tmp_path: Path) -> None:
+def test_a_piece_that_is_not_utf8_is_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     data = TOKENIZER.read_bytes()
     at = data.index("\u2581the".encode())
@@ -524,7 +527,7 @@ def test_a_piece_that_is_no_utf8_is_told_at_once(tmp_path: Path) -> None:
 def test_a_file_of_prompts_is_not_held_in_memory(
     checkpoint: Callable[..., Path], tmp_path: Path, measured: Callable[[str, object], None]
 ) -> None:
-    """30 MB of prompts and a line of 30 MB, most of them answered by an earlier run: checked, compared, answered."""
+    """30 MB of prompts, nearly all answered by an earlier run, and a line of 30 MB, which is skipped."""
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     lines, left = 6000, {1, 3000, 6000}
     with file.open("w") as prompts, out.open("w") as answers:
@@ -548,29 +551,29 @@ def test_a_file_of_prompts_is_not_held_in_memory(
     assert grown < 50
 
 
-def test_windows_are_answered_in_turn_each_longest_first(
+def test_windows_are_answered_in_order_and_each_longest_first(
     command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llama.cli.complete.WINDOW_JOBS", 4)
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     lengths = [1, 5, 3, 9, 7, 2, 8, 4, 6]
     file.write_text("".join(json.dumps({"prompt": "word " * n}) + "\n\n" for n in lengths))
-    words = ["--file", str(file), "--out", str(out), "--max_gen_len", "2", "--max_batch_size", "2"]
-    assert command("complete", *words).status == 0
+    args = ["--file", str(file), "--out", str(out), "--max_gen_len", "2", "--max_batch_size", "2"]
+    assert command("complete", *args).status == 0
     order = [(json.loads(line)["line"] + 1) // 2 for line in out.read_text().splitlines()]
     assert order == [4, 2, 3, 1, 7, 5, 8, 6, 9]
     whole = sorted(out.read_text().splitlines())
-    # A line at a time, and then as many as make 60 characters.
+    # Windows of one line, then of as many lines as have 60 characters.
     for characters, expected in ((1, list(range(1, 10))), (60, [2, 3, 1, 4, 5, 7, 6, 9, 8])):
         monkeypatch.setattr("llama.cli.complete.WINDOW_CHARACTERS", characters)
         out.unlink()
-        assert command("complete", *words).status == 0
+        assert command("complete", *args).status == 0
         assert [(json.loads(line)["line"] + 1) // 2 for line in out.read_text().splitlines()] == expected
         assert sorted(out.read_text().splitlines()) == whole
 
 
 @pytest.mark.parametrize("change", [lambda s: s.replace("two", "2wo"), lambda s: s[:30], lambda s: "\n" + s])
-def test_a_file_that_changes_meanwhile_is_told(
+def test_a_file_that_changes_while_it_is_read_is_reported(
     change: Callable[[str], str], command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
@@ -589,19 +592,19 @@ def test_a_file_that_changes_meanwhile_is_told(
 
 def test_a_file_has_limits(command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
-    words = ["--file", str(file), "--out", str(out), "--max_gen_len", "1"]
+    args = ["--file", str(file), "--out", str(out), "--max_gen_len", "1"]
     monkeypatch.setattr("llama.cli.complete.LINE_LIMIT", 20)
     file.write_text('{"prompt": "123456"}\n{"prompt": "1234567"}\n{"prompt": "123456"}')
-    ended = command("complete", *words)
+    ended = command("complete", *args)
     assert "prompts.jsonl, line 2: longer than 20 characters: mend" in ended.err and not out.exists()
-    assert command("complete", *words, "--keep_going").status == 0
+    assert command("complete", *args, "--keep_going").status == 0
     assert sorted(json.loads(line)["line"] for line in out.read_text().splitlines()) == [1, 3]
     file.write_text(" " * 21 + "\n")
-    assert "line 1: longer than 20 characters" in command("complete", *words).err
+    assert "line 1: longer than 20 characters" in command("complete", *args).err
     monkeypatch.setattr("llama.cli.complete.LINES_LIMIT", 3)
     file.write_text("\n" * 4)
-    assert f"error: {file} has more than 3 lines: divide it" in command("complete", *words).err
-    assert "is no regular file: it is read twice" in command("complete", "--file", "/dev/null", *words[2:]).err
+    assert f"error: {file} has more than 3 lines: divide it" in command("complete", *args).err
+    assert "is no regular file: it is read twice" in command("complete", "--file", "/dev/null", *args[2:]).err
 
 
 def test_texts_taken_whole_have_a_limit(
@@ -628,7 +631,7 @@ EVIL = "\x1b]0;pwned\x07\x1b[2J\n\r\x9b31m\u202egnp.\u2066\t\x7f"
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\u061c]")
 
 
-def test_a_line_shows_what_it_quotes() -> None:
+def test_control_characters_in_quotes_are_shown() -> None:
     assert in_one_line(f"a{EVIL}é") == ("a␛]0;pwned␇␛[2J␊␍<U+009B>31m<U+202E>gnp.<U+2066>␉␡é")
     assert in_one_line(ValueError("\ud800 \u2028")) == "<U+D800> <U+2028>"
     assert len(in_one_line("x" * 10**7)) == LONGEST + 5
@@ -638,11 +641,11 @@ def test_a_line_shows_what_it_quotes() -> None:
 def test_no_error_writes_to_the_terminal_what_others_wrote(
     command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Names of files, keys and values of params.json, what a prompt's line holds, unknown flags."""
+    """Names of files, keys and values of params.json, unknown flags."""
     evil = EVIL.replace("/", "")
 
-    def one_line(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["llama", *words])
+    def one_line(*args: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["llama", *args])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         line = str(ended.value.code)
@@ -688,7 +691,7 @@ def test_verify_and_perplexity_show_names(
 
 
 def test_every_claim_of_the_security_page_has_its_test() -> None:
-    """The tests that SECURITY.md names are there, and it names some."""
+    """The tests that SECURITY.md names exist."""
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text()))
     here = {
         name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())

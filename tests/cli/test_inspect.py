@@ -1,4 +1,4 @@
-"""`llama inspect`: the table, the JSON object, the HTML file, and what mistakes end in."""
+"""`llama inspect`: the table, the JSON object, the HTML file, and error messages."""
 
 import contextlib
 import io
@@ -33,7 +33,7 @@ HOSTILE = (
 
 @pytest.fixture
 def inspect(command: Callable[..., Ended]) -> Callable[..., Ended]:
-    """inspect(*words, stdin=""): the command in this process, on a seeded model."""
+    """inspect(*args, stdin=""): the command in this process, on a seeded model."""
     return partial(command, "inspect")
 
 
@@ -47,9 +47,9 @@ def read(ended: Ended) -> dict[str, Any]:
 def test_json_is_the_token_report(inspect: Callable[..., Ended], build: Callable[..., Llama]) -> None:
     llama = build("mha")
     ids = llama.tokenizer.encode(TEXT, bos=True, eos=False)
-    for text, words in ((TEXT, {}), (HOSTILE, {"stdin": HOSTILE + "\n"})):
+    for text, args in ((TEXT, {}), (HOSTILE, {"stdin": HOSTILE + "\n"})):
         ids = llama.tokenizer.encode(text, bos=True, eos=False)
-        found = read(inspect(*([] if words else [text]), "--json", "--top", "3", **words))
+        found = read(inspect(*([] if args else [text]), "--json", "--top", "3", **args))
         assert found == {"text": text, **inspect_tokens(llama, ids, 3)}
         assert "".join(token["text"] for token in found["tokens"]) == text
         assert len(found["next"]) == 3 and [token["id"] for token in found["tokens"]] == ids
@@ -98,7 +98,7 @@ def test_a_stop_token_ends_the_generated_tokens(inspect: Callable[..., Ended], m
 
 def test_bos(inspect: Callable[..., Ended]) -> None:
     default, with_it, without = (
-        read(inspect(TEXT, "--json", *words))["tokens"] for words in ([], ["--bos", "True"], ["--bos=False"])
+        read(inspect(TEXT, "--json", *args))["tokens"] for args in ([], ["--bos", "True"], ["--bos=False"])
     )
     assert default == with_it and with_it[0]["id"] == 1 and with_it[0]["text"] == ""
     assert [token["id"] for token in without] == [token["id"] for token in with_it[1:]]
@@ -110,7 +110,7 @@ NO_TEXT = r'no text to inspect: give one \("..."\), or pipe one in'
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         ([], NO_TEXT),
         ([""], NO_TEXT),
@@ -123,16 +123,16 @@ NO_TEXT = r'no text to inspect: give one \("..."\), or pipe one in'
     ],
 )
 def test_mistakes_found_before_the_model_is_loaded(
-    words: list[str], message: str, inspect: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    args: list[str], message: str, inspect: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(Llama, "build", None)
-    ended = inspect(*(word.replace("{tmp}", str(tmp_path)) for word in words), stdin=Keyboard())
+    ended = inspect(*(word.replace("{tmp}", str(tmp_path)) for word in args), stdin=Keyboard())
     assert ended.status == 1 and ended.out == ""
     assert re.fullmatch(rf"error: {message.replace('{tmp}', re.escape(str(tmp_path)))}\n", ended.err)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["--json"], NO_TEXT),  # an empty pipe
         (["text", "--top", "513"], "top is 513, but the vocabulary has 512 ids"),
@@ -143,10 +143,8 @@ def test_mistakes_found_before_the_model_is_loaded(
         ),
     ],
 )
-def test_mistakes_found_after_the_model_is_loaded(
-    words: list[str], message: str, inspect: Callable[..., Ended]
-) -> None:
-    ended = inspect(*words)
+def test_mistakes_found_after_the_model_is_loaded(args: list[str], message: str, inspect: Callable[..., Ended]) -> None:
+    ended = inspect(*args)
     assert ended.status == 1 and ended.out == ""
     assert re.fullmatch(rf"llama: .*\nerror: {message}\n", ended.err)
 
@@ -226,7 +224,7 @@ def test_colours_on_a_terminal_unless_no_color_is_set(
     os.close(master)
     assert re.sub(r"\033\[\d+m", "", out) == plain_text and "\033" not in plain_text
     assert all(text_width(line) <= 90 for line in plain_text.splitlines()[:-1])
-    found = re.findall(r"\033\[(\d+)m([^\033]*)\033\[0m", out)  # a piece and its numbers, in turn
+    found = re.findall(r"\033\[(\d+)m([^\033]*)\033\[0m", out)  # alternately a piece and its numbers
     assert bool(found) == (not no_color) == ("\033" in out)
     for (colour, _), (same, numbers) in zip(found[::2], found[1::2], strict=True):
         assert colour == same == str((32, 36, 33, 35, 31)[level(float(numbers.split()[1].replace("<", "")))])

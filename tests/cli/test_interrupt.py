@@ -14,11 +14,11 @@ import pytest
 
 from helpers.paths import ROOT
 
-# Runs a program with SIGINT ignored. It starts in a session of its own, and with "foreground" and "background" it opens
-# the terminal that is its stdin, which makes it the controlling one.
+# Runs a program with SIGINT ignored, in a session of its own. With "foreground" and "background" it opens the terminal
+# that is its stdin, which makes it the controlling terminal.
 LAUNCH = """
 import os, signal, sys
-place, *words = sys.argv[1:]
+place, *args = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 if place != "no terminal":
     os.close(os.open(os.ttyname(0), os.O_RDWR))
@@ -26,7 +26,7 @@ if place == "background" and (child := os.fork()):
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 if place == "background":
     os.setpgid(0, 0)
-os.execv(sys.executable, [sys.executable, *words])
+os.execv(sys.executable, [sys.executable, *args])
 """
 SIGNALS_ITSELF = """
 import os, signal
@@ -43,11 +43,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 class Program:
     """A Python program whose stdin and stdout are a terminal, started with SIGINT ignored."""
 
-    def __init__(self, *words: str, place: str = "foreground"):
+    def __init__(self, *args: str, place: str = "foreground"):
         self.master, device = pty.openpty()
         self.shown = ""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, place, *words],
+            [sys.executable, "-c", LAUNCH, place, *args],
             stdin=device,
             stdout=device,
             stderr=device,
@@ -78,14 +78,14 @@ class Program:
 
     def _receive(self, timeout: float) -> bool:
         if select.select([self.master], [], [], timeout)[0]:
-            with contextlib.suppress(OSError):  # nobody has it open any more
+            with contextlib.suppress(OSError):  # no process has the terminal open
                 self.shown += os.read(self.master, 65536).decode(errors="replace")
                 return True
         return False
 
 
 @pytest.mark.parametrize(("place", "status"), [("foreground", 130), ("background", 0), ("no terminal", 0)])
-def test_only_the_foreground_hears_sigint(place: str, status: int) -> None:
+def test_only_the_foreground_receives_sigint(place: str, status: int) -> None:
     program = Program("-c", SIGNALS_ITSELF, place=place)
     assert program.ends() == status, program.shown
     assert ("SIGINT was ignored" in program.shown) == (status == 0)

@@ -1,4 +1,4 @@
-"""The bar of long work."""
+"""The progress bar of long operations."""
 
 import os
 import pty
@@ -21,7 +21,7 @@ for n in progress(range(6), "failing"):
 """
 
 
-def test_a_terminal_sees_a_bar_that_counts_and_ends_its_line() -> None:
+def test_a_terminal_shows_a_bar_that_counts_and_ends_its_line() -> None:
     leader, follower = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", CALL], stderr=follower, stdout=subprocess.DEVNULL)
     os.close(follower)
@@ -40,7 +40,7 @@ def test_a_terminal_sees_a_bar_that_counts_and_ends_its_line() -> None:
     assert re.fullmatch(r"thinking ━+ 6/6 0:00:00", lines[0]) and lines[1] == "done"
     assert re.search(r"thinking ━+[╸╺ ]*━* 5/6 ", screen)
     assert re.fullmatch(r"failing ━+[╸╺ ]*━* 3/6 \S+", lines[2]) and lines[3] == "error: it failed"
-    assert "hurrying" not in screen  # what takes no time
+    assert "hurrying" not in screen  # no bar for what takes no time
 
 
 def test_elsewhere_nothing_is_shown() -> None:

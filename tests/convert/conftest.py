@@ -56,7 +56,7 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
             made[name] = tmp_path_factory.mktemp(name) / "hf"
             torch.manual_seed(len(name))
             model = AutoModelForCausalLM.from_config(MODELS[name]).float()
-            for key, weight in model.named_parameters():  # norms of all ones would hide mistakes
+            for key, weight in model.named_parameters():  # norms of ones would hide mistakes
                 torch.nn.init.normal_(weight, 1.0 if "norm" in key else 0.0, 0.1 if "norm" in key else 0.05)
             model.save_pretrained(made[name])
             shutil.copy(TOKENIZER, made[name] / "tokenizer.model")

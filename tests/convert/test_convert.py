@@ -29,7 +29,7 @@ from llama.params import ModelArgs
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    # llama2.c's files hold neither norm_eps nor rope_theta: only mha has the values that all of them have.
+    # llama2.c's files have no norm_eps and rope_theta. Of the seeded models, only mha has llama2.c's values.
     [(name, kind) for name in SEEDED for kind in FORMATS if kind != "llama2c" or name == "mha"],
 )
 def test_every_format_gives_the_same_model(
@@ -160,12 +160,12 @@ def test_two_conversions_at_once(source: Path, tmp_path: Path, monkeypatch: pyte
     """The conversion that finishes second finds the folder and leaves it unchanged."""
     write = meta.write
 
-    def meanwhile(*arguments: Any) -> None:
+    def convert_first(*arguments: Any) -> None:
         monkeypatch.setattr(meta, "write", write)
         convert(source, tmp_path / "out", shards=2)
         write(*arguments)
 
-    monkeypatch.setattr(meta, "write", meanwhile)
+    monkeypatch.setattr(meta, "write", convert_first)
     with pytest.raises(ConvertError, match="exists and is left unchanged"):
         convert(source, tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"] and len(list((tmp_path / "out").glob("*.pth"))) == 2
@@ -276,7 +276,7 @@ def test_a_recorded_chat_format_is_kept(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_tied_model_is_divided_by_rows(source: Path, tmp_path: Path) -> None:
-    """So that every rank needs the same rows of the output and of the embedding, and holds them once."""
+    """Then every rank needs the same rows of the output and of the embedding, and holds them once."""
     weights = meta_weights(source)
     del weights["output.weight"]
     shutil.copytree(source, tmp_path / "in")

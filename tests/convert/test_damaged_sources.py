@@ -39,7 +39,7 @@ def test_sources_that_are_not_models_are_described(tmp_path: Path, fault: str) -
     assert part in error_of(source, tmp_path / "out")
 
 
-def test_a_source_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_source(tmp_path: Path) -> None:
     assert "does not exist: supported are" in error_of(tmp_path / "none", tmp_path / "out")
 
 
@@ -84,7 +84,7 @@ DAMAGE: dict[str, Callable[[Path, random.Random], None]] = {
 def test_damaged_weights_are_named(
     in_format: Callable[[str, str], Path], tmp_path: Path, kind: str, damage: str
 ) -> None:
-    """Each weight file in turn, at a random place: an error of one line that names it, and no new folder."""
+    """Each weight file is damaged at a random place: an error of one line names it, and no folder is created."""
     original = in_format("mha", kind)
     rng = random.Random(f"{kind}/{damage}")
     for path in weight_files(original):
@@ -103,9 +103,9 @@ def test_damaged_weights_are_named(
 def test_a_flipped_bit_never_corrupts_silently(
     checkpoint: Callable[..., Path], in_format: Callable[[str, str], Path], tmp_path: Path, kind: str
 ) -> None:
-    """20 flips anywhere in each file: an error, or the same weights.
+    """20 flips anywhere in each file give an error or the same weights.
 
-    In formats without checksums also one changed weight, if the bit was one of its own.
+    In formats without checksums, the weight that has the flipped bit may change instead.
     """
     original, rng = meta_weights(checkpoint("mha")), random.Random(kind)
     source = in_format("mha", kind)
@@ -209,7 +209,7 @@ def test_tensors_that_do_not_fit_are_named(
 
 @pytest.mark.parametrize("kind", ["meta-4-shards", "hf-3-files"])
 def test_files_of_two_models_are_detected(in_format: Callable[[str, str], Path], tmp_path: Path, kind: str) -> None:
-    """A file of another shape of model, a file too few, a file twice."""
+    """A file of a model with other shapes, a missing file, the same file twice."""
     for case in ("mixed", "missing", "repeated"):
         shutil.copytree(in_format("mha", kind), tmp_path / case)
         files = weight_files(tmp_path / case)

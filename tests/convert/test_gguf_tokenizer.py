@@ -136,7 +136,7 @@ def test_other_byte_level_vocabularies(tmp_path: Path, pre: str) -> None:
     ours = Tokenizer(tmp_path / "out" / "tokenizer.json")
     assert ours.adds_bos == (pre == "llama-bpe")  # llama.cpp's default
     byte_of = {char: byte for byte, char in BYTE_CHARS.items()}
-    first = len(CONTROL_TOKENS)  # the ids of the bytes begin behind them
+    first = len(CONTROL_TOKENS)  # the ids of the bytes follow
     last = first + 256 + len(MERGES)
     ranks = {bytes(byte_of[char] for char in token): rank for rank, token in enumerate(tokens[first:last])}
     patterns = {"llama-bpe": LLAMA3_PATTERN, "gpt-2": ReferenceTokenizer.PATTERN}
@@ -237,7 +237,7 @@ def test_demo_tokenizer_against_reference(demo: Path, demo_fields: dict[str, Any
 def test_demo_tokenizer_against_transformers(demo: Path) -> None:
     """transformers reads the same GGUF file with its own code.
 
-    It does not split digits as smollm does, so the texts have none.
+    Unlike the pre-tokenizer "smollm", it does not split digits, so the texts have none.
     """
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(DEMO_GGUF.parent, gguf_file=DEMO_GGUF.name)

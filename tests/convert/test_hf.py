@@ -65,7 +65,7 @@ def test_logits_and_the_round_trip(hugging_face: Callable[..., Path], tmp_path: 
     same(our_logits(tmp_path / "again"), expected)
 
     back = weights(tmp_path / "hf")
-    if name != "phi-3":  # which is written as a Mistral, unfused
+    if name != "phi-3":  # written as a Mistral, with unfused matrices
         theirs = weights(folder)
         assert back.keys() == theirs.keys()
         assert all(torch.equal(back[key], theirs[key]) for key in theirs)

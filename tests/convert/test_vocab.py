@@ -294,7 +294,7 @@ def test_other_models_in_transformers(tmp_path: Path, pieces: list[Piece], optio
         assert peer(text)["input_ids"] == ids == read.encode(text, bos=own.adds_bos, eos=False)
 
 
-def test_models_that_transformers_cannot_have(tmp_path: Path) -> None:
+def test_vocabularies_that_transformers_cannot_represent(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(sentencepiece_model(small_vocabulary(("▁ba", -9.0, UNUSED), ("ba", -8.0, NORMAL))))
     with pytest.raises(ConvertError, match=r"marks '▁ba' unused, but needs it to split texts: not supported"):

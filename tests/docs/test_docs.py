@@ -1,4 +1,4 @@
-"""The documentation does what it says: its links lead somewhere, its commands and programs run, its outputs are real.
+"""The documentation is correct: its links resolve, its commands and programs run, its outputs are real.
 
 What runs: fenced blocks of `console` (lines that begin with "$ ") and `python`, page by page, in a folder of the page's
 own that has the demo model. Lines after a command, and a `text` block right after a program, are compared with stdout.
@@ -117,20 +117,20 @@ def test_every_block_runs_or_says_why_not(page: Path) -> None:
     for block in blocks_of(page):
         assert block.language, f"{page.name}:{block.line}: a block without a language"
         if block.language == "console" and block.reason is None:
-            for words, _, _ in commands_of(block):
-                assert words[0] == "llama", f"{page.name}:{block.line}: {words[0]} is not run here, say why"
+            for args, _, _ in commands_of(block):
+                assert args[0] == "llama", f"{page.name}:{block.line}: {args[0]} is not run here, say why"
         assert block.language not in ("sh", "bash", "shell"), f"{page.name}:{block.line}: write console"
 
 
 def commands_of(block: Block) -> Iterator[tuple[list[str], str, str]]:
-    """(words, stdin, expected output) of each command of a console block."""
+    """(args, stdin, expected output) of each command of a console block."""
     for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
         line, _, expected = part.replace("\\\n", " ").partition("\n")
-        words, stdin = shlex.split(line, comments=True), ""
-        if words[0] == "echo":
-            at = words.index("|")
-            stdin, words = " ".join(words[1:at]) + "\n", words[at + 1 :]
-        yield words, stdin, expected
+        args, stdin = shlex.split(line, comments=True), ""
+        if args[0] == "echo":
+            at = args.index("|")
+            stdin, args = " ".join(args[1:at]) + "\n", args[at + 1 :]
+        yield args, stdin, expected
 
 
 RUNNABLE = [
@@ -160,10 +160,10 @@ def test_commands_and_programs_run(
             if following and following.language == "text" and following.follows:
                 assert lines_of(out.getvalue()) == lines_of(following.text), where
             continue
-        for words, stdin, expected in commands_of(block):
-            ended = run_command(words[1:], monkeypatch, capsys, io.StringIO(stdin))
-            print(f"{where}: {shlex.join(words)}\n{ended.out}", file=sys.stderr)
-            assert ended.status == 0, f"{where}: {words}: {ended.err}"
+        for args, stdin, expected in commands_of(block):
+            ended = run_command(args[1:], monkeypatch, capsys, io.StringIO(stdin))
+            print(f"{where}: {shlex.join(args)}\n{ended.out}", file=sys.stderr)
+            assert ended.status == 0, f"{where}: {args}: {ended.err}"
             if expected.strip():
                 assert lines_of(ended.out) == lines_of(expected), where
 

@@ -1,4 +1,4 @@
-"""Dialogs as Meta's programs write them: Llama 3 with any roles, Code Llama 70B-Instruct."""
+"""Dialogs of Llama 3 with any roles, and of Code Llama 70B-Instruct, against Meta's code."""
 
 import shutil
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from llama import Conversation, Llama
 from llama.generation import SPECIAL_TAGS
 from llama.tokenizer import ChatFormat, Tokenizer
 
-# The format as the model card describes it, in Jinja: no system message is added.
+# Code Llama 70B's format from its model card, in Jinja, without its default system message.
 TEMPLATE = (
     "{% for m in messages %}{{ 'Source: ' + m.role + '\n\n ' + m.content.strip() + ' <step> ' }}{% endfor %}"
     "{{ 'Source: assistant\nDestination: user\n\n ' }}"
@@ -42,7 +42,7 @@ DIALOG: Any = [
         [],
     ],
 )
-def test_llama3_takes_any_roles(roles: list[str]) -> None:
+def test_llama3_accepts_any_roles(roles: list[str]) -> None:
     dialog: Any = [{"role": role, "content": f"message {i}"} for i, role in enumerate(roles)]
     # The package writes the role "tool" as ipython; here roles are written unchanged.
     ours: Any = [{**message, "role": message["role"].replace("tool", "ipython")} for message in dialog]
@@ -61,8 +61,8 @@ def test_llama2_needs_roles_in_order(build: Callable[..., Llama]) -> None:
     assert llama.formatter is llama.chat_format
 
 
-def test_codellama_70b_ids_that_metas_code_gave(tmp_path: Path) -> None:
-    """Published with the models: what Meta's own code makes of this dialog."""
+def test_codellama_70b_ids_published_with_the_models(tmp_path: Path) -> None:
+    """Meta published these ids of this dialog with the models."""
     if not LLAMA2.exists():
         pytest.skip(f"Llama 2's tokenizer.model is not at {LLAMA2}")
     tokenizer = Tokenizer(write_step(tmp_path / "tokenizer.model", LLAMA2, extra=16))
@@ -83,7 +83,7 @@ def test_codellama_70b_equals_its_template(tmp_path: Path) -> None:
     for i, part in enumerate(text.split(" <step>")):
         expected += [511] * (i > 0) + plain(path).encode(part if i else " " + part)
     assert ChatFormat(tokenizer).encode(DIALOG) == expected
-    # Without a system message, an empty one: a role and no content.
+    # A dialog without a system message begins with an empty one: a role and no content.
     head = [1, *plain(path).encode(" Source: system"), 511]
     assert ChatFormat(tokenizer).encode(DIALOG[1:2])[: len(head)] == head
     answered = [*DIALOG[:2], {**DIALOG[2], "destination": "user"}, DIALOG[3]]

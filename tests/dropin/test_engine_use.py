@@ -1,4 +1,4 @@
-"""`generate` with a tensor of prompts, and a model that is closed at the end of a block."""
+"""`generate` with a tensor of prompts, and a model as a context manager."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_a_tensor_of_prompts(build: Callable[..., Llama]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "error", "words"),
+    ("prompts", "error", "message"),
     [
         (torch.tensor([1, 2]), ValueError, r"a tensor of shape \[2\], expected \[bsz, seqlen\]: a single prompt is"),
         (torch.ones(1, 2), TypeError, r"a tensor of torch.float32, expected integers: tensor.long\(\)"),
@@ -28,8 +28,8 @@ def test_a_tensor_of_prompts(build: Callable[..., Llama]) -> None:
         (torch.ones(2, 0, dtype=torch.int64), ValueError, "prompt 0 is empty"),
     ],
 )
-def test_a_tensor_that_holds_no_prompts(prompts: Any, error: type, words: str, build: Callable[..., Llama]) -> None:
-    with pytest.raises(error, match=words):
+def test_tensors_that_are_not_prompts(prompts: Any, error: type, message: str, build: Callable[..., Llama]) -> None:
+    with pytest.raises(error, match=message):
         build("mha").generate(prompts, 4)
 
 

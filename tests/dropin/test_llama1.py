@@ -11,7 +11,7 @@ from llama import LLaMA, Llama, ModelArgs, Tokenizer, Transformer
 PROMPTS = ["the software is", "this"]
 
 
-def test_texts_hold_prompt_and_answer(build: Callable[..., Llama], checkpoint: Callable[..., Any]) -> None:
+def test_returned_texts_hold_prompt_and_answer(build: Callable[..., Llama], checkpoint: Callable[..., Any]) -> None:
     import torch
 
     built = build("mha", max_seq_len=32, max_batch_size=2, dtype="float32", device="cpu")

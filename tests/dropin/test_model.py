@@ -1,8 +1,9 @@
-"""Changes that programs make to a model's modules and weights take effect, whatever computes the model.
+"""Changes that programs make to a model's modules and weights take effect, compiled, uncompiled and plain.
 
-The expected results are those of transformers' Llama with the same change of its weights."""
+The expected results are those of transformers' Llama with the same change of its weights.
+"""
 
-# Programs reach into modules by name, which nn.Module types as Tensor | Module.
+# nn.Module types attributes, which these tests use as programs do, as Tensor | Module.
 # mypy: disable-error-code="union-attr,index,arg-type,operator,call-overload"
 
 import gc
@@ -29,24 +30,24 @@ from llama.model import Attention, FeedForward, RMSNorm, TransformerBlock
 IDS = [1, 70, 400, 33, 9, 250, 8, 77]
 FORMS: list[dict[str, Any]] = [{}, {"compile": False}, {"plain": True}]
 Weights = dict[str, torch.Tensor]
-Change = Callable[[Any], None]
 
 
 def logprobs(llama: Llama) -> torch.Tensor:
-    """Log-probabilities of IDS, by a prefill."""
+    """Log-probabilities of IDS, computed in a prefill."""
     _, scores = llama.generate([IDS], 0, logprobs=True, echo=True)
     assert scores is not None
     return torch.tensor(scores[0][1:])
 
 
 def decoded(llama: Llama) -> tuple[list[int], torch.Tensor]:
+    """Six greedy ids after IDS and their log-probabilities, computed in decode steps."""
     ids, scores = llama.generate([IDS], 6, temperature=0, logprobs=True)
     assert scores is not None
     return ids[0], torch.tensor(scores[0])
 
 
 def oracle(folder: Path, copy: Path, edit: Callable[[Weights], Any]) -> tuple[torch.Tensor, Any]:
-    """transformers' log-probabilities of IDS after a change of the weights, and its model."""
+    """Edit a copy of the checkpoint. Return transformers' log-probabilities of IDS on it, and its model."""
     shutil.copytree(folder, copy)
     weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
     edit(weights)
@@ -143,9 +144,9 @@ def new_modules(model: Any, weights: Weights) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("give", [load_part, load_assigned, load_all, set_data, new_parameters, new_modules])
+@pytest.mark.parametrize("replace", [load_part, load_assigned, load_all, set_data, new_parameters, new_modules])
 def test_weights_are_replaced(
-    give: Callable[[Any, Weights], None],
+    replace: Callable[[Any, Weights], None],
     form: dict[str, Any],
     dtype: str,
     build: Callable[..., Llama],
@@ -159,7 +160,7 @@ def test_weights_are_replaced(
     before = logprobs(llama)
     expected, _ = oracle(checkpoint("gqa"), tmp_path / "edited", edit)
     weights = torch.load(tmp_path / "edited" / "consolidated.00.pth", weights_only=True)
-    give(llama.model, {name: w.to(llama.executor.device, getattr(torch, dtype)) for name, w in weights.items()})
+    replace(llama.model, {name: w.to(llama.executor.device, getattr(torch, dtype)) for name, w in weights.items()})
     error = (logprobs(llama) - expected).abs().max()
     assert error < (1e-4 if dtype == "float32" else (before - expected).abs().max() / 4)
 
@@ -168,7 +169,7 @@ def halve(module: nn.Module, args: Any, value: torch.Tensor) -> torch.Tensor:
     return value / 2
 
 
-# Hooks and changed structures, with the change of weights that has the same effect.
+# Modules that get the hook `halve`, and the change of weights that has the same effect.
 HOOKS: list[tuple[str, Callable[[Weights], Any]]] = [
     ("layers.0.attention.wo", lambda w: w[WO].div_(2)),
     ("layers.1.feed_forward.w1", lambda w: w[W1].div_(2)),
@@ -183,7 +184,7 @@ HOOKS: list[tuple[str, Callable[[Weights], Any]]] = [
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(("name", "edit"), HOOKS)
-def test_hooks_act_and_go(
+def test_hooks_act_until_they_are_removed(
     name: str,
     edit: Callable[[Weights], Any],
     form: dict[str, Any],
@@ -207,8 +208,10 @@ def test_hooks_act_and_go(
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_weights_are_replaced_while_a_stream_is_read(form: dict[str, Any], build: Callable[..., Llama]) -> None:
-    """All replaced weights act in the next step: here they are zero, so that no layer adds anything."""
+def test_weights_replaced_during_a_stream_act_in_the_next_step(
+    form: dict[str, Any], build: Callable[..., Llama]
+) -> None:
+    """The new weights of the layers are zero, so that the layers add nothing to the embedding."""
     llama = build("gqa", max_seq_len=32, max_batch_size=2, **form)
     steps = llama.stream([IDS], max_gen_len=20, temperature=0)
     (first,) = next(steps)
@@ -227,7 +230,7 @@ def test_weights_are_replaced_while_a_stream_is_read(form: dict[str, Any], build
 
 
 def test_another_model_takes_over_a_stream(build: Callable[..., Llama]) -> None:
-    """It fills its own cache, even if it has made as many passes as the first one."""
+    """The other model fills its own cache, even if its count of passes equals that of the first model."""
     llama, other = (build("gqa", max_seq_len=32, max_batch_size=2) for _ in "ab")
     expected = [token.id for (token,) in llama.stream([IDS], max_gen_len=12, temperature=0)]
     steps = llama.stream([IDS], max_gen_len=12, temperature=0)
@@ -259,10 +262,10 @@ def narrow_angles(model: Any) -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("change", [grow_positions, widen_embedding, narrow_embedding, shorten_angles, narrow_angles])
-def test_sizes_that_do_not_fit_raise(
+def test_inconsistent_sizes_raise(
     change: Callable[[Any], None], form: dict[str, Any], build: Callable[..., Llama]
 ) -> None:
-    """Also in a step of one id, where native.c would otherwise read out of bounds."""
+    """Checked for a decode step, too, in which native.c would otherwise read out of bounds."""
     llama = build("gqa", max_seq_len=32, max_batch_size=2, **form)
     change(llama.model)
     with pytest.raises((ValueError, RuntimeError, IndexError)):
@@ -279,14 +282,14 @@ def test_angles_in_float64_act(form: dict[str, Any], build: Callable[..., Llama]
     torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-4)
 
 
-def test_a_bias_is_a_parameter(build: Callable[..., Llama]) -> None:
+def test_a_bias_must_be_a_parameter(build: Callable[..., Llama]) -> None:
     layer: Any = build("gqa", max_seq_len=32).model.layers[0]
     with pytest.raises(TypeError, match="cannot assign"):
         layer.attention.wq.bias = torch.ones(128)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_lists_and_arrays_of_quantized_weights_refuse_writing(scheme: str, build: Callable[..., Llama]) -> None:
+def test_quantized_weights_refuse_foreach_and_numpy_writes(scheme: str, build: Callable[..., Llama]) -> None:
     layer: Any = build("gqa", max_seq_len=32, quantize=scheme).model.layers[0]
     weight = layer.attention.wq.weight
     with pytest.raises(RuntimeError, match="cannot be written"):
@@ -319,8 +322,8 @@ def test_layers_are_deleted(
     torch.testing.assert_close(logprobs(llama), expected, rtol=0, atol=1e-4)
 
 
-class Own(nn.Module):
-    """A block as users write it, with the arguments of Meta's code: start_pos is one int, the mask is added."""
+class UsersBlock(nn.Module):
+    """A block as users write it. It gets the arguments of Meta's code: start_pos is one int, the mask is additive."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -333,7 +336,9 @@ class Own(nn.Module):
         return y
 
 
-class Whole(nn.Module):
+class UsersModel(nn.Module):
+    """A model as users write it, which negates the logits of another one."""
+
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model, self.params = model, model.params
@@ -343,15 +348,15 @@ class Whole(nn.Module):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_modules_of_ones_own(form: dict[str, Any], build: Callable[..., Llama]) -> None:
+def test_modules_that_the_user_wrote(form: dict[str, Any], build: Callable[..., Llama]) -> None:
     llama = build("gqa", max_seq_len=32, max_batch_size=3, **form)
     prompts = [IDS, IDS[:3], IDS[:3]]
     expected = llama.generate(prompts, 5, temperature=0)
-    llama.model.layers[1] = Own(llama.model.layers[1])
+    llama.model.layers[1] = UsersBlock(llama.model.layers[1])
     assert llama.generate(prompts, 5, temperature=0) == expected
     negative = build("gqa", max_seq_len=32, max_batch_size=3, plain=True)
     negative.model.output.weight.data.neg_()
-    llama.model = Whole(llama.model)  # type: ignore[assignment]
+    llama.model = UsersModel(llama.model)  # type: ignore[assignment]
     assert llama.generate(prompts, 5, temperature=0) == negative.generate(prompts, 5, temperature=0)
     with pytest.raises(TypeError, match="expected a Transformer"):
         llama.model = 5  # type: ignore[assignment]
@@ -372,10 +377,10 @@ def test_a_model_that_cannot_run_is_usable_after_the_change_is_undone(build: Cal
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("name", ["n_local_heads", "n_local_kv_heads", "head_dim"])
-def test_numbers_of_heads_that_the_weights_lack_are_refused(
+def test_head_counts_that_do_not_match_the_weights_are_refused(
     name: str, form: dict[str, Any], build: Callable[..., Llama]
 ) -> None:
-    """With the error of the view that Meta's code has, too."""
+    """The error is that of `view`, as in Meta's code."""
     llama = build("gqa", max_seq_len=32, max_batch_size=2, **form)
     before, attention = decoded(llama), llama.model.layers[1].attention
     setattr(attention, name, getattr(attention, name) // 2)
@@ -423,7 +428,7 @@ def test_quantized_weights_are_read_and_refuse_to_be_written(
 
 
 def changed_on_a_rank(folder: Path, form: dict[str, Any]) -> list[tuple[list[float], list[list[int]]]]:
-    """Results of one model after each of several changes, which every rank makes to its slices."""
+    """Results of one model, first unchanged, then after each of several changes that every rank makes to its slices."""
     llama = Llama.build(folder, max_seq_len=32, max_batch_size=2, **form)
     model: Any = llama.model
     found = []
@@ -442,7 +447,7 @@ def changed_on_a_rank(folder: Path, form: dict[str, Any]) -> list[tuple[list[flo
     note()
     hook = model.layers[1].attention.wq.register_forward_hook(halve)
     note()
-    model.layers[0] = Own(model.layers[0])
+    model.layers[0] = UsersBlock(model.layers[0])
     note()
     hook.remove()
     del model.layers[0]
@@ -455,7 +460,9 @@ def changed_on_a_rank(folder: Path, form: dict[str, Any]) -> list[tuple[list[flo
 def test_changes_on_two_ranks_are_those_on_one(form: dict[str, Any], checkpoint: Callable[..., Path]) -> None:
     """The expected results are those of one rank with plain layers, which other tests compare with transformers."""
     expected = changed_on_a_rank(checkpoint("gqa"), {"plain": True})
-    for before, after in pairwise(expected[:-2]):  # the two that follow wrap a layer, and then drop it with its hook
+    for before, after in pairwise(
+        expected[:-2]
+    ):  # the last two wrap a layer, which changes nothing, and delete a layer
         assert max(abs(a - b) for a, b in zip(before[0], after[0], strict=True)) > 1e-3
     for found in run_ranks(2, changed_on_a_rank, checkpoint("gqa"), form):
         for ours, theirs in zip(found, expected, strict=True):
@@ -469,7 +476,7 @@ SMALL: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2
 
 
 def losses() -> list[float]:
-    """Ten steps of SGD on one text."""
+    """The losses of ten steps of SGD on one batch."""
     torch.manual_seed(1)
     model = Transformer(ModelArgs(**SMALL, max_seq_len=16, max_batch_size=2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
@@ -528,7 +535,7 @@ def test_gradients_are_those_of_transformers(build: Callable[..., Llama], checkp
 def test_a_model_is_built_loaded_and_run_without_build(
     build: Callable[..., Llama], checkpoint: Callable[..., Path]
 ) -> None:
-    """As in Meta's own `build` and in conversion scripts."""
+    """As Meta's own `build` and conversion scripts do."""
     expected = build("gqa", max_seq_len=32, max_batch_size=2)
     params = json.loads((checkpoint("gqa") / "params.json").read_text())
     args = ModelArgs(max_seq_len=32, max_batch_size=2, **params)
@@ -542,7 +549,7 @@ def test_a_model_is_built_loaded_and_run_without_build(
     expected.generate([IDS], 2)
 
 
-def test_parts_are_made_with_metas_arguments() -> None:
+def test_modules_are_built_with_metas_arguments() -> None:
     args = ModelArgs(**SMALL, max_seq_len=16, max_batch_size=2)
     assert TransformerBlock(1, args).layer_id == 1 and Attention(args).n_rep == 2
     feed_forward = FeedForward(dim=64, hidden_dim=256, multiple_of=32, ffn_dim_multiplier=None)
@@ -600,7 +607,7 @@ def test_threads_get_their_own_answers(build: Callable[..., Llama]) -> None:
 
 
 def call_in_orders(folder: Path) -> tuple[str, str, bool]:
-    """The threads of ranks 0 and 1 call in different orders. Returns both results, and whether the model is usable."""
+    """Ranks 0 and 1 make two calls in different orders. Returns both errors, and whether the model is usable."""
     llama = Llama.build(folder, max_seq_len=32, max_batch_size=2)
     rank = torch.distributed.get_rank()
     calls = [[IDS], [IDS[:3]]]
@@ -627,7 +634,7 @@ def test_calls_in_different_orders_are_refused_on_every_rank(checkpoint: Callabl
 
 
 def call_during_a_stream(folder: Path) -> tuple[bool, bool, bool]:
-    """Another thread calls while a stream is read. Returns (it waits, the stream is right, its own result is)."""
+    """Another thread calls while a stream is read. Returns whether it waits, and whether both are correct."""
     llama = Llama.build(folder, max_seq_len=32, max_batch_size=2)
     alone = [llama.generate([ids], 6, temperature=0)[0] for ids in (IDS, IDS[:3])]
     steps = llama.stream([IDS], max_gen_len=6, temperature=0)
@@ -666,7 +673,7 @@ def test_functions_of_the_module_may_be_replaced(
 
 
 def test_pruning_acts(build: Callable[..., Llama]) -> None:
-    """torch's pruning, which replaces the parameter and computes the weight in a pre-hook."""
+    """torch's pruning replaces the parameter and computes the weight in a pre-hook."""
     llama = build("gqa", max_seq_len=32, max_batch_size=2)
     before = logprobs(llama)
     llama.model.requires_grad_(False)

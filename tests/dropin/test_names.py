@@ -36,7 +36,7 @@ def test_names() -> None:
 
 @pytest.fixture(scope="module")
 def published() -> Callable[[torch.Tensor, float], torch.Tensor]:
-    """llama-models' sample_top_p, out of a module that needs torchvision to be imported."""
+    """llama-models' sample_top_p. Its module cannot be imported without torchvision, so the function is extracted."""
     source = Path(llama_models.llama3.__file__).with_name("generation.py").read_text()
     (function,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "sample_top_p")
     names: dict[str, Any] = {"torch": torch}

@@ -68,7 +68,7 @@ def test_a_tilde_on_the_command_line(
             assert (home / path).exists()
 
 
-def test_examples_take_a_tilde(home: Path, monkeypatch: pytest.MonkeyPatch, built: list[Llama]) -> None:
+def test_examples_accept_a_tilde(home: Path, monkeypatch: pytest.MonkeyPatch, built: list[Llama]) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     import example_text_completion
 
@@ -78,7 +78,7 @@ def test_examples_take_a_tilde(home: Path, monkeypatch: pytest.MonkeyPatch, buil
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-1B-Instruct", "mistralai/Mistral-7B-v0.3"])
-def test_a_name_on_the_hub_gets_its_download_command(
+def test_a_hub_name_is_answered_with_its_download_command(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -89,6 +89,8 @@ def test_a_name_on_the_hub_gets_its_download_command(
             ask()
         assert f"{name} does not exist" in str(caught.value) and str(caught.value).count(command) == 1
     (tmp_path / name).parent.mkdir()
-    with pytest.raises(CheckpointError) as caught_path:  # a folder org exists, so it is probably a mistyped path
+    with pytest.raises(
+        CheckpointError
+    ) as caught_path:  # the folder of the organization exists, so this is probably a mistyped path
         Llama.build(name)
     assert "hf download" not in str(caught_path.value)

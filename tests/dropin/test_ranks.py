@@ -15,7 +15,7 @@ from llama import Llama
 
 def serve(folder: Path) -> list[Any]:
     """A server whose ranks wait in the default group until rank 0 has a request for them."""
-    os.environ["LLAMA_TIMEOUT"] = "6"  # the package's own group waits a third of that
+    os.environ["LLAMA_TIMEOUT"] = "6"  # the package's own process group times out after a third of that
     llama = Llama.build(folder)
     rank, answers = dist.get_rank(), list[str]()
     started = time.monotonic()
@@ -64,6 +64,6 @@ def test_print_prints_once(checkpoint: Callable[..., Path], tmp_path: Path) -> N
     script.write_text(PRINTING)
     done = torchrun(2, str(script), str(checkpoint("mha")), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
-    # Counted, as the lines of two ranks may run into one another.
+    # Counts words, not lines, because the lines of two ranks may be interleaved.
     assert [done.stdout.count(line) for line in ("ANSWER", "EVERYWHERE", "CLOSED")] == [1, 2, 2], done.stdout
     assert done.stderr.count("ANSWER") == 2, done.stderr  # a program's own sys.stdout prints on every rank

@@ -37,7 +37,7 @@ NUMBERS = [(8.0, 1.0, 4.0, 8192), (16.0, 1.0, 2.0, 4096), (32.0, 2.0, 8.0, 16384
 def test_rope_scaling_is_that_of_transformers(
     factor: float, low: float, high: float, context: int, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Frequencies for any four numbers, and the numbers after a round trip through config.json."""
+    """The frequencies for these numbers, and the numbers after a round trip through config.json."""
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -72,7 +72,7 @@ def test_gguf_carries_the_numbers_in_its_divisors(
         return (1 / ((1 - kept) / factor + kept)).astype(np.float32)
 
     folder = Path(shutil.copytree(checkpoint("llama31"), tmp_path / "meta"))
-    edit_params(folder, n_heads=2, n_kv_heads=1)  # wide heads: some of their 32 pairs lie between the two factors
+    edit_params(folder, n_heads=2, n_kv_heads=1)  # wide heads: some of their 32 frequencies are interpolated
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "llama3_divisors", divisors)
         formats.write_gguf(folder, tmp_path / "model.gguf")
@@ -93,7 +93,7 @@ def test_gguf_carries_the_numbers_in_its_divisors(
         ({"rope_high_freq_factor": "x"}, "rope_high_freq_factor is 'x', expected a positive number"),
     ],
 )
-def test_scaling_that_makes_no_sense(changes: dict[str, Any], expected: str, copy: Callable[..., Path]) -> None:
+def test_inconsistent_scaling(changes: dict[str, Any], expected: str, copy: Callable[..., Path]) -> None:
     folder = copy()
     edit_params(folder, use_scaled_rope=True, **changes)
     with pytest.raises(CheckpointError) as caught:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from helpers.commands import call
-from helpers.faults import Bomb, edit_params, write_list
+from helpers.faults import Bomb, edit_params, write_checklist
 from helpers.paths import ROOT
 from helpers.ranks import run_ranks
 from llama import Llama
@@ -36,7 +36,7 @@ def single(folder: Path) -> Path:
 
 
 def every(change: Callable[[Tensors], Any], **options: Any) -> Callable[[Path], None]:
-    """Save each file again, as what `change` makes of its tensors."""
+    """Replace the tensors of each file by `change(tensors)`."""
 
     def save(folder: Path) -> None:
         for path in folder.glob("consolidated.*.pth"):
@@ -95,7 +95,7 @@ def with_buffers(tensors: Tensors) -> Tensors:
 
 
 class Saved(NamedTuple):
-    """save: rewrites a folder. note: part of the one note about it, "" for none. shards: of the original folder."""
+    """save: rewrites a folder. note: part of the only note that is printed, "" for none. shards: of the original."""
 
     save: Callable[[Path], Any]
     note: str = ""
@@ -104,7 +104,7 @@ class Saved(NamedTuple):
 
 WRAPPED = "the weights were read from the entry"
 IGNORED = {"max_seq_len": 2048, "max_batch_size": 4, "model_parallel_size": 1, "use_kv_cache": True, "dropout": 0.1}
-WAYS: dict[str, Saved] = {
+SAVED: dict[str, Saved] = {
     "model": Saved(every(lambda t: {"model": t}), f"{WRAPPED} 'model'"),
     "state_dict and step": Saved(
         every(lambda t: {"state_dict": t, "step": 7}), f"{WRAPPED} 'state_dict'; entries not read: step"
@@ -165,21 +165,21 @@ def copy(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]
     return lambda shards=1: Path(shutil.copytree(checkpoint("mha", shards), tmp_path / "saved"))
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", SAVED)
 def test_results_are_those_of_the_original_folder(
     name: str, copy: Callable[..., Path], checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    way = WAYS[name]
-    expected = answer(checkpoint("mha", way.shards))
-    folder = copy(way.shards)
-    way.save(folder)
+    saved = SAVED[name]
+    expected = answer(checkpoint("mha", saved.shards))
+    folder = copy(saved.shards)
+    saved.save(folder)
     capsys.readouterr()
 
     ids, logits = answer(folder)
     assert ids == expected[0] and torch.equal(logits, expected[1])
     *notes, last = capsys.readouterr().err.splitlines()
     assert last.startswith("llama: 0.2M parameters")
-    assert len(notes) == bool(way.note) and all(line.startswith("note: ") and way.note in line for line in notes)
+    assert len(notes) == bool(saved.note) and all(line.startswith("note: ") and saved.note in line for line in notes)
 
     call(verify, str(folder))
     *lines, last = capsys.readouterr().out.splitlines()
@@ -187,13 +187,13 @@ def test_results_are_those_of_the_original_folder(
     assert [line for line in lines if line in notes] == notes, "verify prints the same notes"
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_convert_and_plan_take_them_too(
+@pytest.mark.parametrize("name", SAVED)
+def test_convert_and_plan_accept_them_too(
     name: str, copy: Callable[..., Path], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    way = WAYS[name]
-    folder = copy(way.shards)
-    way.save(folder)
+    saved = SAVED[name]
+    folder = copy(saved.shards)
+    saved.save(folder)
     call(plan, str(folder))
     convert(folder, tmp_path / "out")
     found = torch.load(single(tmp_path / "out"), weights_only=True)
@@ -217,7 +217,7 @@ def ids_of(folder: Path) -> list[list[int]]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_optimizer_is_mapped_and_not_read(copy: Callable[..., Path]) -> None:
-    """A file of 257 MB, of which the weights are 1 MB: the peak of a process that opens it."""
+    """The peak memory of a process that opens a file of 257 MB with 1 MB of weights."""
     folder = copy()
     every(lambda t: {"model": t, "optimizer": {"exp_avg": torch.ones(2**26)}})(folder)
     script = """if True:
@@ -259,7 +259,7 @@ def test_mistrals_own_release(checkpoint: Callable[..., Path], tmp_path: Path) -
     assert answer(tmp_path / "meta")[0] == expected[0]
 
 
-def test_hugging_faces_folder_with_a_stray_shard_is_still_one(tmp_path: Path) -> None:
+def test_a_hugging_face_folder_with_a_stray_shard_is_recognized(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "consolidated.safetensors").write_bytes(b"")
     with pytest.raises(ConvertError, match="names no architecture"):
@@ -319,7 +319,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_ambiguous_is_refused_by_name(name: str, copy: Callable[..., Path]) -> None:
+def test_ambiguous_folders_are_refused(name: str, copy: Callable[..., Path]) -> None:
     folder = copy()
     damage, expected = REFUSED[name]
     damage(folder)
@@ -359,7 +359,7 @@ def test_files_without_sums_are_noted_and_checked_by_a_list(copy: Callable[..., 
     as_safetensors("consolidated.safetensors")(folder)
     path = folder / "consolidated.safetensors"
     assert any("holds no checksums" in note for note in check_folder(folder).notes)
-    write_list(folder)
+    write_checklist(folder)
     assert not any("checksums: only" in note for note in check_folder(folder).notes)
     content = bytearray(path.read_bytes())
     content[-100] ^= 1

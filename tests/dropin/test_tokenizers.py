@@ -1,4 +1,4 @@
-"""What programs ask of Meta's tokenizers."""
+"""Attributes and methods of Meta's tokenizers that programs use."""
 
 from pathlib import Path
 from typing import Any

@@ -118,7 +118,7 @@ def test_a_stop_id_ends_its_row_and_is_not_returned(build: Callable[..., Llama])
     assert tokens[1] == (free[1][: free[1].index(stop)] if stop in free[1] else free[1])
 
 
-def test_stop_ids_of_a_call_are_beside_the_models_own(build: Callable[..., Llama]) -> None:
+def test_stop_ids_of_a_call_are_added_to_the_models_own(build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=64)
     (row,), _ = llama.generate([[1, 5]], 20, temperature=0)
     llama.tokenizer.stop_tokens = {row[4]}
@@ -145,7 +145,7 @@ def test_a_stop_id_in_the_prompt_ends_nothing(build: Callable[..., Llama]) -> No
 
 @pytest.mark.parametrize("pad_id", [-1, 0, 2, 319])
 def test_padding_is_known_by_length_whatever_the_pad_id(pad_id: int, build: Callable[..., Llama]) -> None:
-    """319 occurs in a prompt, where it counts as a token even if it is the pad id."""
+    """319 occurs in a prompt. It counts as a token there even if it is the pad id."""
     llama = build("mha", max_seq_len=96, max_batch_size=5)
     expected = llama.generate(PROMPTS, 8, temperature=0, logprobs=True, echo=True)
     assert llama.tokenizer.pad_id == -1

@@ -180,9 +180,11 @@ def test_top_p_1_keeps_everything_in_a_mixed_batch() -> None:
 
 
 def test_draws_with_every_setting_follow_the_probabilities() -> None:
-    """Chi-square over 20,000 draws against weights computed by hand: ids 0 and 2 were seen, so their logits 2 and
-    -0.5 become 1 and -1; top-k 4 leaves 1, 1, 0.5, 0; halved by temperature 2 and cut by top-p, three are left.
-    2 degrees of freedom: the 0.1 % quantile is 13.8."""
+    """Chi-square over 20,000 draws against weights computed by hand.
+
+    Ids 0 and 2 were seen, so their logits 2 and -0.5 become 1 and -1. Top-k 4 leaves 1, 1, 0.5, 0. Temperature 2 halves
+    them, and top-p leaves three ids. With 2 degrees of freedom, the 0.1 % quantile is 13.8.
+    """
     logits = torch.tensor([[2.0, 1.0, -0.5, 0.5, 0.0, -0.7]])
     weights = [math.exp(0.5), math.exp(0.5), 0, math.exp(0.25), 0, 0]
     stream = random.Random(2)

@@ -1,4 +1,4 @@
-"""Streams of ids and of text equal the results of `generate`, whatever happens between the steps."""
+"""Streams of ids and of text equal the results of `generate`, even with other calls between the steps."""
 
 import json
 import random
@@ -46,7 +46,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def pieces_of(stream: TextStream, ids: list[int]) -> list[str]:
-    """Push ids until a stop text is complete. Returns the pieces, the last one that of `finish`."""
+    """Push ids until a stop text is complete. Returns the pieces. The last one is that of `finish`."""
     pieces = []
     for token in ids:
         stream.push(token)
@@ -130,7 +130,7 @@ def test_stop_texts_end_a_row_before_them(text: str, stop: list[str], expected: 
     assert stream.tokens == letters(expected) and stream.stopped == (expected != text)
 
 
-def test_ids_of_the_stop_text_go_with_it_also_behind_held_bytes(tmp_path: Path) -> None:
+def test_ids_of_a_stop_text_are_dropped_even_after_incomplete_bytes(tmp_path: Path) -> None:
     stream = TextStream(TOK512, [" a"])
     broken = bytes_of(TOK512, b"\xf0\x9f")
     assert "".join(pieces_of(stream, [*broken, *TOK512.encode("a", bos=False, eos=False)])) == "\ufffd\ufffd"
@@ -146,7 +146,7 @@ def test_the_beginning_of_a_stop_text_is_held_back() -> None:
     assert pieces_of(TextStream(TOK512, ["aab"]), letters("xaa")) == ["x", "", "", "aa"]
 
 
-def test_what_is_held_to_the_end_is_searched_too() -> None:
+def test_text_held_until_the_end_is_searched_too() -> None:
     assert pieces_of(TextStream(TOK512, ["\ufffd"]), [*letters("a"), *bytes_of(TOK512, b"\xf0\x9f")]) == [
         "a",
         "",
@@ -168,7 +168,7 @@ def test_only_the_last_ids_are_decoded_again(monkeypatch: pytest.MonkeyPatch) ->
     assert len(decoded) > 200 and max(decoded) <= 8
 
 
-def test_an_id_that_the_stop_text_cuts_into_stays_with_the_part_before_it() -> None:
+def test_an_id_in_which_the_stop_text_begins_is_kept() -> None:
     ids = TOK512.encode("the software", bos=False, eos=False)
     assert [TOK512.decode_token(i) for i in ids[:2]] == [" the", " s"]
     stream = TextStream(TOK512, ["e s"])
@@ -315,7 +315,7 @@ def test_a_stream_closed_early_leaves_no_trace(build: Callable[..., Llama]) -> N
     assert not torch.is_inference_mode_enabled()
 
 
-def test_an_exception_at_the_readers_leaves_no_trace(build: Callable[..., Llama]) -> None:
+def test_an_exception_in_the_reader_leaves_no_trace(build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=64)
     expected = llama.generate(PROMPTS, 5, temperature=0)
     with pytest.raises(KeyboardInterrupt):
@@ -325,8 +325,7 @@ def test_an_exception_at_the_readers_leaves_no_trace(build: Callable[..., Llama]
 
 
 def test_calls_in_between_change_nothing(build: Callable[..., Llama]) -> None:
-    """Streams of two batches alternate, each overwriting the other's cache, with calls and forwards between the
-    steps."""
+    """Two streams alternate, each of which overwrites the other's cache, with calls and forwards between the steps."""
     llama = build("gqa", max_seq_len=80, max_batch_size=5)
     first, second = PROMPTS[:3], PROMPTS[2:]
     hot: dict[str, Any] = {"max_gen_len": 10, "temperature": 0.8, "repetition_penalty": 1.2, "seed": 3}
@@ -349,7 +348,7 @@ def test_calls_in_between_change_nothing(build: Callable[..., Llama]) -> None:
 
 
 def test_calls_in_between_change_no_bit_in_bfloat16(build: Callable[..., Llama]) -> None:
-    """Bits too, not only ids in float32: the cache is refilled by the same steps as at first."""
+    """The cache is refilled by the same steps as before, so that bfloat16 results are equal bit for bit."""
     llama = build("llama31", max_seq_len=120, max_batch_size=3, dtype="bfloat16")
     arguments: dict[str, Any] = {"max_gen_len": [40, 5, 40], "temperature": 0}
     expected, scores = llama.generate(PROMPTS[:3], logprobs=True, **arguments)
@@ -375,7 +374,7 @@ def test_a_call_between_chunks_of_samples_changes_nothing(build: Callable[..., L
         assert texts == expected, place
 
 
-def test_a_stream_of_a_closed_model_says_so(build: Callable[..., Llama]) -> None:
+def test_a_stream_of_a_closed_model_raises(build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=64)
     stream = llama.stream([[1, 5]], temperature=0)
     next(stream)
@@ -586,7 +585,7 @@ def request(stream: random.Random) -> tuple[list[int], dict[str, Any]]:
     }
 
 
-def test_2000_random_requests_are_rows_for_themselves_and_leave_no_memory(
+def test_2000_random_requests_are_independent_and_leak_no_memory(
     build: Callable[..., Llama], measured: Callable[[str, object], None]
 ) -> None:
     llama = build("mha", max_seq_len=48, max_batch_size=8)
@@ -617,7 +616,7 @@ def test_2000_random_requests_are_rows_for_themselves_and_leave_no_memory(
 
 
 def everything(folder: Path) -> list[Any]:
-    """A rank's results with mixed settings, samples, stop texts, turns of a dialog, and calls in between."""
+    """A rank's results with mixed settings, samples, stop texts, turns of a dialog, and calls between steps."""
     llama = Llama.build(folder, max_seq_len=200, max_batch_size=5)
     ids = llama.generate(PROMPTS, **MIXED)[0]
     stream = llama.stream(PROMPTS[:2], max_gen_len=8, temperature=0.8, seed=3)

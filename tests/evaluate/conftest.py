@@ -45,8 +45,10 @@ def hugging_face(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def transformers_side(hugging_face: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """transformers_side(kit, name, break_model=None, dtype="float32"): the folder of a transformers model's vectors,
-    after break_model(model)."""
+    """transformers_side(kit, name, break_model=None, dtype="float32"): a folder with vectors of transformers' model.
+
+    break_model: is called with the model before the vectors are computed.
+    """
 
     def make(
         kit: Path, name: str, break_model: Callable[[Any], None] | None = None, dtype: str = "float32", **config: Any
@@ -64,10 +66,10 @@ def transformers_side(hugging_face: Callable[..., Path], tmp_path: Path) -> Call
 
 @pytest.fixture
 def conformance(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """conformance(*words): `python -m llama conformance` in this process."""
+    """conformance(*args): `python -m llama conformance` in this process."""
 
-    def run(*words: Any) -> Ended:
+    def run(*args: Any) -> Ended:
         capsys.readouterr()
-        return run_command(["conformance", *map(str, words)], monkeypatch, capsys, io.StringIO())
+        return run_command(["conformance", *map(str, args)], monkeypatch, capsys, io.StringIO())
 
     return run

@@ -35,7 +35,7 @@ FIRST_LAYER = {"float32": 2 * math.sqrt(192) * 2**-24, "bfloat16": 2**-5, "float
 
 
 def bound(name: str, dtype: str, vectors: dict[str, torch.Tensor]) -> float:
-    """From docs/conformance.md. mha has 3 layers and a hidden_dim of 192."""
+    """The bound of a quantity of mha, by docs/conformance.md: mha has 3 layers and a hidden_dim of 192."""
     largest = float(vectors[name].abs().max())
     if name == "embedding":
         return 2 * ROUNDED[dtype] * largest
@@ -101,7 +101,7 @@ def test_bounds_of_rope_rows(
 def test_the_first_in_the_order_of_computation_is_named(
     kit: Callable[..., Path], copied: Callable[..., Path], conformance: Callable[..., Ended]
 ) -> None:
-    """Errors are added in reverse order: each new one comes before those already there."""
+    """Errors are added in reverse order of computation, so each new error is the first."""
     other = copied()
     places = [
         ("logprobs", 0, (2,), "logprobs, prompt 0 {}, position 2 is "),

@@ -121,8 +121,8 @@ def test_prompts_of_a_file_come_after_the_built_in_ones(
     checkpoint: Callable[..., Path], conformance: Callable[..., Ended], tmp_path: Path
 ) -> None:
     (tmp_path / "texts").write_text("One more\n\n  and\u2028another  \r\n", "utf-8", newline="")
-    words = ("export", "--ckpt_dir", checkpoint("mha"), "--out", tmp_path / "kit", "--prompts", tmp_path / "texts")
-    assert conformance(*words, "--dtype", "bfloat16").status == 0
+    args = ("export", "--ckpt_dir", checkpoint("mha"), "--out", tmp_path / "kit", "--prompts", tmp_path / "texts")
+    assert conformance(*args, "--dtype", "bfloat16").status == 0
     assert [prompt["text"] for prompt in kit_json(tmp_path / "kit")["prompts"][3:]] == [
         "One more",
         "  and\u2028another  ",
@@ -138,21 +138,21 @@ def test_mistakes_of_export(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = ("export", "--ckpt_dir", checkpoint("mha"), "--out")
+    args = ("export", "--ckpt_dir", checkpoint("mha"), "--out")
     (tmp_path / "there").mkdir()
-    ended = conformance(*words, tmp_path / "there")
+    ended = conformance(*args, tmp_path / "there")
     assert (ended.status, ended.err) == (
         1,
         f"error: {tmp_path / 'there'} exists and is left unchanged: name another folder\n",
     )
-    ended = conformance(*words, tmp_path / "new", "--max_seq_len", 10)
+    ended = conformance(*args, tmp_path / "new", "--max_seq_len", 10)
     assert ended.status == 1 and "and max_seq_len is 10: give --max_seq_len" in ended.err.splitlines()[-1]
-    ended = conformance(*words, tmp_path / "new", "--prompts", tmp_path / "none")
+    ended = conformance(*args, tmp_path / "new", "--prompts", tmp_path / "none")
     assert ended.status == 1 and "does not exist: name a text file" in ended.err
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    ended = conformance(*words, tmp_path / "new")
+    ended = conformance(*args, tmp_path / "new")
     assert ended.status == 1 and ended.err.startswith(
         "error: 2 ranks are running, but export needs one: start it without torchrun"
     )
@@ -168,12 +168,12 @@ def test_a_model_that_overflows_gives_no_kit(
     for name in ("w1", "w3"):
         weights[f"layers.1.feed_forward.{name}.weight"] *= 1000
     torch.save(weights, tmp_path / "mha" / "consolidated.00.pth")
-    words = ("export", "--ckpt_dir", tmp_path / "mha", "--out", tmp_path / "kit")
-    ended = conformance(*words, "--dtype", "float16")
+    args = ("export", "--ckpt_dir", tmp_path / "mha", "--out", tmp_path / "kit")
+    ended = conformance(*args, "--dtype", "float16")
     assert ended.status == 1 and "(try --dtype float32)" in ended.err
     assert "error: layers.1.feed_forward of the prompt 'The capital of France is' is not finite: " in ended.err
     assert [path.name for path in tmp_path.iterdir()] == ["mha"]
-    assert conformance(*words).status == 0
+    assert conformance(*args).status == 0
 
 
 # Correct implementations --------------------------------------------------------------------------

@@ -1,5 +1,8 @@
-"""The adapter for lm-evaluation-harness: compared with the harness's own `hf` model on the same weights; how it encodes
-texts and dialogs; its command line. The tasks are in tests/tasks, and nothing is downloaded."""
+"""The adapter for lm-evaluation-harness: its results against the harness's own `hf` model on the same weights, how it
+encodes texts and dialogs, and its command line.
+
+The tasks are in tests/tasks. Nothing is downloaded.
+"""
 
 import json
 import os
@@ -43,7 +46,7 @@ LENGTH = 128  # max_seq_len: the longest text of PROSE has two windows
 
 @pytest.fixture(autouse=True, scope="module")
 def at_the_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Run in the project's folder, which the tasks' paths are relative to, with a temporary cache for `datasets`."""
+    """Run in the project's root, because the tasks' paths are relative to it, with a temporary cache for `datasets`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
@@ -94,7 +97,7 @@ def responses(samples: list[dict[str, Any]]) -> list[Any]:
 
 
 def close(pairs: Any, lm: HFLM, samples: list[dict[str, Any]]) -> float:
-    """The largest difference of two log-likelihoods, as a fraction of the tolerance for their number of tokens."""
+    """The largest difference of two log-likelihoods, divided by the tolerance for their number of tokens."""
     continuations = [arguments[-1] for sample in samples for arguments in sample["arguments"]]
     return max(
         abs(a - b) / logprob_sum(len(lm.tok_encode(text))) for (a, b), text in zip(pairs, continuations, strict=True)
@@ -382,9 +385,9 @@ def test_answers_reach_the_cache(seeded: MetaLlama, monkeypatch: pytest.MonkeyPa
 # The command --------------------------------------------------------------------------------------
 
 
-def run_main(patch: pytest.MonkeyPatch, *words: str) -> Any:
+def run_main(patch: pytest.MonkeyPatch, *args: str) -> Any:
     """Run `llama lm_eval ...` in this process; returns its exit status or message, None if it does not exit."""
-    patch.setattr(sys, "argv", ["llama", "lm_eval", *words])
+    patch.setattr(sys, "argv", ["llama", "lm_eval", *args])
     try:
         main()
     except SystemExit as done:
@@ -394,8 +397,8 @@ def run_main(patch: pytest.MonkeyPatch, *words: str) -> Any:
 
 def arguments(checkpoint: Path, out: Path, *tasks: str) -> list[str]:
     model = f"ckpt_dir={checkpoint},max_seq_len={LENGTH}"
-    words = ["--model_args", model, "--batch_size", "4", "--tasks", ",".join(tasks), "--include_path", "tests/tasks"]
-    return [*words, "--output_path", str(out), "--log_samples"]
+    args = ["--model_args", model, "--batch_size", "4", "--tasks", ",".join(tasks), "--include_path", "tests/tasks"]
+    return [*args, "--output_path", str(out), "--log_samples"]
 
 
 def results(folder: Path) -> tuple[dict[str, Any], list[Any]]:
@@ -423,12 +426,12 @@ def test_the_command_on_one_rank_and_two(
     expected, expected_answers = results(tmp_path / "1")
     assert len(expected) == 9 and len(expected_answers) == 20 + 3 + 6
 
-    # Rank 0 finds some answers in its cache, the other rank finds none: both compute the same requests all the same.
+    # Rank 0 finds some answers in its cache, the other rank none. Both must still compute the same requests.
     cache = ["--use_cache", str(tmp_path / "cache")]
     assert run_main(monkeypatch, *arguments(folder, tmp_path / "0", FACTS), *cache, "--limit", "10") is None
-    words = [*arguments(folder, tmp_path / "2", *TASKS), *cache]
+    args = [*arguments(folder, tmp_path / "2", *TASKS), *cache]
     done = torchrun(
-        2, "tests/helpers/harness_rank.py", "lm_eval", *words, HF_HOME=str(tmp_path / "hf"), OMP_NUM_THREADS="1"
+        2, "tests/helpers/harness_rank.py", "lm_eval", *args, HF_HOME=str(tmp_path / "hf"), OMP_NUM_THREADS="1"
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(lines) and done.stdout.count("Stderr") == 1

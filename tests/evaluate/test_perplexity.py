@@ -28,8 +28,10 @@ KEYS = ["file", "tokens", "nll", "perplexity", "word_perplexity", "byte_perplexi
 def test_thousands_of_tokens_of_the_demo_model(
     demo_float32: Path, tmp_path: Path, measured: Callable[[str, object], None]
 ) -> None:
-    """Compared with transformers in float32, in the same windows (tests/golden/make_perplexity.py). Only the first
-    lines of the text: all of it takes a minute."""
+    """Compared with transformers in float32, in the same windows (tests/golden/make_perplexity.py).
+
+    Uses only the first lines of the text, because all of it takes a minute.
+    """
     golden = json.loads((GOLDEN / "perplexity.json").read_text())
     lines = (GOLDEN / "text.txt").read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "lines.txt").write_text("".join(lines[: golden["lines"]]), "utf-8")
@@ -94,8 +96,8 @@ def test_rank_0_reads_and_prints(checkpoint: Callable[..., Path], tmp_path: Path
         assert shown[1][key] == pytest.approx(shown[0][key], rel=1e-5)
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "llama", "perplexity", *words], capture_output=True, text=True)
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "llama", "perplexity", *args], capture_output=True, text=True)
 
 
 def test_several_files_in_a_table(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -124,7 +126,7 @@ def test_several_files_in_a_table(checkpoint: Callable[..., Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("content", "words", "message"),
+    ("content", "args", "message"),
     [
         (b"", [], "is empty: there is nothing to score"),
         (b"\xef\xbb\xbf", [], "is empty: there is nothing to score"),
@@ -139,12 +141,12 @@ def test_several_files_in_a_table(checkpoint: Callable[..., Path], tmp_path: Pat
     ],
 )
 def test_mistakes_end_in_one_line(
-    content: bytes | None, words: list[str], message: str, command: Callable[..., Ended], tmp_path: Path
+    content: bytes | None, args: list[str], message: str, command: Callable[..., Ended], tmp_path: Path
 ) -> None:
     file = tmp_path / "text.txt"
     if content is not None:
         file.write_bytes(content)
-    ended = command("perplexity", str(file), *words)
+    ended = command("perplexity", str(file), *args)
     *before, last = ended.err.splitlines()
     assert ended.status == (2 if "Invalid value" in message else 1)
     assert ended.out == "" and last.startswith("error: ") and message in last

@@ -40,19 +40,19 @@ def some_ids(rng: random.Random, length: int) -> Ids:
 
 
 class Plain:
-    """Log-probabilities of a seeded checkpoint, in float64."""
+    """Log-probabilities of a seeded checkpoint in float64, from helpers/plain.py."""
 
     def __init__(self, folder: Path):
         self.params, self.weights = plain.load(folder)
 
     def logprobs(self, ids: Ids) -> np.ndarray:
-        """[n, vocab]: of the id after each prefix."""
+        """Log-probabilities [n, vocab] of the id after each prefix."""
         logits = plain.logits(self.params, self.weights, ids)
         top = logits.max(-1, keepdims=True)
         return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
     def of(self, ids: Ids, start: int) -> list[float]:
-        """Of ids[start:], each given all ids before it."""
+        """Log-probabilities of ids[start:], each given all ids before it."""
         return [float(row[token]) for row, token in zip(self.logprobs(ids[:-1])[start - 1 :], ids[start:], strict=True)]
 
 
@@ -127,7 +127,7 @@ def test_loglikelihood_is_that_of_each_request_alone(
         assert total == pytest.approx(sum(exact.of(ids, start)), abs=1e-4)
 
 
-def test_is_greedy_is_what_greedy_decoding_says(build: Callable[..., Llama]) -> None:
+def test_is_greedy_agrees_with_greedy_decoding(build: Callable[..., Llama]) -> None:
     llama = build("mha", max_seq_len=64, max_batch_size=4)
     contexts = [[BOS, 5, 6], [BOS, *range(60, 90)]]
     greedy, _ = llama.generate(contexts, 6, temperature=0)
@@ -157,7 +157,7 @@ def on_a_rank(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", ["gqa", "llama31"])
-def test_all_ranks_of_any_world_find_the_same(name: str, checkpoint: Callable[..., Path]) -> None:
+def test_results_are_equal_for_any_world_size(name: str, checkpoint: Callable[..., Path]) -> None:
     ((alone, ids, states),) = run_ranks(1, on_a_rank, checkpoint(name))
     for world_size in (2, 4):
         for found, found_ids, found_states in run_ranks(world_size, on_a_rank, checkpoint(name)):
@@ -167,7 +167,7 @@ def test_all_ranks_of_any_world_find_the_same(name: str, checkpoint: Callable[..
             np.testing.assert_allclose(found_states, states, rtol=0, atol=1e-4)
 
 
-def test_top_logprobs_are_what_the_model_would_say_after_each_prefix(
+def test_top_logprobs_are_those_of_the_model_after_each_prefix(
     build: Callable[..., Llama], reference: Callable[[str], Plain]
 ) -> None:
     ids = [BOS, *some_ids(random.Random(4), 20)]
@@ -205,7 +205,7 @@ def test_the_printed_model_shows_its_shapes(build: Callable[..., Llama]) -> None
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
-    """(method, shape) of each call: the ids that `hidden` gets, the hidden states that `logits` gets."""
+    """(method, shape of its input) of each call of `hidden`, which gets ids, and `logits`, which gets hidden states."""
     seen: list[tuple[str, tuple[int, ...]]] = []
     for name, at in (("hidden", 1), ("logits", 1)):
         plain_method = getattr(Executor, name)
@@ -225,8 +225,8 @@ def test_a_shared_context_is_computed_once(
     rng = random.Random(7)
     context = some_ids(rng, 40)
     loglikelihood(llama, [(context, some_ids(rng, n)) for n in (5, 3, 1, 5)])
-    # The context with BOS once; then three suffixes, without their last ids, which are only predicted. Logits of
-    # 5 + 3 + 1 + 5 positions.
+    # One row of the context with BOS. Then three answers, without their last ids, which are only predicted: the answer
+    # of one id needs no pass. Logits of 5 + 3 + 1 + 5 positions.
     assert passes == [("hidden", (1, 41)), ("hidden", (3, 4)), ("logits", (14, 64))]
     passes.clear()
     loglikelihood(llama, [(context, [n]) for n in range(50)])
@@ -272,7 +272,7 @@ def test_batches_keep_to_the_rows_of_the_cache_and_to_the_budget(
 def test_several_groups_go_through_the_second_pass_at_once(
     build: Callable[..., Llama], reference: Callable[[str], Plain], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In two second passes, the first would overwrite the other group's prefix in the cache."""
+    """If each group had its own second pass, the first would overwrite the other group's prefix in the cache."""
     llama, exact, rng = build("mha", max_seq_len=64, max_batch_size=4), reference("mha"), random.Random(14)
     monkeypatch.setattr(scoring, "BATCH_TOKENS", 100)
     requests = [(context, some_ids(rng, 41)) for context in (some_ids(rng, 21), some_ids(rng, 21)) for _ in "ab"]

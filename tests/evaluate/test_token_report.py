@@ -150,7 +150,7 @@ def test_columns_are_straight_and_fit(columns: int, build: Callable[..., Llama])
     assert [re.sub(r"\033\[\d+m", "", line) for line in coloured] == lines
 
 
-def test_pieces_show_what_is_in_them() -> None:
+def test_white_space_and_control_characters_in_pieces_are_shown() -> None:
     for piece, expected in {
         " the": "·the",
         "\n\n": "⏎⏎",

@@ -1,1 +1,1 @@
-"""What several tests share: seeded models, ranks in processes, peers, faults, tolerances; programs that tests start."""
+"""Code that several tests share, and programs that tests start."""

@@ -24,11 +24,11 @@ class Ended(NamedTuple):
 
 
 def run_command(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stdin: io.StringIO
+    args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stdin: io.StringIO
 ) -> Ended:
-    """Run the command line `llama *words`: its exit status, and what was printed since capsys was last read."""
+    """Run `llama *args`. Return its exit status and what was printed since capsys was last read."""
     monkeypatch.setattr(sys, "stdin", stdin)
-    monkeypatch.setattr(sys, "argv", ["llama", *words])
+    monkeypatch.setattr(sys, "argv", ["llama", *args])
     status, message = 0, ""
     try:
         cli.main()
@@ -39,7 +39,7 @@ def run_command(
     return Ended(status, out, err + message)
 
 
-def call(command: click.Command, *words: object, **flags: object) -> None:
-    """Run a command in this process, its errors raised as they are."""
-    arguments = [*map(str, words), *(f"--{name}={value}" for name, value in flags.items())]
+def call(command: click.Command, *args: object, **flags: object) -> None:
+    """Run a command in this process. Its exceptions are raised unchanged, not printed."""
+    arguments = [*map(str, args), *(f"--{name}={value}" for name, value in flags.items())]
     command.main(arguments, standalone_mode=False)

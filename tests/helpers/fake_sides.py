@@ -1,4 +1,4 @@
-"""Sides for tests/test_compare.py: this runner in place of a peer, failing in a chosen call."""
+"""Sides of benchmarks/compare.py for tests/test_compare.py: this runner plays a peer that fails in a chosen call."""
 
 import os
 import resource
@@ -9,7 +9,7 @@ from sides import Ours, Side
 
 
 class Faulty(Ours):
-    """Fails in the `call`-th call of `method`, counted from 1. Each call writes a line to `log`."""
+    """Fails in call number `call` of `method`, counted from 1. Each call of any method writes a line to `log`."""
 
     def __init__(self, name: str, folder: Path, log: Path, method: str, call: int, fault: str):
         super().__init__(name, folder, "float32", 4)
@@ -52,4 +52,4 @@ def fail(fault: str) -> None:
 
 def fails_to_start(fault: str) -> Side:
     fail(fault)
-    raise AssertionError("it has not failed")
+    raise AssertionError("it did not fail")

@@ -1,6 +1,6 @@
-"""Everything that can be wrong with a checkpoint or a source of `convert`: how to damage one, and the expected error.
+"""Faults of checkpoints and of sources of `convert`: how to make each one, and the expected error.
 
-`PYTHONPATH=tests python -m helpers.faults` prints docs/faults.md. The module is long because it is mostly that table.
+`PYTHONPATH=tests python -m helpers.faults` prints docs/faults.md. It is mostly the tables FAULTS and FOREIGN.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def edit_shard(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 class Bomb:
-    """Unpickling this writes a file."""
+    """An object whose unpickling writes a file."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -43,7 +43,7 @@ class Bomb:
         return (Path.write_text, (self.marker, "boom"))
 
 
-def write_list(folder: Path, kind: str = "md5", form: str = "{}  {}\n", name: str = "checklist.chk") -> None:
+def write_checklist(folder: Path, kind: str = "md5", form: str = "{}  {}\n", name: str = "checklist.chk") -> None:
     """Write a checklist of all files in a folder."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix != ".chk" and path.is_file()]
     lines = [form.format(hashlib.new(kind, path.read_bytes()).hexdigest(), path.name) for path in files]
@@ -90,13 +90,13 @@ def truncate(folder: Path, rng: random.Random) -> None:
 
 
 def grow(folder: Path, rng: random.Random) -> None:
-    """Insert zeros, as a download does that was resumed at the wrong offset."""
+    """Insert zeros, like a download that was resumed at the wrong offset."""
     content, offset = (folder / SECOND).read_bytes(), rng.randrange(1000, 100_000)
     (folder / SECOND).write_bytes(content[:offset] + bytes(rng.randrange(1, 5000)) + content[offset:])
 
 
 def zero(folder: Path, rng: random.Random) -> None:
-    """A hole: a page that was never written."""
+    """Set 4096 bytes to zero, like a page that was never written to the disk."""
     content, offset = bytearray((folder / SECOND).read_bytes()), rng.randrange(1000, 100_000)
     content[offset : offset + 4096] = bytes(4096)
     (folder / SECOND).write_bytes(content)
@@ -107,7 +107,7 @@ def flip_weight(folder: Path, rng: random.Random) -> None:
 
 
 def foreign(folder: Path, rng: random.Random) -> None:
-    """Replace a shard by one of another model with the same shapes."""
+    """Replace a shard's weights by those of another model with the same shapes."""
     generator = torch.Generator().manual_seed(rng.randrange(2**32))
     edit_shard(folder / SECOND, lambda tensors: [t.normal_(generator=generator) for t in tensors.values()])
 
@@ -126,7 +126,7 @@ def deflate(folder: Path, rng: random.Random) -> None:
 
 def add_line(line: str) -> Damage:
     def add(folder: Path, rng: random.Random) -> None:
-        write_list(folder)
+        write_checklist(folder)
         with (folder / "checklist.chk").open("a") as file:
             file.write(line + "\n")
 
@@ -160,7 +160,7 @@ def change(**keys: Any) -> Damage:
 
 
 def loop(name: str) -> Damage:
-    """A link to itself, which nobody can open, not even root."""
+    """Replace a file by a link to itself, which not even root can open."""
 
     def link(folder: Path, rng: random.Random) -> None:
         (folder / name).unlink()
@@ -178,14 +178,14 @@ def become_folder(name: str) -> Damage:
 
 
 def join(folder: Path, rng: random.Random) -> None:
-    """A damaged copy followed by a good one, as a download that was restarted may leave."""
+    """Write a damaged copy and append an intact one, as a restarted download may do."""
     good = (folder / SECOND).read_bytes()
     flip_weight(folder, rng)
     (folder / SECOND).write_bytes((folder / SECOND).read_bytes() + good)
 
 
 def become_pipe(name: str) -> Damage:
-    """A pipe: opening it blocks until somebody writes."""
+    """Replace a file by a pipe. Opening it blocks until another process writes."""
 
     def become(folder: Path, rng: random.Random) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -195,7 +195,7 @@ def become_pipe(name: str) -> Damage:
 
 
 def become_device(name: str) -> Damage:
-    """A device: reading it never ends."""
+    """Replace a file by a device. Reading it never ends."""
 
     def become(folder: Path, rng: random.Random) -> None:
         (folder / name).unlink()
@@ -234,9 +234,9 @@ def no_embedding(folder: Path, rng: random.Random) -> None:
 class Fault(NamedTuple):
     """How to damage a folder, and the errors of `verify` and `build`.
 
-    verify: part of its one line, which also has the path of `file` (or of the folder).
-    build: part of its line, which may name another file. None: the same as `verify`. "": build does not read the
-    damaged file and loads the model.
+    verify: part of the one line that `verify` prints. The line also has the path of `file`, or of the folder.
+    build: part of the error of `build`, which may name another file. None: the same text as `verify`. "": `build` does
+    not read the damaged file and loads the model.
     """
 
     damage: Damage
@@ -473,7 +473,7 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-# Other formats: the files of a folder (name -> text), and part of convert's error ------------------------------------
+# Other formats: name -> (files of a folder (name -> text), part of convert's error) ----------------------------------
 
 
 def config(**changes: Any) -> str:

@@ -28,7 +28,7 @@ GGUF_NAMES = {
     "ffn_norm.weight": "ffn_norm.weight",
 }
 
-# Kinds of sources that the fixture `in_format` writes.
+# Formats that the fixture `in_format` of tests/convert writes.
 FORMATS = ("meta", "meta-4-shards", "hf", "hf-3-files", "hf-bin", "gguf", "llama2c")
 
 

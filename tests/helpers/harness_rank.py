@@ -1,4 +1,4 @@
-"""`python -m llama ...` without the harness's own tasks, because reading them takes seconds."""
+"""`python -m llama ...`, but lm-evaluation-harness skips its built-in tasks, which take seconds to read."""
 
 from functools import partialmethod
 

@@ -1,6 +1,6 @@
-"""A server for download.sh with Meta's files, which misbehaves where a test asks for it.
+"""A server for download.sh with Meta's files, which misbehaves as a test specifies.
 
-`Server.faults[path]` is a list of answers, one for each request for that path; later requests get the correct one.
+`Server.faults[path]` is a list of answers, one for each request for that path. Later requests get the correct answer.
 """
 
 import random
@@ -17,7 +17,7 @@ from pathlib import Path
 QUERY = "Policy=eyJTdGF0_SECRET~__&Signature=Gt7-SECRET~k_&Key-Pair-Id=K15SECRET&Download-Request-ID=42SECRET"
 HTML = b"<!DOCTYPE html>\n<html><body>Please log in</body></html>\n"
 XML = b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>\n'
-WEIGHTS = 100_000  # bytes of a shard, about
+WEIGHTS = 100_000  # approximate bytes of a shard
 
 
 def checklist(files: dict[str, bytes]) -> bytes:
@@ -57,7 +57,7 @@ class Request(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_CONNECT(self) -> None:  # as a proxy does: from here on the client speaks to the server behind it
+    def do_CONNECT(self) -> None:  # we are also the proxy: after this answer the client talks to the server
         self.server.connected += 1
         self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
 
@@ -75,7 +75,7 @@ class Request(BaseHTTPRequestHandler):
     def answer(
         self, body: bytes, status: int = 200, type: str = "binary/octet-stream", /, send: int | None = None, **more: str
     ) -> None:
-        """The headers and `send` bytes of the body, all by default."""
+        """Send the headers and the first `send` bytes of the body, by default all of it."""
         self.send_response(status)
         headers = {"Content-Type": type, "Content-Length": str(len(body))} | {
             name.replace("_", "-"): value for name, value in more.items()
@@ -171,7 +171,7 @@ def without_length(request: Request, data: bytes) -> None:
 
 
 def chunked(send: int) -> Answer:
-    """Chunked, so of unknown length, and incomplete: only the last chunk is missing."""
+    """Sends the first `send` bytes as one chunk, so that their number is unknown, and omits the final empty chunk."""
 
     def answer(request: Request, data: bytes) -> None:
         request.answer(b"", Content_Length="", Transfer_Encoding="chunked")
@@ -181,7 +181,7 @@ def chunked(send: int) -> Answer:
 
 
 def mute_416(request: Request, data: bytes) -> None:
-    """416 to everything, without the length of the file."""
+    """Answers every request with 416, without the length of the file."""
     request.answer(b"", 416)
 
 
@@ -198,7 +198,12 @@ class Server(ThreadingHTTPServer):
         self.reset(None)
 
     def reset(self, target: Path | None) -> None:
-        """Prepare for the next test. target: the client's folder, which is checked at each request."""
+        """Prepare for the next test. target: the client's folder, which is checked at each request.
+
+        asked: (path, start of the range or None) of each request. early: see `look`. cuts: how many answers were cut or
+        held. connected: how many CONNECT requests came. seen: command lines of all processes, if `look_at_processes`.
+        held is set when an answer pauses, and setting released continues it.
+        """
         self.target = target
         self.faults: defaultdict[str, list[Answer]] = defaultdict(list)
         self.asked: list[tuple[str, int | None]] = []
@@ -219,7 +224,7 @@ class Server(ThreadingHTTPServer):
             for line in Path("/proc").glob("[0-9]*/cmdline"):
                 try:
                     self.seen.append(line.read_text("utf-8", "replace"))
-                except OSError:  # ended meanwhile
+                except OSError:  # the process has exited
                     continue
 
     def was_cut(self) -> None:
@@ -227,13 +232,13 @@ class Server(ThreadingHTTPServer):
         self.look(self.asked[-1][0])
 
     def look(self, path: str) -> None:
-        """Record a weight file that has its final name before it is complete."""
+        """Record in `early` a weight file that already has its final name while it is still requested."""
         if self.target and path.endswith(".pth") and (self.target / path).exists():
             self.early.append(path)
 
     def starts(self, path: str) -> list[int | None]:
-        """From where it was asked for, each time."""
+        """The start of the range in each request for this path, None for the whole file."""
         return [start for asked, start in self.asked if asked == path]
 
-    def handle_error(self, *_: object) -> None:  # clients are killed here
+    def handle_error(self, *_: object) -> None:  # tests kill clients
         pass

@@ -1,4 +1,4 @@
-"""Conformance kits in tests: their JSON, edits of their files, and the example of another implementation in docs/."""
+"""Read and edit conformance kits. `example` is docs/conformance_transformers.py, another implementation."""
 
 import hashlib
 import json

@@ -1,7 +1,7 @@
 """lost_ranks.py CKPT_DIR SCENARIO...: starts pairs of ranks, all at once, and loses one rank of each pair.
 
-Prints a line of JSON for each pair. A scenario is PHASE:RANK:HOW; PHASE may also be a number of seconds after both
-ranks began to load. Ranks are forks of this process, so packages are imported once, and they exit as programs do.
+Prints a line of JSON for each pair. A scenario is PHASE:RANK:HOW. PHASE may also be a number of seconds after both
+ranks began to load. Ranks are forks of this process, so that packages are imported only once.
 """
 
 import gc
@@ -33,7 +33,7 @@ def synchronize(phase: str) -> None:
 
 
 def lose(how: str) -> None:
-    """Lose this rank, and write the time."""
+    """Write the time, then kill, stop, hang or fail this rank."""
     Path(os.environ["LOST_AT"]).write_text(str(time.time()))
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -71,14 +71,14 @@ def rank(folder: str, phase: str, how: str | None) -> None:
         if how:
             lose(how)
         if groups.is_main_rank():
-            time.sleep(FOREVER)  # as for its user's next question
+            time.sleep(FOREVER)  # as while a user types the next message
         groups.broadcast_object()
     while True:
         llama.generate([[1, 450, 319]], 400, temperature=1.0)
 
 
 def start(folder: str, scenario: str) -> tuple[list[int], int, str, str]:
-    """Fork both ranks: their pids, their port, the file with the time of the loss, the folder of their output."""
+    """Fork both ranks. Return their pids, their port, the file with the time of the loss, and their output's folder."""
     phase, lost, how = scenario.split(":")
     out = tempfile.mkdtemp()
     port = free_port()
@@ -98,7 +98,7 @@ def start(folder: str, scenario: str) -> tuple[list[int], int, str, str]:
 
 def main() -> None:
     folder, *scenarios = sys.argv[1:]
-    gc.freeze()  # at its exit each rank would collect what the imports made, for most of its processor time
+    gc.freeze()  # otherwise each rank spends most of its CPU time at exit on collecting objects that imports created
     started = [start(folder, scenario) for scenario in scenarios]
     begun = time.time()
     loading_since: dict[str, float] = {}  # output folder -> when both ranks had begun to load

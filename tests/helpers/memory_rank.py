@@ -1,4 +1,4 @@
-"""One rank whose memory test_memory.py measures.
+"""One rank, whose memory tests/checkpoint/test_memory.py measures.
 
 python memory_rank.py                             imports the packages and connects to the other ranks
 python memory_rank.py CKPT_DIR TOKENIZER DTYPE    loads, generates, prints {file: bytes of it in memory}
@@ -34,7 +34,7 @@ def main(ckpt_dir: str, tokenizer: str, dtype: str, quantize: str | None = None)
 
     def load_and_measure(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype, finish: Finish = None) -> None:
         load_weights(model, checkpoint, dtype, finish)
-        touched.update(touched_bytes())  # here, as the files are unmapped when `build` returns
+        touched.update(touched_bytes())  # not later: `build` unmaps the files before it returns
 
     loading.load_weights = load_and_measure
     llama = Llama.build(ckpt_dir, tokenizer, max_seq_len=16, max_batch_size=1, dtype=dtype, quantize=quantize)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def transformers_model(folder: Path) -> LlamaForCausalLM:
-    """A seeded checkpoint in one shard, as transformers' Llama in float32."""
+    """Load a seeded checkpoint with one shard into transformers' Llama, in float32."""
     params = json.loads((folder / "params.json").read_text())
     weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
     heads, kv_heads = params["n_heads"], params.get("n_kv_heads", params["n_heads"])
@@ -54,7 +54,7 @@ def transformers_model(folder: Path) -> LlamaForCausalLM:
             _, layer, stem = stem.split(".", 2)
             prefix = f"model.layers.{layer}."
         if stem in ("attention.wq", "attention.wk"):
-            # transformers pairs number i of a head with number i + head_dim / 2, Meta its neighbours 2i and 2i + 1.
+            # RoPE rotates elements i and i + head_dim / 2 of a head in transformers, 2i and 2i + 1 in Meta's code.
             n = heads if stem == "attention.wq" else kv_heads
             weight = weight.view(n, -1, 2, params["dim"]).transpose(1, 2).reshape(weight.shape)
         state[f"{prefix}{names[stem]}.weight"] = weight
@@ -64,9 +64,9 @@ def transformers_model(folder: Path) -> LlamaForCausalLM:
 
 
 def llama_models_vectors(folder: Path, ids: list[int], next_ids: list[int]) -> dict[str, torch.Tensor]:
-    """What llama-models computes on a seeded checkpoint in one shard: tensors by their names in docs/conformance.md.
+    """Activations of llama-models on a seeded checkpoint with one shard, by their names in docs/conformance.md.
 
-    It runs `ids` in one prefill, then `next_ids` one by one. Needs fairscale's groups.
+    Runs `ids` in one prefill, then `next_ids` one by one. Requires that fairscale's groups are initialized.
     """
     from llama_models.llama3 import model as published
     from llama_models.llama3.args import ModelArgs
@@ -85,7 +85,7 @@ def llama_models_vectors(folder: Path, ids: list[int], next_ids: list[int]) -> d
         found[f"layers.{layer}.k"].append(k[0])
         return q, k
 
-    layers = cycle(range(params["n_layers"]))  # called once in each layer
+    layers = cycle(range(params["n_layers"]))  # `rotate` is called once in each layer
 
     def output(name: str) -> Any:
         return lambda module, args, value: found[name].append(value[0])

@@ -40,7 +40,7 @@ def frequencies(params: dict, head_dim: int) -> list[float]:
 
 
 def rotate(x: Array, freqs: list[float]) -> Array:
-    """Apply RoPE to x [n, heads, head_dim]: pairs of adjacent numbers, as complex numbers, are rotated by position *
+    """Apply RoPE to x [n, heads, head_dim]. Adjacent elements form a complex number, which is rotated by position *
     frequency."""
     rotation = np.exp(1j * np.outer(np.arange(len(x)), freqs))[:, None, :]
     rotated = (x[..., 0::2] + 1j * x[..., 1::2]) * rotation
@@ -48,8 +48,10 @@ def rotate(x: Array, freqs: list[float]) -> Array:
 
 
 def forward(params: dict, w: dict[str, Array], ids: list[int]) -> dict[str, Array]:
-    """All activations of one sequence up to its logits [n, vocab], under the names of docs/conformance.md. The values
-    are called cache_v, although there is no cache."""
+    """All activations of one sequence up to its logits [n, vocab], by their names in docs/conformance.md.
+
+    The values are called cache_v, although there is no cache.
+    """
     n, heads = len(ids), params["n_heads"]
     kv_heads, head_dim = params.get("n_kv_heads", heads), params["dim"] // heads
     freqs = frequencies(params, head_dim)

@@ -1,5 +1,7 @@
-"""python prefill_memory.py DTYPE LENGTH...: prints as JSON, for each length, by how many bytes a prefill grows the
-anonymous memory of a process. The model has two layers of the demo model's widths."""
+"""python prefill_memory.py DTYPE LENGTH...: measures by how many bytes a prefill grows a process's anonymous memory.
+
+Prints {length: bytes} as JSON. The model has two layers of the demo model's widths.
+"""
 
 import gc
 import json
@@ -36,7 +38,7 @@ def main(dtype: torch.dtype, lengths: list[int]) -> None:
         cache.clear()  # so that its pages are allocated
     executor.hidden(torch.ones(1, 8, dtype=torch.int64), 0, 8)
     bench.SAMPLE_SECONDS = 0.001
-    with bench.peak_memory(here) as before:  # once, so that memory that kernels keep counts as growth
+    with bench.peak_memory(here) as before:  # measured once: memory that kernels keep between prefills counts as growth
         pass
     grown = dict.fromkeys(lengths, 0)
     for length in lengths:

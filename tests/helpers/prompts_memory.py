@@ -1,4 +1,4 @@
-"""The memory of `complete --file`, run by test_hostile.py.
+"""The memory of `complete --file`, for tests/cli/test_hostile.py.
 
 python prompts_memory.py CKPT_DIR FILE OUT     prints the peak growth of the command's anonymous memory in bytes
 """
@@ -17,7 +17,7 @@ def main(ckpt_dir: str, file: str, out: str) -> None:
     build, grown = Llama.build, [0]
 
     def built(*args: object, **kwargs: object) -> Llama:
-        llama = build(*args, **kwargs)  # type: ignore[arg-type]  # as the command passes them
+        llama = build(*args, **kwargs)  # type: ignore[arg-type]  # the command's own arguments
         llama.text_completion(["x"], max_gen_len=1)
         before = anonymous_bytes()
 

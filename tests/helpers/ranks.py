@@ -20,7 +20,7 @@ CONTEXT.set_forkserver_preload(["llama"])
 
 
 def free_port() -> int:
-    """A free port below the ephemeral ones, which gloo takes in tests that run at the same time."""
+    """A free port below the ephemeral range, from which gloo takes ports in tests that run at the same time."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -29,10 +29,10 @@ def free_port() -> int:
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
-    """Call function(*args) on every rank, with the variables that torchrun would set; results in rank order.
+    """Call function(*args) on every rank, with torchrun's environment variables. Return the results in rank order.
 
-    `function` is pickled, so it is defined at a module's top level. Raises if a rank raises, dies, or takes longer than
-    `timeout` seconds.
+    `function` is pickled, so it must be defined at a module's top level. Raises if a rank raises, dies, or
+    takes longer than `timeout` seconds.
     """
     port = free_port()
     ranks = []

@@ -1,4 +1,4 @@
-"""Reads the HTML reports of `llama inspect` back."""
+"""A parser for the HTML reports of `llama inspect`."""
 
 from html.parser import HTMLParser
 
@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 class ReportReader(HTMLParser):
     """Parses an HTML token report and checks that its elements nest.
 
-    texts, cards, classes, marks: a list with an entry for each token, and one for the prediction after the last token.
-    used: every start tag with its attributes.
+    texts, cards, classes and marks have an entry for each token, and one for the prediction after the last token.
+    used has every start tag with its attributes.
     """
 
     VOID = ("meta",)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
-    """RssAnon, which excludes pages of mapped files; 0 if the process has exited."""
+    """RssAnon in bytes, which excludes pages of mapped files. 0 if the process has exited."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

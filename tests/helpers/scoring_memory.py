@@ -1,4 +1,4 @@
-"""python scoring_memory.py TOKENIZER DTYPE: peak memory in bytes after hidden_states, and after token_logprobs."""
+"""python scoring_memory.py TOKENIZER DTYPE: peak memory in bytes after hidden_states and after token_logprobs."""
 
 import sys
 from pathlib import Path

@@ -8,16 +8,16 @@ import gguf
 import numpy as np
 import torch
 
-# A tiny model: 4 heads of 16, 2 KV heads, so 1 or 2 files.
+# With 2 KV heads it can be split into at most 2 files.
 DIM, LAYERS, HEADS, KV_HEADS, HIDDEN = 64, 2, 4, 2, 256
 Q, KV = DIM, KV_HEADS * DIM // HEADS
 
-# Byte-level BPE writes each byte as one printable character: itself, or one from 256 on.
+# Byte-level BPE writes each byte as one printable character: itself if printable, else one from U+0100 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 HIDDEN_BYTES = [b for b in range(256) if b not in PRINTABLE]
 BYTE_CHARS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN_BYTES)}
 SPACE = BYTE_CHARS[32]
-# The merge of "1" and "2" happens unless digits are split, and that of two spaces before a digit only if text is split
+# "1" and "2" are merged unless the pre-tokenizer splits digits. Two spaces before a digit are merged only if it splits
 # before digits.
 MERGES = [
     (SPACE, "t"),
@@ -35,7 +35,7 @@ TOKENS += [f"[PAD{i}]" for i in range(1, 1 + -len(TOKENS) % 4)]
 TYPES = [3 if t in CONTROL_TOKENS else 4 if t == USER_TOKEN else 5 if t.startswith("[PAD") else 1 for t in TOKENS]
 VOCAB = len(TOKENS)
 
-# GGUF's name, Meta's name, shape, and the axis along which Meta divides it over files.
+# GGUF's name, Meta's name, shape, and the axis along which Meta's files split the tensor.
 LAYOUT: list[tuple[str, str, tuple[int, ...], int | None]] = [
     ("token_embd.weight", "tok_embeddings.weight", (VOCAB, DIM), 1),
     ("output_norm.weight", "norm.weight", (DIM,), None),
@@ -86,9 +86,9 @@ def write_gguf(
     architecture: str = "llama",
     endianess: str = "LITTLE",
 ) -> dict[str, torch.Tensor]:
-    """Write a tiny GGUF file; return its weights by Meta's names, as convert should write them in float32.
+    """Write a tiny GGUF file. Return the float32 weights that convert should write, by Meta's names.
 
-    meta: changes to META, None removes a key. drop: a tensor to leave out. extra: tensors to add, or other shapes.
+    meta: changes to META, None removes a key. drop: a tensor to omit. extra: name -> shape of tensors to add or change.
     """
     rng = np.random.default_rng(7)
     writer = gguf.GGUFWriter(path, architecture, endianess=gguf.GGUFEndian[endianess])

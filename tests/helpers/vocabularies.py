@@ -14,7 +14,6 @@ from llama.engine.streaming import TextStream
 
 INFILLING = ["\u2581<PRE>", "\u2581<MID>", "\u2581<SUF>", "\u2581<EOT>"]  # ids 508 to 511
 
-
 ALPHABETS = [  # characters that tokenizers treat differently
     " ab\n\t\r",
     "etaoinshrdlu ,.'",
@@ -30,7 +29,7 @@ ALPHABETS = [  # characters that tokenizers treat differently
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
-    """Short texts: runs of characters of one alphabet, random characters of one, or any characters."""
+    """Short texts. Each has runs of characters of one alphabet, random characters of one, or any characters."""
     rng = random.Random(seed)
     texts = []
     for i in range(count):
@@ -46,7 +45,7 @@ def random_texts(count: int, seed: int = 0) -> list[str]:
 
 
 def write_infilling(path: Path) -> Path:
-    """tok512 with its last four pieces replaced by the infilling pieces."""
+    """Write tok512 with its last four pieces replaced by the infilling pieces."""
     pieces = read_pieces(TOKENIZER.read_bytes())[:-4] + [
         (name, -1000.0 - i, NORMAL) for i, name in enumerate(INFILLING)
     ]
@@ -55,8 +54,11 @@ def write_infilling(path: Path) -> Path:
 
 
 def write_step(path: Path, source: Path = TOKENIZER, extra: int = 0, dummy_prefix: bool = False) -> Path:
-    """A vocabulary whose last id is <step>. It replaces the source's last piece, or, with `extra`, follows `extra` - 1
-    other new pieces. dummy_prefix: whether a space goes before texts; Code Llama 70B's adds none."""
+    """Write a vocabulary whose last id is <step>, like Code Llama 70B's.
+
+    extra: how many pieces to append to the source, <step> included. If 0, <step> replaces the source's last piece.
+    dummy_prefix: whether a space is added before texts. Code Llama 70B's vocabulary adds none.
+    """
     pieces = read_pieces(source.read_bytes())
     pieces = pieces + [(f"<new{i}>", -1e6, NORMAL) for i in range(extra - 1)] if extra else pieces[:-1]
     path.write_bytes(sentencepiece_model([*pieces, ("<step>", 0.0, USER_DEFINED)], add_dummy_prefix=dummy_prefix))
@@ -68,7 +70,7 @@ def plain(path: Path) -> SentencePieceProcessor:
 
 
 def write_ranks(path: Path, *tokens: bytes) -> Path:
-    """A rank file of all bytes, in descending order, and these tokens."""
+    """Write a rank file of all bytes, in descending order, and then these tokens."""
     all_tokens = [*(bytes([byte]) for byte in reversed(range(256))), *tokens]
     path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(all_tokens)))
     return path

@@ -36,7 +36,7 @@ def seven_b(
 
 
 def applied(flags: str, choice: Choice) -> Choice:
-    """The choice that a suggestion's flags make."""
+    """The choice after a suggestion's flags are applied."""
     for name, value in re.findall(r"--(\w+) (\S+)", flags):
         if name == "quantize":
             choice = replace(choice, quantize=value)
@@ -102,8 +102,8 @@ def test_each_suggestion_fits_and_one_size_more_does_not(
             assert changed.resized(max_batch_size=changed.args.max_batch_size + 1).sizes.total > available
 
 
-def test_the_12_gb_card() -> None:
-    """The 7B at 4096 positions fits in 8 and 4 bits, with a tenth of the card free, and not in float16."""
+def test_a_12_gb_gpu() -> None:
+    """The 7B with 4096 positions fits in 8 and 4 bits, with a tenth of the GPU free, and not in float16."""
     available = int(11.6 * GIB)  # what a card of 12 GB has free
     assert seven_b(4096, 1).sizes.total > available
     assert [flags for flags, _ in suggestions(seven_b(4096, 1), available)][:2] == [
@@ -240,7 +240,7 @@ def test_its_cases_pass_on_a_cpu(
 
 
 def limited(folder: Path) -> list[str]:
-    """The errors under a limit of the address space, set before a build and before a batch; then a smaller batch."""
+    """Errors under a limit of the address space, set before builds and a batch, and whether a smaller batch works."""
     import resource
 
     errors = []
@@ -291,9 +291,7 @@ def test_a_limit_of_the_address_space(checkpoint: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("step", ["hidden", "logits"])
-def test_a_card_that_others_have_filled(
-    step: str, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_others_have_filled(step: str, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is that of torch's CUDA allocator. The next request is answered as before."""
     llama = build("gqa", max_seq_len=256, max_batch_size=4)
     prompts = [[5, 6, 7], [8, 9]]
@@ -324,7 +322,7 @@ def test_a_card_that_others_have_filled(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_process_that_goes_on_for_long_needs_no_more_memory(
+def test_a_long_running_process_needs_no_more_memory(
     checkpoint: Callable[..., Path], measured: Callable[[str, object], None]
 ) -> None:
     """80,000 ids here; soak.py, started by hand, generates a million."""
@@ -333,11 +331,11 @@ def test_a_process_that_goes_on_for_long_needs_no_more_memory(
         [sys.executable, program, str(checkpoint("mha")), "--tokens", "80000"], capture_output=True, text=True
     )
     found = json.loads(done.stdout)
-    measured("memory in use after 80,000 ids, beside that after 16,000", f"{found['in_use_growth']:+.2%}")
+    measured("memory in use after 80,000 ids, compared to that after 16,000", f"{found['in_use_growth']:+.2%}")
     assert done.returncode == 0 and found["tokens"] >= 80_000, done.stderr
 
 
-def test_other_errors_stay_what_they_are(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_changed(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build("gqa", max_seq_len=64)
 
     def broken(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The sizes of `memory.sizes` against models that were built and against published models; the command `plan`."""
+"""`memory.sizes` against models that were built and published models, and the command `plan`."""
 
 import json
 import os
@@ -125,7 +125,7 @@ def test_every_rank_holds_what_is_planned(ranks: int, checkpoint: Callable[..., 
 
 @pytest.mark.parametrize("name", ["mha", "llama31"])
 def test_a_tied_model_holds_its_embedding_once(name: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """The embedding is stored once on one rank, and where the files split it on the vocabulary, as the output is."""
+    """It is stored once on one rank, and on several ranks if the files split it on the vocabulary, like the output."""
     folder = untie(tmp_path / "tied", checkpoint(name))
     (found,) = build_and_measure([folder])
     assert found == planned(folder, 1, torch.float32, 40, 2)
@@ -205,7 +205,7 @@ def test_a_prefill_grows_the_process_as_planned(dtype: str, measured: Callable[[
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_a_prefill_grows_with_length_rows_and_nothing_else(device: str, quantize: str | None) -> None:
-    """Sizes grow monotonically, as the binary search requires; for long contexts by a constant number of bytes."""
+    """Sizes grow monotonically, as the binary search requires, and for long contexts linearly."""
 
     def peak(length: int, rows: int) -> int:
         args = ModelArgs(**PUBLISHED["llama-3-8b"][0], max_seq_len=length, max_batch_size=rows)
@@ -291,9 +291,7 @@ def test_a_folders_vocabulary_is_its_embeddings(
 
 @pytest.mark.parametrize("memory", ["12GB", "24GiB", "900MiB", "1.5 TB", "14551621632B"])
 @pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-405b-mp16"])
-def test_what_fits_is_the_most_that_fits(
-    name: str, memory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_largest_sizes_that_fit(name: str, memory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The largest sizes fit, and one position or row more does not."""
     params, _ = PUBLISHED[name]
     found = answer(capsys, str(write_params(tmp_path, params)), memory=memory, max_seq_len=2048)
@@ -336,7 +334,7 @@ def test_memory_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["12", "GB", "", "-1GB", "0GB", "12G", "12 apples", "1e3GB", "nanGB", "1,5GB", "٣GB"])
-def test_memory_that_is_no_size(text: str, tmp_path: Path) -> None:
+def test_invalid_memory_sizes(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a number and its unit, 12GB or 11.5GiB"):
         call(plan, str(tmp_path), memory=text)
 

@@ -70,8 +70,10 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path, build: Callabl
 
 
 def memory_of_a_model(folder: Path) -> tuple[int, int, int]:
-    """(bytes of the caches, growth of memory while the model is open, growth after close). Without the native step:
-    glibc keeps its buffers, some MB, after they are freed."""
+    """(bytes of the caches, growth of memory while the model is open, growth after close).
+
+    compile=False, because glibc keeps some MB of the native step's buffers after they are freed.
+    """
     Llama.build(folder, max_seq_len=64, compile=False).close()
     before = anonymous_bytes()
     llama = Llama.build(folder, max_seq_len=8192, max_batch_size=64, compile=False)
@@ -203,10 +205,10 @@ def test_build_shares_the_cores(checkpoint: Callable[..., Path]) -> None:
 
 
 def users_own_group(folder: Path) -> list[list[int]]:
-    """The program's own process group: the model uses it, close leaves it; destroyed before the next model is built."""
+    """Two models, one after the other, each use a process group that the program creates and destroys itself."""
     answers = []
     for _ in range(2):
-        # A new port: on the old one a fast rank may still find the store of the first group, and wait forever.
+        # On the old port, a fast rank may still find the store of the first group and wait forever.
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         dist.init_process_group("gloo")
         llama = Llama.build(folder)

@@ -58,7 +58,7 @@ REPORTS = {
 
 
 def lose(timeout: int, folder: Path, scenarios: list[str]) -> Iterator[dict]:
-    """Run helpers/lost_ranks.py; one result for each scenario, whose surviving rank exited in time, in one line."""
+    """Run helpers/lost_ranks.py. Check that every surviving rank exited in time. Yields the result of each scenario."""
     env = os.environ | {"LLAMA_TIMEOUT": str(timeout), "PYTHONPATH": PYTHONPATH}
     command = [sys.executable, str(HELPERS / "lost_ranks.py"), str(folder), *scenarios]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env)
@@ -89,7 +89,7 @@ def test_20_kills_at_random_moments(checkpoint: Callable[..., Path], measured: C
 
 @contextlib.contextmanager
 def chatting(folder: Path, port: int) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """torchrun with two ranks of `llama chat` that wait for input, and the pids of the ranks."""
+    """Start torchrun with two ranks of `llama chat` that wait for input. Yields torchrun and the pids of the ranks."""
     command = [TORCHRUN, "--nproc_per_node", "2", "--master_port", str(port), "-m", "llama", "chat"]
     ranks = subprocess.Popen(
         [*command, "--ckpt_dir", str(folder), "--chat_format", "llama2"],
@@ -160,7 +160,7 @@ def test_a_rank_that_closed_its_model_is_named(checkpoint: Callable[..., Path]) 
 
 
 def build_differently(pairs: list[list[dict]]) -> list[str]:
-    """For each pair of arguments, one for each rank: "built", or the error that `build` raises on this rank."""
+    """Build with each pair of arguments, one for each rank. Returns "built" or this rank's error for each pair."""
     answers = []
     for arguments in pairs:
         try:
@@ -242,7 +242,7 @@ def test_hosts_that_compute_in_other_dtypes_are_named(checkpoint: Callable[..., 
 
 
 def run_out_of_memory(folder: Path) -> tuple[str, str]:
-    """A chat in which only rank 1 runs out of memory: the error that ends it on this rank."""
+    """Run a chat in which only rank 1 runs out of memory. Returns the type and message of this rank's error."""
     hidden, calls = Executor.hidden, 0
 
     def failing(self: Executor, *args: Any, **named: Any) -> Any:
@@ -270,8 +270,9 @@ def test_a_chat_ends_if_one_rank_runs_out_of_memory(checkpoint: Callable[..., Pa
 
 
 def load_slowly(folder: Path) -> float:
-    """Seconds for `build` and two calls. Rank 1 loads slowly, and rank 0 is busy between the calls: both for longer
-    than a collective's timeout."""
+    """Seconds for `build` and two calls. Rank 1 loads slowly and rank 0 is busy between the calls, each for longer than
+    a collective's timeout.
+    """
     os.environ["LLAMA_TIMEOUT"] = "6"
     if current_world().rank == 1:
         load = loading.load_weights
@@ -318,7 +319,7 @@ def test_ranks_that_were_suspended_together_continue(checkpoint: Callable[..., P
 
 
 def test_a_silent_rank_is_lost_at_the_second_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the first, this rank itself may have been suspended: then it hears the others as soon as it continues."""
+    """At the first check, this rank itself may have been suspended. Then it hears from the others once it continues."""
     monkeypatch.setenv("LLAMA_TIMEOUT", "10")
     stores = heartbeat.Stores.of(dist.HashStore())
     first, second = (heartbeat.Heartbeat(stores, 1, rank, 2) for rank in range(2))
@@ -381,9 +382,9 @@ def test_a_rank_that_never_starts(checkpoint: Callable[..., Path]) -> None:
 
 def start_alone(folder: Path, port: int) -> subprocess.Popen[str]:
     world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    words = ["-m", "llama", "complete", "--ckpt_dir", str(folder), "a"]
+    args = ["-m", "llama", "complete", "--ckpt_dir", str(folder), "a"]
     return subprocess.Popen(
-        [sys.executable, *words], env=os.environ | world, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        [sys.executable, *args], env=os.environ | world, cwd=ROOT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -440,8 +441,8 @@ class Hosts:
     def __init__(self, name: str):
         self.names, self.devices = [f"{name}a", f"{name}b"], [f"{name}x", f"{name}y"]
 
-    def ip(self, *words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+    def ip(self, *args: str) -> None:
+        subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
 
     def __enter__(self) -> "Hosts":
         for host in self.names:
@@ -490,12 +491,12 @@ def hosts() -> Iterator[Hosts]:
 def test_two_hosts_generate_the_same_as_one_rank(hosts: Hosts, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Two ranks on each, with a copy of the checkpoint on each."""
     folders = [str(shutil.copytree(checkpoint("mha", 2), tmp_path / host)) for host in "ab"]
-    words = ["inspect", "The licence", "--generate", "40", "--json", "--ckpt_dir"]
+    args = ["inspect", "The licence", "--generate", "40", "--json", "--ckpt_dir"]
     alone = subprocess.run(
-        [sys.executable, "-m", "llama", *words, folders[0]], capture_output=True, text=True, cwd=ROOT, timeout=100
+        [sys.executable, "-m", "llama", *args, folders[0]], capture_output=True, text=True, cwd=ROOT, timeout=100
     )
     assert alone.returncode == 0, alone.stderr
-    running = [hosts.start(number, 2, "-m", "llama", *words, folders[number]) for number in range(2)]
+    running = [hosts.start(number, 2, "-m", "llama", *args, folders[number]) for number in range(2)]
     results = [host.communicate(timeout=100) for host in running]
     assert [host.returncode for host in running] == [0, 0], results
     ids, expected = ([token["id"] for token in json.loads(out)["tokens"]] for out in (results[0][0], alone.stdout))
@@ -507,9 +508,9 @@ def test_both_hosts_exit_when_the_network_is_cut(
     hosts: Hosts, checkpoint: Callable[..., Path], tmp_path: Path, measured: Callable[[str, object], None]
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a b c"}\n' * 10_000)
-    words = ["-m", "llama", "complete", "--ckpt_dir", str(checkpoint("mha", 2)), "--file",
+    args = ["-m", "llama", "complete", "--ckpt_dir", str(checkpoint("mha", 2)), "--file",
              str(tmp_path / "prompts.jsonl"), "--max_gen_len", "400", "--out"]  # fmt: skip
-    running = [hosts.start(n, 1, *words, str(tmp_path / f"out{n}.jsonl"), LLAMA_TIMEOUT="24") for n in range(2)]
+    running = [hosts.start(n, 1, *args, str(tmp_path / f"out{n}.jsonl"), LLAMA_TIMEOUT="24") for n in range(2)]
     until = time.monotonic() + 60
     while not (tmp_path / "out0.jsonl").exists() or not (tmp_path / "out0.jsonl").read_text():
         assert time.monotonic() < until and running[0].poll() is None, running[0].communicate()

@@ -161,7 +161,7 @@ def test_long_runs_have_tiktokens_own_ids(llama31: Tokenizer) -> None:
     )  # split every 25,000 characters they would be 784
 
 
-def test_the_longest_white_space_that_tiktoken_takes(llama31: Tokenizer) -> None:
+def test_the_longest_white_space_that_tiktoken_encodes(llama31: Tokenizer) -> None:
     assert llama31.encode("x" + " " * 999_998 + "x", bos=False, eos=False)
     assert len(llama31.encode("a " * 500_000, bos=False, eos=False)) == 500_001
     message = r"^the text holds 999,999 white-space characters in a row, tiktoken takes 999,998: shorten them$"
