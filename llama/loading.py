@@ -7,7 +7,6 @@ import traceback
 import zlib
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,10 +74,7 @@ def load(model: ModelOptions, build: BuildOptions) -> tuple[Executor, Tokenizer,
 
 
 def _check_options(model: ModelOptions, build: BuildOptions, world: World) -> tuple[ModelOptions, BuildOptions]:
-    """Both with their defaults. Raises TypeError or ValueError for what no checkpoint can change."""
-    for name, value in (("ckpt_dir", model["ckpt_dir"]), ("tokenizer_path", model["tokenizer_path"] or "")):
-        if not isinstance(value, str | Path):
-            raise TypeError(f"{name} is {value!r}, expected a path")
+    """Add the defaults. Raises TypeError or ValueError for options that are wrong whatever the checkpoint is."""
     model, build = read_options(ModelOptions, model, "build"), read_options(BuildOptions, build, "build")
     if model["model_parallel_size"] not in (None, world.size):
         raise ValueError(

@@ -130,7 +130,7 @@ def read_list(name: str, value: Any) -> list[int]:
     words = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
     if not words or not all(re.fullmatch(r"\s*0*[1-9]\d*\s*", str(word)) for word in words):
         shown = ",".join(map(str, words))
-        raise ValueError(f"--{name} is {shown!r}, expected whole numbers from 1 with commas between them, like 1,4,16")
+        raise ValueError(f"--{name} is {shown!r}, expected integers from 1 with commas between them, like 1,4,16")
     return [int(word) for word in words]
 
 
