@@ -368,7 +368,8 @@ def test_a_full_context_drops_the_oldest_turns(open_chat: Callable[..., Terminal
         assert match and int(match["used"]) <= int(match["limit"]) == 96
         for line in others:
             dropped = re.fullmatch(
-                r"\[the context is full: the (?:oldest turn|(\d+) oldest turns) fell out of the dialog\]", line
+                r"\[the context is full: the (?:oldest turn was|(\d+) oldest turns were) dropped from the dialog\]",
+                line,
             )
             assert dropped and dropped[1] != "1"
             fell += int(dropped[1] or 1)

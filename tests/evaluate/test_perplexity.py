@@ -130,7 +130,7 @@ def test_several_files_in_a_table(checkpoint: Callable[..., Path], tmp_path: Pat
         (b"\xef\xbb\xbf", [], "is empty: there is nothing to score"),
         (b"text \xff\xfe", [], "is not a UTF-8 text: byte 5 is 0xff"),
         (b"\x7fELF\0\0", [], "is not a text: byte 4 is NUL"),
-        (b"a", ["--bos", "False"], "is one token, with no token before it to predict it from: give --bos True"),
+        (b"a", ["--bos", "False"], "has one token, and no token before it to predict it from: give --bos True"),
         (b"text", ["--stride", "9", "--max_seq_len", "8"], "stride is 9, but a window has only max_seq_len 8 ids"),
         (b"text", ["--stride", "0"], "stride is 0, expected an integer from 1"),
         (b"text", ["--bos", "maybe"], "Invalid value for '--bos': 'maybe' is not one of 'True', 'False'."),
