@@ -244,8 +244,8 @@ def stop_option(function: F) -> F:
 def bos_option(function: F) -> F:
     return click.option(
         "--bos",
-        type=bool,
-        metavar="[True|False]",
+        type=click.Choice(["True", "False"], case_sensitive=False),
+        callback=lambda ctx, param, value: None if value is None else value == "True",
         help="put BOS before the text or not; default: as the tokenizer does",
     )(function)
 

@@ -313,7 +313,7 @@ def test_an_empty_prompt_is_bad_where_no_bos_goes_first(build: Callable[..., Lla
     file.write_text('\n{"prompt": ""}')
     assert _read_todo(llama, file, False, array("Q")) == (1, 1 + WORK_OF_AN_ANSWER)
     llama.tokenizer.adds_bos = False
-    with pytest.raises(ValueError, match=r"prompts.jsonl, line 2: the prompt is empty, and the model needs something"):
+    with pytest.raises(ValueError, match=r"prompts.jsonl, line 2: the prompt is empty: the model needs a text"):
         _read_todo(llama, file, False, array("Q"))
 
 

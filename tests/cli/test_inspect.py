@@ -117,7 +117,7 @@ NO_TEXT = r'no text to inspect: give one \("..."\), or pipe one in'
         (["text", "--top", "0"], "top is 0, expected an integer from 1"),
         (["text", "--top", "2.5"], "Invalid value for '--top': '2.5' is not a valid integer."),
         (["text", "--generate", "-1"], "generate is -1, expected an integer from 0"),
-        (["text", "--bos", "maybe"], "Invalid value for '--bos': 'maybe' is not a valid boolean..*"),
+        (["text", "--bos", "maybe"], "Invalid value for '--bos': 'maybe' is not one of 'true', 'false'."),
         (["text", "--html", "{tmp}"], "--html {tmp} is a folder: name a file"),
         (["text", "--html", "{tmp}/no/report.html"], "--html {tmp}/no/report.html: there is no folder {tmp}/no"),
     ],

@@ -133,7 +133,7 @@ def test_several_files_in_a_table(checkpoint: Callable[..., Path], tmp_path: Pat
         (b"a", ["--bos", "False"], "has one token, and no token before it to predict it from: give --bos True"),
         (b"text", ["--stride", "9", "--max_seq_len", "8"], "stride is 9, but a window has only max_seq_len 8 ids"),
         (b"text", ["--stride", "0"], "stride is 0, expected an integer from 1"),
-        (b"text", ["--bos", "maybe"], "Invalid value for '--bos': 'maybe' is not one of 'True', 'False'."),
+        (b"text", ["--bos", "maybe"], "Invalid value for '--bos': 'maybe' is not one of 'true', 'false'."),
         (None, [], "does not exist: name a text file"),
         (b"text", ["."], "is a folder: name a text file"),
     ],
