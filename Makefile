@@ -13,7 +13,7 @@ help:
 	@echo "make demo    chat with a small real model: installs into $(VENV), fetches the model (93 MB)"
 	@echo "make test    ruff, mypy, shellcheck and pytest: installs into $(VENV), no other download"
 	@echo "make test-gpu BIN=/path/to/env/bin"
-	@echo "             runs on your GPUs, with an environment whose torch has CUDA; writes gpu-report.json"
+	@echo "             tests on your GPUs, in an environment whose torch has CUDA; writes gpu-report.json"
 	@echo "make docs    the documentation as a web site in site/: installs into $(VENV)"
 	@echo "make clean   removes $(VENV), caches and build artefacts; keeps checkpoints/"
 	@echo "Another Python (3.10 or newer): make demo PYTHON=/path/to/python3"
@@ -33,7 +33,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/shellcheck download.sh .ci/run
 	$(BIN)/python -m pytest -n 4 --dist worksteal
 
-# Installs nothing: a CUDA build of torch is the user's to choose.
+# Installs nothing, because the user must choose a CUDA build of torch.
 test-gpu:
 	@$(BIN)/python tests/gpu.py
 
@@ -41,7 +41,7 @@ test-gpu:
 docs: $(VENV)/.installed-docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# The stamp of an extra is written last, so a failed or interrupted install leaves none and is done again.
+# The stamp of an extra is written last, so a failed or interrupted install is repeated.
 $(VENV)/.installed-%: pyproject.toml requirements.txt | $(VENV)/.created
 	@rm -f $@
 	@echo "Installing llama-runner[$*] into $(VENV): about 2 minutes, longer the first time where torch must be downloaded"
@@ -49,12 +49,12 @@ $(VENV)/.installed-%: pyproject.toml requirements.txt | $(VENV)/.created
 		{ echo "make: the install failed, the reason is above; fix it, then run make again" >&2; exit 1; }
 	@touch $@
 
-# A working .venv is kept, whoever made it; a broken one (its Python was removed, an interrupted run) is recreated.
-# Debian's python3 has no ensurepip without python3-venv: there, PYTHON's own pip puts a pip into the environment.
+# A working .venv is kept, whoever created it. A broken one (its Python was removed, a run was interrupted) is recreated.
+# On Debian without python3-venv, Python has no ensurepip: there PYTHON's own pip installs a pip into the environment.
 $(VENV)/.created:
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
-			echo "make: Python 3.10 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1); say which: make demo PYTHON=/path/to/python3" >&2; \
+			echo "make: Python 3.10 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name one: make demo PYTHON=/path/to/python3" >&2; \
 			exit 1; }; \
 		echo "Making $(VENV) with $$($(PYTHON) --version)"; \
 		if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \

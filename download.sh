@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Fetches checkpoints: the small demo model, or Meta's Llama 2 and 3 from the link in Meta's e-mail. See --help.
-# Written for bash 3.2 (macOS). A file gets its final name only when it is complete, so Ctrl-C is safe at any time.
+# Runs with bash 3.2 (macOS). A file gets its final name only when it is complete, so Ctrl-C is safe at any time.
 [ -n "${BASH_VERSION:-}" ] || { echo "download.sh: failed: it needs bash: bash $0" >&2 && exit 1; }
 set -euo pipefail
-export LC_ALL=C # files are bytes, whatever the user's language
-unset CDPATH    # with it, cd may go elsewhere, and prints where
+export LC_ALL=C # treat files as bytes in every locale
+unset CDPATH    # it makes cd go elsewhere, and print the folder
 
-# A shell cannot trap or reset SIGINT if it was ignored when the shell started. It is ignored in a script's background
-# jobs and their children. In the terminal's foreground Ctrl-C must still end this script, so a program that can reset
+# SIGINT is ignored in a script's background jobs and their children, and a shell cannot trap or reset a signal that was
+# ignored when it started. In the terminal's foreground Ctrl-C must still end this script, so a program that can reset
 # SIGINT starts it again, once. Without such a program Ctrl-C stays ignored.
 in_foreground() {
   local stat
@@ -69,8 +69,8 @@ stopped() {
 # ---- one run at a time
 
 # Two runs would append to the same file. The lock is a file that is created atomically. Its first line has the process
-# and the machine of the run, each further line the process of a client that the run started: a run that is killed
-# leaves its client running. The lock holds as long as one of these processes lives.
+# and the machine of the run, each further line the process of a client that the run started, because the client of a
+# killed run keeps running. The lock holds as long as one of these processes lives.
 lock() { # FILE
   local owner host writer
   lock=$1
@@ -96,8 +96,8 @@ read_lock() { # sets $owner, its $host and the last $writer, empty if there are 
   { read -r owner host && while read -r line; do writer=$line; done; } < "$lock" || :
 }
 
-# alive PROCESS: does it run? A process with our own number ran before us, in a container. Another user's process runs,
-# although we may not send it a signal. A zombie (Z) does not.
+# alive PROCESS: is it running? If its number is our own, it was another process that ran earlier, in a container.
+# Another user's process is running although we may not send it a signal. A zombie (Z) is not.
 alive() {
   [ "$1" != $$ ] || return 1
   case $(kill -0 "$1" 2>&1 || :) in *"No such process"*) return 1 ;; esac
@@ -118,7 +118,7 @@ start() {
 
 # ---- files
 
-digest() { # ALGORITHM FILE: its md5 or sha256, by whatever this machine has
+digest() { # ALGORITHM FILE: its md5 or sha256, with any tool that this machine has
   local sum
   if command -v "${1}sum" > /dev/null; then
     sum=$("${1}sum" < "$2") || return 1
@@ -143,7 +143,7 @@ has_sum() { # FILE MD5
   [ "$actual" = "$2" ]
 }
 
-# sum_of LIST NAME: $sum is the md5 sum that LIST has for NAME, empty if it does not name it. Status 1: no list of sums.
+# sum_of LIST NAME: sets $sum to NAME's md5 sum in LIST, empty if LIST lacks it. Status 1: LIST is no list of sums.
 sum_of() {
   local digits name more lines=0
   sum=
@@ -165,7 +165,7 @@ size() { # FILE: sets $size to its bytes, 0 if there is none
   [ ! -f "$1" ] || size=$(($(wc -c < "$1")))
 }
 
-page() { # FILE START: does a web page or an XML message begin there?
+page() { # FILE START: does a web page or an XML message begin at this byte?
   [ -f "$1" ] || return 1
   case $(dd if="$1" bs=1 skip="$2" count=64 2> /dev/null | tr -d '\000[:space:]\357\273\277' | tr '[:upper:]' '[:lower:]') in
     '<!doctype'* | '<html'* | '<head'* | '<body'* | '<!--'* | '<?xml'* | '<error'*) ;;
@@ -227,7 +227,7 @@ DEMO=checkpoints/smollm2-135m-instruct
 LLAMA2="llama-2-7b llama-2-7b-chat llama-2-13b llama-2-13b-chat llama-2-70b llama-2-70b-chat"
 LLAMA3="llama-3-8b llama-3-8b-instruct llama-3-70b llama-3-70b-instruct"
 
-describe() { # MODEL: sets $folder, its $remote name below the link, $shards and $megabytes (16 bits a parameter)
+describe() { # MODEL: sets $folder, its $remote name below the link, $shards and $megabytes (at 16 bits per parameter)
   case $1 in
     demo) shards=1 megabytes=271 ;;
     llama-2-7b*) shards=1 megabytes=13480 ;;
@@ -246,8 +246,9 @@ describe() { # MODEL: sets $folder, its $remote name below the link, $shards and
   esac
 }
 
-# files MODEL: a line for each of its files, lists first: PATH-BELOW-THE-LINK|PLACE|LIST with its sum, if any. PLACE is
-# "top" in $TARGET_FOLDER or "own" in $folder. Llama 3's licence is in its own: Llama 2's may be in the other.
+# files MODEL: prints a line for each of its files, lists of sums first: PATH-BELOW-THE-LINK|PLACE|LIST. PLACE is "top"
+# for $TARGET_FOLDER or "own" for $folder. LIST is the list with the file's sum, if there is one. Llama 3's licence is in
+# "own", because Llama 2's may be in "top".
 files() {
   local shard=0 name
   case $1 in
@@ -266,7 +267,7 @@ files() {
   done
 }
 
-split() { # LINE of files: sets $path, its $name, and the places of $file and $list
+split() { # LINE of files: sets $path, its $name, and the local paths $file and $list
   local place=$folder
   path=${1%%|*} name=${1%%|*} list=${1##*|}
   name=${name##*/}
@@ -274,7 +275,7 @@ split() { # LINE of files: sets $path, its $name, and the places of $file and $l
   file=$place/$name list=${list:+$place/$list}
 }
 
-must_be_listed() { # NAME LIST: is a list without this name useless?
+must_be_listed() { # NAME LIST: is it an error if the list lacks this name?
   case $1:$2 in *.pth:* | tokenizer.json:* | *:*/tokenizer_checklist.chk) ;; *) return 1 ;; esac
 }
 
@@ -294,7 +295,7 @@ faults() { # MODEL: prints a line for each fault of its files. Status 1 if there
       fault="is a web page or an XML message"
     elif [ -z "$list" ]; then
       case $name in *.chk) sum_of "$file" '' || fault="is not a list of md5 sums" ;; esac
-    elif sum_of "$list" "$name"; then # if not, the list has a line of its own
+    elif sum_of "$list" "$name"; then # otherwise the fault is reported for the list itself
       if [ -n "$sum" ]; then
         has_sum "$file" "$sum" || fault="does not have the md5 sum in $list"
       elif must_be_listed "$name" "$list"; then
@@ -306,7 +307,7 @@ faults() { # MODEL: prints a line for each fault of its files. Status 1 if there
   return $found
 }
 
-complete() { # MODEL: has every file its final name? Does not compare sums.
+complete() { # MODEL: does every file have its final name? Does not compare sums.
   local entry path name file list
   describe "$1"
   for entry in $(files "$1"); do
@@ -360,7 +361,7 @@ models_of() { # WORDS: sets $models, full names, each once
 
 # ---- the link
 
-link() { # LINK: sets $url to the link without quotes, spaces and newlines that were copied with it
+link() { # LINK: sets $url to the link without the quotes, spaces and newlines that were copied with it
   url=$(printf %s "$1" | tr -d '\r\n' | sed -e 's/&amp;/\&/g' -e "s/^[[:space:]\"'<]*//" -e "s/[[:space:]\"'>]*\$//")
   case $url in
     http://*\** | https://*\**) ;;
@@ -372,8 +373,8 @@ link() { # LINK: sets $url to the link without quotes, spaces and newlines that 
   esac
 }
 
-# request PATH START PART: appends what the server has from byte START on; the headers of its answers go to stdout.
-# The link goes through a pipe: a command line can be read by everybody on this machine. The tools' messages may
+# request PATH START PART: appends the server's file from byte START on to PART; prints the headers of the answers.
+# The link goes through a pipe, because everybody on this machine can read a command line. The tools' messages may
 # contain the link and are dropped; their exit status is enough.
 request() {
   local link=${url%%\**}$1${url#*\*}
@@ -387,7 +388,7 @@ request() {
   fi
 }
 
-read_headers() { # HEADERS: $http $type $from $total of the last answer; redirects and proxies answer before it
+read_headers() { # HEADERS: sets $http $type $from $total from the last answer; redirects and proxies answer earlier
   local rest=$1 line
   http=000 type='' from='' total=''
   while [ -n "$rest" ]; do
@@ -413,7 +414,7 @@ watch() { # FILE MEGABYTES: prints progress each second, until it is killed
   done
 }
 
-fetch() { # PATH FILE [MD5]: makes FILE a complete copy of the one at PATH below the link
+fetch() { # PATH FILE [MD5]: makes FILE a complete copy of the file at PATH below the link
   local path=$1 file=$2 sum=${3:-} part=$2.part size start now best=0 tries=0 wrong='' headers status
   local http type from total why finished kept
   mkdir -p "${file%/*}" || die "no folder for $file"
@@ -427,7 +428,7 @@ fetch() { # PATH FILE [MD5]: makes FILE a complete copy of the one at PATH below
   : >> "$part" || die "cannot write $part"
   echo "$path"
   while :; do
-    # A file without a sum is small and is fetched from its start: nothing would show that two parts do not match.
+    # A file without a sum is small and is always fetched from its start, as no check would show a wrong continuation.
     [ -n "$sum" ] || rm -f "$part"
     size "$part"
     start=$size status=0
@@ -507,12 +508,12 @@ fetch() { # PATH FILE [MD5]: makes FILE a complete copy of the one at PATH below
   done
 }
 
-# ---- what is asked for
+# ---- commands
 
-lack() { # MODELS: how many megabytes are still to be fetched
+lack() { # MODELS: prints how many megabytes are still to be fetched
   local model lack need=0
   for model in "$@"; do
-    ! complete "$model" || continue # it has called describe
+    ! complete "$model" || continue # it calls describe
     lack=$((megabytes - $(bytes "$model") / 1000000))
     [ $lack -le 0 ] || need=$((need + lack))
   done
@@ -626,8 +627,8 @@ verify_only() { # [MODELS]: by default those whose folders exist
 }
 
 watcher='' client='' busy='' tmp='' words='' action=fetch url=${PRESIGNED_URL:-}
-unset PRESIGNED_URL # not for the tools that run here
-trap stopped INT    # without it, a tool that ends by Ctrl-C would be reported as a failure
+unset PRESIGNED_URL # hides it from child processes
+trap stopped INT    # otherwise a tool that Ctrl-C ends would be reported as a failure
 case ${TARGET_FOLDER:-} in '') TARGET_FOLDER=checkpoints ;; /*) ;; *) TARGET_FOLDER=$PWD/$TARGET_FOLDER ;; esac
 case ${PYTHON:-} in /*) ;; */*) PYTHON=$PWD/$PYTHON ;; esac
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
@@ -639,7 +640,7 @@ while [ $# -gt 0 ]; do
     --verify-only) action=verify ;;
     --url) [ $# -gt 1 ] || die "--url needs the link" && url=$2 && shift ;;
     --url=*) url=${1#*=} ;;
-    -*) die "unknown option ${1%%[=:]*}; see ./download.sh --help" ;; # what follows may be the link
+    -*) die "unknown option ${1%%[=:]*}; see ./download.sh --help" ;; # the rest may be the link
     *://*) url=$1 ;;
     *) words="$words $1" ;;
   esac

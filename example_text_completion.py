@@ -9,11 +9,11 @@ from llama.cli.command import one_line_errors
 from llama.cli.output import show
 
 PROMPTS = [
-    # Plain continuation: the model goes on where the text stops.
+    # The model continues the text.
     "The capital of France is Paris. The capital of Germany is",
     "Water boils at 100 degrees Celsius at sea level. On a high mountain it boils",
     "The three things every garden needs are",
-    # Few-shot: a pattern to carry on.
+    # Few-shot: the model continues a pattern.
     """\
 word: cold, opposite: hot
 word: up, opposite: down
@@ -32,10 +32,10 @@ def main(
     max_batch_size: int = 4,
     **options: Any,
 ) -> None:
-    """Continue a few prompts and print them, on a terminal as they come.
+    """Continue a few prompts and print the texts, on a terminal while they are generated.
 
-    ckpt_dir: folder with consolidated.NN.pth and params.json; the tokenizer is looked for in it and in its parent.
-    options: those of `Llama.build`, as --dtype float32 or --seed 2.
+    ckpt_dir: folder with consolidated.NN.pth and params.json. The tokenizer may be in it or in its parent.
+    options: those of `Llama.build`, for instance --dtype float32 or --seed 2.
     """
     llama = Llama.build(str(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size, **options)
     pieces = llama.stream_text(PROMPTS, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)

@@ -5,7 +5,7 @@ import sys
 
 from llama.interrupt import exit_on_interrupt, restore_interrupt
 
-IS_PROGRAM = sys.argv[0] == "-m"  # `python -m llama`: a library that is imported leaves signals alone
+IS_PROGRAM = sys.argv[0] == "-m"  # `python -m llama`; an imported library must not change signal handlers
 if IS_PROGRAM:
     restore_interrupt()
 with exit_on_interrupt() if IS_PROGRAM else contextlib.nullcontext():

@@ -1,7 +1,7 @@
-"""What people read: log lines, progress, tables, and text made safe to show.
+"""Output for people: log lines, progress bars, tables, and text with control characters made visible.
 
-Modules log with `logging.getLogger(__name__)`. The logger "llama" has one handler, which prints on rank 0, to stderr:
-stdout belongs to results. LLAMA_LOG is the level: debug, info (the default) or warning.
+Modules log with `logging.getLogger(__name__)`. The logger "llama" has one handler, which prints to stderr on rank 0.
+stdout is for results. The environment variable LLAMA_LOG is the level: debug, info (the default) or warning.
 """
 
 import logging
@@ -21,19 +21,18 @@ from llama.parallel.groups import is_main_rank
 
 T = TypeVar("T")
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
-LONGEST = 4000  # characters of a message
-# Marks that turn the direction of text, and so can show other words than there are.
+LONGEST = 4000  # characters; longer messages are shortened
+# Characters that change the direction of text, so that it is displayed in another order.
 BIDI_MARKS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A)), "\u200e", "\u200f", "\u061c"}
 
 
 def visible(text: str) -> str:
-    """Show control characters, which a terminal would obey, as what they are; line breaks and tabs stay."""
+    """Replace control characters, which a terminal would execute, by visible ones. Line breaks and tabs stay."""
     return "".join(char if char in "\n\t" or not _is_control(char) else _picture(char) for char in text)
 
 
 def in_one_line(text: object) -> str:
-    """The same, with line breaks and tabs shown, too, and cut where it is endless: for messages that quote what others
-    wrote."""
+    """`visible` in one line of limited length, for messages that quote other people's text."""
     line = str(text)
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
@@ -47,12 +46,12 @@ def _is_control(char: str) -> bool:
 def _picture(char: str) -> str:
     code = ord(char)
     if code < 32 or code == 127:
-        return chr(0x2400 + code if code < 32 else 0x2421)  # the pictures of Unicode: ESC as one small character
+        return chr(0x2400 + code if code < 32 else 0x2421)  # Unicode's control pictures
     return f"<U+{code:04X}>"
 
 
 class _Handler(logging.Handler):
-    """One line a record, on rank 0's stderr; control characters in it, from a file's name say, are shown, not sent."""
+    """Prints records to stderr on rank 0. Control characters, for instance from a file name, are made visible."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr is not None and is_main_rank():
@@ -61,7 +60,7 @@ class _Handler(logging.Handler):
 
 
 def configure_logging() -> None:
-    """Give the logger "llama" its handler. A program that wants its records elsewhere replaces `handlers` there."""
+    """Add a handler to the logger "llama". A program may replace its `handlers` to send the records elsewhere."""
     level = os.environ.get("LLAMA_LOG", "info").lower()
     logger = logging.getLogger("llama")
     logger.setLevel(LEVELS.get(level, logging.INFO))
@@ -73,8 +72,8 @@ def configure_logging() -> None:
 
 
 def progress(items: Sequence[T], label: str) -> Iterator[T]:
-    """Iterate, drawing a bar with count and time left on rank 0's stderr when that is a terminal. What takes less than
-    a second draws none."""
+    """Iterate over `items` with a progress bar on rank 0's stderr, if that is a terminal. The bar appears after the
+    first item that ends later than one second."""
     is_visible = sys.stderr is not None and sys.stderr.isatty() and is_main_rank()
     started, bar = time.perf_counter(), None
     try:
@@ -82,7 +81,7 @@ def progress(items: Sequence[T], label: str) -> Iterator[T]:
             yield item
             if bar is None and is_visible and time.perf_counter() - started > 1:
                 columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-                # What the program prints meanwhile stays its own.
+                # Output of the program goes to its own streams, not through the bar.
                 bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False)
                 task = bar.add_task(label, total=len(items))
                 bar.start()
@@ -94,9 +93,9 @@ def progress(items: Sequence[T], label: str) -> Iterator[T]:
 
 
 def print_table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Print rows on stdout, of which the first is the head: `left` columns to the left, the others to the right.
+    """Print a table to stdout. The first row is the header; the first `left` columns are aligned left, others right.
 
-    On a terminal long heads are wrapped; elsewhere a row is a line.
+    On a terminal long headers are wrapped; elsewhere each row is one line.
     """
     is_terminal = sys.stdout.isatty()
     console = Console(file=sys.stdout, width=None if is_terminal else 10_000, highlight=False)

@@ -1,4 +1,4 @@
-"""`Conversation`: a dialog over several turns. Its KV cache is kept, so a turn computes only the new ids."""
+"""`Conversation`: a dialog over several turns. The KV cache is kept, so a turn computes only the new ids."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -16,11 +16,12 @@ from llama.options import Settings, check_int, with_options
 class Turn:
     """What the last `say` did.
 
-    prompt_tokens: ids of the dialog without the answer, of which `reused` were still in the cache.
-    new_tokens: ids of the answer.
+    prompt_tokens: number of ids of the dialog without the answer.
+    reused: how many of them were still in the cache.
+    new_tokens: number of ids of the answer.
     dropped: the number of turns dropped from the dialog, oldest first, because it did not fit max_seq_len.
-    finish_reason: "stop", "length" (max_gen_len or max_seq_len is reached), or None while the answer is generated and
-        if its reader stopped early.
+    finish_reason: "stop", "length" (max_gen_len or max_seq_len is reached), or None: the answer is still being
+        generated, or its reader stopped early.
     kept: whether the turn was added to the dialog.
     """
 
@@ -41,16 +42,16 @@ class Conversation:
     """A dialog between one user and one model.
 
     messages: the dialog so far, {"role": ..., "content": ...}, user and assistant alternating. system: the system
-    message, or None. Both may be edited at any time, and messages removed in pairs: the next turn computes what comes
-    after the first change. last: the last `Turn`.
+    message, or None. Both may be edited at any time, but messages must be removed in pairs. The next turn computes
+    everything after the first change. last: the last `Turn`.
 
-    The settings have the meanings of `chat_completion`, one value each. With a `seed`, every answer is sampled with it.
+    The settings are those of `chat_completion`, one value each. With a `seed`, every answer is sampled with that seed.
 
     A quarter of max_seq_len, or max_gen_len if that is less, is reserved for the answer. If the dialog does not fit the
     remaining positions, its oldest turns are dropped. The system message is always kept.
 
-    Other calls of `llama` may come between turns: the next turn then computes the dialog again. Under torchrun every
-    rank holds a conversation and makes the same calls.
+    Other calls of `llama` are allowed between turns; the next turn then computes the dialog again. Under torchrun every
+    rank has a conversation and makes the same calls.
 
     Raises ValueError or TypeError for settings out of range, and ValueError for a model without a chat format.
     """
@@ -67,7 +68,7 @@ class Conversation:
         if settings.get("n", 1) != 1:
             raise ValueError(f"n is {settings['n']}, but a conversation has one answer at a time")
         self.llama, self.system, self.stop, self.settings = llama, system, stop, settings
-        # These raise errors about the arguments here, not in the first `say`.
+        # These lines raise errors about the arguments now, not in the first `say`.
         self._format = llama.dialogs
         read_rows(llama.model.params, lambda: 0, (), [[0]], **self.settings)
         read_stops(stop, 1)
@@ -86,11 +87,11 @@ class Conversation:
 
         A message that the chat format refuses is answered with the fixed refusal, and the turn is not added.
 
-        Raises ValueError where the system message and `text` alone fill max_seq_len.
+        Raises ValueError if the system message and `text` alone fill max_seq_len.
         """
         user: Message = {"role": "user", "content": text}
         limit = self.llama.model.params.max_seq_len
-        start = 0  # messages before it are dropped
+        start = 0  # index of the first message that is not dropped
         needed = self._length(user, start)
         while needed + self._reserved > limit and start < len(self.messages):
             start += 2
@@ -128,7 +129,7 @@ class Conversation:
             accepted = self._format.refusal(dialog) is None
             if accepted and not turn.kept:
                 self.messages, turn.kept = dialog, True
-            elif turn.kept and not accepted:  # the answer contains a tag, and the format would refuse every later turn
+            elif turn.kept and not accepted:  # the answer now contains a tag: the format would refuse every later turn
                 turn.kept = False
                 if self.messages and self.messages[-1] is answer:
                     del self.messages[-2:]

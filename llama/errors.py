@@ -1,7 +1,7 @@
-"""Out-of-memory errors: recognized in torch's, and raised again with the numbers and with settings that fit.
+"""Out-of-memory errors: recognize those of torch, and raise them again with sizes and with settings that fit.
 
-A single rank can continue with a smaller request afterwards. With several ranks the others are in the middle of a
-forward pass, which cannot be completed, and they exit as for a lost rank.
+A single rank can continue with a smaller request afterwards. With several ranks, the others are in the middle of a
+forward pass that cannot be completed, so they exit as if the rank were lost.
 """
 
 import functools
@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-# For each model that was built: a function from torch's out-of-memory error to the one to raise. Filled by
-# `llama.generation`, as this module knows nothing about the settings that fit.
+# For each model that was built: a function from torch's out-of-memory error to the one to raise. `llama.loading` adds
+# them, because this module does not know which settings fit.
 OOM_EXPLAINERS: WeakKeyDictionary[nn.Module, Callable[[BaseException], Exception]] = WeakKeyDictionary()
 # Messages of torch, C++, Linux (memory, threads), cuBLAS and oneDNN.
 OOM_MESSAGES = (
@@ -27,15 +27,15 @@ R = TypeVar("R")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` means that memory, or a limit on threads, is exhausted."""
+    """Whether `error` means that memory ran out, or that no more threads can be started."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(re.search(OOM_MESSAGES, str(error)))
 
 
 def explain_oom(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function whose first argument is an Engine: an out-of-memory error that it raises is replaced by the
-    one that OOM_EXPLAINERS has for the engine's model, if there is one."""
+    """Decorate a function whose first argument is an Engine. If it raises an out-of-memory error and OOM_EXPLAINERS has
+    one for the engine's model, raise the error that it returns."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -46,7 +46,7 @@ def explain_oom(function: Callable[P, R]) -> Callable[P, R]:
             explain = OOM_EXPLAINERS.get(engine.model) if is_out_of_memory(error) else None
             if explain is None:
                 raise
-            traceback.clear_frames(error.__traceback__)  # frees the tensors that its frames hold
+            traceback.clear_frames(error.__traceback__)  # frees the tensors that its frames reference
             raise explain(error) from None
 
     return wrapper

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from llama.parallel.groups import broadcast_object, is_main_rank, raise_on_all_ranks
 
 T = TypeVar("T")
-MAX_TEXT_BYTES = 16 * 2**20  # of a text that is read at once; its token ids may take 200 times as much memory
-MAX_SMALL_BYTES = 2**20  # of a params.json or a checklist: a few hundred are usual
-# Formats, worded for error messages: "{path} is {format}".
+MAX_TEXT_BYTES = 16 * 2**20  # of a text that is read as a whole; its token ids may need 200 times as much memory
+MAX_SMALL_BYTES = 2**20  # of a params.json or a checklist, which usually have a few hundred
+# Formats, as in error messages: "{path} is {format}".
 FOLDER = "a folder"
 EMPTY = "an empty file"
 LFS_POINTER = "a Git LFS pointer"
@@ -29,17 +29,17 @@ OLD_TORCH_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic
 
 
 def as_path(value: str | Path) -> Path:
-    """The path that a user names, with `~` expanded: a shell leaves the one in `--ckpt_dir=~/x` to us.
+    """The path that a user named, with `~` expanded. Shells do not expand the one in `--ckpt_dir=~/x`.
 
-    Takes other types too: fire parses a folder named 7 as a number.
+    Other types are converted to text: fire, which reads the examples' arguments, parses a folder named 7 as a number.
     """
     return Path(os.path.expanduser(str(value)))
 
 
 def expect_file(path: Path) -> None:
-    """Raise OSError for a pipe or a device, before it is opened: reading it might block or never end.
+    """Raise OSError for a pipe or a device before it is opened, because reading it might block or never end.
 
-    Folders pass: opening them raises a clear error.
+    Folders are not checked here: opening one raises a clear error.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -47,7 +47,7 @@ def expect_file(path: Path) -> None:
 
 
 def read_small_file(path: Path) -> bytes:
-    """The content of a params.json or a checklist. Raises OSError, also where it is not a file or too large for one."""
+    """The content of a params.json or a checklist. Raises OSError, also if it is not a file or too large."""
     expect_file(path)
     with path.open("rb") as file:
         content = file.read(MAX_SMALL_BYTES + 1)
@@ -57,7 +57,7 @@ def read_small_file(path: Path) -> bytes:
 
 
 def detect_format(path: Path) -> str | None:
-    """One of the formats above, from the file's first bytes; None for any other. Raises OSError."""
+    """One of the formats above, detected from the file's first bytes; None for any other. Raises OSError."""
     expect_file(path)
     if path.is_dir():
         return FOLDER
@@ -69,7 +69,7 @@ def detect_format(path: Path) -> str | None:
     if start.startswith(b"version https://git-lfs"):
         return LFS_POINTER
     if re.match(rb"<[!?a-z]", text, re.IGNORECASE):
-        return WEB_PAGE  # what a server sends when a download needs a login, or its link has expired
+        return WEB_PAGE  # sent by a server if a download needs a login or its link has expired
     if start.startswith(b"GGUF"):
         return GGUF
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:  # the header's length, then the header
@@ -83,13 +83,13 @@ def detect_format(path: Path) -> str | None:
     return JSON if re.match(rb"[{\[]", text) else None
 
 
-# Texts that one host has and every rank needs -----------------------------------------------------------
+# Texts that rank 0's host has and every rank needs ------------------------------------------------------
 
 
 def run_on_rank_0(work: Callable[[], T]) -> T:
     """Call `work` on rank 0 and return its result on every rank. An exception in it is raised on all ranks.
 
-    The other ranks wait for as long as it takes.
+    The other ranks wait without a timeout.
     """
     value: Any = None
     failure: Exception | None = None
@@ -126,9 +126,9 @@ def read_pipe() -> str:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file with its line ends unchanged, without a byte-order mark.
+    """The text of a UTF-8 file, with its line ends unchanged, without a byte-order mark.
 
-    Raises ValueError where it is not a text, OSError where it cannot be read.
+    Raises ValueError if it is no text or empty, OSError if it cannot be read.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a text file")
@@ -148,7 +148,7 @@ def read_text(path: Path) -> str:
 
 def _read(path: Path) -> bytes:
     with path.open("rb") as file:
-        content = file.read(MAX_TEXT_BYTES + 1)  # the size is not known beforehand of /dev/zero and the like
+        content = file.read(MAX_TEXT_BYTES + 1)  # /dev/zero and the like do not report their size
     if len(content) > MAX_TEXT_BYTES:
         raise ValueError(f"{path} has more than {MAX_TEXT_BYTES:,} bytes: divide it")
     return content

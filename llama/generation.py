@@ -30,7 +30,7 @@ from llama.model import Transformer
 from llama.options import BuildOptions, Each, ModelOptions, SamplingOptions, Settings, with_options
 from llama.tokenizer import Tokenizer
 
-# What Meta's module of this name has.
+# The names in Meta's module llama.generation.
 __all__ = [
     "B_INST",
     "B_SYS",
@@ -52,7 +52,7 @@ __all__ = [
 
 
 class Details(TypedDict, total=False):
-    """What predictions have in common. `tokens`, `logprobs` and `top_logprobs` are there when asked for."""
+    """The common part of predictions. `tokens`, `logprobs` and `top_logprobs` are present if the call requests them."""
 
     finish_reason: str
     tokens: list[str]
@@ -78,7 +78,7 @@ class InfillingPrediction(Details, total=False):
 class Llama(Engine):
     """A model with its tokenizer, for ids (`generate`), texts and dialogs.
 
-    Under torchrun every rank holds one and makes the same calls.
+    Under torchrun every rank has one and makes the same calls.
     """
 
     def __init__(
@@ -103,16 +103,18 @@ class Llama(Engine):
         seed: int = 1,
         **options: Unpack[BuildOptions],
     ) -> "Llama":
-        """Load a folder of consolidated.NN.pth shards, however many, onto the ranks that torchrun started, or onto one.
+        """Load a folder of consolidated.NN.pth shards onto one rank, or onto the ranks that torchrun started. Their
+        number may differ from the number of shards.
 
-        tokenizer_path: default is tokenizer.model or tokenizer.json in `ckpt_dir` or in its parent folder.
+        tokenizer_path: by default tokenizer.model or tokenizer.json in `ckpt_dir` or in its parent folder.
         max_seq_len, max_batch_size: positions (prompt and answer) and rows of the KV cache.
-        model_parallel_size: the number of ranks. It is detected; another number is an error.
+        model_parallel_size: the number of ranks. It is detected, and any other number is an error.
         seed: passed to torch.manual_seed, as in Meta's code; calls without a seed of their own draw from it.
 
-        Raises CheckpointError and TokenizerError (both ValueErrors) for files that do not fit, ValueError for
-        arguments and for a model that does not fit into free memory, TypeError for unknown options. An error is raised
-        on every rank: PeerError where only another rank failed. Logs one line about what was loaded.
+        Raises CheckpointError and TokenizerError (both ValueErrors) for files that are damaged or do not match,
+        ValueError for arguments out of range and for a model that does not fit into free memory, TypeError for unknown
+        options and arguments of the wrong type. An error is raised on every rank: as PeerError where only another rank
+        failed. Logs one line about what was loaded.
         """
         values: ModelOptions = {
             "ckpt_dir": ckpt_dir,  # type: ignore[typeddict-item]  # a Path, too
@@ -127,17 +129,17 @@ class Llama(Engine):
 
     @property
     def dialogs(self) -> ChatFormat:
-        """The chat format. Raises ValueError where none is known."""
+        """The chat format. Raises ValueError if it is unknown."""
         if self.chat_format is None:
             raise ValueError(
                 "no chat format is recorded for this model, probably a base model: text completion works; "
-                f"to chat all the same, name one with chat_format= or --chat_format: {', '.join(FORMATS)}"
+                f"to chat anyway, name a format with chat_format= or --chat_format: {', '.join(FORMATS)}"
             )
         return self.chat_format
 
     @property
     def formatter(self) -> ChatFormat:
-        """`dialogs`, by the name that it has in Meta's code for Llama 3. May be set."""
+        """`dialogs` under its name in Meta's code for Llama 3. It can be assigned."""
         return self.dialogs
 
     @formatter.setter
@@ -157,15 +159,15 @@ class Llama(Engine):
         stop: Stop = None,
         **settings: Unpack[SamplingOptions],
     ) -> list[CompletionPrediction]:
-        """Continue texts, any number of them; BOS goes first where the tokenizer adds one.
+        """Continue any number of texts. BOS is added to each if the tokenizer does so.
 
-        stop: texts that end an answer and are cut off it, for all prompts (["\\n\\n", "User:"]) or a list for each.
-        echo: the prompt goes before the answer.
-        logprobs: True, or the number of alternatives.
+        stop: texts that end an answer and are removed from it, a list for all prompts (["\\n", "User:"]) or for each.
+        echo: return the prompt before the answer.
+        logprobs: True, or the number of alternatives to return for each id.
 
-        Returns a dict a prompt, or n of them for each: "generation" (text), "finish_reason" ("stop" or "length"); with
-        logprobs "tokens" (the text of each id) and "logprobs"; with alternatives "top_logprobs", a list of
-        (text, log-probability) for each id. Errors as in `generate`.
+        Returns a dict for each prompt, or n of them for each: "generation" (text), "finish_reason" ("stop" or
+        "length"); with logprobs also "tokens" (the text of each id) and "logprobs"; with alternatives also
+        "top_logprobs", a list of (text, log-probability) for each id. Errors as in `generate`.
         """
         rows, texts = self._text_rows(
             prompts,
@@ -189,8 +191,11 @@ class Llama(Engine):
     def stream_text(
         self, prompts: Sequence[str], *, stop: Stop = None, echo: bool = False, **settings: Unpack[Settings]
     ) -> Generator[TextPiece, None, None]:
-        """`text_completion` as it comes: pieces (row, text, finish_reason), in which each row's texts, joined, are
-        its "generation". Bytes that may become a character and the beginning of a stop text are held back."""
+        """Stream `text_completion`: yields pieces (row, text, finish_reason). The texts of a row, joined, are its
+        "generation".
+
+        Bytes of an incomplete character, and text that may be the beginning of a stop text, are held back.
+        """
         return self._pieces(*self._text_rows(prompts, stop, echo, **settings), echo=echo, is_read=True)
 
     @with_options(SamplingOptions)
@@ -205,12 +210,12 @@ class Llama(Engine):
         stop: Stop = None,
         **settings: Unpack[SamplingOptions],
     ) -> list[ChatPrediction]:
-        """Answer dialogs, any number of them; `chat_format.encode(dialog)` shows the ids. Arguments as in
+        """Answer any number of dialogs. `chat_format.encode(dialog)` shows the ids of a prompt. Arguments as in
         `text_completion`.
 
-        Returns a dict a dialog, or n of them for each, as `text_completion` does, except that "generation" is
-        {"role": "assistant", "content": text}; Code Llama 70B-Instruct adds "destination": "user". A dialog that its
-        format refuses gets the fixed refusal as its answer, with no tokens. Raises ValueError for roles out of order.
+        Returns what `text_completion` does, except that "generation" is {"role": "assistant", "content": text}; Code
+        Llama 70B-Instruct adds "destination": "user". A dialog that its format refuses is answered with the fixed
+        refusal, which has no tokens. Raises ValueError for roles out of order.
         """
         rows, texts = self._chat_rows(
             dialogs,
@@ -239,13 +244,13 @@ class Llama(Engine):
         logprobs: bool = False,
         suffix_first: bool = False,
     ) -> list[InfillingPrediction]:
-        """What goes between each prefix and its suffix, any number of them, by a Code Llama trained for it; an answer
-        ends at `tokenizer.eot_id`, and at no other id.
+        """Generate the text between each prefix and its suffix, with a Code Llama that was trained for infilling. An
+        answer ends only at `tokenizer.eot_id`.
 
-        suffix_first: the suffix goes first in the prompt; see `infilling_prompt_tokens`.
+        suffix_first: put the suffix first in the prompt; see `infilling_prompt_tokens`.
 
-        Returns a dict a pair: "generation", "full_text" (prefix, generation and suffix) and "finish_reason"; with
-        logprobs "tokens" (`token_piece` of each id) and "logprobs". Errors as in `generate`, and as in
+        Returns a dict for each pair: "generation", "full_text" (prefix, generation and suffix) and "finish_reason";
+        with logprobs also "tokens" (`token_piece` of each id) and "logprobs". Errors as in `generate` and
         `infilling_prompt_tokens`.
         """
         check_list("prefixes", "texts", prefixes)
@@ -278,7 +283,7 @@ class Llama(Engine):
     def stream_chat(
         self, dialogs: Sequence[Dialog], *, stop: Stop = None, **settings: Unpack[Settings]
     ) -> Generator[TextPiece, None, None]:
-        """`chat_completion` as it comes, in pieces like `stream_text`'s."""
+        """Stream `chat_completion`, in pieces as from `stream_text`."""
         return self._pieces(*self._chat_rows(dialogs, stop, **settings), is_read=True)
 
     def _text_rows(
@@ -297,7 +302,7 @@ class Llama(Engine):
     ) -> tuple[list[Row], list[TextStream]]:
         check_list("dialogs", "dialogs", dialogs)
         for dialog in dialogs:
-            self.dialogs.dialect.split(dialog)  # a mistake is an error, whatever the texts hold
+            self.dialogs.dialect.split(dialog)  # raises for a malformed dialog, even if its texts would be refused
         refusals = [self.dialogs.refusal(dialog) for dialog in dialogs]
         ids = [[0] if refused else self.dialogs.encode(d) for d, refused in zip(dialogs, refusals, strict=True)]
         rows = self._rows(ids, **settings)
@@ -309,7 +314,7 @@ class Llama(Engine):
             texts.append(TextStream(self.tokenizer, stops[row.index // n] if refusal is None else ()))
             row.stop |= self.dialogs.stop_tokens
             if refusal is not None:
-                row.finish_reason, texts[-1].text = "stop", refusal  # it never reaches the model
+                row.finish_reason, texts[-1].text = "stop", refusal  # such a row is not run
         return rows, texts
 
     def _pieces(
@@ -321,14 +326,14 @@ class Llama(Engine):
         reuse: bool = False,
         is_read: bool = False,
     ) -> Generator[TextPiece, None, None]:
-        """Run any number of rows, max_batch_size at a time, and give their texts as they become certain."""
+        """Run any number of rows, max_batch_size at a time, and yield their texts as soon as they are final."""
         for row in rows:
             if row.finish_reason:
                 yield TextPiece(row.index, texts[row.index].take(), row.finish_reason)
         waiting, size = [row for row in rows if not row.finish_reason], self.model.params.max_batch_size
         for at in range(0, len(waiting), size):
             chunk = waiting[at : at + size]
-            # More samples of one prompt than fit a chunk: the cache still begins with it.
+            # If this chunk and the one before are samples of one prompt, the cache still has it and can be reused.
             samples = at > 0 and all(row.prompt == waiting[at - size].prompt for row in waiting[at - size : at + size])
             for step in self._run(chunk, k, echo, reuse or samples, is_read):
                 for token in step:
@@ -354,7 +359,7 @@ class Llama(Engine):
 
 
 class LLaMA:
-    """The surface of Meta's first LLaMA: texts in, whole texts out."""
+    """The API of Meta's first LLaMA: prompts as texts, results as texts that include the prompt."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -363,8 +368,8 @@ class LLaMA:
     def generate(
         self, prompts: Sequence[str], max_gen_len: int, temperature: float = 0.8, top_p: float = 0.95
     ) -> list[str]:
-        """Each prompt and its continuation as one text, up to the tokenizer's EOS, `max_gen_len` ids more than the
-        prompt, or `max_seq_len` ids. Errors as in `Llama.generate`."""
+        """Return each prompt with its continuation, which ends at EOS, after `max_gen_len` new ids, or at `max_seq_len`
+        ids in total. Errors as in `Llama.generate`."""
         check_list("prompts", "texts", prompts)
         ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         rows, _ = self._llama.generate(
@@ -374,10 +379,10 @@ class LLaMA:
 
 
 def infilling_prompt_tokens(tokenizer: Tokenizer, pre: str, suf: str, suffix_first: bool = False) -> list[int]:
-    """The prompt that has Code Llama write what goes between two texts: BOS <PRE> pre <SUF> suf <MID>, or with
-    suffix_first BOS <PRE> <SUF> suf <MID> pre.
+    """The prompt that makes Code Llama generate the text between `pre` and `suf`: BOS <PRE> pre <SUF> suf <MID>, or
+    with suffix_first BOS <PRE> <SUF> suf <MID> pre.
 
-    Raises ValueError for a tokenizer without these ids, and as `Tokenizer.encode` does.
+    Raises ValueError for a tokenizer without these ids. Other errors as in `Tokenizer.encode`.
     """
     begin, middle, end = tokenizer.prefix_id, tokenizer.middle_id, tokenizer.suffix_id
     if begin is None or middle is None or end is None or tokenizer.eot_id is None:

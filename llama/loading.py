@@ -1,4 +1,4 @@
-"""What `Llama.build` does on every rank: check options, rendezvous, open and verify the files, load the weights."""
+"""`Llama.build` on every rank: check options, connect the ranks, open and verify the files, load the weights."""
 
 import logging
 import math
@@ -7,7 +7,6 @@ import traceback
 import zlib
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,9 +41,9 @@ log = logging.getLogger(__name__)
 
 
 def load(model: ModelOptions, build: BuildOptions) -> tuple[Executor, Tokenizer, ChatFormat | None]:
-    """A model on this rank, with its tokenizer and chat format. Arguments and errors as in `Llama.build`.
+    """Load a model onto this rank, with its tokenizer and chat format. Arguments and errors as in `Llama.build`.
 
-    The process group stays open; `groups.shutdown` leaves it. After an error it is left already.
+    The process group stays initialized until `groups.shutdown` is called. After an error it is shut down already.
     """
     started = time.perf_counter()
     world = current_world()
@@ -60,9 +59,9 @@ def load(model: ModelOptions, build: BuildOptions) -> tuple[Executor, Tokenizer,
         init_process_groups(world, device)
         with raise_on_all_ranks():
             files = _open(model, build, device, world)
-        check_same({"--dtype": _name(files.dtype)}, "name one that all hosts can compute in")
+        check_same({"--dtype": _name(files.dtype)}, "name one that all hosts support")
         check_same(vars(files.checkpoint.params), "give all hosts the same params.json")
-        check_same(files.sums, "these are their sums, give all hosts the same files")
+        check_same(files.sums, "these are checksums: give all hosts the same files")
         is_compiled = can_compile(False if build["plain"] else build["compile"], device, files.dtype)
         with raise_on_all_ranks():
             executor, note = _load_weights(files, device, None if build["plain"] else is_compiled)
@@ -70,15 +69,12 @@ def load(model: ModelOptions, build: BuildOptions) -> tuple[Executor, Tokenizer,
         shutdown()
         raise
     log.info(_summary(executor.model, files, world.size, note, time.perf_counter() - started))
-    torch.manual_seed(model["seed"])  # on every rank, and last: nothing that loads draws from it
+    torch.manual_seed(model["seed"])  # last, so that loading does not draw from it
     return executor, files.tokenizer, files.chat_format
 
 
 def _check_options(model: ModelOptions, build: BuildOptions, world: World) -> tuple[ModelOptions, BuildOptions]:
-    """Both with their defaults. Raises TypeError or ValueError for what no checkpoint can change."""
-    for name, value in (("ckpt_dir", model["ckpt_dir"]), ("tokenizer_path", model["tokenizer_path"] or "")):
-        if not isinstance(value, str | Path):
-            raise TypeError(f"{name} is {value!r}, expected a path")
+    """Add the defaults. Raises TypeError or ValueError for options that are wrong whatever the checkpoint is."""
     model, build = read_options(ModelOptions, model, "build"), read_options(BuildOptions, build, "build")
     if model["model_parallel_size"] not in (None, world.size):
         raise ValueError(
@@ -92,9 +88,9 @@ def _check_options(model: ModelOptions, build: BuildOptions, world: World) -> tu
 
 @dataclass
 class Files:
-    """A checkpoint that was checked against the options and the machine, before its weights are read.
+    """A checkpoint that was checked against the options and the machine. Its weights are not read yet.
 
-    dtype: what is computed in. fit: what `check_memory` found. sums: file name -> checksum.
+    dtype: that of the computation. fit: the result of `check_memory`. sums: file name -> checksum.
     """
 
     checkpoint: Checkpoint
@@ -139,7 +135,7 @@ def _open(model: ModelOptions, build: BuildOptions, device: torch.device, world:
 
 
 def _load_weights(files: Files, device: torch.device, compile: bool | None) -> tuple[Executor, str]:
-    """What computes the model, and what the log says of its form. compile: None for plain layers."""
+    """The executor, and a note for the log about the form of the weights. compile: None means plain layers."""
     checkpoint, dtype, quantize = files.checkpoint, files.dtype, files.fit.quantize
     model: Transformer | None = None
     is_native = bool(compile) and device.type == "cpu"
@@ -172,18 +168,18 @@ def _load_weights(files: Files, device: torch.device, compile: bool | None) -> t
         held = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta) + held_bytes(weights)
         traceback.clear_frames(error.__traceback__)
         del tensors, weights
-        model = None  # the traceback would keep it while a caller tries a smaller one
+        model = None  # or the traceback would keep it alive while a caller tries a smaller model
         raise explained(files.fit, device, held, "the model is not loaded", error) from None
     if compile is None:
         return executor, ", plain layers"
     if quantize is None:
         return executor, ""
-    rest = f" but for {unquantized} whose width does not allow it" if unquantized else ""
+    rest = f" except {unquantized} whose width does not allow it" if unquantized else ""
     return executor, f", weights in {quantize}{rest}"
 
 
 def check_same(values: dict[str, Any], advice: str) -> None:
-    """Raise ValueError on all ranks where one has other values than rank 0."""
+    """Raise ValueError on all ranks if the values of any rank differ from those of rank 0."""
     gathered = all_gather_object(values)
     for rank, others in enumerate(gathered):
         for name in gathered[0] | others:
@@ -194,7 +190,7 @@ def check_same(values: dict[str, Any], advice: str) -> None:
 
 
 def _summary(model: Transformer, files: Files, ranks: int, note: str, seconds: float) -> str:
-    """The line that `build` logs: what was loaded from what, in which dtype, where, and the memory it took."""
+    """The line that `build` logs: parameters, shards, ranks, dtype, device, memory and time."""
     args, checkpoint, dtype = model.params, files.checkpoint, files.dtype
     size = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     weights, cache = held_bytes(model.parameters()), sum(kv.k.nbytes + kv.v.nbytes for kv in model.caches)

@@ -1,18 +1,18 @@
-"""The Llama architecture, written once and plainly, under the names of Meta's model.py: pre-norm blocks, rotary
+"""The reference implementation of the Llama architecture, with the names of Meta's model.py: pre-norm blocks, rotary
 positions, grouped-query attention, SwiGLU feed-forward.
 
-Shapes use bsz (rows), seqlen (new positions), ctx_len (positions that a query may attend to, the new ones included),
-dim, head_dim and vocab. "Local" is this rank's part of what is split over the ranks.
+Shapes use bsz (rows), seqlen (new positions), ctx_len (positions that a query may attend to, including the new ones),
+dim, head_dim and vocab. "Local" means this rank's part of something that is split over the ranks.
 
-Users may read, hook, write and replace the modules and their weights. Faster code is derived from them elsewhere
-(`llama.accelerate.executor`) and never replaces them.
+Users may read, hook, write and replace the modules and their weights. `llama.accelerate.executor` derives faster code
+from them and leaves them in place.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fairscale.nn.model_parallel.layers import (  # noqa: F401  as in Meta's module: programs compare modules with them
+from fairscale.nn.model_parallel.layers import (  # noqa: F401  Meta's module has them, and programs use them in isinstance
     ColumnParallelLinear,
     ParallelEmbedding,
     RowParallelLinear,
@@ -58,20 +58,20 @@ def precompute_freqs_cis(
     original_context_length: float = 8192,
     linear_factor: float | None = None,
 ) -> torch.Tensor:
-    """cos + i sin of position * frequency: complex64 [end, dim / 2]; dim is that of a head.
+    """cos + i sin of position * frequency: complex64 [end, dim / 2], where dim is the dimension of a head.
 
-    Computed on the CPU whatever the default device, so that all devices use the same angles.
+    Always computed on the CPU, so that all devices use the same angles.
 
-    Pair i of a head is rotated by theta^(-2i / dim) radians a position (Su et al. 2021, arXiv:2104.09864), divided by
-    linear_factor if given (arXiv:2306.15595). use_scaled (Llama 3.1, arXiv:2407.21783): wavelengths above
-    original_context_length / low_freq_factor are stretched by scale_factor, those below original_context_length /
-    high_freq_factor are kept, and between them the two frequencies are blended.
+    Pair i of a head is rotated by theta^(-2i / dim) radians per position (Su et al. 2021, arXiv:2104.09864).
+    linear_factor divides these frequencies (arXiv:2306.15595). use_scaled (Llama 3.1, arXiv:2407.21783): wavelengths
+    above original_context_length / low_freq_factor are multiplied by scale_factor, those below original_context_length
+    / high_freq_factor are unchanged, and in between the two frequencies are blended.
     """
     pair = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu")
     freqs = 1.0 / (theta ** (pair / dim))  # [dim / 2]
     if use_scaled:
         periods = original_context_length * freqs / (2 * torch.pi)  # full turns within the original context
-        span = high_freq_factor - low_freq_factor or 1e-30  # equal factors: a step
+        span = high_freq_factor - low_freq_factor or 1e-30  # if the factors are equal, there is nothing to blend
         keep = ((periods - low_freq_factor) / span).clamp(0, 1)
         freqs = (1 - keep) * freqs / scale_factor + keep * freqs
     elif linear_factor is not None:
@@ -96,8 +96,11 @@ def rotary_angles(args: ModelArgs, positions: int) -> torch.Tensor:
 
 
 def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """View freqs_cis [seqlen, head_dim / 2], or [bsz, seqlen, head_dim / 2] where each row has its own positions, so
-    that it broadcasts over x [bsz, seqlen, heads, head_dim / 2]. Raises ValueError where the shapes do not match."""
+    """View freqs_cis so that it broadcasts over x [bsz, seqlen, heads, head_dim / 2].
+
+    freqs_cis: [seqlen, head_dim / 2], or [bsz, seqlen, head_dim / 2] if each row has its own positions. Raises
+    ValueError if the shapes do not match.
+    """
     if freqs_cis.shape[-2:] != (x.shape[1], x.shape[-1]) or freqs_cis.dim() > 3:
         raise ValueError(
             f"freqs_cis has shape {tuple(freqs_cis.shape)}, expected {(x.shape[1], x.shape[-1])} for x {tuple(x.shape)}"
@@ -106,8 +109,8 @@ def reshape_for_broadcast(freqs_cis: torch.Tensor, x: torch.Tensor) -> torch.Ten
 
 
 def apply_rope(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    """Rotate neighbouring pairs of x [bsz, seqlen, heads, head_dim]; freqs_cis as for `reshape_for_broadcast`."""
-    if x.is_cpu:  # complex numbers take a CPU an eighth of the time
+    """Rotate adjacent pairs of x [bsz, seqlen, heads, head_dim]; freqs_cis as for `reshape_for_broadcast`."""
+    if x.is_cpu:  # on CPUs complex numbers are eight times as fast as the code below
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))  # even + i odd
         return torch.view_as_real(pairs * reshape_for_broadcast(freqs_cis, pairs)).flatten(-2).type_as(x)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [bsz, seqlen, heads, head_dim / 2] each
@@ -122,12 +125,13 @@ def apply_rotary_emb(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor
 
 
 def repeat_kv(x: torch.Tensor, n_rep: int) -> torch.Tensor:
-    """Each KV head n_rep times: [bsz, seqlen, n_kv_heads, head_dim] -> [bsz, seqlen, n_kv_heads * n_rep, head_dim]."""
+    """Repeat each KV head: [bsz, seqlen, n_kv_heads, head_dim] -> [bsz, seqlen, n_kv_heads * n_rep, head_dim]."""
     return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=2)
 
 
 def causal_mask(seqlen: int, start_pos: int, like: torch.Tensor) -> torch.Tensor | None:
-    """Added to attention scores: -inf at later positions, [seqlen, start_pos + seqlen]; None for a single query."""
+    """The mask to add to attention scores, [seqlen, start_pos + seqlen]: -inf at later positions, 0 elsewhere. None for
+    a single query, which may attend to all of them."""
     if seqlen == 1:
         return None
     mask = torch.full((seqlen, start_pos + seqlen), -torch.inf, dtype=like.dtype, device=like.device)
@@ -138,10 +142,10 @@ def causal_mask(seqlen: int, start_pos: int, like: torch.Tensor) -> torch.Tensor
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of this rank's heads, with the cache of their keys and values.
+    """Grouped-query attention over this rank's heads, with the cache of their keys and values.
 
     cache_k, cache_v: writable views of the cache in Meta's layout, [max_batch_size, max_seq_len, n_local_kv_heads,
-    head_dim]. A tensor of that layout assigned to them becomes the cache.
+    head_dim]. Assign a tensor of that layout to replace the cache.
     """
 
     def __init__(self, args: ModelArgs):
@@ -194,11 +198,13 @@ class Attention(nn.Module):
         freqs_cis: torch.Tensor,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x [bsz, seqlen, dim] at positions start_pos ... -> the same shape, and fill the cache.
+        """Attend from x [bsz, seqlen, dim], whose first position is start_pos; store its keys and values in the cache.
 
-        start_pos: one int, or an int64 tensor [bsz] where each row has its own position.
+        start_pos: one int, or an int64 tensor [bsz] if each row has its own position.
         freqs_cis: the angles of these positions, [seqlen, head_dim / 2] or [bsz, seqlen, head_dim / 2].
-        mask: added to the scores, [.., seqlen, ctx_len]; None attends to all positions up to the last.
+        mask: added to the scores, [.., seqlen, ctx_len]. None: attend to all positions up to the last one of x.
+
+        Returns [bsz, seqlen, dim].
         """
         bsz, seqlen, _ = x.shape
         xq, xk, xv = self.wq(x), self.wk(x), self.wv(x)
@@ -212,8 +218,8 @@ class Attention(nn.Module):
         ctx_len = mask.shape[-1] if mask is not None else int(start_pos) + seqlen
         keys, values = self.cache.update(k.detach(), v.detach(), start_pos, ctx_len)  # [.., ctx_len, head_dim]
         if torch.is_grad_enabled() and k.requires_grad:
-            # The new positions must not be read from the cache: it has no graph, and a later forward may overwrite it.
-            # Earlier positions are constants.
+            # The cache has no graph, and a later forward may overwrite it, so k and v themselves are used for the new
+            # positions. Earlier positions are constants.
             before = ctx_len - seqlen
             keys, values = torch.cat((keys[:, :, :before], k), dim=2), torch.cat((values[:, :, :before], v), dim=2)
         keys, values = (repeat_kv(y.transpose(1, 2), self.n_rep).transpose(1, 2) for y in (keys, values))
@@ -226,8 +232,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """w2(silu(w1(x)) * w3(x)).
 
-    Its width is derived as in Meta's code: 2/3 of hidden_dim (4 * dim in a Llama), times the multiplier, rounded up to
-    a multiple of multiple_of. width: the width itself, in place of these three.
+    width: the number of hidden units. By default it is derived as in Meta's code: 2/3 of hidden_dim (4 * dim in a
+    Llama), times ffn_dim_multiplier, rounded up to a multiple of multiple_of.
     """
 
     def __init__(
@@ -278,13 +284,13 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """Token ids to logits, with a KV cache for max_batch_size rows of max_seq_len positions.
 
-    A new model has random weights on torch's default device, in its default dtype, and can be trained. With several
-    ranks each holds its slices, under the names that Meta's files use.
+    A new model has random weights in torch's default dtype, on its default device, and can be trained. With several
+    ranks each rank holds its slices, under the names in Meta's files.
 
-    embedding_axis: how ranks split the embedding, 0 on the vocabulary (Llama 3), 1 on dim (Llama 1 and 2).
-        `load_state_dict` changes it to that of the weights it gets.
+    embedding_axis: the axis on which the embedding is split over ranks: 0, the vocabulary (Llama 3), or 1, dim (Llama 1
+        and 2). `load_state_dict` changes it to the axis of the weights that it loads.
     freqs_cis: the rotary angles, complex64 [2 * max_seq_len, head_dim / 2].
-    passes: number of calls of `hidden`. While it is unchanged, so is the cache.
+    passes: number of calls of `hidden`. The cache is unchanged as long as this number is.
     """
 
     def __init__(self, params: ModelArgs, *, embedding_axis: int = 0):
@@ -302,16 +308,16 @@ class Transformer(nn.Module):
         self.passes = 0
 
     def forward(self, tokens: torch.Tensor, start_pos: int = 0) -> torch.Tensor:
-        """Logits of all positions: ids [bsz, seqlen] at positions start_pos ... -> fp32 [bsz, seqlen, vocab].
+        """Logits of all positions: ids [bsz, seqlen], the first at position start_pos -> fp32 [bsz, seqlen, vocab].
 
-        Positions before start_pos are read from the cache, as earlier calls left them; gradients do not reach them.
-        Raises ValueError when rows or positions lie outside max_batch_size or max_seq_len, and on the CPU when ids lie
-        outside the vocabulary.
+        Keys and values before start_pos are those that earlier calls left in the cache; gradients do not reach them.
+        Raises ValueError for more rows or positions than max_batch_size or max_seq_len, and on the CPU for ids outside
+        the vocabulary.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected [bsz, seqlen]")
         bsz, seqlen = tokens.shape
-        # Not on a GPU, where the check would wait for the device.
+        # On a GPU this check would wait for the device.
         if tokens.is_cpu and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.params.vocab_size:
             raise ValueError(f"tokens hold ids outside the vocabulary of {self.params.vocab_size}")
         if bsz > self.params.max_batch_size or not 0 <= start_pos <= self.params.max_seq_len - seqlen:
@@ -322,10 +328,10 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(tokens, start_pos, start_pos + seqlen))
 
     def hidden(self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int) -> torch.Tensor:
-        """Hidden states before the output layer: ids [bsz, seqlen] -> [bsz, seqlen, dim], and fill the cache.
+        """Hidden states before the output layer: ids [bsz, seqlen] -> [bsz, seqlen, dim]. Fills the cache.
 
         start_pos: position of each row's first id, one int for all rows or an int64 tensor [bsz].
-        ctx_len: positions from 0 that queries may attend to; larger than every position of `tokens`.
+        ctx_len: queries may attend to positions 0 to ctx_len - 1. It must exceed every position of `tokens`.
         """
         self.passes += 1
         h = self.tok_embeddings(tokens)  # [bsz, seqlen, dim]
@@ -353,7 +359,7 @@ class Transformer(nn.Module):
         return logits
 
     def place_caches(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate the caches and move the angles: for a model that was built on the meta device."""
+        """Allocate the caches and move the angles of a model that was created on the meta device."""
         for module in self.modules():
             if isinstance(module, Attention):
                 rows, heads, positions, head_dim = module.cache.k.shape
@@ -365,7 +371,7 @@ class Transformer(nn.Module):
         return [module.cache for module in self.modules() if isinstance(module, Attention)]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """`to`, `float`, `cuda` ... of all weights. Quantized weights cannot: TypeError, before anything has moved."""
+        """Called by `to`, `float`, `cuda` ... Raises TypeError if it would convert quantized weights."""
         if (weight := next((w for w in self.parameters() if hasattr(w, "source")), None)) is not None:
             probe = torch.empty(1, dtype=weight.dtype, device=weight.device)
             moved = fn(probe)
@@ -377,7 +383,7 @@ class Transformer(nn.Module):
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Llama 2's files split the embedding on dim, Llama 3's on the vocabulary: use the layer for what is loaded."""
+        """Llama 2's files split the embedding on dim, Llama 3's on the vocabulary: use the layer for these weights."""
         weight = state_dict.get(f"{prefix}tok_embeddings.weight")
         _, world_size = model_parallel()
         if weight is not None and world_size > 1 and weight.shape != self.tok_embeddings.weight.shape:

@@ -1,8 +1,8 @@
 """Every option of `Llama.build` and of sampling, declared once: type, default, check and a line of help.
 
-`Llama.build` and the methods that generate take them as keyword arguments, the commands as flags, the adapter for
-lm-evaluation-harness as model arguments, and the documentation's tables are made from them. To add an option, add an
-entry to its class here and use it where it acts.
+`Llama.build` and the methods that generate have these options as keyword arguments, the commands as flags, and the
+adapter for lm-evaluation-harness as model arguments. The documentation's tables are generated from them. To add an
+option, add an entry to its class here and read it where it has its effect.
 """
 
 import difflib
@@ -12,6 +12,7 @@ import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypedDict, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
@@ -23,15 +24,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 SCHEMES = ("int8", "int4")
 
 
-# Checks: (name, value) -> value. TypeError for a wrong type, ValueError for a value out of range.
+# Checks: (name, value) -> value. They raise TypeError for a wrong type, ValueError for a value out of range.
 
 
 def check_int(name: str, value: Any, least: int, limit: float = math.inf) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}, expected a whole number")
+        raise TypeError(f"{name} is {value!r}, expected an integer")
     if not least <= operator.index(value) < limit:
         below = "" if limit == math.inf else f", below {limit}"
-        raise ValueError(f"{name} is {value}, expected a whole number from {least}{below}")
+        raise ValueError(f"{name} is {value}, expected an integer from {least}{below}")
     return operator.index(value)
 
 
@@ -66,10 +67,26 @@ def _ids(name: str, value: Any) -> set[int]:
         raise TypeError(f"{name} is {value!r}, expected a list of ids, or one for each prompt") from None
 
 
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected True or False")
+    return value
+
+
 def _compile(name: str, value: Any) -> bool | str:
     if value != "auto" and not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}, expected True, False or 'auto'")
     return value
+
+
+def _path(name: str, value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        raise TypeError(f"{name} is {value!r}, expected a path")
+    return value
+
+
+def _optional_path(name: str, value: Any) -> Any:
+    return None if value is None else _path(name, value)
 
 
 def _one_of(choices: Sequence[str], *others: Any) -> Callable[[str, Any], Any]:
@@ -87,10 +104,10 @@ def _any(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option beside its type in Python.
+    """What is declared about an option besides its type in Python.
 
-    default: None stands for "not given". kind: the type of one value on a command line. choices: the values that a
-    command line takes, where they are few. check: returns the value or raises.
+    default: None means "not given". kind: the type of one value on a command line. choices: the values that a command
+    line accepts; empty if `kind` alone limits them. check: returns the value or raises.
     """
 
     default: Any
@@ -101,106 +118,135 @@ class Option:
 
 
 class ModelOptions(TypedDict, total=False):
-    """What Meta's `Llama.build` takes, too, by position or by name."""
+    """Arguments that Meta's `Llama.build` has too, by position or by name."""
 
-    ckpt_dir: Annotated[str, Option(None, "folder with consolidated.NN.pth and params.json")]
+    ckpt_dir: Annotated[str, Option(None, "folder with consolidated.NN.pth and params.json", check=_path)]
     tokenizer_path: Annotated[
-        str | None, Option(None, "default: tokenizer.model or tokenizer.json in ckpt_dir or its parent folder")
+        str | None,
+        Option(
+            None,
+            "tokenizer.model or tokenizer.json; default: the one in ckpt_dir or in its parent folder",
+            check=_optional_path,
+        ),
     ]
     max_seq_len: Annotated[
-        int, Option(512, "positions of the KV cache: prompt and answer in tokens", int, check=_integer(1))
+        int, Option(512, "positions of the KV cache, for the prompt and the answer together", int, check=_integer(1))
     ]
     max_batch_size: Annotated[int, Option(8, "rows of the KV cache", int, check=_integer(1))]
     model_parallel_size: Annotated[
-        int | None, Option(None, "the number of ranks; detected, another number is an error", int)
+        int | None, Option(None, "number of ranks; it is detected, and any other number is an error", int)
     ]
     seed: Annotated[
         int,
-        Option(1, "torch.manual_seed; calls without a seed of their own draw from it", int, check=_integer(0, 2**64)),
+        Option(
+            1,
+            "passed to torch.manual_seed; calls without a seed of their own draw from it",
+            int,
+            check=_integer(0, 2**64),
+        ),
     ]
 
 
 class BuildOptions(TypedDict, total=False):
     """Keyword options of `Llama.build`."""
 
-    device: Annotated[str, Option("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps")]
+    device: Annotated[str, Option("auto", "cpu, cuda, cuda:N, mps or auto; auto: cuda, else mps, else cpu")]
     dtype: Annotated[
         str,
         Option(
             "auto",
-            "what to compute in; auto is the checkpoint's dtype, or float32 where the device lacks it",
+            "dtype of the computation; auto: the checkpoint's, or float32 if the device does not support it",
             choices=("auto", *DTYPES),
         ),
     ]
     quantize: Annotated[
         str | None,
-        Option(None, "hold the weights in 8 or 4 bits", choices=SCHEMES, check=_one_of(SCHEMES, None)),
+        Option(None, "store the weights in 8 or 4 bits", choices=SCHEMES, check=_one_of(SCHEMES, None)),
     ]
     compile: Annotated[
         bool | str,
         Option(
             "auto",
-            "compile the decode step: on CPUs by a C compiler, on CUDA by torch.compile (minutes); auto: on CPUs",
+            "compile the decode step: with a C compiler on CPUs, with torch.compile (minutes) on CUDA; auto: on CPUs",
             bool,
             check=_compile,
         ),
     ]
-    plain: Annotated[bool, Option(False, "compute as llama/model.py is written: nothing merged or compiled", bool)]
+    plain: Annotated[
+        bool,
+        Option(
+            False,
+            "run the layers as llama/model.py has them, none of them merged or compiled",
+            bool,
+            check=_switch,
+        ),
+    ]
     chat_format: Annotated[
         str | None,
-        Option(None, "how dialogs are written (llama2, llama3, chatml, ...); default: detected"),
+        Option(None, "format of dialogs: llama2, llama3, chatml, ...; default: detected"),
     ]
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Keyword options of the methods that generate. One value for all prompts, or a list with one for each."""
+    """Keyword options of the methods that generate. Except for `n`, each is one value for all prompts, or a list with
+    one for each."""
 
     top_k: Annotated[
         Each[int | None],
-        Option(None, "keep the k highest logits and their equals", int, check=_integer(1, optional=True)),
+        Option(
+            None,
+            "sample from the k most probable ids, and those tied with the last; None: all",
+            int,
+            check=_integer(1, optional=True),
+        ),
     ]
     repetition_penalty: Annotated[
         Each[float],
         Option(
             1.0,
-            "divide positive logits of ids seen so far by it, multiply negative ones (CTRL, arXiv:1909.05858)",
+            "for ids seen so far, divide positive logits by it and multiply negative ones (CTRL, arXiv:1909.05858)",
             float,
             check=_positive,
         ),
     ]
-    stop_token_ids: Annotated[StopIds, Option(None, "ids that end a row, with the tokenizer's own", int, check=_ids)]
+    stop_token_ids: Annotated[StopIds, Option(None, "ids that end a row, besides the tokenizer's own", int, check=_ids)]
     seed: Annotated[
         Each[int | None],
         Option(
             None,
-            "random stream of the row; sample j of a prompt draws with seed + j",
+            "seed of a row's own random numbers; sample j of a prompt uses seed + j",
             int,
             check=_integer(0, optional=True),
         ),
     ]
-    n: Annotated[int, Option(1, "samples of each prompt, one after another in the results", int, check=_integer(1))]
+    n: Annotated[int, Option(1, "samples of each prompt; they are adjacent in the results", int, check=_integer(1))]
 
 
 class Settings(SamplingOptions, total=False):
-    """All options of sampling, with those that Meta's methods take by position."""
+    """All options of sampling, including those that Meta's methods have as positional arguments."""
 
     max_gen_len: Annotated[
         Each[int | None],
         Option(
-            None, "ids to generate at most; default: as far as max_seq_len goes", int, check=_integer(0, optional=True)
+            None, "maximum number of ids to generate; None: until max_seq_len", int, check=_integer(0, optional=True)
         ),
     ]
     temperature: Annotated[
-        Each[float], Option(0.6, "divides the logits; 0 takes the most probable id", float, check=_number)
+        Each[float], Option(0.6, "divides the logits; 0: always the most probable id", float, check=_number)
     ]
     top_p: Annotated[
         Each[float],
-        Option(0.9, "keep ids whose more probable ids sum to at most this; 1 keeps all", float, check=_probability),
+        Option(
+            0.9,
+            "sample from the most probable ids: drop an id if those above it sum to more than top_p; 1: keep all",
+            float,
+            check=_probability,
+        ),
     ]
 
 
 def declared(*groups: type) -> dict[str, Option]:
-    """The options of these classes by name, in the order of their declaration."""
+    """The options of these classes by name, in the order of declaration."""
     found: dict[str, Option] = {}
     for group in groups:
         for name, hint in get_type_hints(group, include_extras=True).items():
@@ -209,9 +255,11 @@ def declared(*groups: type) -> dict[str, Option]:
 
 
 def read_options(group: type[T], given: Mapping[str, Any], caller: str) -> T:
-    """`given` with the defaults of what it leaves out, each value checked.
+    """Check the values in `given`, and add the defaults of the options that it lacks.
 
-    Raises TypeError for a name that `group` does not have, and what the checks raise."""
+    Raises TypeError for a name that `group` does not have, and TypeError or ValueError for a value that fails its
+    check.
+    """
     options = declared(group)
     for name in given:
         if name not in options:
@@ -221,14 +269,16 @@ def read_options(group: type[T], given: Mapping[str, Any], caller: str) -> T:
 
 
 def suggestion(name: str, names: Mapping[str, Any]) -> str:
-    """The end of a message about an unknown name: the nearest one, or all."""
+    """The end of an error message about an unknown name: the most similar known name, or all of them."""
     near = difflib.get_close_matches(name, names, 1)
     return f": did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
 
 
 def with_options(group: type) -> Callable[[F], F]:
-    """For a function that takes `**options: Unpack[group]`: shows the single options in `inspect.signature` and in the
-    docstring, as editors do by the annotation."""
+    """Decorate a function with `**options: Unpack[group]`: list the options in its `inspect.signature` and docstring.
+
+    Editors already get them from the annotation.
+    """
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)

@@ -1,8 +1,8 @@
-"""The shape of a model: `ModelArgs`, which a checkpoint's params.json holds."""
+"""`ModelArgs`: the architecture of a model, as in a checkpoint's params.json."""
 
 from dataclasses import dataclass
 
-# Llama 3.2 1B and 3B, as (dim, n_layers): their rope scaling factor is 32, and their params.json does not say so.
+# (dim, n_layers) of Llama 3.2 1B and 3B. Their RoPE scaling factor is 32, but their params.json does not have it.
 LLAMA_3_2_SHAPES = {(2048, 16), (3072, 28)}
 
 
@@ -11,17 +11,17 @@ class ModelArgs:
     """The keys of params.json, plus the two sizes of the runner (max_batch_size, max_seq_len).
 
     n_kv_heads: None means n_heads (no grouping).
-    vocab_size: -1 means the rows of the embedding.
+    vocab_size: -1 means the number of rows of the embedding.
     head_dim: 0 means dim / n_heads.
     hidden_dim: the width of the feed-forward. 0 means 2/3 of 4 * dim, times ffn_dim_multiplier, rounded up to a
-    multiple of multiple_of. head_dim and hidden_dim hold the real size once the object is created.
-    use_scaled_rope: the frequency scaling of Llama 3.1, which has four numbers. rope_scaling_factor: None means 32 for
-    the two shapes of Llama 3.2 and 8 otherwise. Frequencies with fewer than rope_low_freq_factor turns within
-    rope_original_context_length positions are divided by it, those with more than rope_high_freq_factor turns are
-    unchanged, and those in between are blended.
+        multiple of multiple_of. `__post_init__` replaces the zeros of head_dim and hidden_dim by the derived sizes.
+    use_scaled_rope: scale frequencies as in Llama 3.1. Those with fewer than rope_low_freq_factor turns within
+        rope_original_context_length positions are divided by rope_scaling_factor, those with more than
+        rope_high_freq_factor turns are unchanged, and those in between are blended.
+    rope_scaling_factor: None means 32 for the two shapes of Llama 3.2 and 8 otherwise.
     rope_linear_factor: divides all positions instead (position interpolation).
-    sliding_window: how many positions back a query may attend, None for all. Sliding windows are not implemented:
-    max_seq_len is checked to stay inside, where they change nothing.
+    sliding_window: the number of positions back that a query may attend to; None means all. Sliding windows are not
+        implemented. max_seq_len is checked not to exceed the window, and then it has no effect.
     """
 
     dim: int = 4096
@@ -55,7 +55,7 @@ class ModelArgs:
 
     @property
     def rope_factor(self) -> float:
-        """What low frequencies are divided by; 1 without scaling."""
+        """The factor that low frequencies are divided by; 1 without scaling."""
         if not self.use_scaled_rope:
             return 1.0
         if self.rope_scaling_factor is not None:

@@ -40,9 +40,11 @@ def test_methods_show_the_options_of_sampling(method: Callable[..., Any]) -> Non
         ),
         ({"quantize": "int3"}, ValueError, "quantize 'int3': expected int8 or int4"),
         ({"compile": "yes"}, ValueError, "compile is 'yes', expected True, False or 'auto'"),
-        ({"max_seq_len": 0}, ValueError, "max_seq_len is 0, expected a whole number from 1"),
-        ({"max_batch_size": 2.0}, TypeError, "max_batch_size is 2.0, expected a whole number"),
-        ({"seed": 2**64}, ValueError, f"seed is {2**64}, expected a whole number from 0, below {2**64}"),
+        ({"plain": "False"}, TypeError, "plain is 'False', expected True or False"),
+        ({"tokenizer_path": 7}, TypeError, "tokenizer_path is 7, expected a path"),
+        ({"max_seq_len": 0}, ValueError, "max_seq_len is 0, expected an integer from 1"),
+        ({"max_batch_size": 2.0}, TypeError, "max_batch_size is 2.0, expected an integer"),
+        ({"seed": 2**64}, ValueError, f"seed is {2**64}, expected an integer from 0, below {2**64}"),
     ],
 )
 def test_build_checks_its_options(

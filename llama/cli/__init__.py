@@ -1,4 +1,4 @@
-"""The command `llama`: one file for each command.
+"""The command `llama`, with one module for each subcommand.
 
-Imports everything; nothing imports it but the example scripts.
+It may import every other part of the package. Only the example scripts import it.
 """

@@ -1,4 +1,4 @@
-"""`python -m llama bench`: how fast the model reads prompts and writes answers here, and what bounds it."""
+"""`llama bench`: measure prefill, decode, memory and bandwidth on this machine."""
 
 import contextlib
 import logging
@@ -36,53 +36,54 @@ from llama.parallel.groups import current_world, is_main_rank, process_group
 
 log = logging.getLogger(__name__)
 
-ROUNDS = 3  # runs that are timed, after one that warms up
-PREFIX_STEPS = 8  # without the cache, at most
-CONTEXT_STEPS = 20  # at each context of the plot
+ROUNDS = 3  # timed runs, after one warm-up run
+PREFIX_STEPS = 8  # maximum number of steps without the cache
+CONTEXT_STEPS = 20  # timed steps at each context of the plot
 SHORTEST_CONTEXT = 128  # of the plot
-READ_BYTES = 256_000_000  # read at a time to measure the bandwidth
-SAMPLE_SECONDS = 0.005  # between two looks at the memory
+READ_BYTES = 256_000_000  # size of the buffer that is read to measure the bandwidth
+SAMPLE_SECONDS = 0.005  # interval between samples of the memory in use
 STATUS = Path("/proc/self/status")
-# What fairscale's layers and llama.distributed call while a model computes.
+# Functions of torch.distributed that fairscale's layers and llama.parallel call in a forward pass.
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast")
 
-# A row of the JSON, and what the table makes of it: head, format, factor. Seconds and bytes; None: not measured.
+# Keys of a row of the JSON (in seconds and bytes, None if not measured) -> column of the table: head, format, factor.
 COLUMNS: dict[str, tuple[str, str, float]] = {
     "batch": ("batch", ",", 1),
-    "prompt": ("prompt", ",", 1),  # ids of each row
-    "cache": ("cache", "", 1),  # False: each step computes the whole prefix again
-    "prefill_tokens_per_s": ("prefill tok/s", ",.0f", 1),  # of all rows, without choosing ids
+    "prompt": ("prompt", ",", 1),  # ids in each row
+    "cache": ("cache", "", 1),  # False: each step recomputes the whole prefix
+    "prefill_tokens_per_s": ("prefill tok/s", ",.0f", 1),  # of all rows together, without sampling
     "first_token_s": ("first ms", ",.1f", 1e3),  # prefill and first ids
     "tokens_per_s": ("decode tok/s", ",.1f", 1),  # batch / step_s
     "step_s": ("step ms", ",.2f", 1e3),  # median of the `steps` after the first
     "step_p95_s": ("p95 ms", ",.2f", 1e3),
     "peak_memory": ("peak MB", ",.0f", 1e-6),  # CPU: anonymous memory of the process; CUDA: what torch allocated
     "bytes_per_token": ("MB/token", ",.2f", 1e-6),  # weights, keys and values that the median step reads / batch
-    "bandwidth_share": ("bandwidth", ".0%", 1),  # of what was measured, that such a step uses
-    "collectives_share": ("collectives", ".0%", 1),  # of the steps' time
+    "bandwidth_share": ("bandwidth", ".0%", 1),  # bytes per second of such a step / the measured bandwidth
+    "collectives_share": ("collectives", ".0%", 1),  # part of the steps' time
 }
 
 
 @click.command(cls=Command)
-@click.option("--batch", default="1,4,16", show_default=True, help="rows at a time, with commas between them")
-@click.option("--prompt", default="128,512", show_default=True, help="random ids in each row, with commas between them")
+@click.option("--batch", default="1,4,16", show_default=True, help="batch sizes, separated by commas")
+@click.option("--prompt", default="128,512", show_default=True, help="prompt lengths in ids, separated by commas")
 @click.option(
     "--gen",
     type=int,
     default=64,
     show_default=True,
-    help="ids that each row generates; the first comes with the prompt, the others are the steps that are timed",
+    help="ids to generate in each row; the first comes from the prefill, each other one is a timed decode step",
 )
+@click.option("--no_cache", is_flag=True, help="also time steps without a KV cache, which recompute the whole prefix")
+@click.option("--json/--no_json", help="print one object instead: machine, bandwidth (bytes/s), rows (seconds, bytes)")
 @click.option(
-    "--no_cache", is_flag=True, help="also time steps without a KV cache, each of which computes the whole prefix"
-)
-@click.option("--json/--no_json", help="print one object: machine, bandwidth (bytes/s) and rows, in seconds and bytes")
-@click.option(
-    "--plot", help="a PNG to draw: step time and memory of one row at contexts of 128, 256, ... up to --prompt"
+    "--plot", help="PNG file to draw: step time and memory of one row at contexts of 128, 256, ... up to --prompt"
 )
 @model_options("max_seq_len", "max_batch_size", "seed", "chat_format")
 def bench(batch: str, prompt: str, gen: int, no_cache: bool, json: bool, plot: str | None, **options: Any) -> None:
-    """Measure prefill, decode, memory and bandwidth, for every batch size with every prompt length."""
+    """Measure prefill, decode, memory and bandwidth, for every combination of batch size and prompt length.
+
+    Prompts are random ids.
+    """
     batches, prompts = read_list("batch", batch), read_list("prompt", prompt)
     longest = max(prompts)
     check_int("gen", gen, 2)  # one step at least
@@ -105,10 +106,10 @@ def bench(batch: str, prompt: str, gen: int, no_cache: bool, json: bool, plot: s
         pairs = [(rows, length) for rows in batches for length in prompts]
         found = [r for pair in progress(pairs, "measuring") for r in measure(llama, *pair, gen, rate, no_cache)]
     except RuntimeError as error:
-        if "allocate" not in str(error):  # what torch says where memory is short, on every device
+        if "allocate" not in str(error):  # torch's message if memory runs out, on every device
             raise
         raise ValueError(
-            f"--batch {max(batches)} with --prompt {longest} needs more memory than there is: give smaller ones"
+            f"--batch {max(batches)} with --prompt {longest} needs more memory than is free: give smaller ones"
         ) from error
     form = {name: options[name] for name in ("quantize", "plain")}
     machine = _machine(llama) | form | {"compile": llama.executor.is_compiled}
@@ -126,16 +127,16 @@ def bench(batch: str, prompt: str, gen: int, no_cache: bool, json: bool, plot: s
 
 
 def read_list(name: str, value: Any) -> list[int]:
-    """Whole numbers from 1: one, a sequence, or a text with commas. Raises ValueError."""
-    words = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
-    if not words or not all(re.fullmatch(r"\s*0*[1-9]\d*\s*", str(word)) for word in words):
-        shown = ",".join(map(str, words))
-        raise ValueError(f"--{name} is {shown!r}, expected whole numbers from 1 with commas between them, like 1,4,16")
-    return [int(word) for word in words]
+    """Integers from 1: a single one, a sequence, or a text with commas. Raises ValueError."""
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
+    if not items or not all(re.fullmatch(r"\s*0*[1-9]\d*\s*", str(item)) for item in items):
+        shown = ",".join(map(str, items))
+        raise ValueError(f"--{name} is {shown!r}, expected integers from 1 with commas between them, like 1,4,16")
+    return [int(item) for item in items]
 
 
 def _check_plot(path: Path, longest: int) -> None:
-    """Raises ValueError for what would otherwise stop the picture after everything was measured."""
+    """Raise ValueError now for a picture that could not be written after everything is measured."""
     if find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install -e '.[bench]'")
     if longest < SHORTEST_CONTEXT:
@@ -157,9 +158,9 @@ def _check_plot(path: Path, longest: int) -> None:
 def measure(
     llama: Llama, rows: int, length: int, gen: int, rate: float, no_cache: bool
 ) -> Iterator[dict[str, int | float | None]]:
-    """Time `gen` ids behind `rows` random prompts of `length` ids, then without the cache where asked for.
+    """Time generating `gen` ids after `rows` random prompts of `length` ids; with `no_cache` also without the cache.
 
-    rate: what the memory gives, in bytes a second. Yields dicts with the keys of COLUMNS, and `steps`.
+    rate: the measured bandwidth in bytes per second. Yields dicts with the keys of COLUMNS, and `steps`.
     """
     model, executor, device = llama.model, llama.executor, llama.executor.device
     llama.tokenizer.stop_tokens = set()  # no row ends early
@@ -198,7 +199,7 @@ def measure(
         "collectives_share": _collectives_share(stream(), device) if current_world().size > 1 else None,
     }
     if no_cache:
-        lengths = range(length + 1, length + gen)[:: math.ceil((gen - 1) / PREFIX_STEPS)]  # among the contexts above
+        lengths = range(length + 1, length + gen)[:: math.ceil((gen - 1) / PREFIX_STEPS)]  # some of the contexts above
         newest(executor, on_device[:, : lengths[0]], 0)
         with peak_memory(device) as memory:
             seconds = [_seconds(partial(newest, executor, on_device[:, :n], 0)) for n in lengths]
@@ -206,11 +207,13 @@ def measure(
 
 
 def measure_contexts(executor: Executor, longest: int, rate: float) -> list[dict[str, Any]]:
-    """Steps of one row at contexts of 128, 256, ... to `longest`: seconds, the seconds expected from the first of them
-    and the bytes of keys and values added since, these bytes, and the peak of memory up to there.
+    """Time steps of one row at contexts of 128, 256, ... up to `longest`.
 
-    The prompt is computed once, piece by piece. A step puts an id where it already is; the contexts take turns, so that
-    what slows the machine for a while slows all of them.
+    Returns a dict for each context: the seconds, the expected seconds (those at the shortest context, plus the time to
+    read the keys and values added since), the bytes of keys and values, and the peak memory so far.
+
+    The prompt is computed once, piece by piece. A step computes the last id of its context again. Each round has one
+    step at every context, so that a temporary slowdown of the machine affects all of them.
     """
     ids = torch.tensor([random.Random(1).choices(range(executor.model.params.vocab_size), k=longest)]).to(
         executor.device
@@ -238,7 +241,7 @@ def measure_contexts(executor: Executor, longest: int, rate: float) -> list[dict
 
 
 def newest(executor: Executor, ids: torch.Tensor, start_pos: int) -> torch.Tensor:
-    """The most probable ids [bsz] behind ids [bsz, seqlen], which stand at positions start_pos ..."""
+    """The most probable next ids [bsz], after ids [bsz, seqlen] whose first position is start_pos."""
     return executor.logits(executor.hidden(ids, start_pos, start_pos + ids.shape[1])[:, -1]).argmax(dim=-1)
 
 
@@ -249,14 +252,14 @@ def _step_seconds(stream: Iterator[Any]) -> list[float]:
 
 
 def _seconds(call: Callable[[], torch.Tensor]) -> float:
-    """How long it takes until the result can be read: whatever the device, reading waits for it."""
+    """Seconds until the result of `call` can be read. Reading waits for the device."""
     started = time.perf_counter()
     read_back(call())
     return time.perf_counter() - started
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second that summing 256 MB of float32 reads while all ranks do it; the best of five."""
+    """Bytes per second read by summing 256 MB of float32, on all ranks at the same time; the best of five runs."""
     numbers, best = torch.ones(READ_BYTES // 4, device=device), math.inf
     for _ in range(5):
         if current_world().size > 1:
@@ -266,21 +269,21 @@ def bandwidth(device: torch.device) -> float:
 
 
 def weight_bytes(model: Transformer) -> int:
-    """Bytes of weights that a step reads on this rank: all but those of an embedding that is not the output, too, of
-    which a step reads only rows."""
+    """Bytes of weights that a step reads on this rank: all, except an embedding that is not also the output layer,
+    because a step reads only single rows of it."""
     return held_bytes(p for p in model.parameters() if p is not model.tok_embeddings.weight or p is model.output.weight)
 
 
 def position_bytes(model: Transformer) -> int:
-    """Bytes of keys and values that this rank holds for a position of a row."""
+    """Bytes of keys and values per position of a row on this rank."""
     held = sum(buffer.nbytes for cache in model.caches for buffer in (cache.k, cache.v))
     return held // (model.params.max_batch_size * model.params.max_seq_len)
 
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """A list that holds, after the block, bytes that were in use while it ran, the most among them; empty where nothing
-    tells them."""
+    """Yields a list. After the block it has samples of the bytes in use, whose maximum is the peak; it is empty if the
+    system does not report them."""
     seen: list[int] = []
     ended = threading.Event()
 
@@ -305,9 +308,9 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
 
 
 def _collectives_share(stream: Iterator[Any], device: torch.device) -> float:
-    """The part of the steps' time that this rank spends in collectives, waiting for slower ranks included.
+    """The part of the steps' time that this rank spends in collectives, including waits for slower ranks.
 
-    In this one run they are replaced by timed ones, which on CUDA wait for the device before and after.
+    During this run the collectives are replaced by timed ones, which on CUDA synchronize before and after.
     """
     inside = 0.0
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
@@ -333,11 +336,11 @@ def _collectives_share(stream: Iterator[Any], device: torch.device) -> float:
             setattr(dist, name, collective)
 
 
-# Showing ------------------------------------------------------------------------------------------
+# Output -------------------------------------------------------------------------------------------
 
 
 def _machine(llama: Llama) -> dict[str, Any]:
-    """What the figures hold for."""
+    """The machine and the settings of the measurement."""
     info, device = Path("/proc/cpuinfo"), llama.executor.device
     named = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     return {
@@ -352,7 +355,7 @@ def _machine(llama: Llama) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Head and rows. Columns without a figure are left out, and `cache` where all rows have it."""
+    """The table's header and rows. Columns without values are left out, and `cache` if it is True in all rows."""
     columns = []
     for key, (head, form, factor) in COLUMNS.items():
         values = [row[key] for row in rows]
@@ -366,7 +369,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def draw(points: list[dict[str, Any]], path: Path, title: str) -> None:
     """Write a PNG: step time, measured and expected, and memory, both against the context."""
-    from matplotlib.figure import Figure  # without pyplot it draws with Agg, on no screen
+    from matplotlib.figure import Figure  # without pyplot it uses the Agg backend, which needs no display
 
     figure = Figure(figsize=(7, 7), layout="constrained")
     speed, memory = figure.subplots(2, sharex=True)

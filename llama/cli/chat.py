@@ -26,10 +26,10 @@ from llama.parallel.heartbeat import PeerError
 HELP = """\
 /reset         forget the dialog; the system message stays
 /system TEXT   set the system message, /system - removes it, /system alone shows it
-/save FILE     write the dialog as JSON, as chat_completion takes it
-/load FILE     go on with a saved dialog
+/save FILE     write the dialog as JSON, in the form that chat_completion accepts
+/load FILE     continue a saved dialog
 /help          this list
-Ctrl-C stops an answer, Ctrl-D leaves. A message that begins with / goes behind a space."""
+Ctrl-C stops an answer, Ctrl-D leaves. Put a space before a message that begins with /."""
 
 
 @click.command(cls=Command)
@@ -38,15 +38,15 @@ Ctrl-C stops an answer, Ctrl-D leaves. A message that begins with / goes behind 
 @sampling_options()
 @model_options("max_batch_size", max_seq_len=None)
 def chat(system: str | None, stop: list[str] | None, **options: Any) -> None:
-    """Talk to a model. /help in it lists the commands; lines can also come through a pipe.
+    """Talk to a model at the terminal, or with lines from a pipe. Type /help for the commands of a chat.
 
-    The dialog has --max_seq_len positions: 2048, or the model's sliding window where that is less. When they are full,
-    the oldest turns are dropped.
+    The dialog has --max_seq_len positions: by default 2048, or the model's sliding window if that is smaller. When they
+    are full, the oldest turns are dropped.
     """
     ckpt_dir = options["ckpt_dir"]
     if options["max_seq_len"] is None:
         options["max_seq_len"] = 2048
-        with contextlib.suppress(CheckpointError):  # build raises it, too, with more to say
+        with contextlib.suppress(CheckpointError):  # build raises it again, with more details
             options["max_seq_len"] = min(2048, read_params(ckpt_dir).sliding_window or 2048)
     llama = Llama.build(**build_arguments(options), max_batch_size=1)
     talk = Conversation(llama, system, stop=stop, **sampling_arguments(options))
@@ -66,7 +66,7 @@ def chat(system: str | None, stop: list[str] | None, **options: Any) -> None:
                 note("\n[stopped]")
             except (ValueError, TypeError, PeerError) as error:
                 if isinstance(error, InsufficientMemoryError) and current_world().size > 1:
-                    raise  # the others are in the middle of a step
+                    raise  # the other ranks are in the middle of a step
                 note(f"error: {in_one_line(error)}")
     llama.close()
 
@@ -81,19 +81,21 @@ def note(text: str) -> None:
 
 def _answer(talk: Conversation, text: str, pressed: Callable[[], bool]) -> None:
     started = first = time.perf_counter()
-    # Closed however this ends: an answer left open would join the dialog later, after a /reset perhaps.
+    # An answer that stays open would be added to the dialog later, for instance after a /reset: always close it.
     with contextlib.closing(talk.say(text)) as pieces:
         turn = talk.last
         assert turn is not None
         if turn.dropped:
-            fell = "oldest turn" if turn.dropped == 1 else f"{turn.dropped} oldest turns"
-            note(f"[the context is full: the {fell} fell out of the dialog]")
+            dropped = "oldest turn was" if turn.dropped == 1 else f"{turn.dropped} oldest turns were"
+            note(f"[the context is full: the {dropped} dropped from the dialog]")
         for piece in pieces:
             if first == started:
                 first = time.perf_counter()
             if is_main_rank():
                 write(visible(piece))
-            if all_gather_object(pressed())[0]:  # rank 0's, which may wait for a terminal
+            if all_gather_object(pressed())[
+                0
+            ]:  # only rank 0's counts; the others wait for it, as its terminal may block
                 break
     seconds = time.perf_counter() - first
     if is_main_rank():
@@ -116,7 +118,7 @@ def _answer(talk: Conversation, text: str, pressed: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def _files_may_fail() -> Iterator[None]:
-    """A file that cannot be read or written ends a command; a terminal or pipe that is gone ends the session."""
+    """A file that cannot be read or written ends only the command. A closed terminal or pipe ends the session."""
     try:
         yield
     except BrokenPipeError:
@@ -163,9 +165,9 @@ def _load(talk: Conversation, path: str) -> None:
         dialog = json.loads(read_on_rank_0(as_path(path)))
         whole: list[Message] = [*dialog, {"role": "user", "content": ""}]
         system, turns = split_system(whole)
-        talk.llama.dialogs.encode(whole)  # else every later turn would fail
+        talk.llama.dialogs.encode(whole)  # raises for a dialog with which every later turn would fail
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no dialog that ends with an answer: {error}") from None
+        raise ValueError(f"{path} is not a dialog that ends with an answer: {error}") from None
     if talk.llama.dialogs.refusal(dialog):
-        raise ValueError(f"{path} holds tags that mark turns, which this model's format refuses")
+        raise ValueError(f"{path} contains tags that mark turns, which this model's format refuses")
     talk.system, talk.messages = system, turns[:-1]

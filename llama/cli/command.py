@@ -1,4 +1,4 @@
-"""How commands read their arguments: click, with the flags made from `llama.options`, and one-line errors."""
+"""Command lines, read by click: flags made from `llama.options`, and mistakes reported in one line."""
 
 import contextlib
 import difflib
@@ -27,7 +27,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 class Command(click.Command):
     """A command whose flags may be written with - or _, and whose texts may begin with a dash.
 
-    Arguments may also be given as flags (`--src X` for `X`), and switches a value (`--json False`).
+    Arguments may also be given as flags (`--src X` for `X`), and switches may have a value (`--json False`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -35,55 +35,66 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Rewrite `args` for click's parser: flags as `--flag=value`, then `--`, then the arguments in their order."""
+        if ctx.resilient_parsing:  # a shell completes an unfinished line
+            return super().parse_args(ctx, args)
         if {"-h", "--help"} & set(args):
             return super().parse_args(ctx, ["--help"])
-        options = {flag: p for p in self.params if isinstance(p, click.Option) for flag in (*p.opts, *p.secondary_opts)}
-        arguments = {f"--{p.name}": p for p in self.params if isinstance(p, click.Argument)}
-        flags, words, named, rest = list[str](), list[str](), dict[str, list[str]](), list(args)
+        known: dict[str, click.Parameter] = {f"--{p.name}": p for p in self.params if isinstance(p, click.Argument)}
+        known |= {flag: p for p in self.params if isinstance(p, click.Option) for flag in (*p.opts, *p.secondary_opts)}
+        flags, switches = list[str](), dict[str, list[str]]()
+        named, positional = dict[str, list[str]](), list[str]()
+        rest = list(args)
         while rest:
             word = rest.pop(0)
+            if word == "--":
+                positional += rest
+                break
             match = FLAG.fullmatch(word)
             if match is None:
-                words.append(word)
+                positional.append(word)
                 continue
-            flag, value = "--" + match[1].replace("-", "_"), match[2]
-            if flag not in options and flag.replace("--no", "--no_", 1) in options:
-                flag = flag.replace("--no", "--no_", 1)
-            if flag not in options and flag not in arguments:
-                near = difflib.get_close_matches(flag, [*options, *arguments], 1)
-                hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-                raise click.UsageError(f"unknown flag {flag}: {hint}", ctx)
-            option = options.get(flag)
-            if option is not None and option.is_flag:
-                if value is None and rest and rest[0] in ("True", "False", "auto"):
+            flag, value = _known_flag(ctx, match[1], known), match[2]
+            parameter, name = known[flag], str(known[flag].name)
+            if isinstance(parameter, click.Option) and parameter.is_flag:
+                if value is None and rest and rest[0] in ("True", "False", *_extra_values(parameter)):
                     value = rest.pop(0)
-                if value != "auto":
-                    flags.append(option.secondary_opts[0] if value == "False" else flag)
+                switches[name] = _switch(ctx, parameter, flag, value)
                 continue
-            if value is None and rest and not _is_flag(rest[0], {**options, **arguments}):
+            if value is None and rest and not _is_flag(rest[0], known):
                 value = rest.pop(0)
             if value is None:
                 raise click.UsageError(f"{flag} needs a value", ctx)
-            if option is not None:
+            if isinstance(parameter, click.Option):
                 flags.append(f"{flag}={value}")
             else:
-                named.setdefault(flag, []).append(value)
-        for flag, argument in arguments.items():  # words without a flag fill the arguments that are left, in turn
+                named[name] = [*named.get(name, []), value] if parameter.nargs == -1 else [value]
+        flags += [flag for chosen in switches.values() for flag in chosen]
+        return super().parse_args(ctx, [*flags, "--", *self._in_order(ctx, named, positional)])
+
+    def _in_order(self, ctx: click.Context, named: dict[str, list[str]], positional: list[str]) -> list[str]:
+        """The values of the arguments. Positional ones go to the arguments that are not in `named`."""
+        arguments = [p for p in self.params if isinstance(p, click.Argument)]
+        values, rest = list[str](), list(positional)
+        for argument in arguments:
+            own = named.get(str(argument.name), [])
             if argument.nargs == -1:
-                named.setdefault(flag, []).extend(words)
-                words = []
-            elif flag not in named and words:
-                named[flag] = [words.pop(0)]
-            if argument.required and not named.get(flag):
+                own, rest = own + rest, []
+            elif not own and rest:
+                own = [rest.pop(0)]
+            if argument.required and not own:
                 raise click.MissingParameter(ctx=ctx, param=argument)
-        if words:
-            places = " ".join(f"[{argument.name}]" for argument in arguments.values()) or "none"
-            raise click.UsageError(f"{len(words)} words too many ({words[0]!r}); expected {places}: quote spaces", ctx)
-        return super().parse_args(ctx, [*flags, "--", *(word for flag in arguments for word in named.get(flag, []))])
+            values += own
+        if rest:
+            expected = " ".join(f"[{argument.name}]" for argument in arguments) or "flags only"
+            raise click.UsageError(
+                f"unexpected {rest[0]!r} after the last argument; expected {expected} (quote texts with spaces)", ctx
+            )
+        return values
 
 
 class Group(click.Group):
-    """Commands by name; a mistyped one is answered with the nearest, or all."""
+    """Commands by name. The error about an unknown one suggests the nearest, or lists all."""
 
     command_class = Command
 
@@ -94,18 +105,48 @@ class Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         args[0] = args[0].replace("-", "_")
-        if args[0] not in self.commands:
+        if args[0] not in self.commands and not ctx.resilient_parsing:
             raise click.UsageError(f"no command {args[0]!r}{suggestion(args[0], self.commands)}", ctx)
         return super().resolve_command(ctx, args)
 
 
-def _is_flag(word: str, known: dict[str, Any]) -> bool:
+def _known_flag(ctx: click.Context, name: str, known: dict[str, click.Parameter]) -> str:
+    """The flag that a user wrote as `name`, with - or _, and after "no" with neither."""
+    flag = "--" + name.replace("-", "_")
+    if flag not in known and flag.replace("--no", "--no_", 1) in known:
+        flag = flag.replace("--no", "--no_", 1)
+    if flag not in known:
+        near = difflib.get_close_matches(flag, known, 1)
+        raise click.UsageError(
+            f"unknown flag {flag}: " + (f"did you mean {near[0]}?" if near else "--help lists the flags"), ctx
+        )
+    return flag
+
+
+def _is_flag(word: str, known: dict[str, click.Parameter]) -> bool:
     match = FLAG.fullmatch(word)
     return match is not None and "--" + match[1].replace("-", "_") in known
 
 
+def _extra_values(switch: click.Option) -> tuple[str, ...]:
+    """The values of a switch besides True and False: "auto" if it has neither as its default."""
+    return ("auto",) if switch.default is None else ()
+
+
+def _switch(ctx: click.Context, switch: click.Option, flag: str, value: str | None) -> list[str]:
+    """click's flags for `flag`, `flag=True`, `flag=False` or `flag=auto`; the switch's default needs none."""
+    word = "true" if value is None else value.lower()
+    if word in _extra_values(switch):
+        return []
+    if word not in ("true", "false"):
+        expected = "True, False or auto" if _extra_values(switch) else "True or False"
+        raise click.UsageError(f"{flag} is {value!r}, expected {expected}", ctx)
+    is_on = (word == "true") != (flag in switch.secondary_opts)
+    return switch.opts[:1] if is_on else switch.secondary_opts[:1]
+
+
 class NoneOr(click.ParamType):
-    """A number, or None, which stands for "no limit"."""
+    """A number or None."""
 
     def __init__(self, kind: type):
         self.kind = click.types.convert_type(kind)
@@ -115,46 +156,42 @@ class NoneOr(click.ParamType):
         return None if value in (None, "None") else self.kind.convert(value, param, ctx)
 
 
-def flag(name: str, option: Option, default: Any = ...) -> click.Option:
-    """The flag of a declared option, with the default that a command has instead."""
-    default = option.default if default is ... else default
+def flag(name: str, option: Option, default: Any) -> Callable[[F], F]:
+    """A decorator that adds the flag of a declared option to a command."""
     if option.kind is bool:
-        shown: bool | str = True if isinstance(default, bool) else str(default)
-        value = default if isinstance(default, bool) else None
-        return click.Option([f"--{name}/--no_{name}"], default=value, show_default=shown, help=option.help)
+        # click's switches are True or False: where the default is neither, an unset one is None.
+        value, shown = (default, True) if isinstance(default, bool) else (None, str(default))
+        return click.option(f"--{name}/--no_{name}", default=value, show_default=shown, help=option.help)
     kind: Any = click.Choice(option.choices) if option.choices else option.kind
-    if (option.kind in (int, float) and default is None) or name == "max_gen_len":
+    if option.kind in (int, float) and None in (default, option.default):
         kind = NoneOr(option.kind)
-    is_required = name == "ckpt_dir"
-    return click.Option(
-        [f"--{name}"],
+    return click.option(
+        f"--{name}",
         type=kind,
         default=default,
-        required=is_required,
+        required=name == "ckpt_dir",
         show_default=default is not None,
         help=option.help,
     )
 
 
 def options(*groups: type, without: tuple[str, ...] = (), **defaults: Any) -> Callable[[F], F]:
-    """A decorator that adds the options of these classes to a command, but for some, with other defaults for some."""
+    """A decorator that adds the flags of these classes to a command.
+
+    without: names of options that the command does not have. defaults: the command's own defaults, by name.
+    """
 
     def decorate(function: F) -> F:
-        flags = [
-            flag(name, option, defaults.get(name, ...))
-            for name, option in declared(*groups).items()
-            if name not in without
-        ]
-        if not hasattr(function, "__click_params__"):
-            function.__click_params__ = []  # type: ignore[attr-defined]  # where click collects them, last one first
-        function.__click_params__.extend(reversed(flags))  # type: ignore[attr-defined]
+        for name, option in reversed(declared(*groups).items()):  # click shows decorators from top to bottom
+            if name not in without:
+                function = flag(name, option, defaults.get(name, option.default))(function)
         return function
 
     return decorate
 
 
 def model_options(*without: str, **defaults: Any) -> Callable[[F], F]:
-    """The options of `Llama.build`, for commands that load a model. The number of ranks is torchrun's."""
+    """The options of `Llama.build`, for commands that load a model. torchrun sets the number of ranks."""
     return options(ModelOptions, BuildOptions, without=("model_parallel_size", *without), **defaults)
 
 
@@ -165,31 +202,32 @@ def sampling_options(*without: str, **defaults: Any) -> Callable[[F], F]:
 
 def pick(group: type, values: dict[str, Any]) -> dict[str, Any]:
     """Those of `values` that are options of `group`."""
-    return {name: value for name, value in values.items() if name in declared(group)}
+    return {name: values[name] for name in declared(group) if name in values}
 
 
 def build_arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """Those of a command's options that `Llama.build` takes. A switch that was not given keeps its default."""
+    """The arguments of `Llama.build` among a command's options. Without --compile or --no_compile, build decides."""
     found = pick(ModelOptions, values) | pick(BuildOptions, values)
     return {name: value for name, value in found.items() if not (name == "compile" and value is None)}
 
 
 def sampling_arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """Those of a command's options that the methods that generate take. `seed` is the model's there."""
+    """The settings of sampling among a command's options, without `seed`: a command's --seed is that of the model."""
     return {name: value for name, value in pick(Settings, values).items() if name != "seed"}
 
 
 class Texts(click.ParamType):
-    """A text in which \\n and the like are escapes, or a JSON list of texts -> a list of texts."""
+    """A text with JSON's escapes (\\n), or a JSON list of texts. The value is a list of texts."""
 
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        for json_text in (value, f'["{value}"]'):
-            with contextlib.suppress(ValueError):
-                found = json.loads(json_text)
-                if isinstance(found, list) and all(isinstance(text, str) for text in found):
-                    return found
+        with contextlib.suppress(ValueError):
+            found = json.loads(value)
+            if isinstance(found, list) and all(isinstance(text, str) for text in found):
+                return found
+        with contextlib.suppress(ValueError):
+            return [json.loads(f'"{value}"')]
         return [value]
 
 
@@ -199,7 +237,7 @@ def stop_option(function: F) -> F:
         type=Texts(),
         multiple=True,
         callback=lambda ctx, param, lists: [text for texts in lists for text in texts] or None,
-        help="a text that ends the answer ('\\n' is a line break), or a JSON list of them; may be repeated",
+        help="a text that ends the answer ('\\n' is a line break), or a JSON list of texts; may be repeated",
     )(function)
 
 
@@ -208,21 +246,21 @@ def bos_option(function: F) -> F:
         "--bos",
         type=click.Choice(["True", "False"], case_sensitive=False),
         callback=lambda ctx, param, value: None if value is None else value == "True",
-        help="whether BOS goes first; default: where the tokenizer adds it",
+        help="put BOS before the text or not; default: as the tokenizer does",
     )(function)
 
 
-# Endings ---------------------------------------------------------------------------------------------
+# Running and reporting errors -------------------------------------------------------------------------
 
 
 def run(command: click.Command, name: str = "llama") -> None:
-    """Read the command line, run the command, end the process."""
+    """Read the command line and run the command. Errors end the process with one line."""
     with one_line_errors():
         for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors=errors)  # characters that the terminal's encoding lacks end nothing
+                stream.reconfigure(errors=errors)  # a character that the encoding lacks is no error
         if f"_{name.upper()}_COMPLETE" in os.environ:
-            command.main(prog_name=name)  # answers the shell, and ends
+            command.main(prog_name=name)  # prints the completions and exits
         try:
             with command.make_context(name, sys.argv[1:]) as context:
                 command.invoke(context)
@@ -241,7 +279,7 @@ def one_line_errors() -> Iterator[None]:
     restore_interrupt()
     try:
         yield
-    except BrokenPipeError:  # `| head` has read enough; nothing may be flushed there at exit
+    except BrokenPipeError:  # `| head` has exited. The flush at exit must not write to the pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, TypeError, OSError, FloatingPointError, PeerError) as error:
@@ -260,6 +298,6 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _prints(error: BaseException) -> bool:
-    """Whether this rank prints the error: each its own, but one rank those that all raise together."""
+    """Whether this rank prints the error. One that all ranks raise is printed by its reporting rank only."""
     rank = current_world().rank
     return error.__dict__.get("reporting_rank", rank) == rank

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 LINE_LIMIT = 2**22  # characters of a line; a prompt of a million tokens has about as many
 LINES_LIMIT = 2**24  # of a file; each costs 8 bytes of memory
 ANSWER_LIMIT = 8 * LINE_LIMIT  # bytes of a line of the answers
-# What is sorted and batched at a time.
+# Limits of what is sorted and batched at once.
 WINDOW_JOBS = 4096
 WINDOW_CHARACTERS = LINE_LIMIT
 
@@ -39,21 +39,22 @@ WINDOW_CHARACTERS = LINE_LIMIT
 @click.argument("text", required=False)
 @click.option(
     "--file",
-    help='JSON lines, {"prompt": "..."} or {"messages": [...]}; other keys are ignored. It may have any size: it is '
-    "read twice, first to check every line, then some thousand lines at a time, the longest prompts of these first",
+    help='JSON lines, {"prompt": "..."} or {"messages": [...]}; other keys are ignored. The file may have any size. It '
+    "is read twice: first to check every line, then a few thousand lines at a time, whose longest prompts go first",
 )
 @click.option(
     "--out",
-    help='where the answers go, each as soon as its batch ends: {"line": 7, "prompt": ..., "generation": ..., '
-    '"finish_reason": ...}. If it exists, the lines that it lacks are added',
+    help='file for the answers, written after each batch: {"line": 7, "prompt": ..., "generation": ..., '
+    '"finish_reason": ...}. If it exists, only the missing answers are computed and appended',
 )
-@click.option("--keep_going/--no_keep_going", help="skip lines of the file that cannot be read or do not fit")
+@click.option("--keep_going/--no_keep_going", help="with --file: skip lines that cannot be read or do not fit")
 @click.option(
     "--batch_tokens",
     type=int,
     default=8192,
     show_default=True,
-    help="a batch's rows times its longest prompt and answer are at most this, or one row",
+    help="with --file: limit for a batch's rows times the length of its longest prompt and answer; one row is always "
+    "allowed",
 )
 @stop_option
 @sampling_options(max_gen_len=128)
@@ -67,9 +68,10 @@ def complete(
     stop: list[str] | None,
     **options: Any,
 ) -> None:
-    """Continue TEXT, or what comes through a pipe, or each line of a --file.
+    """Continue TEXT, or text from a pipe, or each line of --file.
 
-    Line N of a file draws with --seed + N, whatever else is in its batch.
+    Line N of a file is sampled with the seed --seed + N, whatever else is in its batch. Without --file there is one
+    row, and --max_batch_size has no effect.
     """
     if (file is None) != (out is None):
         raise ValueError("--file and --out go together")
@@ -92,16 +94,16 @@ def complete(
 
 
 # A file of prompts --------------------------------------------------------------------------------
-# It may be larger than memory. Of each line 8 bytes are kept, a digest of its prompt, until it is answered; the text is
-# read again for the answer, a window of lines at a time.
+# The file may be larger than memory. For each unanswered line only 8 bytes are kept, a digest of its prompt. The texts
+# are read again to answer them, a window of lines at a time.
 
-# Of a prompt's tokens, computed together, so many take as long as an answer, whose tokens come one by one.
+# An answer, computed token by token, takes about as long as this many prompt tokens, computed together.
 WORK_OF_AN_ANSWER = 500
 
 
 @dataclass(frozen=True)
 class Job:
-    """A line of the file: a text or a dialog, and its length in tokens."""
+    """A line of the file. given: a text or a dialog. length: in tokens."""
 
     line: int
     given: str | list[Message]
@@ -119,7 +121,7 @@ class Job:
 def _complete_file(
     llama: Llama, file: Path, out: Path, keep_going: bool, batch_tokens: int, seed: int, settings: dict[str, Any]
 ) -> None:
-    todo = array("Q")  # rank 0's: for each line the digest of its prompt, 0 where there is nothing to do
+    todo = array("Q")  # used on rank 0: for each line the digest of its prompt, or 0 if there is nothing to do
     with contextlib.ExitStack() as held:
 
         def begin() -> tuple[int, int, int]:
@@ -127,12 +129,14 @@ def _complete_file(
                 raise ValueError("--file and --out name the same file")
             jobs, work = _read_todo(llama, file, keep_going, todo)
             held.enter_context(_lock(out))
-            return jobs, work, _strike_off(out, file, todo)
+            return jobs, work, _remove_answered(out, file, todo)
 
         jobs, work, done = run_on_rank_0(begin)
         if done:
-            log.info(f"{out}: {done} of {jobs} answers are there already")
-        progress = Progress(jobs - done, work * (jobs - done) // max(1, jobs))  # of those left, about as much
+            log.info(f"{out} already has {done} of {jobs} answers")
+        progress = Progress(
+            jobs - done, work * (jobs - done) // max(1, jobs)
+        )  # an estimate: the share of the jobs left
         held.callback(progress.clear)
         windows = _windows(llama, file, todo)
         while window := run_on_rank_0(lambda: next(windows, [])):
@@ -150,7 +154,7 @@ def _complete_file(
 
 
 def _lock(out: Path) -> IO[bytes]:
-    """Keep a second run from writing the same file, as long as what this returns is open."""
+    """Keep a second run from writing to the same file, as long as the returned file is open."""
     file = out.open("ab")
     with contextlib.suppress(ImportError):  # Windows
         import fcntl
@@ -163,7 +167,7 @@ def _lock(out: Path) -> IO[bytes]:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines of a file; of those longer than LINE_LIMIT the beginning, one character more than that."""
+    """The lines of a file. Lines longer than LINE_LIMIT are cut to LINE_LIMIT + 1 characters."""
     with file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
         while line := stream.readline(LINE_LIMIT + 1):
             yield line.removesuffix("\n")
@@ -172,10 +176,12 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _read_todo(llama: Llama, file: Path, keep_going: bool, todo: "array[int]") -> tuple[int, int]:
-    """Check every line, and put the digests of those that can be answered into `todo` -> their number, and what they
-    are worth to Progress."""
+    """Check every line, and put the digests of those that can be answered into `todo`.
+
+    Returns their number and their work in total (`Job.work`).
+    """
     if file.exists() and not file.is_file():
-        raise ValueError(f"--file {file} is no regular file: it is read twice")
+        raise ValueError(f"--file {file} is not a regular file, and it must be read twice")
     todo.append(0)  # lines count from 1
     first, jobs, work = "", 0, 0
     bad = 0
@@ -197,7 +203,7 @@ def _read_todo(llama: Llama, file: Path, keep_going: bool, todo: "array[int]") -
         jobs, work = jobs + 1, work + job.work
     if bad and not keep_going:
         more = f"; {bad - 1} more lines are bad" if bad > 1 else ""
-        raise ValueError(f"{first}{more}: mend the file, or --keep_going skips them")
+        raise ValueError(f"{first}{more}: fix the file, or skip such lines with --keep_going")
     return jobs, work
 
 
@@ -207,7 +213,7 @@ def _read_job(llama: Llama, number: int, line: str) -> Job:
     if key == "prompt":
         ids = llama.tokenizer.encode(given, bos=llama.tokenizer.adds_bos, eos=False)
         if not ids:
-            raise ValueError("the prompt is empty, and the model needs something to continue")
+            raise ValueError("the prompt is empty: the model needs a text to continue")
     else:
         ids = llama.dialogs.encode(given)
     if len(ids) > limit:
@@ -230,9 +236,9 @@ def _read_given(line: str) -> tuple[str, Any]:
     return ("prompt", value["prompt"]) if "prompt" in value else ("messages", value["messages"])
 
 
-def _strike_off(out: Path, file: Path, todo: "array[int]") -> int:
-    """Take the lines that an earlier run has answered off `todo` -> their number; what it was writing when it was
-    killed is cut off."""
+def _remove_answered(out: Path, file: Path, todo: "array[int]") -> int:
+    """Remove the lines that an earlier run answered from `todo`, and return their number. If that run was killed while
+    it wrote an answer, the incomplete line is cut off."""
     done = whole = 0
     rest = b""
     with out.open("rb") as stream:
@@ -247,7 +253,7 @@ def _strike_off(out: Path, file: Path, todo: "array[int]") -> int:
                     raise ValueError
             except (ValueError, TypeError, LookupError, RecursionError):
                 raise ValueError(
-                    f"{out}, line {done + 1}, is no answer to a line of the file: name another --out, or remove it"
+                    f"{out}, line {done + 1}, does not answer a line of the file: name another --out, or remove it"
                 ) from None
             todo[number] = 0
             done, whole = done + 1, whole + len(line)
@@ -255,13 +261,13 @@ def _strike_off(out: Path, file: Path, todo: "array[int]") -> int:
         left = ((n, line) for n, line in enumerate(_lines(file), 1) if n < len(todo) and todo[n])
         heads = (_encoded(dict([("line", n), _read_given(line)]))[:-1] for n, line in left)
         if not any(rest[: len(head)] == head[: len(rest)] for head in heads):
-            raise ValueError(f"{out} ends with what is no answer: name another --out, or remove it")
+            raise ValueError(f"{out} does not end with an answer: name another --out, or remove it")
         os.truncate(out, whole)
     return done
 
 
 def _windows(llama: Llama, file: Path, todo: "array[int]") -> Iterator[list[Job]]:
-    """What is to be done, in the order of the file, so much at a time as memory has room for."""
+    """The jobs that are left, in the order of the file, in lists of limited size."""
     window: list[Job] = []
     characters = 0
     left = sum(map(bool, todo))
@@ -279,13 +285,14 @@ def _windows(llama: Llama, file: Path, todo: "array[int]") -> Iterator[list[Job]
                 continue
         break
     if left:
-        raise ValueError(f"{file} was changed while it was read: start again when it is whole")
+        raise ValueError(f"{file} was changed while it was read: start again when it is complete")
     if window:
         yield window
 
 
 def batches(jobs: list[Job], batch_tokens: int, max_gen_len: int | None, args: ModelArgs) -> Iterator[list[Job]]:
-    """Batches of one kind, the longest prompts first, so that memory and the time left are known early."""
+    """Batches of prompts only or dialogs only. The longest come first, so that too little memory shows early and the
+    estimate of the time left is good."""
     answer = args.max_seq_len if max_gen_len is None else max_gen_len
     batch: list[Job] = []
     width = 0  # the longest prompt of the batch and its answer
@@ -310,7 +317,7 @@ def _digest(head: dict[str, Any]) -> int:
 
 
 def _encoded(answer: dict[str, Any]) -> bytes:
-    # Half a surrogate pair, which may stand in keys that nobody reads, becomes JSON's own escape.
+    # A lone surrogate, which may be in ignored keys of a message, becomes a JSON escape.
     return json.dumps(answer, ensure_ascii=False).encode(errors="backslashreplace")
 
 
@@ -326,7 +333,7 @@ def _append(out: Path, batch: list[Job], answers: list[tuple[str, str | None]]) 
 
 
 class Progress:
-    """One line on the terminal: prompts done, tokens a second, time left."""
+    """One line on the terminal: prompts done, tokens per second, time left."""
 
     def __init__(self, jobs: int, work: int):
         self.started = self.shown = time.perf_counter()

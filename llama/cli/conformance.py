@@ -23,20 +23,20 @@ log = logging.getLogger(__name__)
 
 
 @click.command(cls=Command)
-@click.option("--out", required=True, help="the new folder; it appears when it is complete")
+@click.option("--out", required=True, help="the new folder; it is created when it is complete")
 @click.option(
     "--prompts",
-    help="a file with further prompts, one a line. A position takes 0.5 MB for a model of 135M parameters, 4 MB for "
-    "one of 7B, in memory while its prompt is computed",
+    help="a file with additional prompts, one per line. While a prompt is computed, each of its positions needs 0.5 MB "
+    "of memory for a model of 135M parameters, 4 MB for one of 7B",
 )
 @model_options("max_batch_size", "seed", "quantize", "compile", "plain", "chat_format", dtype="float32", device="cpu")
 def export(out: str, prompts: str | None, **options: Any) -> None:
-    """Write what a model computes, step by step, for other implementations to compare with.
+    """Write a model's intermediate results, for other implementations to compare with.
 
     For a few short prompts: the embeddings, the inputs and outputs of the parts of each layer, the KV cache, logits and
     log-probabilities. Also rows of the RoPE table at far positions, and the ids of texts and dialogs.
-    docs/conformance.md has the layout. The layers are those of llama/model.py, as --plain runs them, on one rank.
-    --max_seq_len has room for the longest prompt and the 4 ids that the model adds to it.
+    docs/conformance.md describes the layout. The layers are those of llama/model.py, run as with --plain, on one rank.
+    --max_seq_len must hold the longest prompt and the 4 ids that the model adds to it.
     """
     check_safetensors()
     if (world_size := current_world().size) > 1:
@@ -55,7 +55,7 @@ def export(out: str, prompts: str | None, **options: Any) -> None:
 
 
 def _write_folder(model: Llama, texts: list[str], folder: Path) -> None:
-    """Write a kit into a temporary folder and rename that when it is complete."""
+    """Write a kit into a temporary folder, and rename it when it is complete."""
     encoded = encode_prompts(model, texts)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
@@ -83,14 +83,14 @@ def _write_folder(model: Llama, texts: list[str], folder: Path) -> None:
     '{quantity: {"error", "of_bound"}}, "not_compared": [quantities]}',
 )
 def compare(kit: str, other: str, json: bool) -> None:
-    """Compare the vectors of OTHER, another implementation, with those of KIT, and name the first that differ too much.
+    """Compare the vectors of OTHER, another implementation, with those of KIT.
 
-    If an error exceeds what rounding explains in the coarser dtype of the two sides, prints the first layer and
-    quantity where it does, in the order of computation, and exits with status 1. Otherwise prints a line that begins
-    with OK and has the largest error of each quantity, as a fraction of its largest magnitude and in percent of its
-    bound. What `other` lacks is listed.
+    If an error exceeds the bound for rounding in the coarser of the two dtypes, prints the first layer and quantity
+    that does, in the order of computation, and exits with status 1. Otherwise prints a line that begins with OK and has
+    the largest error of each quantity, as a fraction of its largest magnitude and in percent of its bound. Quantities
+    that OTHER lacks are listed.
 
-    KIT is a folder that `conformance export` wrote, OTHER one of the same layout, which may hold fewer quantities
+    KIT is a folder that `conformance export` wrote. OTHER is one of the same layout, which may have fewer quantities
     (docs/conformance.md).
     """
     check_safetensors()

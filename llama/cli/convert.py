@@ -1,4 +1,4 @@
-"""`llama convert`: other formats into Meta's layout, and back."""
+"""`llama convert`: convert other formats to Meta's layout, and back."""
 
 import click
 
@@ -15,7 +15,7 @@ from llama.options import DTYPES
     default="auto",
     show_default=True,
     type=click.Choice(["auto", *DTYPES]),
-    help="auto: each tensor as SRC stores it, bfloat16 for quantized ones; float32 holds all of them exactly",
+    help="auto: the dtype of each tensor in SRC, bfloat16 for quantized ones; float32 represents all of them exactly",
 )
 @click.option("--shards", type=int, default=1, show_default=True, help="number of files that hold the weights")
 @click.option(
@@ -25,10 +25,10 @@ from llama.options import DTYPES
     type=click.Choice(["meta", "hf"]),
     help="meta: consolidated.NN.pth and params.json; hf: safetensors and config.json",
 )
-@click.option("--force/--no_force", help="replace DST where it holds a converted model and nothing else")
+@click.option("--force/--no_force", help="replace DST if it contains a converted model and nothing else")
 def convert(src: str, dst: str, dtype: str, shards: int, to: str, force: bool) -> None:
     """Convert SRC (Meta's layout, Hugging Face's, a GGUF file, a .bin file of llama2.c) to the new folder DST.
 
-    The format of SRC is detected from its content. DST appears when all of it is written.
+    The format of SRC is detected from its content. DST is created when everything is written.
     """
     convert_folder(src, dst, dtype, shards, to, force)

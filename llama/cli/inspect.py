@@ -1,4 +1,4 @@
-"""`llama inspect`: a text token by token, with what the model expected at each position."""
+"""`llama inspect`: show a text token by token, with the model's predictions at each position."""
 
 import logging
 import os
@@ -33,27 +33,27 @@ NO_TEXT = 'no text to inspect: give one ("..."), or pipe one in'
     type=int,
     default=0,
     show_default=True,
-    help='tokens to add, each the most probable one, marked "+"; fewer if the model ends there',
+    help='tokens to generate after the text, each the most probable one, marked "+"; fewer if the model stops',
 )
 @click.option("--top", type=int, default=5, show_default=True, help="most probable ids to show at each position")
 @click.option("--json/--no_json", help="print one JSON object instead of the table")
-@click.option("--html", help="an HTML file to write, too: the text coloured by probability, each token's numbers")
+@click.option("--html", help="also write this HTML file: the text coloured by probability, and each token's numbers")
 @bos_option
 @model_options("max_batch_size", "seed", "chat_format")
 def inspect(
     text: str | None, generate: int, top: int, json: bool, html: str | None, bos: bool | None, **options: Any
 ) -> None:
-    """Show TEXT (or what comes through a pipe) token by token, with what the model expected at each position.
+    """Show TEXT (or text from a pipe) token by token, with the model's predictions at each position.
 
     A row has the token's position, id and piece; its log-probability (natural) and its probability in percent, given
     the tokens before it; its rank among all ids (1 is the most probable); the entropy of the distribution in nats; the
     most probable id after it ("next"); and the most probable ids at its position ("expected here"). The first token,
-    which is BOS in most models, has no numbers, because nothing comes before it.
+    which is BOS in most models, has no numbers, because no token comes before it.
 
     The JSON object is {"text": the given text, "tokens": [{"position", "id", "piece", "text", "generated", "logprob",
-    "percent", "rank", "entropy", "top": [{"id", "piece", "logprob", "percent"}], "next": an object like those of
-    "top"}], "next": a list like "top", for the position after the last token}. The tokens' "text", joined, is the given
-    text and the generated one. The first token's numbers are null, and its "top" is empty.
+    "percent", "rank", "entropy", "top": [{"id", "piece", "logprob", "percent"}], "next": an object as in "top"}],
+    "next": a list like "top", for the position after the last token}. The "text" of all tokens, joined, is the given
+    text followed by the generated one. The first token's numbers are null, and its "top" is empty.
     """
     _check_arguments(text, generate, top, bos, html)
     llama = Llama.build(**build_arguments(options), max_batch_size=1)
@@ -68,7 +68,7 @@ def inspect(
 
 
 def _check_arguments(text: str | None, generate: int, top: int, bos: bool | None, html: str | None) -> None:
-    """What can be checked before the model is loaded."""
+    """Raise for arguments that are wrong whatever the model is, before it is loaded."""
     if text == "" or (text is None and sys.stdin.isatty()):
         raise ValueError(NO_TEXT)
     check_int("generate", generate, 0)

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 # Lines ----------------------------------------------------------------------------------------------
 
-_ahead = b""  # keys pressed during an answer, where we had to read them to find Ctrl-C
+_ahead = b""  # keys typed during an answer, if they had to be read to find Ctrl-C
 
 
 def read_line(prompt: str) -> str | None:
-    """A line, edited where stdin is a terminal; None at the end of input."""
+    """A line from stdin, with line editing if stdin is a terminal; None at the end of input."""
     global _ahead
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
@@ -56,15 +56,15 @@ def _editor() -> "PromptSession[str]":
 
 def _without_control(keys: bytes) -> str:
     text = keys.decode(errors="ignore").replace("\r", "\n")
-    while "\x7f" in text:  # rubbed out
+    while "\x7f" in text:  # backspace
         text = re.sub(r"[^\n\x7f]?\x7f", "", text, count=1)
     return "".join(char for char in text if char == "\n" or char.isprintable())
 
 
 # Ctrl-C ---------------------------------------------------------------------------------------------
-# A terminal sends Ctrl-C as SIGINT to the programs in front. torchrun starts ranks in sessions of their own, so there
-# it reaches torchrun alone, which would end all of them: then Ctrl-C is made an ordinary key and looked for among what
-# was typed.
+# On Ctrl-C a terminal sends SIGINT to its foreground process group. torchrun starts each rank in a new session, so only
+# torchrun would get the signal, and it would end all ranks. In that case Ctrl-C is made an ordinary key and looked for
+# in the input.
 
 try:
     import termios
@@ -73,7 +73,7 @@ except ImportError:  # Windows
 
 
 def _owns_terminal() -> bool:
-    # The ranks of a host share theirs; one of them may change it.
+    # The ranks of a host share the terminal. Only one of them may change it.
     return termios is not None and is_main_rank() and sys.stdin.isatty()
 
 
@@ -83,14 +83,14 @@ def _sends_no_signals() -> bool:
         return False
     try:
         os.tcgetpgrp(sys.stdin.fileno())
-    except OSError:  # not the terminal of our session
+    except OSError:  # another session's terminal
         return True
     return False
 
 
 @contextlib.contextmanager
 def _terminal(change: Callable[[list[Any]], None]) -> Iterator[None]:
-    """Change the terminal's attributes for a while."""
+    """Change the terminal's attributes inside the block."""
     fd = sys.stdin.fileno()
     before, attributes = termios.tcgetattr(fd), termios.tcgetattr(fd)
     change(attributes)
@@ -106,8 +106,8 @@ def _no_interrupt_key(attributes: list[Any]) -> None:
 
 
 def _no_echo(attributes: list[Any]) -> None:
-    attributes[3] &= ~termios.ECHO  # what is typed meanwhile shows at the next prompt
-    attributes[3] |= termios.NOFLSH  # or Ctrl-C would discard what has been written and is not on the screen yet
+    attributes[3] &= ~termios.ECHO  # keys typed now are shown at the next prompt
+    attributes[3] |= termios.NOFLSH  # or Ctrl-C would discard output that is not on the screen yet
 
 
 def _key_by_key(attributes: list[Any]) -> None:
@@ -116,8 +116,8 @@ def _key_by_key(attributes: list[Any]) -> None:
 
 @contextlib.contextmanager
 def session() -> Iterator[None]:
-    """Around a dialog at the terminal: Ctrl-C must not end it, and when torchrun ends the ranks because one has died,
-    the terminal is left as it was."""
+    """Inside the block Ctrl-C does not end the chat. The terminal is restored at the end, also if torchrun ends the
+    ranks because one has died."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if _owns_terminal() else None
     try:
         with _terminal(_no_interrupt_key) if _sends_no_signals() else contextlib.nullcontext():
@@ -129,8 +129,11 @@ def session() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Around an answer: gives a function that tells whether Ctrl-C has been pressed. Pressed twice it raises
-    KeyboardInterrupt, where signals arrive: the model may be in the middle of a long step."""
+    """For the time of an answer: yields a function that returns whether Ctrl-C was pressed.
+
+    The second Ctrl-C raises KeyboardInterrupt, for the case that the model is in a long step. This works only if Ctrl-C
+    arrives as a signal.
+    """
     pressed = False
 
     def signalled(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""`llama lm_eval`: the command line of EleutherAI's lm-evaluation-harness, with this runner's models."""
+"""`llama lm_eval`: the command line of EleutherAI's lm-evaluation-harness, with `meta_llama` as a model."""
 
 import io
 import sys
@@ -16,10 +16,10 @@ from llama.parallel.groups import broadcast_object, current_world, is_main_rank
 )
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 def lm_eval(args: tuple[str, ...]) -> None:
-    """Run tasks of lm-evaluation-harness (extra "eval"): its own flags, with `meta_llama` as the default --model.
+    """Run lm-evaluation-harness (extra "eval") with its own flags. The default --model is `meta_llama`.
 
-    Under torchrun rank 0 runs the harness. The other ranks read the command line until the model is built, then compute
-    what rank 0 broadcasts.
+    Under torchrun rank 0 runs the harness. The other ranks follow the same command line until the model is built, then
+    compute what rank 0 broadcasts.
     """
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -35,7 +35,7 @@ def lm_eval(args: tuple[str, ...]) -> None:
     if is_main_rank():
         cli_evaluate()
         if DistributedMetaLlama.is_built:
-            broadcast_object(None)  # ends the other ranks; after an error torchrun does
+            broadcast_object(None)  # ends the other ranks; after an error torchrun ends them
         return
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

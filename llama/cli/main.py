@@ -1,4 +1,4 @@
-"""The command `llama` (or `python -m llama`)."""
+"""The command `llama`, also run as `python -m llama`."""
 
 from llama.cli.bench import bench
 from llama.cli.chat import chat

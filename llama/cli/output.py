@@ -1,4 +1,4 @@
-"""What commands print to stdout: texts as they are generated, rows in order."""
+"""Output of commands to stdout: streamed texts, with rows in order."""
 
 import sys
 from collections.abc import Iterable
@@ -10,11 +10,13 @@ from llama.parallel.groups import all_gather_object, is_main_rank
 
 
 def show(pieces: Iterable[TextPiece], heads: list[str], tail: str) -> None:
-    """Print rows one below the other, each behind its head and followed by its tail: on a terminal the first unfinished
-    row as it comes, elsewhere each when it is whole."""
+    """Print rows in order, each after its head and followed by `tail`.
+
+    On a terminal the first unfinished row is printed piece by piece; elsewhere each row when it is complete.
+    """
     if not is_main_rank():
         for _ in pieces:
-            all_gather_object(None)  # rank 0 may wait for its terminal
+            all_gather_object(None)  # wait for rank 0, whose terminal may block
         return
     live = sys.stdout.isatty()
     waiting, done, row = [""] * len(heads), [False] * len(heads), 0

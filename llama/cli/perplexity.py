@@ -1,4 +1,4 @@
-"""`llama perplexity`: how well the model predicts text files."""
+"""`llama perplexity`: perplexity of text files."""
 
 from json import dumps
 from typing import Any
@@ -21,8 +21,8 @@ HEADERS = ("perplexity", "word", "byte", "bits/byte")  # of the last four keys o
 @click.option(
     "--stride",
     type=int,
-    help="new tokens that each window of max_seq_len tokens scores; default: all of them, the fastest. With half of "
-    "them, every token has at least that half as context",
+    help="tokens that each window of max_seq_len tokens scores for the first time; default: all of them, the fastest. "
+    "With max_seq_len / 2, every token has at least that many tokens of context",
 )
 @bos_option
 @click.option("--json/--no_json", help="print an object for each file instead of the table")
@@ -30,13 +30,13 @@ HEADERS = ("perplexity", "word", "byte", "bits/byte")  # of the last four keys o
 def perplexity(files: tuple[str, ...], stride: int | None, bos: bool | None, json: bool, **options: Any) -> None:
     """Score UTF-8 text FILES of any length, each by itself: perplexity per token, word and byte, and bits per byte.
 
-    Without BOS the first token is not scored. The JSON object's keys are file, tokens (the number scored), nll (their
-    negative log-likelihood in nats, summed), perplexity, word_perplexity, byte_perplexity, bits_per_byte.
+    Without BOS the first token is not scored. The keys of a JSON object are file, tokens (the number scored), nll (the
+    sum of their negative log-likelihoods in nats), perplexity, word_perplexity, byte_perplexity and bits_per_byte.
     --max_batch_size is the number of windows computed at a time.
     """
     check_bos(bos)
     check_stride(stride, options["max_seq_len"])
-    # Read before the model is loaded, on the host of rank 0, which has the files.
+    # Read on rank 0 only, whose host has the files, and before the model is loaded.
     texts = [read_text(as_path(file)) for file in files] if is_main_rank() else []
     llama = Llama.build(**build_arguments(options))
     _score_files(llama, list(files), broadcast_object(texts), stride, bos, json)
@@ -46,11 +46,11 @@ def perplexity(files: tuple[str, ...], stride: int | None, bos: bool | None, jso
 def _score_files(
     llama: Llama, files: list[str], texts: list[str], stride: int | None, bos: bool | None, json: bool
 ) -> None:
-    """Print each file's figures as soon as they are computed."""
+    """Print each file's results as soon as they are computed."""
     encoded = [llama.tokenizer.encode(text, bos=False, eos=False) for text in texts]
     for file, ids in zip(files, encoded, strict=True):
         if len(with_bos(llama.tokenizer, ids, bos)) < 2:
-            raise ValueError(f"{file} is one token, with no token before it to predict it from: give --bos True")
+            raise ValueError(f"{file} has one token, and no token before it to predict it from: give --bos True")
     width = max(len(in_one_line(file)) for file in files)
     if is_main_rank() and not json:
         print("  ".join([f"{'file':<{width}}", f"{'tokens':>9}", *(f"{header:>10}" for header in HEADERS)]))

@@ -1,4 +1,4 @@
-"""`llama plan`: what a model takes in memory, before anything is loaded."""
+"""`llama plan`: the memory that a model needs, without loading it."""
 
 import re
 from decimal import Decimal
@@ -21,8 +21,8 @@ UNITS = (
     | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
 )
 LEFT_OUT = (
-    "Prefill is the peak of computing full prompts on a {device}. Not in it: the interpreter and torch themselves, "
-    "logits of other positions than the last (scoring), and freed memory that the allocator keeps."
+    "Prefill is the peak of computing full prompts on a {device}. Not included: the interpreter and torch themselves, "
+    "logits of positions other than the last (scoring), and freed memory that the allocator keeps."
 )
 
 
@@ -34,26 +34,26 @@ LEFT_OUT = (
     max_seq_len=2048,
     max_batch_size=1,
 )
-@click.option("--ranks", type=int, help="this number of ranks only")
-@click.option("--dtype", type=click.Choice(DTYPES), help="this dtype only")
+@click.option("--ranks", type=int, help="only this number of ranks")
+@click.option("--dtype", type=click.Choice(DTYPES), help="only this dtype")
 @click.option(
     "--quantize",
     type=click.Choice(SCHEMES),
-    help="this scheme only, with --dtype (bfloat16 unless it is given) for the cache and what is not quantized",
+    help="only this scheme, with --dtype (default: bfloat16) for the cache and the weights that are not quantized",
 )
 @click.option(
     "--memory",
-    help='what each rank has, "12GB" or "12GiB": shows what fits, and the largest context (for one row) and batch (of '
-    "max_seq_len positions) that fit",
+    help='memory of each rank, "12GB" or "12GiB": also show what fits, the largest context for one row, and the '
+    "largest batch with max_seq_len positions",
 )
-@click.option("--vocab_size", type=int, help="where params.json does not say it (-1)")
-@click.option("--json/--no_json", help="print one object, with bytes, instead of tables")
+@click.option("--vocab_size", type=int, help="needed if params.json does not have it (-1)")
+@click.option("--json/--no_json", help="print one object instead of tables, with sizes in bytes")
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="what prompts are computed on",
+    help="device that computes the prompts",
 )
 def plan(
     path: str,
@@ -67,10 +67,10 @@ def plan(
     json: bool,
     device: str,
 ) -> None:
-    """Print what the model in PATH takes in memory, at each number of ranks that it can be divided over.
+    """Print the memory that the model in PATH needs, for each number of ranks that it can be split over.
 
     PATH is a checkpoint folder, or a params.json alone. No weights are read. The KV cache has --max_batch_size rows of
-    --max_seq_len positions, which prompts fill.
+    --max_seq_len positions, and the sizes are for prompts that fill it.
     """
     for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
         check_int(name, value, 1)
@@ -128,7 +128,7 @@ def _print_tables(
     print_table([["component", "parameters"], *([name, f"{count:,}"] for name, count in counts.items())])
     print()
     filled = f"{args.max_batch_size} row{'s' * (args.max_batch_size > 1)} of {args.max_seq_len:,} positions"
-    print(f"Each rank takes, in MiB, with a KV cache for {filled}, filled by prompts:")
+    print(f"Memory of each rank in MiB, with a KV cache for {filled}, filled by prompts:")
     print()
     columns = {"weights": "weights", "cache": "cache", "rope": "RoPE", "prefill": "prefill", "total": "total"}
     head = ["dtype", "ranks", *columns.values()]

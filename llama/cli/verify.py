@@ -1,4 +1,4 @@
-"""`llama verify`: check a checkpoint folder without loading a model."""
+"""`llama verify`: check a checkpoint folder without loading the model."""
 
 import sys
 
@@ -15,10 +15,10 @@ from llama.files import as_path
 @click.command(cls=Command)
 @click.argument("ckpt_dir")
 def verify(ckpt_dir: str) -> None:
-    """Check CKPT_DIR, a folder of consolidated.NN.pth shards, against its checklists, itself and params.json.
+    """Check that the consolidated.NN.pth shards in CKPT_DIR match its checklists, its params.json and each other.
 
-    No model is loaded. Prints a line for each fault and ends with exit status 1 if there is any, otherwise a line with
-    what was checked. Lines that begin with "note:" are not faults.
+    No model is loaded. Prints a line for each fault and exits with status 1 if there are any; otherwise prints one line
+    that lists what was checked. Lines that begin with "note:" are not faults.
     """
     folder = as_path(ckpt_dir)
     if not folder.is_dir():

@@ -200,7 +200,7 @@ def test_weights_that_do_not_fit_are_counted(
     shapes = tensor_shapes(ModelArgs(**params))  # type: ignore[arg-type]  # all ints
     torch.save({key: torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "consolidated.00.pth")
     (tmp_path / "tokenizer.model").write_bytes((checkpoint("mha") / "tokenizer.model").read_bytes())
-    for scheme, shown in (("int4", "int4 but for 3 whose width does not allow it"), ("int8", "int8")):
+    for scheme, shown in (("int4", "int4 except 3 whose width does not allow it"), ("int8", "int8")):
         Llama.build(tmp_path, max_seq_len=16, max_batch_size=1, quantize=scheme).close()
         assert f", weights in {shown} on cpu" in capfd.readouterr().err
 

@@ -295,12 +295,12 @@ def test_no_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "expected"),
     [
-        ({"max_seq_len": 0}, ValueError, "max_seq_len is 0, expected a whole number from 1"),
+        ({"max_seq_len": 0}, ValueError, "max_seq_len is 0, expected an integer from 1"),
         ({"max_batch_size": -1}, ValueError, "max_batch_size is -1, expected"),
-        ({"max_batch_size": 1.5}, TypeError, "max_batch_size is 1.5, expected a whole number"),
-        ({"max_batch_size": True}, TypeError, "max_batch_size is True, expected a whole number"),
-        ({"seed": "x"}, TypeError, "seed is 'x', expected a whole number"),
-        ({"seed": -1}, ValueError, "seed is -1, expected a whole number from 0"),
+        ({"max_batch_size": 1.5}, TypeError, "max_batch_size is 1.5, expected an integer"),
+        ({"max_batch_size": True}, TypeError, "max_batch_size is True, expected an integer"),
+        ({"seed": "x"}, TypeError, "seed is 'x', expected an integer"),
+        ({"seed": -1}, ValueError, "seed is -1, expected an integer from 0"),
         ({"ckpt_dir": True}, TypeError, "ckpt_dir is True, expected a path"),
         ({"device": "xpu"}, ValueError, "device 'xpu': expected auto, cpu, cuda, cuda:N or mps"),
         ({"chat_format": "alpaca"}, ValueError, "chat format 'alpaca': expected llama2, llama3, chatml"),

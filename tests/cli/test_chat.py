@@ -39,7 +39,7 @@ CTRL_C, CTRL_D, LEFT, UP, BACKSPACE = "\x03", "\x04", "\x1b[D", "\x1b[A", "\x7f"
 # A prompt, as the line editor draws it, follows a dim note: every typed line causes one. A model cannot write the
 # escape sequences.
 ESCAPES = r"(?:\x1b\[[?\d;]*[A-Za-z])*"
-EMPTY = rf"\r\n{ESCAPES}>\x08\x1b\[2C{ESCAPES}\x1b\[\?25h"  # the next prompt after an empty or cancelled line, without a note
+EMPTY = rf"\r\n{ESCAPES}>\x08\x1b\[2C{ESCAPES}\x1b\[\?25h"  # after an empty or cancelled line
 PROMPT = rf"\x1b\[0m{EMPTY}"
 ANSWERING = rf"(?:Hello|The licence){ESCAPES}\r+\n{ESCAPES}[^\x1b]{{20}}"  # the line, and 20 characters of its answer
 STATUS = (
@@ -378,7 +378,8 @@ def test_a_full_context_drops_the_oldest_turns(open_chat: Callable[..., Terminal
         assert match and int(match["used"]) <= int(match["limit"]) == 96
         for line in others:
             dropped = re.fullmatch(
-                r"\[the context is full: the (?:oldest turn|(\d+) oldest turns) fell out of the dialog\]", line
+                r"\[the context is full: the (?:oldest turn was|(\d+) oldest turns were) dropped from the dialog\]",
+                line,
             )
             assert dropped and dropped[1] != "1"
             fell += int(dropped[1] or 1)

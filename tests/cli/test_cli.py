@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 
 from llama import Llama
 from llama.cli import main as cli
@@ -44,7 +45,7 @@ def fails(reason: BaseException) -> click.Command:
         (["--count", "3"], "Missing argument 'SOURCE'."),
         (["-cuont", "3", "x"], "unknown flag --cuont"),
         (["x", "--count", "three"], "Invalid value for '[COUNT]': 'three' is not a valid integer."),
-        (["a", "1", "b", "c"], "2 words too many ('b'); expected [source] [count]"),
+        (["a", "1", "b", "c"], "unexpected 'b' after the last argument; expected [source] [count]"),
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
@@ -80,6 +81,9 @@ def test_arguments_without_flags_are_assigned_in_order(args: list[str], monkeypa
         (["--no-compile"], False),
         (["--no_compile", "--quiet"], False),
         (["--nocompile"], False),
+        (["--compile=false"], False),
+        (["--no_compile", "False"], True),
+        (["--no_compile", "--compile", "auto"], None),
     ],
 )
 def test_switches(args: list[str], expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +99,48 @@ def test_switches(args: list[str], expected: object, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", ["program", *args])
     run(switched)
     assert seen == [(expected, "--quiet" in args)]
+
+
+@pytest.mark.parametrize("word", ["--quiet=yes", "--quiet=", "--quiet=auto", "--once=0"])
+def test_a_switch_with_another_value(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command(cls=Command)
+    @click.option("--quiet/--loud")
+    @click.option("--once", is_flag=True)
+    def switched(quiet: bool, once: bool) -> None:
+        raise AssertionError("ran")
+
+    monkeypatch.setattr(sys, "argv", ["program", word])
+    with pytest.raises(SystemExit) as ended:
+        run(switched)
+    flag, value = word.split("=")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {flag} is {value!r}, expected True or False\n"
+
+
+def test_a_switch_without_an_opposite_may_be_false(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command(cls=Command)
+    @click.option("--no_cache", is_flag=True)
+    def switched(no_cache: bool) -> None:
+        print(no_cache)
+
+    for words, expected in ((["--no_cache"], "True\n"), (["--no_cache", "False"], "False\n")):
+        monkeypatch.setattr(sys, "argv", ["program", *words])
+        run(switched)
+        assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("llama pl", "plan"), ("llama convert --sh", "--shards"), ("llama complete --dtype bf", "bfloat16")],
+)
+def test_a_shell_completes_unfinished_lines(line: str, expected: str) -> None:
+    words = line.split()
+    found = ShellComplete(cli.app, {}, "llama", "_LLAMA_COMPLETE").get_completions(words[1:-1], words[-1])
+    assert expected in [item.value for item in found]
 
 
 def test_every_command_compiles_by_default() -> None:
@@ -210,7 +256,11 @@ def texts(text: str, stop: list[str] | None, count: int, go_on: bool) -> None:
         (["--stop", "\\n", "--stop", "b"], ("none", ["\n", "b"], 1, False)),
         (["--stop", '["a", "\\n"]'], ("none", ["a", "\n"], 1, False)),
         (["--stop", "[1]"], ("none", ["[1]"], 1, False)),
+        (["--stop", 'a", "b'], ("none", ['a", "b'], 1, False)),
         (["--count", "2", "--count", "3"], ("none", None, 3, False)),
+        (["--text", "a", "--text", "b"], ("b", None, 1, False)),
+        (["--go_on", "auto"], ("auto", None, 1, True)),
+        (["--count", "2", "--", "--foo"], ("--foo", None, 2, False)),
     ],
 )
 def test_texts_arrive_as_they_were_written(

@@ -32,7 +32,7 @@ from llama.cli.complete import (
     _head,
     _lock,
     _read_todo,
-    _strike_off,
+    _remove_answered,
     batches,
 )
 from llama.console import visible
@@ -279,7 +279,8 @@ def test_a_bad_line_is_reported_before_anything_is_generated(
     ended = complete("--file", str(file), "--out", str(out), "--max_seq_len", "128")
     assert ended.status == 1 and not out.exists()
     assert re.fullmatch(
-        rf"llama: .*\nerror: prompts.jsonl, line 3: {message}: mend the file, or --keep_going skips them\n", ended.err
+        rf"llama: .*\nerror: prompts.jsonl, line 3: {message}: fix the file, or skip such lines with --keep_going\n",
+        ended.err,
     )
 
 
@@ -291,7 +292,7 @@ def test_keep_going_skips_the_bad_lines_and_no_others(
     args = ["--file", str(file), "--out", str(out), "--max_seq_len", "128", *FLAGS]
     ended = complete(*args)
     assert ended.status == 1 and not out.exists()
-    assert f"; {len(BAD) - 1} more lines are bad: mend the file" in ended.err
+    assert f"; {len(BAD) - 1} more lines are bad: fix the file" in ended.err
     for _ in range(2):  # the second run has nothing left to do
         ended = complete(*args, "--keep_going")
         assert ended.status == 0, ended.err
@@ -312,7 +313,7 @@ def test_an_empty_prompt_is_an_error_without_bos(build: Callable[..., Llama], tm
     file.write_text('\n{"prompt": ""}')
     assert _read_todo(llama, file, False, array("Q")) == (1, 1 + WORK_OF_AN_ANSWER)
     llama.tokenizer.adds_bos = False
-    with pytest.raises(ValueError, match=r"prompts.jsonl, line 2: the prompt is empty, and the model needs something"):
+    with pytest.raises(ValueError, match=r"prompts.jsonl, line 2: the prompt is empty: the model needs a text"):
         _read_todo(llama, file, False, array("Q"))
 
 
@@ -396,7 +397,7 @@ def test_a_run_killed_repeatedly_answers_each_line_once(
                 os.truncate(out, out.stat().st_size - rng.randint(1, 30))
     assert status == 0, log.read_text()
     assert deaths >= 5
-    assert re.search(rf"^{re.escape(str(out))}: \d+ of 60 answers are there already$", log.read_text(), re.M)
+    assert re.search(rf"^{re.escape(str(out))} already has \d+ of 60 answers$", log.read_text(), re.M)
     answers = read_answers(out)
     assert answers.keys() == entries.keys()
     assert answers == read_answers(whole)
@@ -416,7 +417,7 @@ def struck_off(out: Path) -> set[int]:
     file = out.with_name("entries.jsonl")
     file.write_text("".join(json.dumps(entry) + "\n" for entry in ENTRIES))
     todo = array("Q", [0, *(_digest(_head(job)) for job in jobs_of(ENTRIES).values())])
-    done = _strike_off(out, file, todo)
+    done = _remove_answered(out, file, todo)
     found = {number for number, digest in enumerate(todo) if number and not digest}
     assert done == len(found)
     return found
@@ -489,7 +490,7 @@ def test_an_out_file_of_other_prompts_is_refused_in_one_line(
     ended = complete(*args)
     assert ended.status == 1 and out.read_bytes() == before
     assert ended.err.splitlines()[1:] == [
-        f"error: {out}, line 1, is no answer to a line of the file: name another --out, or remove it"
+        f"error: {out}, line 1, does not answer a line of the file: name another --out, or remove it"
     ]
 
 
@@ -533,7 +534,7 @@ def test_two_ranks_answer_each_line_once(
     assert not done.stdout
     assert read_answers(out) == read_answers(whole)
     assert read_answers(out).keys() == {number for number, entry in entries.items() if entry != "bad"}
-    assert done.stderr.count(f"{out}: 2 of 13 answers are there already\n") == 1
+    assert done.stderr.count(f"{out} already has 2 of 13 answers\n") == 1
     assert done.stderr.count(f"{out}: 11 answers in ") == 1
     assert done.stderr.count("skipped ") == 1
 

@@ -543,7 +543,7 @@ def test_a_file_of_prompts_is_not_held_in_memory(
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     assert "skipped prompts.jsonl, line 6001: longer than 4,194,304 characters" in done.stderr
-    assert f"{out}: {lines - 3} of {lines} answers are there already" in done.stderr
+    assert f"{out} already has {lines - 3} of {lines} answers" in done.stderr
     answered = [json.loads(line)["line"] for line in out.read_text().splitlines()]
     assert len(answered) == lines and set(answered[-3:]) == left
     grown = int(done.stdout) / 1e6
@@ -579,13 +579,13 @@ def test_a_file_that_changes_while_it_is_read_is_reported(
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     text = "".join(json.dumps({"prompt": word}) + "\n" for word in ("one", "two", "three"))
     file.write_text(text)
-    strike_off = complete._strike_off
+    strike_off = complete._remove_answered
 
     def and_change(*args: Any) -> int:
         file.write_text(change(text))
         return strike_off(*args)
 
-    monkeypatch.setattr("llama.cli.complete._strike_off", and_change)
+    monkeypatch.setattr("llama.cli.complete._remove_answered", and_change)
     ended = command("complete", "--file", str(file), "--out", str(out))
     assert ended.status == 1 and f"error: {file} was changed while it was read" in ended.err
 
@@ -604,7 +604,8 @@ def test_a_file_has_limits(command: Callable[..., Ended], tmp_path: Path, monkey
     monkeypatch.setattr("llama.cli.complete.LINES_LIMIT", 3)
     file.write_text("\n" * 4)
     assert f"error: {file} has more than 3 lines: divide it" in command("complete", *args).err
-    assert "is no regular file: it is read twice" in command("complete", "--file", "/dev/null", *args[2:]).err
+    ended = command("complete", "--file", "/dev/null", *args[2:])
+    assert "is not a regular file, and it must be read twice" in ended.err
 
 
 def test_texts_taken_whole_have_a_limit(

@@ -114,10 +114,10 @@ NO_TEXT = r'no text to inspect: give one \("..."\), or pipe one in'
     [
         ([], NO_TEXT),
         ([""], NO_TEXT),
-        (["text", "--top", "0"], "top is 0, expected a whole number from 1"),
-        (["text", "--top", "2.5"], "top is 2.5, expected a whole number"),
-        (["text", "--generate", "-1"], "generate is -1, expected a whole number from 0"),
-        (["text", "--bos", "maybe"], "bos is 'maybe', expected True or False"),
+        (["text", "--top", "0"], "top is 0, expected an integer from 1"),
+        (["text", "--top", "2.5"], "Invalid value for '--top': '2.5' is not a valid integer."),
+        (["text", "--generate", "-1"], "generate is -1, expected an integer from 0"),
+        (["text", "--bos", "maybe"], "Invalid value for '--bos': 'maybe' is not one of 'true', 'false'."),
         (["text", "--html", "{tmp}"], "--html {tmp} is a folder: name a file"),
         (["text", "--html", "{tmp}/no/report.html"], "--html {tmp}/no/report.html: there is no folder {tmp}/no"),
     ],
@@ -127,7 +127,7 @@ def test_mistakes_found_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(Llama, "build", None)
     ended = inspect(*(word.replace("{tmp}", str(tmp_path)) for word in args), stdin=Keyboard())
-    assert ended.status == 1 and ended.out == ""
+    assert ended.status == (2 if message.startswith("Invalid value") else 1) and ended.out == ""
     assert re.fullmatch(rf"error: {message.replace('{tmp}', re.escape(str(tmp_path)))}\n", ended.err)
 
 

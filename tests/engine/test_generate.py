@@ -194,7 +194,7 @@ def test_a_seed_repeats_and_calls_without_one_continue_the_stream(build: Callabl
         ({"temperature": [0.5, 0.6]}, ValueError, "temperature has 2 values for 1 prompts: give one"),
         ({"temperature": [None]}, TypeError, "temperature is None, expected a number"),
         ({"top_p": ["0.5"]}, TypeError, "top_p is '0.5'"),
-        ({"top_k": 0}, ValueError, "top_k is 0, expected a whole number from 1"),
+        ({"top_k": 0}, ValueError, "top_k is 0, expected an integer from 1"),
         ({"top_k": [2.0]}, TypeError, "top_k is 2.0"),
         ({"repetition_penalty": 0}, ValueError, "repetition_penalty is 0, expected a number above 0"),
         ({"repetition_penalty": -1.0}, ValueError, "repetition_penalty is -1.0"),

@@ -92,7 +92,7 @@ def test_ids_and_top_out_of_range(build: Callable[..., Llama]) -> None:
         ([1] * 5, 5, "the text has 5 ids, but max_seq_len is 4"),
         ([512], 5, "holds id 512, outside the vocabulary of 512"),
         ([1], 513, "top is 513, but the vocabulary has 512 ids"),
-        ([1], 0, "top is 0, expected a whole number from 1"),
+        ([1], 0, "top is 0, expected an integer from 1"),
     ):
         with pytest.raises(ValueError, match=message):
             inspect_tokens(llama, ids, top)

@@ -343,7 +343,7 @@ def test_invalid_memory_sizes(text: str, tmp_path: Path) -> None:
     ("flags", "message"),
     [
         ({"ranks": 3}, r"3 ranks cannot share this model .* start 1, 2, 4, 8, 16, 32"),
-        ({"ranks": 0}, "ranks is 0, expected a whole number from 1"),
+        ({"ranks": 0}, "ranks is 0, expected an integer from 1"),
         ({"max_seq_len": 0}, "max_seq_len is 0, expected"),
         ({"max_batch_size": -2}, "max_batch_size is -2, expected"),
         ({"vocab_size": 0}, "vocab_size is 0, expected"),

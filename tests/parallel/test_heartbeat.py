@@ -201,7 +201,7 @@ def test_other_checkpoints_are_named(checkpoint: Callable[..., Path], tmp_path: 
     with (others["tokenizer"] / "tokenizer.model").open("ab") as file:
         file.write(b"\x7a\x00")  # an empty protobuf field, which parsers ignore
     others["files"] = checkpoint("mha", 4)
-    sums = r"[0-9a-f]{8}, rank 0 has [0-9a-f]{8}: these are their sums, give all hosts the same files"
+    sums = r"[0-9a-f]{8}, rank 0 has [0-9a-f]{8}: these are checksums: give all hosts the same files"
     expected = [
         rf"ValueError: rank 1 has consolidated\.01\.pth {sums}",
         r"ValueError: rank 1 has norm_eps 0\.0001, rank 0 has 1e-05: give all hosts the same params\.json",
@@ -237,7 +237,7 @@ def build_in_other_dtypes(folder: Path) -> list[str]:
 def test_hosts_that_compute_in_other_dtypes_are_named(checkpoint: Callable[..., Path]) -> None:
     for (answer,) in run_ranks(2, build_in_other_dtypes, checkpoint("mha")):
         assert answer == (
-            "ValueError: rank 1 has --dtype bfloat16, rank 0 has float32: name one that all hosts can compute in"
+            "ValueError: rank 1 has --dtype bfloat16, rank 0 has float32: name one that all hosts support"
         )
 
 
