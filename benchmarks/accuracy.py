@@ -3,11 +3,11 @@ llama.cpp's Q8_0 and Q4_0 of the same weights.
 
     python benchmarks/accuracy.py --ckpt_dir checkpoints/smollm2-135m-instruct
 
-Perplexity: of the complete text, in windows of 512 ids, as `python -m llama perplexity` computes it. Errors: of the
-logits at 256 positions of a model of the same shape with random weights (normal, deviation 0.02), compared to float32,
-in units of the logits' standard deviation. Why random weights: a published model's weights may have been quantized
-before (the demo model's matrices were, to 4 bits), which makes its perplexity look better. Needs '.[test]'; without
-llama-cpp-python its columns are missing. Takes ten minutes on two cores.
+Perplexity is that of the complete text, in windows of 512 ids, as `python -m llama perplexity` computes it. Errors are
+those of the logits at 256 positions of a model of the same shape with random weights (normal, deviation 0.02), compared
+to float32, in units of the logits' standard deviation. Random weights are used because a published model's weights may
+have been quantized before (the demo model's matrices were, to 4 bits), which makes its perplexity look better. Needs
+'.[test]'; without llama-cpp-python its rows are missing. Takes ten minutes on two cores.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def with_llama_cpp(folder: Path, kind: str, use: Callable[[Logits], float]) -> f
 
 
 def perplexity(logits: Logits, ids: list[int]) -> float:
-    """exp of the mean negative log-likelihood of all ids but the first."""
+    """exp of the mean negative log-likelihood of all ids except the first."""
     nll = 0.0
     for text in windows(ids, WINDOW, WINDOW):
         found = logits(list(text.ids[:-1]))[text.start - 1 :].double().log_softmax(dim=-1)
@@ -95,16 +95,16 @@ def main() -> None:
     parser.add_argument("--ckpt_dir", type=Path, default=Path("checkpoints/smollm2-135m-instruct"))
     parser.add_argument("--file", type=Path, default=TEXT)
     parser.add_argument("--out", help="JSON with every figure")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as temporary:
         model, random = Path(temporary) / "model", Path(temporary) / "random"
-        convert(asked.ckpt_dir, model, dtype="float32")
+        convert(args.ckpt_dir, model, dtype="float32")
         params = meta_folder(model)[0]
         write_random(random, find_tokenizer(model), params, "float32")
 
         llama = Ours("ours", model, "float32", 1, plain=True).llama
-        ids = llama.tokenizer.encode(asked.file.read_text("utf-8"), bos=llama.tokenizer.adds_bos, eos=False)
+        ids = llama.tokenizer.encode(args.file.read_text("utf-8"), bos=llama.tokenizer.adds_bos, eos=False)
         llama.close()
         perplexities = measure(model, lambda logits: perplexity(logits, ids))
 
@@ -113,10 +113,10 @@ def main() -> None:
         exact = llama.model(torch.tensor([drawn]), 0)[0].double()
         llama.close()
         errors = measure(random, lambda logits: error(logits(drawn), exact))
-    print(f"{len(ids):,} ids of {asked.file.name}\n\n{report(perplexities, errors)}")
-    if asked.out:
+    print(f"{len(ids):,} ids of {args.file.name}\n\n{report(perplexities, errors)}")
+    if args.out:
         found = {"ids": len(ids), "window": WINDOW, "perplexity": perplexities, "error": errors}
-        Path(asked.out).write_text(json.dumps(found, indent=1) + "\n")
+        Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Error budgets: the distance of each way of computing from a float64 forward of the same weights, with transformers
-and Meta's implementation for comparison. Writes docs/accuracy.md.
+"""Error budgets: how far the results of each way of computing are from a float64 forward of the same weights, with
+transformers and Meta's implementation for comparison. Writes docs/accuracy.md.
 
     python benchmarks/budgets.py --ckpt_dir checkpoints/smollm2-135m-instruct --out docs/accuracy.md
 
 The reference is the numpy forward of tests/helpers/plain.py, which shares no code with the package, on the weights as
 the files store them. A second route, transformers with its float32 parts replaced by float64 ones, must give the same
-logits to 1e-9, or nothing is written. (`benchmarks/accuracy.py` measures quantization only: on all of the text, on
-random weights, and for llama.cpp.) Needs '.[test]'. Takes a quarter of an hour on two cores.
+logits to 1e-9, or nothing is written. `benchmarks/accuracy.py` measures quantization only, but on all of the text, on
+random weights, and for llama.cpp. Needs '.[test]'. Takes a quarter of an hour on two cores.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: two threads, which do not spin while they wait.
+# Must be set before torch is imported: two threads, which do not spin while they wait.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ |= {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -84,7 +84,7 @@ class Reference:
 
     def __init__(self, ids: list[int], logits: torch.Tensor):
         self.ids, self.logits = ids, logits
-        # The id that follows each; after the last one, float64's most probable id.
+        # The id that follows each id; for the last one, float64's most probable id.
         self.following = torch.tensor([*ids[1:], int(logits[-1].argmax())])
         self.logprobs = logprobs(logits, self.following)
 
@@ -187,8 +187,8 @@ def theirs(folder: Path, hf: Path, case: Case) -> Iterator[Forward]:
 
 
 def measure(forward: Forward, texts: list[Reference]) -> Figures | None:
-    """The figures on rank 0. The other ranks take part in computing and return None."""
-    off: tuple[list[torch.Tensor], ...] = ([], [])  # differences of logits, in the prompts and in the steps
+    """The figures on rank 0. The other ranks compute their part and return None."""
+    off_logits: tuple[list[torch.Tensor], ...] = ([], [])  # differences of logits, in the prompts and in the steps
     off_scores: tuple[list[torch.Tensor], ...] = ([], [])
     nll, divergent = 0.0, list[int]()
     for text in texts:
@@ -203,11 +203,11 @@ def measure(forward: Forward, texts: list[Reference]) -> Figures | None:
         scores = logprobs(found, text.following)
         nll -= float(scores[: PROMPT - 1].sum())
         for part, where in enumerate((slice(0, PROMPT), slice(PROMPT, None))):
-            off[part].append((found[where] - text.logits[where]).abs().flatten())
+            off_logits[part].append((found[where] - text.logits[where]).abs().flatten())
             off_scores[part].append((scores[where] - text.logprobs[where]).abs())
     if not is_main_rank():
         return None
-    logit, score = ([torch.cat(parts) for parts in both] for both in (off, off_scores))
+    logit, score = ([torch.cat(parts) for parts in both] for both in (off_logits, off_scores))
     return Figures(
         worst_logit=[float(errors.max()) for errors in logit],
         median_logit=[float(errors.median()) for errors in logit],

@@ -5,10 +5,12 @@ Each of the others runs in its own process. If one crashes, the table names the 
     python benchmarks/compare.py --ckpt_dir checkpoints/smollm2-135m-instruct --out compare.json --plot compare.png
     python benchmarks/compare.py --random_1b --tokenizer ../shared/tokenizers/llama2.model
 
-First, all must produce the same greedy ids in float32. Then the implementations run each case in turn, once to warm up
-and `--rounds` times that count. All choose ids by argmax, ours in the engine (`stream`, `generate`). Each cell has the
-median, then the speed as a multiple of ours: median, lowest and highest of the rounds. Needs '.[test]' and
-llama-cpp-python; implementations that are not installed are left out. Run it on an otherwise idle machine.
+First, all must produce the same greedy ids in float32. Then, for each case, the implementations run one after the other
+in each round: one warm-up round, then `--rounds` measured ones. All choose ids by argmax, ours in the engine (`stream`,
+`generate`). Each cell has the median, then the speed as a multiple of ours: median, lowest and highest of the rounds.
+
+Needs '.[test]' and llama-cpp-python; implementations that are not installed are left out. Run it on an otherwise idle
+machine.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from statistics import median
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # nothing is fetched
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # nothing is downloaded
 
 import torch
 
@@ -89,8 +91,9 @@ class Case:
 
 
 def timed(case: Case, runs: Runs, rounds: int, once: Iterable[str] = ()) -> Case:
-    """Run all in turn, first one round to warm up, and record the seconds in `case`. once: names that run in the first
-    counted round only, without warm-up.
+    """Run all in each round, and record the seconds in `case`. The first round is a warm-up and is not recorded.
+
+    once: names that run in the first recorded round only, without warm-up.
 
     An implementation that fails is not run again.
     """
@@ -205,8 +208,8 @@ def measure_loading(folder: Path, rounds: int) -> list[Case]:
 
 
 def operations(args: ModelArgs, n: int) -> float:
-    """Floating-point operations of a prefill of n ids: two for each id and weight of a matrix, and for each element of
-    the keys and values that a query attends to; the output layer for the last position only."""
+    """Floating-point operations of a prefill of n ids: two for each id and weight of a matrix, and two for each element
+    of the keys and values that a query attends to. The output layer is computed for the last position only."""
     width = args.n_heads * args.head_dim
     weights = args.dim * (2 * width + 2 * args.kv_heads * args.head_dim + 3 * args.hidden_dim)
     return 2 * args.n_layers * (weights * n + width * n * (n + 1)) + 2 * args.dim * args.vocab_size
@@ -270,13 +273,13 @@ def processor() -> str:
     return platform.processor()
 
 
-def run(asked: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(THREADS)
-    rounds, steps = (2, 16) if asked.quick else (asked.rounds, 64)
+    rounds, steps = (2, 16) if options.quick else (options.rounds, 64)
     if rounds < 1:
         raise ValueError(f"--rounds is {rounds}, expected 1 or more")
-    if asked.gguf and (asked.random_1b or not asked.gguf.is_file()):
-        raise ValueError(f"--gguf {asked.gguf} is not a file, or --random_1b is given")
+    if options.gguf and (options.random_1b or not options.gguf.is_file()):
+        raise ValueError(f"--gguf {options.gguf} is not a file, or --random_1b is given")
     cases, left_out = list[Case](), list[str]()
 
     def skip(line: str) -> None:
@@ -285,19 +288,19 @@ def run(asked: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder, wide = Path(temporary) / "bfloat16", Path(temporary) / "float32"
-        if asked.random_1b:
-            if not asked.tokenizer.is_file():
-                raise ValueError(f"{asked.tokenizer} is not a file: name Llama 2's tokenizer.model with --tokenizer")
-            write_random(folder, asked.tokenizer, RANDOM_1B)
+        if options.random_1b:
+            if not options.tokenizer.is_file():
+                raise ValueError(f"{options.tokenizer} is not a file: name Llama 2's tokenizer.model with --tokenizer")
+            write_random(folder, options.tokenizer, RANDOM_1B)
         else:
-            convert(asked.ckpt_dir, folder, dtype="bfloat16")
-            convert(asked.gguf or asked.ckpt_dir, wide, dtype="float32")
+            convert(options.ckpt_dir, folder, dtype="bfloat16")
+            convert(options.gguf or options.ckpt_dir, wide, dtype="float32")
         args = ModelArgs(**meta_folder(folder)[0])
-        for kind in list(FILE_TYPES)[asked.random_1b :]:
-            batches = kind == "bfloat16" and not asked.random_1b
+        for kind in list(FILE_TYPES)[options.random_1b :]:
+            batches = kind == "bfloat16" and not options.random_1b
             place = wide if kind == "float32" else folder
             start = Case(f"start, {kind}", "s")  # becomes a row only if something fails before it is measured
-            sides = sides_of(kind, place, asked.gguf, ROWS if batches else 1, skip, start.fail)
+            sides = sides_of(kind, place, options.gguf, ROWS if batches else 1, skip, start.fail)
             ours_too = [side.name for side in sides[:1]] == ["ours"]
             if ours_too:
                 sides = check(sides, kind, args.vocab_size, start.fail)
@@ -306,26 +309,26 @@ def run(asked: argparse.Namespace) -> None:
             if ours_too:
                 cases += measure(kind, sides, args.vocab_size, steps, rounds)
                 if batches:
-                    cases += measure_batches(sides, args.vocab_size, steps, rounds, with_meta=not asked.quick)
+                    cases += measure_batches(sides, args.vocab_size, steps, rounds, with_meta=not options.quick)
             while sides:
                 sides.pop().close()
-            gc.collect()  # models of one kind are in memory at a time
+            gc.collect()  # only models of one kind are in memory at a time
         cases += measure_loading(folder, rounds)
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformers", "llama-models", "llama-cpp-python"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    model = "random weights, 1.1B" if asked.random_1b else asked.ckpt_dir.resolve().name
+    model = "random weights, 1.1B" if options.random_1b else options.ckpt_dir.resolve().name
     machine = {"cpu": processor(), "threads": THREADS, "versions": versions, "date": str(date.today())}
     title = f"{model}; {processor()}, {THREADS} threads; {date.today()}, {rounds} rounds"
     title += "\n" + ", ".join(map(" ".join, versions.items()))
     print(f"\n{title}\n\n{report(cases, args)}")
-    if asked.out:
+    if options.out:
         found = {"model": model, "machine": machine, "rounds": rounds, "steps": steps, "context": CONTEXT}
         found |= {"left_out": left_out, "cases": [asdict(case) for case in cases]}
-        Path(asked.out).write_text(json.dumps(found, indent=1) + "\n")
-    if asked.plot:
-        plot(cases, asked.plot, title)
+        Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
+    if options.plot:
+        plot(cases, options.plot, title)
 
 
 def main() -> None:

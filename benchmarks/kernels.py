@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py
 
-One row is a decode step, 512 a prompt. torchao's column is left out where it is not installed.
+One row is a decode step, 512 rows are a prompt. torchao's row is left out if torchao is not installed.
 """
 
 import time

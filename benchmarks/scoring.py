@@ -2,7 +2,7 @@
 
     python benchmarks/scoring.py --ckpt_dir checkpoints/smollm2-135m-instruct
 
-Both score the same requests with the same batch size, dtype and threads, in turn, after one round to warm up. Prints
+Both score the same requests with the same batch size, dtype and threads, alternately, after a warm-up round. Prints
 the medians of the rounds and their ratio. Needs '.[eval,convert]', transformers and accelerate, and an otherwise idle
 machine: other programs slow down threads that wait for each other.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # nothing is fetched; only one backend has progress bars
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # nothing is downloaded; only one backend has progress bars
 
 import lm_eval
 import torch
@@ -63,7 +63,7 @@ def rolling(lengths: list[int]) -> list[Instance]:
 
 
 def documents(tokens: int, longest: int) -> list[int]:
-    """Lengths of documents with `tokens` in sum: many short ones, few long ones."""
+    """Lengths of documents that have `tokens` tokens in total: many short ones, few long ones."""
     stream, found = random.Random(3), list[int]()
     while sum(found) < tokens:
         found.append(round(30 * (longest / 30) ** stream.random()))
@@ -97,31 +97,31 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=40, help="with four answers each")
     parser.add_argument("--tokens", type=int, default=8192, help="in the long texts, and in the documents")
     parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
+    args = parser.parse_args()
 
-    size, length = asked.batch_size, asked.max_seq_len
-    common: dict[str, Any] = {"device": asked.device, "dtype": asked.dtype, "batch_size": size}
-    choices = multiple_choice(asked.questions)
-    long = rolling([asked.tokens // 2] * 2)
-    pages = rolling(documents(asked.tokens, 3 * length // 2))
+    size, length = args.batch_size, args.max_seq_len
+    common: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "batch_size": size}
+    choices = multiple_choice(args.questions)
+    long = rolling([args.tokens // 2] * 2)
+    pages = rolling(documents(args.tokens, 3 * length // 2))
     cases = {
         "multiple choice": ("loglikelihood", choices),
         "rolling, long texts": ("loglikelihood_rolling", long),
         "rolling, documents": ("loglikelihood_rolling", pages),
     }
     with tempfile.TemporaryDirectory() as folder:
-        convert(asked.ckpt_dir, Path(folder) / "hf", to="hf")
+        convert(args.ckpt_dir, Path(folder) / "hf", to="hf")
         theirs = HFLM(str(Path(folder) / "hf"), max_length=length, **common)
-        ours = MetaLlama(ckpt_dir=asked.ckpt_dir, max_seq_len=length, **common)
-        lines = [compare(name, *case, ours, theirs, asked.rounds) for name, case in cases.items()]
+        ours = MetaLlama(ckpt_dir=args.ckpt_dir, max_seq_len=length, **common)
+        lines = [compare(name, *case, ours, theirs, args.rounds) for name, case in cases.items()]
 
     def tokens(requests: list[Instance]) -> str:
         counts = [len(ours.tok_encode(request.args[0])) for request in requests]
-        return f"{min(counts)} to {max(counts)} tokens, {sum(counts)} together"
+        return f"{min(counts)} to {max(counts)} tokens, {sum(counts)} in total"
 
     print(
-        f"\n{Path(asked.ckpt_dir).name}, {asked.dtype} on {asked.device}, batch size {size}, max_seq_len {length}, "
-        f"{asked.rounds} rounds\n{asked.questions} questions with 4 answers, contexts of {tokens(choices[::4])}\n"
+        f"\n{Path(args.ckpt_dir).name}, {args.dtype} on {args.device}, batch size {size}, max_seq_len {length}, "
+        f"{args.rounds} rounds\n{args.questions} questions with 4 answers, contexts of {tokens(choices[::4])}\n"
         f"{len(long)} long texts: {tokens(long)}; {len(pages)} documents: {tokens(pages)}\n"
         f"{processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}, "
         f"transformers {transformers.__version__}, lm-eval {lm_eval.__version__}\n\n"

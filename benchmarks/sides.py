@@ -33,7 +33,7 @@ from llama.params import ModelArgs
 
 CONTEXT = 1024  # max_seq_len of each side
 THREADS = os.cpu_count() or 1
-# How processes of peers start. A plain fork would lack the threads that torch believes it has.
+# How processes of peers start. After a fork, torch would rely on threads that do not exist in the new process.
 START_METHOD = "spawn"
 # llama.cpp's type of file for each kind of weights, and its number in llama.h.
 FILE_TYPES = {"float32": ("F32", 0), "bfloat16": ("BF16", 32), "int8": ("Q8_0", 7), "int4": ("Q4_0", 2)}
@@ -133,7 +133,7 @@ class Meta(Side):
             yield int(ids)
 
     def ragged(self, prompts: list[list[int]], new: int) -> list[list[int]]:
-        """As Meta's `generate`: from the end of the shortest prompt one position at a time, for all rows. A longer
+        """Like Meta's `generate`: from the end of the shortest prompt on, one position at a time for all rows. A longer
         prompt keeps its own id there."""
         lengths = [len(prompt) for prompt in prompts]
         ids = torch.full((len(prompts), max(lengths) + new), -1)
@@ -225,8 +225,8 @@ def meta_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def write_gguf(folder: Path, path: Path) -> None:
-    """Write a folder of one shard as GGUF, without a vocabulary. Matrices keep their dtype. No weight is permuted: both
-    formats rotate neighbouring pairs."""
+    """Write a folder of one shard as GGUF, without a vocabulary. Matrices keep their dtype. No weight is permuted, as
+    both formats rotate neighbouring pairs."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     params, weights = meta_folder(folder)
@@ -277,9 +277,9 @@ class PeerFailed(Exception):
 class Peer(Side):
     """A side in its own process, which runs and times it; calls and results go through a pipe.
 
-    make: creates the side there, and is pickled. Raises ImportError if the peer's package is not installed, and
-    PeerFailed where the peer fails, also from every method. After an exception it can be called again, after its
-    process has exited it cannot.
+    make: creates the side in that process; must be picklable. Raises ImportError if the peer's package is not
+    installed. The constructor and every method raise PeerFailed if the peer fails. After an exception the peer can be
+    called again, unless its process has exited.
     """
 
     def __init__(self, name: str, make: Callable[[], Side]):
@@ -292,7 +292,7 @@ class Peer(Side):
             self._process.start()
         except OSError as error:  # no memory for another process
             raise PeerFailed(_in_short(error)) from error
-        theirs.close()  # so that reading fails once the process has exited
+        theirs.close()  # so that reading fails when the process has exited
         try:
             if missing := self._receive():
                 raise ImportError(missing)
@@ -384,7 +384,7 @@ def _in_short(error: Exception) -> str:
 
 
 def in_meta_groups(folder: Path, dtype: str) -> Side:
-    """Meta's side, in a process without a model of ours: its layers need fairscale's groups while they exist."""
+    """Meta's side, in a process without a model of ours. Its layers need fairscale's groups, which are created here."""
     connect_ranks(current_world())
     init_process_groups(current_world(), torch.device("cpu"))
     return Meta(folder, dtype)

@@ -1,5 +1,5 @@
-"""The same model faster: fused layers, quantized weights, measured kernels, compiled decode steps.
+"""Faster computation of the same model: fused layers, quantized weights, measured kernels, compiled decode steps.
 
-Imports checkpoint and the rows below it. `llama.model` defines what is computed. Except for quantization nothing here
-changes results beyond rounding, and `executor` checks that the model is still the one that the rest was derived from.
+Imports `checkpoint` and the rows below it in ARCHITECTURE.md. `llama.model` defines what is computed. Except for
+quantization, nothing here changes results beyond rounding. `executor` notices when the user changes the model.
 """

@@ -1,4 +1,4 @@
-"""Compiled decode steps: whether this machine can compile one, and the step of CUDA (`native.py` has that of CPUs)."""
+"""Compiled decode steps: whether this machine can compile one, and the step for CUDA (`native.py` has the CPU's)."""
 
 import logging
 import time
@@ -16,9 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether decode steps are compiled; compiles native.c for a CPU. All ranks must call it and get the same answer.
+    """Whether to compile decode steps. For a CPU, also compiles native.c.
 
-    compile: as in `Llama.build`. Logs why not, where True cannot be followed or there is no C compiler.
+    All ranks must call this, and all get the same answer. compile: as in `Llama.build`. If it is True but this device
+    or dtype is not supported, or if native.c cannot be compiled, the reason is logged.
     """
     if device.type == "cuda":
         return compile is True
@@ -28,7 +29,7 @@ def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype) -
         log.info(f"llama: nothing is compiled on {device.type}: the decode step runs uncompiled")
         return False
     if dtype not in native.KINDS:
-        log.info("llama: float16 is not compiled on CPUs, bfloat16 and float32 are: the decode step runs uncompiled")
+        log.info("llama: float16 is not compiled on CPUs, only bfloat16 and float32: the decode step runs uncompiled")
         return False
     started, is_new, problem = time.perf_counter(), False, ""
     try:
@@ -38,12 +39,12 @@ def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype) -
     # All ranks or none: compiled and uncompiled steps would all_reduce different tensors.
     if problems := list(filter(None, all_gather_object(problem))):
         why = problem or f"another rank: {problems[0]}"
-        log.info(f"llama: {why}: the decode step runs uncompiled, which is slower (--no-compile leaves this line out)")
+        log.info(f"llama: {why}: the decode step runs uncompiled, which is slower (--no-compile hides this message)")
         return False
     if is_new:
-        log.info(f"llama: decode step compiled in {time.perf_counter() - started:.1f} s, kept in {cache_folder()}")
+        log.info(f"llama: decode step compiled in {time.perf_counter() - started:.1f} s, saved in {cache_folder()}")
     elif compile is True:
-        log.info(f"llama: decode step compiled earlier, taken from {cache_folder()}")
+        log.info(f"llama: decode step compiled earlier, loaded from {cache_folder()}")
     return True
 
 
@@ -51,7 +52,7 @@ class CudaGraphDecoder:
     """A decode step on CUDA: ids [bsz, 1] -> hidden states [bsz, 1, dim]. torch.compile's kernels are replayed as one
     CUDA graph, compiled once for each number of rows.
 
-    Shapes are static: attention runs over the whole cache with a mask, so that a growing text compiles nothing again.
+    Shapes are static: attention runs over the whole cache with a mask, so a longer text needs no new compilation.
     When debugging on a GPU, first check that TORCH_LOGS=cudagraphs reports no skipped graphs (the caches are written in
     place), and that ranks over NCCL replay in the same order.
     """

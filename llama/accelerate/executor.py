@@ -1,8 +1,8 @@
 """Computes a model's forwards faster than its modules do, with the same results.
 
-An `Executor` is derived from a model and holds no weights of its own. Before each forward it checks that modules,
-parameters and hooks are those it was derived from. If not, it is rebuilt, and layers that were changed run as their
-modules are written.
+An `Executor` is derived from a model and holds no weights of its own. It checks whether modules, parameters or hooks of
+the model have changed since, and then derives everything again. Layers that the user has changed run as modules,
+unfused.
 """
 
 import logging
@@ -24,7 +24,8 @@ from llama.parallel.layers import ColumnLinear
 
 log = logging.getLogger(__name__)
 
-# fp32 logits computed at a time when positions are scored. 64 MB: glibc seldom reuses aligned blocks of under 32 MB.
+# Number of fp32 logits computed at a time when positions are scored: 64 MB. glibc seldom reuses aligned blocks of less
+# than 32 MB.
 SCORING_CHUNK = 2**24
 # Positions of a prompt computed at a time, which bounds the memory of activations.
 PREFILL_CHUNK = 1024
@@ -35,17 +36,17 @@ Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Executor:
     """Computes forwards for the engine: `hidden` and `logits` as `Transformer` has them, on any model.
 
-    fused: merged matmuls where layers allow it. native: few rows by native.c, which must be compiled.
-    graph: decode steps on CUDA as a CUDA graph of torch.compile's kernels.
+    fused: use merged matmuls in layers that allow it. native: use native.c for few rows; it must be compiled.
+    graph: run decode steps on CUDA as a CUDA graph of torch.compile's kernels.
 
-    A model of another class, or with a forward or hooks of its own, is called as Meta's engine calls it:
+    A custom model (of another class, or with its own forward or hooks) is called as Meta's engine calls it:
     model(tokens, start_pos) -> logits. `hidden` then returns these logits, and `logits` leaves them unchanged.
     """
 
     def __init__(self, model: nn.Module, *, fused: bool = True, native: bool = False, graph: bool = False):
         self.model: Any = model
         self.fused, self.native, self.graph = fused, native, graph
-        self._own_passes = 0  # for a model that does not count its own
+        self._own_passes = 0  # for a custom model, which does not count its forwards
         self._snapshot: Snapshot | None = None
         self._decoder: NativeDecoder | CudaGraphDecoder | None = None
         self._has_logged_change = not fused
@@ -72,7 +73,7 @@ class Executor:
     # Derived from the model
 
     def refresh(self) -> None:
-        """Rebuild what is derived from the model if the model was changed."""
+        """Derive everything from the model again if it was changed."""
         if self._snapshot is None or not self._snapshot.is_current():
             self._rebuild()
 
@@ -84,7 +85,7 @@ class Executor:
         self._is_custom = (
             not isinstance(model, Transformer) or type(model).forward is not FORWARDS[Transformer] or is_hooked(model)
         )
-        # Whether all rows must be at one position: custom code gets start_pos, which is one int in Meta's code.
+        # Whether all rows must be at the same position: custom code expects start_pos to be one int, as in Meta's code.
         self.is_aligned = self._is_custom or patched or not all(map(_takes_row_positions, model.layers))
         if self._is_custom:
             self._decoder, self._output_sees_all = None, False
@@ -100,9 +101,7 @@ class Executor:
             changed = [i for i, layer in enumerate(fused) if layer is None]
             if changed and not self._has_logged_change and model.layers:
                 self._has_logged_change = True
-                log.info(
-                    f"llama: {_layer_names(changed)} changed: computed as the modules are written, which is slower"
-                )
+                log.info(f"llama: {_layer_names(changed)} changed: not fused, which is slower")
         self._is_unchanged = (
             not self._is_custom
             and all(layer is not None for _, layer in self._layers)
@@ -119,7 +118,7 @@ class Executor:
         return merge_linears([output], self.native)
 
     def _make_decoder(self, fused: Sequence[FusedLayer | None]) -> NativeDecoder | CudaGraphDecoder | None:
-        """What computes a decode step through all layers at once; None unless all are fused and of one shape."""
+        """Runs a decode step through all layers at once; None unless all layers are fused and of the same shape."""
         model = self.model
         layers = [layer for layer in fused if layer is not None]
         if not layers or len(layers) != len(fused) or not self._norm_is_fused or not (self.native or self.graph):
@@ -149,15 +148,15 @@ class Executor:
         *,
         refresh: bool = True,
     ) -> torch.Tensor:
-        """Hidden states before the output layer: ids [bsz, seqlen] -> [bsz, seqlen, dim], and fill the cache.
+        """Fill the cache and return the hidden states before the output layer: ids [bsz, seqlen] -> [bsz, seqlen, dim].
 
         start_pos: position of each row's first id, one int for all rows or an int64 tensor [bsz].
         ctx_len: positions from 0 that queries may attend to; larger than every position of `tokens`.
         first_row: the cache row of the first row of `tokens`.
-        refresh: check whether the model was changed, which takes a millisecond. Not needed between steps of a call
-            during which no user code runs. A model with changed layers is always checked.
-        Returns logits [bsz, seqlen, vocab] instead if the model is a custom one, or if its output layer is hooked or
-        replaced: such a layer is called on all positions.
+        refresh: check whether the model was changed, which takes a millisecond. Not needed if no user code has run
+            since the last step. A model with changed layers is always checked.
+        Returns logits [bsz, seqlen, vocab] instead for a custom model, and if the output layer is hooked or replaced,
+        as such a layer is called on all positions.
         """
         if refresh or not self._is_unchanged:
             self.refresh()
@@ -168,7 +167,7 @@ class Executor:
 
     def _call_model(self, tokens: torch.Tensor, start_pos: int | torch.Tensor, first_row: int) -> torch.Tensor:
         if not isinstance(start_pos, int) or first_row:
-            raise RuntimeError("this model takes rows at one position: run prompts of one length, or one at a time")
+            raise RuntimeError("this model needs all rows at one position: run prompts of one length, or one at a time")
         self._own_passes += 1
         logits: torch.Tensor = self.model(tokens, start_pos)
         return logits.float()
@@ -208,12 +207,12 @@ class Executor:
                 cache.first_row = 0
 
     def _snapshot_caches(self) -> Iterable[KVCache]:
-        assert self._snapshot is not None  # made by `_rebuild`
+        assert self._snapshot is not None  # set by `_rebuild`
         return [attention.cache for attention in self._snapshot.attentions]
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """What `hidden` returned, [.., dim] -> fp32 logits [.., vocab], the same on every rank."""
+        """Logits of the states that `hidden` returned: [.., dim] -> fp32 [.., vocab], the same on every rank."""
         if self._is_custom or self._output_sees_all:
             return states
         if self._output is None:
@@ -227,7 +226,7 @@ class Executor:
     def measured(self, h: torch.Tensor, targets: torch.Tensor, measure: Measure) -> torch.Tensor:
         """measure(logits, targets) -> [n, m] for hidden states [n, dim] and the ids that follow them [n].
 
-        Works in chunks of positions, so that the logits of all of them are never in memory together.
+        Works in chunks of positions, so that the logits of all positions are never in memory at once.
         """
         chunk = SCORING_CHUNK // self.model.params.vocab_size + 1
         parts = zip(h.split(chunk), targets.split(chunk), strict=True)

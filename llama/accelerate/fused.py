@@ -1,6 +1,6 @@
 """A transformer block with merged matmuls: one for queries, keys and values, one for the gate and up projections.
 
-A merged matrix needs no copy: `llama.model` allocates these weights one below the other in one storage.
+A merged matrix needs no copy, because `llama.model` allocates these weights as adjacent rows of one storage.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,11 +37,11 @@ def all_reduce(x: torch.Tensor) -> torch.Tensor:
 
 
 class Dense:
-    """x [.., k] -> [.., n] by a weight [n, k] in the model's dtype. is_native: few rows are multiplied by native.c."""
+    """x [.., k] -> [.., n] by a weight [n, k] in the model's dtype. is_native: use native.c for few rows."""
 
     def __init__(self, weight: torch.Tensor, is_native: bool):
         self.weight, self.is_native = weight, is_native and weight.dtype in native.KINDS
-        # native.c multiplies few rows, so only prompts need one of the measured kernels.
+        # With native.c for few rows, only prompts use a measured kernel.
         rows = (LARGEST_ROWS,) if self.is_native else MEASURED_ROWS
         self.kernels = {m: kernel(weight, m) for m in rows}
 
@@ -54,7 +54,7 @@ class Dense:
 
 
 def merge_weights(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """One matrix that views weights [n, k] adjacent in one storage; None where they are not adjacent."""
+    """A view of adjacent weights [n, k] of one storage as one matrix; None if they are not adjacent."""
     first = weights[0]
     address = first.data_ptr()
     for weight in weights:
@@ -73,7 +73,7 @@ def merge_weights(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 
 def merge_linears(layers: Sequence[nn.Module], is_native: bool) -> Linear | None:
-    """One matmul for layers with the same input; None where their weights are not parts of one matrix."""
+    """One matmul for layers with the same input; None if their weights are not parts of one matrix."""
     weights = [cast(torch.Tensor, layer.weight) for layer in layers]
     if not any(isinstance(weight, QuantizedWeight) for weight in weights):
         matrix = merge_weights(weights)
@@ -90,7 +90,7 @@ def merge_linears(layers: Sequence[nn.Module], is_native: bool) -> Linear | None
 
 
 def rms_norm(module: RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm by `vector_norm`, which for many rows on a CPU is several times as fast as `F.rms_norm`."""
+    """RMSNorm. For many rows on a CPU it uses `vector_norm`, which is several times as fast as `F.rms_norm`."""
     weight = module.weight
     if x.numel() <= 16 * x.shape[-1] or not x.is_cpu:
         return F.rms_norm(x, weight.shape, weight, module.eps)
@@ -129,7 +129,7 @@ class Positions:
 def causal_mask(seqlen: int, ctx_len: int, device: torch.device) -> torch.Tensor:
     """Which of `ctx_len` positions each of the last `seqlen` may attend to: bool [seqlen, ctx_len].
 
-    On CUDA it is torch's `causal_lower_right`, as a mask of values would rule out the flash kernel.
+    On CUDA it is torch's `causal_lower_right`, as the flash kernel does not accept a mask of values.
     """
     if device.type == "cuda":
         from torch.nn.attention.bias import causal_lower_right  # imports all of torch's compiler
@@ -139,7 +139,7 @@ def causal_mask(seqlen: int, ctx_len: int, device: torch.device) -> torch.Tensor
 
 
 class FusedLayer:
-    """A `TransformerBlock` in four matmuls, wqkv, wo, w13 and w2. It reads the block's weights and cache in place."""
+    """A `TransformerBlock` with four matmuls: wqkv, wo, w13 and w2. It uses the block's weights and cache in place."""
 
     def __init__(self, block: TransformerBlock, linears: Sequence[Linear], is_native: bool):
         self.attention_norm = block.attention_norm
@@ -153,7 +153,7 @@ class FusedLayer:
 
     @staticmethod
     def of(block: nn.Module, is_native: bool) -> "FusedLayer | None":
-        """None where the block was changed: it then runs as its modules are written."""
+        """The fused layer of a block; None if the user has changed the block, which then runs as a module."""
         if type(block) is not TransformerBlock:
             return None
         attention, feed_forward = block.attention, block.feed_forward
@@ -225,7 +225,7 @@ class FusedLayer:
             q = q.view(bsz, self.n_local_kv_heads, -1, self.head_dim)
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         else:
-            # is_causal aligns the first query with the first key: right only when the cache was empty.
+            # is_causal aligns the first query with the first key, which is correct only if the cache was empty.
             out = F.scaled_dot_product_attention(
                 q,
                 keys,

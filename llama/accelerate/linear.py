@@ -1,8 +1,8 @@
-"""Matmuls with dense weights by the kernel that is fastest on this CPU. It is measured once and kept in the user's
-cache.
+"""Matmuls with dense weights by the kernel that is fastest on this CPU. Kernels are timed once, and the choice is saved
+in the user's cache folder.
 
-torch's own choice can be far from the fastest: in float32 on AMD's CPUs, and in 16 bits on CPUs without instructions
-for them, where float32 is up to seven times as fast.
+torch's own choice can be far from the fastest: in float32 on AMD's CPUs, and in 16 bits on CPUs without 16-bit
+instructions, where float32 is up to seven times as fast.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ from llama.parallel.device import cache_folder, processor
 _lock = threading.Lock()
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x [.., k] and weight [n, k] -> [.., n]
 
-# Numbers of rows of x that are measured. Other numbers use the kernel of the next larger one, or of the last.
+# Numbers of rows of x for which kernels are timed. Other numbers use the result of the next larger one, or of the last.
 MEASURED_ROWS = (1, 16, 128)
 LARGEST_ROWS = MEASURED_ROWS[-1]
 REPEATS, MAX_SECONDS = 15, 0.3  # runs of each kernel; only three if they take longer than MAX_SECONDS together
-MAX_TIME_RATIO = 0.95  # another kernel is used if its time over that of torch's own is below this
+MAX_TIME_RATIO = 0.95  # another kernel is used if its time divided by that of torch's own is below this
 MEASURED_NUMEL = 2**22  # elements of the weight that is measured, to bound time and memory
 BLOCK_NUMEL, BLOCK_ROWS = 2**19, 256  # elements of a weight and rows of x that are converted to float32 at a time
 
@@ -40,7 +40,7 @@ def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def in_float32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The matmul of 16-bit tensors in float32, rounded once. In blocks, which stay in the CPU's cache as float32."""
+    """Multiply 16-bit tensors in float32 and round once. Works in blocks that fit into the CPU's cache in float32."""
     rows = x.reshape(-1, x.shape[-1])
     y = rows.new_empty(len(rows), len(weight))
     start = 0
@@ -89,8 +89,8 @@ def kernel(weight: torch.Tensor, rows: int) -> Kernel:
 
 @torch.inference_mode()
 def measure(weight: torch.Tensor, rows: int) -> str:
-    """Time the kernels and name the fastest for this number of rows: torch's own unless another is clearly faster."""
-    if rows > 1:  # with one row, memory bandwidth is the limit, and a part of the weight could fit into the CPU's cache
+    """Time the kernels for this number of rows. Returns the fastest: "torch" unless another is clearly faster."""
+    if rows > 1:  # with one row memory bandwidth is the limit, but a part of the weight could fit into the CPU's cache
         weight = weight[: max(1, MEASURED_NUMEL // weight.shape[1])]
     x = torch.ones(rows, weight.shape[1], dtype=weight.dtype)
     seconds: dict[str, list[float]] = {name: [] for name in candidates(x.dtype)}
@@ -116,7 +116,7 @@ def _path(threads: int) -> Path:
 
 @cache
 def _choices(threads: int) -> dict[str, Any]:
-    """Names of kernels by dtype, shape and rows, read once and then kept in memory."""
+    """Names of kernels by dtype, shape and rows. The file is read once per process."""
     try:
         choices = json.loads(_path(threads).read_text())
     except (OSError, ValueError):

@@ -5,10 +5,10 @@
  * - attend_all: causal attention of a prompt, in bfloat16;
  * - dequantize: a quantized weight in full.
  *
- * With one row every weight is read once and used once, so that memory bandwidth is the limit. Weights are therefore
- * converted to float32 in registers, one vector at a time, and no intermediate result goes to memory.
+ * With one row every weight is read once and used once, so memory bandwidth is the limit. Weights are therefore
+ * converted to float32 in registers, one vector at a time, and no converted weight is written to memory.
  *
- * All of it is in one file, as the kernels are inlined into their callers and one run of the compiler builds it.
+ * Everything is in one file, because kernels are inlined into their callers. One run of the compiler builds it.
  *
  * Contents, in this order (search for the titles):
  *
@@ -22,9 +22,10 @@
  *   Attention of a prompt, in bfloat16
  *   Functions called from Python
  *
- * Names: m rows of x, a weight W [n, k], `kind` one of the enum below. A loop marked `omp for` is shared by the threads
- * of the parallel region that its function is called in. Functions whose arguments must be constants after inlining, so
- * that loops unroll and branches on `kind` disappear, are INLINE and take these arguments as `const int`. */
+ * Names: m is the number of rows of x, W a weight [n, k], and `kind` a value of the enum below. A loop marked `omp for`
+ * is divided among the threads of the parallel region from which its function is called. Functions marked INLINE take
+ * arguments as `const int` if these must be constants after inlining, so that loops unroll and branches on `kind`
+ * disappear. */
 
 #include <math.h>
 #include <stdint.h>
@@ -41,8 +42,8 @@
 #define PREFETCH_BYTES 8192 /* how far ahead of the current address memory is prefetched */
 #define QUERIES 64          /* queries times heads that one thread processes at a time */
 
-/* LANES: 32-bit numbers in a vector register. ROWS: rows of x whose sums fit into the registers together with four rows
- * of a matrix. KEEP: GCC 12 would otherwise load an operand again for each use. */
+/* LANES: 32-bit numbers in a vector register. ROWS: rows of x whose sums with four rows of a matrix fit into the
+ * registers. KEEP: keeps an operand in its register; GCC 12 would otherwise load it again for each use. */
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LANES 16
 #define ROWS 4
@@ -71,10 +72,10 @@ typedef int8_t s8_pairs __attribute__((vector_size(2 * LANES)));
 enum { F32, BF16, INT8, INT4 };
 
 /* A weight [n, k]. F32 and BF16: row-major. INT8 and INT4: panels of LANES rows, one row to a lane; the last panel is
- * padded. A panel is for INT8 [k / 2, LANES, 2] bytes; for INT4 [k / 8, LANES] of 32 bits, whose lower half holds the
- * columns 0 2 4 6 and the upper half 1 3 5 7, low bits first.
- * scale: for INT8 [n]; for INT4 [n / LANES, k / 32, LANES], and so is zero. Both are bfloat16.
- * The value is q * scale in INT8, (q - 8) * scale + zero in INT4. */
+ * padded. An INT8 panel is [k / 2, LANES, 2] bytes. An INT4 panel is [k / 8, LANES] integers of 32 bits: the lower half
+ * of each holds the columns 0 2 4 6, the upper half 1 3 5 7, low bits first.
+ * scale: [n] for INT8. scale and zero: [n / LANES, k / 32, LANES] for INT4. Both are bfloat16.
+ * An INT8 value is q * scale, an INT4 value (q - 8) * scale + zero. */
 typedef struct {
     int64_t kind, n, k;
     const void *data;
@@ -109,9 +110,9 @@ typedef struct {
 
 /* Vectors: conversions, horizontal sums, load and store, exponential ------------------------------ */
 
-/* Intrinsics where GCC 12 would compile portable code to several instructions.
- * extend_u16: each number to 32 bits. extend_s8: each to 16 bits, two to a lane. reduce_add: the sum of all lanes.
- * reduce_add4: those of four vectors. */
+/* Uses intrinsics where GCC 12 would compile portable code to several instructions.
+ * extend_u16: extends each number to 32 bits. extend_s8: extends each to 16 bits, two to a lane. reduce_add: the sum of
+ * all lanes. reduce_add4: the sums of four vectors. */
 #if LANES == 16
 INLINE ints extend_u16(u16_lanes v) { return (ints)_mm512_cvtepu16_epi32((__m256i)v); }
 INLINE ints extend_s8(s8_pairs v) { return (ints)_mm512_cvtepi8_epi16((__m256i)v); }
@@ -156,7 +157,7 @@ INLINE float bf16_to_float(uint16_t h) {
     return value;
 }
 
-/* Copy `count` numbers, usually `usual`: that case is one instruction instead of a call. */
+/* Copy `count` numbers. The usual count is a constant, and compiles to one instruction instead of a call. */
 #define COPY(to, from, count, usual, size) \
     ((count) == (usual) ? memcpy(to, from, (usual) * (size)) : memcpy(to, from, (count) * (size)))
 
@@ -223,7 +224,7 @@ INLINE ints load_pairs(const void *data, int64_t count) {
     return v;
 }
 
-/* How many lanes are used when `left` numbers are left. */
+/* The number of lanes in use when `left` numbers are left. */
 INLINE int64_t lane_count(int64_t left) { return left < LANES ? left : LANES; }
 
 /* The larger of both, in each lane; b where either is NaN. */
@@ -299,7 +300,7 @@ INLINE void multiply_tile(const int kind, const int rows, const int m, const Mat
         for (int a = 0; a < rows; a++)
             for (int r = 0; r < m; r++) rest[a][r] += load1(kind, w->data, (i + a) * k + j) * x[r * x_stride + j];
     for (int r = 0; r < m; r++) {
-        if (rows == 4) { /* and one chain */
+        if (rows == 4) { /* then chains is 1 */
             const quad totals = reduce_add4(acc[0][0][r], acc[0][1][r], acc[0][2][r], acc[0][3][r]);
             for (int a = 0; a < 4; a++) rest[a][r] += totals[a];
         } else {
@@ -328,7 +329,7 @@ INLINE void multiply_rows(const int kind, const Matrix *w, int64_t from, int64_t
             multiply_tile(kind, 1, 1, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
 }
 
-/* multiply_rows for the keys of a head: four keys at a time, for any number of x (the queries). */
+/* Like multiply_rows, for the keys of a head: four keys at a time, for any number of queries (the rows of x). */
 INLINE void multiply_keys(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride,
                           float *y, int64_t y_stride, int64_t m) {
     int64_t i = from;
@@ -384,8 +385,8 @@ INLINE void multiply_tile_bf16(const int rows, const int m, const uint16_t *w, c
     }
 }
 
-/* Rows [from, to) of a BF16 matrix, for m rows of bfloat16, which the CPU's cache holds. Multiplies four rows of the
- * matrix while later ones are prefetched. */
+/* Rows [from, to) of a BF16 matrix, for m bfloat16 rows of x, which stay in the CPU's cache. Multiplies four rows of
+ * the matrix while later ones are prefetched. */
 static void multiply_rows_bf16(const Matrix *w, int64_t from, int64_t to, const uint16_t *x, float *y, int64_t m) {
     const int64_t k = w->k, n = w->n;
     const uint16_t *data = w->data;
@@ -452,7 +453,7 @@ INLINE void multiply_panel(const int kind, const int m, const int exact, const M
     }
     for (int64_t u = 0; u < units; u++, data += unit * (kind == INT8 ? 2 * LANES : LANES)) {
         for (int j = 0; j < unit; j++) {
-            if (kind == INT4 && j % 4 == 0) prefetch(data + j * LANES, 1); /* INT8 is as fast without */
+            if (kind == INT4 && j % 4 == 0) prefetch(data + j * LANES, 1); /* INT8 is equally fast without it */
             ints v = load_columns(kind, data, j);
             KEEP(v);
             for (int r = 0; r < m; r++) {
@@ -467,7 +468,7 @@ INLINE void multiply_panel(const int kind, const int m, const int exact, const M
                 }
             }
         }
-        if (kind == INT8 && u % 32 < 31 && u + 1 < units) continue; /* 32 bits hold the sum of 32 units */
+        if (kind == INT8 && u % 32 < 31 && u + 1 < units) continue; /* the sum of 32 units fits into 32 bits */
         const floats scale = load_scales(kind, w, w->scale, i, u);
         for (int r = 0; r < m; r++) {
             floats sum = {0};
@@ -487,7 +488,7 @@ INLINE void multiply_panel(const int kind, const int m, const int exact, const M
     }
 }
 
-/* The panel of row i, for m rows of x. */
+/* multiply_panel for the panel of row i and any number m of rows of x. */
 INLINE void multiply_panel_rows(const int kind, const int exact, const Matrix *w, int64_t i, const void *x,
                                 const float *sums, float *y, int64_t m) {
     const int64_t k = w->k, each = k / GROUP + 1, size = exact ? 4 : 2;
@@ -500,7 +501,7 @@ INLINE void multiply_panel_rows(const int kind, const int exact, const Matrix *w
     for (; r < m; r++) multiply_panel(kind, 1, exact, w, i, row + r * k * size, sums + r * each, y + r * w->n);
 }
 
-/* Round a row x [k] to integers of 16 bits, unless out is NULL, and fill `sums` as multiply_panel expects it.
+/* Round a row x [k] to integers of 16 bits, unless out is NULL, and fill `sums` as multiply_panel expects.
  *
  * The rounding error is at most 2^-16 of the largest magnitude, which is at most sqrt(k) times the root mean square. It
  * is smaller than bfloat16's. */
@@ -515,7 +516,7 @@ static void quantize_row(const float *x, int64_t k, int16_t *out, float *sums) {
     float largest = reduce_add(taint);
     for (int j = 0; j < LANES; j++) largest = max[j] > largest ? max[j] : largest;
     const float scale = out ? largest / 32767 + reduce_add(taint) : 1;
-    const float inverse = scale > 1.2e-38f ? 1 / scale : 0; /* for less, 1 / scale is infinite; x is as good as 0 */
+    const float inverse = scale > 1.2e-38f ? 1 / scale : 0; /* below this 1 / scale is infinite; x counts as 0 */
     for (int64_t j = 0; j < k; j += GROUP) {
         floats total = {0};
         for (int64_t l = j; l < j + GROUP && l < k; l += LANES) {
@@ -565,9 +566,9 @@ INLINE void dequantize_panel(const int from, const int to, const Matrix *w, int6
 
 /* y [m, n] = x [m, k] W^T. sums: a buffer of m * (k / 32 + 1) floats.
  *
- * rounded: in models of float32 NULL; in models of bfloat16 a buffer of m * k numbers of 16 bits, for x: rounded to
- * integers for INT8 and INT4 weights, and to bfloat16 for BF16 weights if m > 1, as torch does. One instruction then
- * multiplies two numbers in each lane. */
+ * rounded: NULL in float32 models. In bfloat16 models a buffer of m * k numbers of 16 bits for the rounded x: integers
+ * for INT8 and INT4 weights, bfloat16 for BF16 weights if m > 1, as in torch. One instruction then multiplies two
+ * numbers in each lane. */
 static void matmul(const Matrix *w, const float *x, float *sums, uint16_t *rounded, float *y, int64_t m) {
     const int64_t k = w->k;
     const int is_quantized = w->kind == INT8 || w->kind == INT4, to_bf16 = rounded && m > 1 && w->kind == BF16;
@@ -772,8 +773,8 @@ static int reduce_and_add(const Model *model, float *x, int64_t m) {
 
 /* Attention of a prompt, in bfloat16 -------------------------------------------------------------- */
 
-/* c [4, ..] += a [4, k] b [k, ..] in columns [from, from + vectors * LANES). Elements are pairs of bfloat16: in a
- * neighbours of a row, in b neighbours of a column. */
+/* c [4, ..] += a [4, k] b [k, ..] in columns [from, from + vectors * LANES). Elements of a and b are pairs of bfloat16:
+ * neighbours in a row of a, neighbours in a column of b. */
 INLINE void accumulate_tile(const int vectors, const int32_t *a, int64_t a_stride, const int32_t *b, float *c,
                             int64_t stride, int64_t k, int64_t from) {
     floats acc[4][4];
@@ -788,7 +789,7 @@ INLINE void accumulate_tile(const int vectors, const int32_t *a, int64_t a_strid
         for (int v = 0; v < vectors; v++) store_all(F32, c, r * stride + from + v * LANES, acc[r][v]);
 }
 
-/* c [rows, columns] += a [rows, k] b [k, columns], by four rows and LANES columns at a time. stride: of b and c. */
+/* c [rows, columns] += a [rows, k] b [k, columns], four rows and LANES columns at a time. stride: of b and c. */
 static void accumulate(const int32_t *a, int64_t a_stride, const int32_t *b, float *c, int64_t stride, int64_t rows,
                        int64_t k, int64_t columns) {
     for (int64_t r = 0; r < rows; r += 4) {
@@ -801,7 +802,7 @@ static void accumulate(const int32_t *a, int64_t a_stride, const int32_t *b, flo
 
 /* Attention of the queries [first, first + count) of the heads that share a KV head, over KEY_BLOCK keys at a time,
  * with online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135): exponentials
- * are relative to the highest score so far, and the sums so far are scaled down when a higher one comes. */
+ * are relative to the highest score so far, and the sums so far are scaled down when a higher score is found. */
 static void attend_block(const AttentionArgs *args, int64_t row, int64_t kv_head, int64_t first, int64_t count) {
     const int64_t head_dim = args->head_dim, group = args->heads / args->kv_heads, start = args->starts[row];
     const int64_t half = head_dim / 2, width = (head_dim + LANES - 1) / LANES * LANES;
@@ -821,7 +822,7 @@ static void attend_block(const AttentionArgs *args, int64_t row, int64_t kv_head
         highest[r] = -INFINITY;
         total[r] = 0;
     }
-    const int64_t end = start + first + count; /* the last query attends to the positions before this */
+    const int64_t end = start + first + count; /* the last query attends to all positions before this one */
     for (int64_t from = 0; from < end; from += KEY_BLOCK) {
         const int64_t length = end - from < KEY_BLOCK ? end - from : KEY_BLOCK;
         const int64_t columns = (length + 4 * LANES - 1) / (4 * LANES) * 4 * LANES;
@@ -897,14 +898,14 @@ void attend_all(const AttentionArgs *args, int threads) {
     const int64_t blocks = (args->seqlen + size - 1) / size;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t i = 0; i < args->bsz * args->kv_heads * blocks; i++) {
-        /* The longest first, so that no thread waits long for the last ones. */
+        /* Blocks with the most keys come first, so that no thread waits long at the end. */
         const int64_t first = (blocks - 1 - i / (args->bsz * args->kv_heads)) * size;
         const int64_t count = args->seqlen - first < size ? args->seqlen - first : size;
         attend_block(args, i / args->kv_heads % args->bsz, i % args->kv_heads, first, count);
     }
 }
 
-/* How many rows a panel of an INT8 or INT4 matrix has. */
+/* The number of rows in a panel of an INT8 or INT4 matrix. */
 int panel_rows(void) { return LANES; }
 
 /* Dequantize an INT8 or INT4 matrix to [n, k] of kind F32 or BF16, for matmuls with many rows. */

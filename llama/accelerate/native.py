@@ -1,7 +1,7 @@
 """Compiles native.c with the machine's C compiler and calls it on a model's tensors.
 
-Compiling takes a few seconds and is done once: the library is kept in the user's cache, under a hash of the source,
-the compiler and the CPU.
+Compiling takes a few seconds and is done once: the library is saved in the user's cache folder, named by a hash of the
+source, the compiler and the CPU.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from llama.parallel.groups import model_parallel
 SOURCE = Path(__file__).with_name("native.c")
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # the enum of native.c
 INT8, INT4 = 2, 3
-# The first flags that compile are used. Without OpenMP (Apple's clang) the code runs in one thread.
+# Tried in this order until one compiles. Without OpenMP (Apple's clang) the code runs in one thread.
 FLAGS = (["-O3", "-march=native", "-fopenmp"], ["-O3", "-mcpu=native", "-fopenmp"], ["-O3", "-march=native"], ["-O3"])
 
 
@@ -79,12 +79,12 @@ class AttentionArgs(ctypes.Structure):
 
 
 class NoCompilerError(RuntimeError):
-    """There is no C compiler, or it cannot compile native.c, or the library cannot be stored safely; the message says
+    """There is no C compiler, it cannot compile native.c, or the library cannot be stored safely; the message says
     which."""
 
 
 def compile_library() -> bool:
-    """Compile native.c unless the library is in the cache; returns whether it compiled. Raises NoCompilerError."""
+    """Compile native.c unless the library exists already. Returns whether it compiled. Raises NoCompilerError."""
     try:
         path, compiler = _library_path()
     except FileNotFoundError as error:
@@ -105,7 +105,7 @@ def compile_library() -> bool:
 
 
 def _only_we_can_write(path: Path) -> bool:
-    """Whether no other user but root can have written it. Parent folders are not checked."""
+    """Whether only this user and root can have written the file or folder. Parent folders are not checked."""
     if os.name != "posix":
         return True
     status = path.lstat()
@@ -113,11 +113,14 @@ def _only_we_can_write(path: Path) -> bool:
 
 
 def _library_path() -> tuple[Path, str]:
-    """Where the library is kept, and the compiler. Raises NoCompilerError."""
+    """The path of the library, and the compiler.
+
+    Raises NoCompilerError without a compiler, FileNotFoundError without a cache folder.
+    """
     names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
     compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
-        raise NoCompilerError(f"no C compiler here ({', '.join(names)})")
+        raise NoCompilerError(f"no C compiler found ({', '.join(names)})")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     key = hashlib.sha256("\0".join([SOURCE.read_text(), compiler, version, processor()]).encode()).hexdigest()[:16]
     return cache_folder() / f"native-{key}.so", compiler
@@ -125,7 +128,7 @@ def _library_path() -> tuple[Path, str]:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The library, which `compile_library` has compiled."""
+    """The library. `compile_library` must have compiled it."""
     lib = ctypes.CDLL(str(_library_path()[0]))
     lib.decode.argtypes = [ctypes.POINTER(Model)] + [ctypes.c_void_p] * 2 + [ctypes.c_int64, ctypes.c_int]
     lib.multiply.argtypes = [ctypes.POINTER(Matrix)] + [ctypes.c_void_p] * 4 + [ctypes.c_int64, ctypes.c_int]
@@ -136,7 +139,7 @@ def library() -> ctypes.CDLL:
 
 def _compile(compiler: str, path: Path) -> None:
     try:
-        # Several ranks may compile at once: each writes its own file, and the last one to finish replaces the others.
+        # Several ranks may compile at once. Each writes its own file, and the last one to finish replaces the library.
         handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
     except OSError as error:
         raise NoCompilerError(f"{path.parent} cannot be written ({error.strerror}): set XDG_CACHE_HOME") from error
@@ -158,10 +161,10 @@ def _compile(compiler: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def release_freed_memory() -> Iterator[None]:
-    """Within this context freed blocks of over 1 MB are returned to the system.
+    """Context manager in which freed blocks of over 1 MB are returned to the system.
 
-    glibc would keep blocks of up to 32 MB for reuse: a model's worth of them while its layers are quantized. Other C
-    libraries have no such setting, and nothing is changed there.
+    glibc would otherwise keep blocks of up to 32 MB for reuse, which add up to the size of the model while its layers
+    are quantized. With other C libraries, which have no such setting, nothing is changed.
     """
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc
     try:
@@ -172,7 +175,7 @@ def release_freed_memory() -> Iterator[None]:
     mallopt(mmap_threshold, 2**20)
     try:
         yield
-    finally:  # the values that glibc's own adjustment ends at: blocks are reused, which saves page faults
+    finally:  # the upper limits of glibc's own adjustment: blocks are reused, which saves page faults
         mallopt(mmap_threshold, 2**25)
         mallopt(trim_threshold, 2**26)
 
@@ -197,13 +200,16 @@ def attend(q: torch.Tensor, kv_cache: KVCache, start_pos: int | torch.Tensor) ->
 
 
 def matrix(weight: torch.Tensor) -> Matrix:
-    """The struct for a row-major weight [n, k], which is read in place."""
+    """The struct for a row-major weight [n, k], which native.c reads in place."""
     return Matrix(KINDS[weight.dtype], *weight.shape, weight.data_ptr(), None, None)
 
 
 def multiply(w: Matrix, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x [.., k] -> [.., n] in x's dtype, for few rows. dtype: the model's; if bfloat16, several rows of x are rounded
-    to it, and any number to int16 for a quantized weight."""
+    """x [.., k] -> [.., n] in x's dtype, for few rows.
+
+    dtype: the model's. If it is bfloat16, x is rounded: to int16 for a quantized weight, else to bfloat16 if x has
+    several rows.
+    """
     rows = x.reshape(-1, w.k).float().contiguous()
     m = len(rows)
     y = torch.empty(m, w.n)
@@ -259,8 +265,8 @@ def _to_panels(rows: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _interleave_columns(data: torch.Tensor) -> torch.Tensor:
-    """`Int4.data` [n, k / 2], reordered so that four bytes hold eight neighbouring columns: 0 2, 4 6, 1 3, 5 7, low
-    bits first."""
+    """Reorder `Int4.data` [n, k / 2]: each four bytes hold eight neighbouring columns, in the order 0 2, 4 6, 1 3, 5 7,
+    low bits first."""
     groups = data.view(len(data), -1, 1, GROUP // 2)
     q = torch.cat((groups & 15, groups >> 4), dim=2).view(len(data), -1, 2, 2, 2)  # [n, k / 8, .., ..,  even or odd]
     return (q[..., 0, :] | q[..., 1, :] << 4).transpose(-1, -2).flatten(1)
@@ -315,12 +321,12 @@ class NativeDecoder:
         x = self.model.tok_embeddings(tokens).float().contiguous()  # [bsz, 1, dim]
         positions = torch.as_tensor(start_pos).expand(self.rows).contiguous()
         angles = self.model.freqs_cis.to(torch.complex64).contiguous()
-        # native.c reads these without knowing their sizes, and the user may have replaced them.
+        # Check sizes here: native.c does not know them, and the user may have replaced these tensors.
         last, capacity, pairs = int(positions.max()), self.struct.max_seq_len, self.struct.head_dim // 2
         if last >= capacity:
             raise ValueError(f"position {last}, but the cache has {capacity}: raise max_seq_len")
         if x.shape[-1] != self.struct.dim:
-            raise ValueError(f"embeddings of {x.shape[-1]} numbers, but the layers take {self.struct.dim}")
+            raise ValueError(f"the embeddings have {x.shape[-1]} features, but the layers expect {self.struct.dim}")
         if angles.dim() != 2 or len(angles) <= last or angles.shape[1] != pairs:
             raise ValueError(f"freqs_cis has shape {tuple(angles.shape)}, expected [over {last}, {pairs}]")
         self.struct.freqs_cis = angles.data_ptr()
@@ -330,7 +336,7 @@ class NativeDecoder:
         return x
 
     def _reduce(self) -> int:
-        # Called from C, which an exception cannot pass through: `__call__` raises it.
+        # Called from C, so an exception cannot propagate from here: `__call__` raises it.
         try:
             dist.all_reduce(self.buffers["out"][: self.rows], group=get_model_parallel_group())
         except BaseException as error:

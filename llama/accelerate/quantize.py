@@ -1,11 +1,11 @@
-"""Weights in 8 and 4 bits: how they are rounded, stored and multiplied. Activations are not quantized, except within
-native.c's kernels for few rows (`quantize_row` there).
+"""Weights in 8 and 4 bits: how they are rounded, stored and multiplied. Activations are not quantized, except in
+native.c's kernels for few rows (see `quantize_row` there).
 
-int8: a scale for each output row. int4: a scale and a zero for each group of 32 columns, q in 0..15 for the value
-(q - 8) * scale + zero. Scales and zeros are bfloat16, and q is chosen for the rounded ones.
+int8: one scale for each output row. int4: one scale and one zero for each group of 32 columns; q in 0..15 represents
+the value (q - 8) * scale + zero. Scales and zeros are rounded to bfloat16 first, then q is computed from them.
 
-The output layer has more bits: int8 leaves it unquantized, int4 makes it int8. Otherwise half of int8's increase in
-perplexity would come from it.
+The output layer gets more bits: the scheme int8 does not quantize it, int4 stores it as int8. Otherwise it would cause
+half of int8's increase in perplexity.
 """
 
 from collections.abc import Callable
@@ -79,7 +79,7 @@ def _divisor(scale: torch.Tensor) -> torch.Tensor:
 class QuantizedLinear(nn.Module):
     """x [.., k] -> [.., n] by a quantized weight [n, k], or by several that are stacked along n.
 
-    quantize: a weight -> its buffers (data, scale and, in int4, zero).
+    quantize: a function from a weight to its buffers (data, scale and, in int4, zero).
     """
 
     bits: int
@@ -176,16 +176,16 @@ class PackedInt4(QuantizedLinear):
         half = packed_half()
         data = self.data.view(-1, self.k, half)  # [blocks, k, half]
         q = torch.cat((data & 15, data >> 4), dim=-1).view(len(data), -1, GROUP, 2 * half).to(self.dtype)
-        # Made contiguous: reading every second number would take three times as long.
+        # Contiguous copies, as reading every second number takes three times as long.
         pairs = self.scale.view(-1, len(data), 2 * half, 2).permute(3, 1, 0, 2).contiguous()
         scale, zero = pairs.unsqueeze(3)  # [blocks, k / 32, 1, 2 half] each
         weight = q.sub_(8).mul_(scale).add_(zero)  # [blocks, k / 32, 32, 2 half]
-        return weight.view(len(data), self.k, -1).transpose(0, 1).reshape(self.k, self.n).T  # copies long runs
+        return weight.view(len(data), self.k, -1).transpose(0, 1).reshape(self.k, self.n).T  # copies long runs of bytes
 
 
 @cache
 def packed_half() -> int:
-    """Half the rows of a block in torch's packed int4 layout, found by packing a matrix; 0 if it is unknown."""
+    """Half the rows of a block in torch's packed int4 layout, found by packing a test matrix; 0 if unknown."""
     if _operator("_convert_weight_to_int4pack_for_cpu") is None or _operator("_weight_int4pack_mm_for_cpu") is None:
         return 0
     q = torch.randint(0, 16, (128, GROUP), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
@@ -198,7 +198,7 @@ def packed_half() -> int:
 
 
 def quantized_linear(kind: str, is_native: bool, *weights: torch.Tensor) -> QuantizedLinear:
-    """One layer of several weights, stacked along n. kind: "int8" or "int4". is_native: native.c will multiply by it,
+    """One layer for several weights, stacked along n. kind: "int8" or "int4". is_native: native.c will compute with it,
     so torch's packed layout is not used."""
     if kind == "int8":
         return Int8(*weights)

@@ -22,10 +22,10 @@ NO_ORIGINAL = (
 class QuantizedWeight(torch.Tensor):
     """Rows [start, start + n) of a quantized matrix, as a tensor of the model's dtype.
 
-    Reading it in any way dequantizes the weight, each time. Writing to it, also through a view, and asking for
-    gradients raise RuntimeError with a fix. Saved or copied, it becomes an ordinary tensor.
+    Every read dequantizes the weight again. Writing to it (also through a view) and requesting gradients raise
+    RuntimeError, whose message suggests a fix. When it is saved or copied, it becomes an ordinary tensor.
 
-    source: the matrix, of which several weights may be parts. read: computes the values of this tensor.
+    source: the quantized matrix, which may contain several weights. read: computes the values of this tensor.
     """
 
     source: QuantizedLinear | NativeQuantizedLinear
@@ -87,7 +87,7 @@ class QuantizedWeight(torch.Tensor):
             return QuantizedWeight(first.source, first.start, first.shape, first.read, first)
         result = func(*tree_map_only(QuantizedWeight, lambda w: w.read(), args), **kwargs)
         if func.is_view and isinstance(first, QuantizedWeight):
-            # A view of a dequantized copy: writes to it would be lost, so it must refuse them, too.
+            # The result is a view of a dequantized copy. Writes to it would be lost, so it must refuse them, too.
             return tree_map_only(
                 torch.Tensor, lambda t: QuantizedWeight(first.source, first.start, t.shape, lambda: t, t), result
             )
@@ -103,7 +103,7 @@ class QuantizedWeight(torch.Tensor):
         )
 
 
-# Functions that write to a parameter or to its `.data`, and those that read all values.
+# Functions that write to a parameter or its `.data` or request gradients, and functions that read all values.
 WRITES = {
     torch.Tensor.data.__set__,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
@@ -116,7 +116,7 @@ READS = {F.linear, torch.Tensor.numpy, torch.Tensor.__repr__, torch.Tensor.tolis
 def quantize_part(part: nn.Module, scheme: str | None, is_native: bool, key: str = "") -> int:
     """Quantize the weights of a block, or of the output layer (key OUTPUT). Layers with the same input share a matrix.
 
-    Returns how many weights the scheme would quantize but leaves unchanged because of their width.
+    Returns the number of weights that the scheme leaves unquantized only because of their width.
     """
     unchanged = 0
     groups = {key: [part]} if key else {name: [part.get_submodule(n) for n in layers] for name, layers in FUSED.items()}
@@ -139,7 +139,7 @@ def quantize_part(part: nn.Module, scheme: str | None, is_native: bool, key: str
 
 
 def held_bytes(weights: Iterable[torch.Tensor]) -> int:
-    """Bytes in which weights are stored; a quantized matrix with several of them counts once."""
+    """Bytes that the weights occupy. A quantized matrix that contains several of them counts once."""
     sizes: dict[int, int] = {}
     for weight in weights:
         if isinstance(weight, QuantizedWeight):

@@ -1,4 +1,4 @@
-"""Notices that a user changed the model: replaced modules or parameters, added hooks, patched functions."""
+"""Detects whether the user has changed the model: replaced modules or parameters, added hooks, patched functions."""
 
 from itertools import chain, repeat
 from operator import attrgetter, is_
@@ -13,7 +13,7 @@ from llama.accelerate.quantized_weight import QuantizedWeight
 from llama.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
 from llama.parallel.layers import ColumnLinear, RowLinear
 
-# Functions of `llama.model` that programs replace to change a forward, and what they are before anyone does.
+# Functions of `llama.model` that programs replace to change a forward, and the originals.
 FUNCTIONS = ("apply_rotary_emb", "apply_rope", "reshape_for_broadcast", "repeat_kv", "causal_mask")
 ORIGINALS = [getattr(plain, name) for name in FUNCTIONS]
 CLASSES: tuple[Any, ...] = (Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, ColumnLinear, RowLinear)
@@ -21,7 +21,7 @@ FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in CLASSES}
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward: it has hooks, or a forward of its own."""
+    """Whether calling the module does not just run its class's forward: it has hooks, or its own forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
@@ -37,8 +37,8 @@ def is_patched() -> bool:
 class Snapshot:
     """What an executor read from a model, to compare with later.
 
-    In-place writes to weights are not a change: the executor reads weights where the model stores them. Assigning
-    `.data` is one, as it changes the address, the shape or the dtype.
+    Writing to weights in place is not a change, as the executor reads weights where the model stores them. Assigning
+    `.data` is a change: of the address, the shape or the dtype.
 
     Keeps the storage of weights and caches alive, so that addresses in native structs stay valid until the executor is
     rebuilt.
@@ -59,7 +59,7 @@ class Snapshot:
         self.state = self._state()
 
     def is_current(self) -> bool:
-        """Whether the model is still as it was. Takes about a millisecond."""
+        """Whether the model is unchanged. Takes about a millisecond."""
         children, caches = self._children(), self._caches()
         return (
             len(children) == len(self.children)
@@ -76,7 +76,7 @@ class Snapshot:
         return [buffer for m in self.attentions for buffer in (m.cache.k, m.cache.v)]
 
     def _state(self) -> tuple[Any, ...]:
-        """What is compared by value."""
+        """Everything that is compared by value."""
         t = self.tensors
         return (
             [type(m) for m in self.modules],

@@ -1,4 +1,4 @@
 """Token ids in, token ids out: requests, prefill and decode, sampling, streaming.
 
-Imports accelerate and the rows below it. Text appears in `streaming.py` only, which turns ids into it.
+Imports `accelerate` and the rows below it in ARCHITECTURE.md. Only `streaming.py` handles text: it decodes ids.
 """

@@ -1,4 +1,4 @@
-"""The decode loop: prefill all rows of a batch, then one id a step for each row until all are finished."""
+"""The decode loop: prefill all rows of a batch, then generate one id per row and step until all rows are finished."""
 
 import contextlib
 import math
@@ -22,7 +22,7 @@ from llama.tokenizer import Tokenizer
 
 
 class DecodeLoop:
-    """Runs batches of `Row`s on a model. Base class of `Engine`, which makes the rows."""
+    """Runs batches of `Row`s on a model. Base class of `Engine`, which creates the rows."""
 
     def __init__(self, executor: Executor, tokenizer: Tokenizer):
         self._executor = executor
@@ -31,15 +31,16 @@ class DecodeLoop:
         # The ids whose keys and values each row of the cache holds, valid while executor.passes is _cached_at.
         self._cached_ids: list[list[int]] = []
         self._cached_at = -1
-        # Any thread may call. The lock is held while the model or its cache is used: for one step of a stream.
+        # Calls may come from any thread. The lock is held while the model or its cache is used: a stream takes it for
+        # each step.
         self.lock = threading.RLock()
         self._last_call: object = None  # the call that computed last
-        self._open_calls: dict[object, int] = {}  # a call that has begun -> the thread that began it
+        self._open_calls: dict[object, int] = {}  # each running call -> the thread that started it
         self._call_ended = threading.Condition(self.lock)
 
     @property
     def executor(self) -> Executor:
-        """What computes `model`. Raises ValueError after `close`."""
+        """The executor that runs `model`. Raises ValueError after `close`."""
         if self._is_closed:
             raise ValueError("this model is closed: build it again")
         return self._executor
@@ -48,10 +49,10 @@ class DecodeLoop:
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """Context for all steps of a call.
+        """Context manager around all steps of a call.
 
-        With several ranks it waits until the calls of other threads have ended, streams included: their steps could
-        otherwise come in a different order on each rank.
+        With several ranks it waits until the calls of other threads have ended, streams included. Otherwise their steps
+        could run in a different order on each rank.
         """
         key, me = object(), threading.get_ident()
         with self.lock:
@@ -66,10 +67,10 @@ class DecodeLoop:
                 self._call_ended.notify_all()
 
     def take_turn(self, call: object, ids: object) -> None:
-        """Before a call computes: if another call computed last, check that all ranks are about to compute the same.
+        """Check that all ranks are about to run the same step, unless `call` was also the last one to compute.
 
-        ids: what the call computes from. Raises RuntimeError on every rank if threads reached the ranks in different
-        orders.
+        ids: the input of the step, which must be equal on all ranks. Raises RuntimeError on every rank if threads
+        reached the ranks in different orders.
         """
         if call is not self._last_call:
             self._last_call = None
@@ -85,7 +86,7 @@ class DecodeLoop:
     def _run(
         self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False, is_read: bool = False
     ) -> Generator[list[Token], None, None]:
-        """`_steps`, holding the lock during each step only, so that calls of other threads come in between."""
+        """Run `_steps`, holding the lock during each step only, so that other threads can call between steps."""
         with self.call():
             steps = self._steps(rows, k, echo, reuse, is_read)
             while True:
@@ -98,11 +99,11 @@ class DecodeLoop:
     def _steps(
         self, rows: list[Row], k: int | None, echo: bool = False, reuse: bool = False, is_read: bool = False
     ) -> Generator[list[Token], None, None]:
-        """Prefill all rows, then yield a `Token` a step for each row until all are finished.
+        """Prefill all rows, then yield at each step a `Token` for every unfinished row, until all rows are finished.
 
-        k: number of alternatives at each position; None for no log-probabilities. echo: also score the prompts.
-        reuse: for rows of one prompt, keep the part of it that the cache holds. The last bits of the result then depend
-        on what ran before.
+        k: number of alternatives at each position; None: no log-probabilities. echo: also score the prompts.
+        reuse: if all rows have the same prompt, do not compute the part of it that the cache already holds. The last
+        bits of the result then depend on earlier calls.
         is_read: user code runs between the steps and may change the model. It may also finish a row (`Row.cut`).
         """
         self.executor.refresh()
@@ -130,8 +131,8 @@ class DecodeLoop:
                 if cache_state == (self.executor, self.executor.passes):
                     h = self._decode(rows, step, is_read)
                 else:
-                    # The first step, or another call has used the cache. Filling it by the same steps as before gives
-                    # the same result to the last bit.
+                    # This is the first step, or another call has used the cache. Refilling the cache by the same steps
+                    # as before gives bit-identical results.
                     h = self._prefill(rows, reuse)
                     for n in range(1, step + 1):
                         h = self._decode(rows, n)
@@ -151,23 +152,22 @@ class DecodeLoop:
         prompts = [tuple(row.prompt) for row in rows]
         start = 0
         if reuse and len(set(prompts)) == 1 and self._cached_at == executor.passes and not executor.is_aligned:
-            # Without the last id, whose hidden state is needed in any case.
+            # The last id is computed in any case, because its hidden state is needed.
             start = shared_prefix(self._cached_ids[0], prompts[0][:-1])
-        pad_id = max(self.tokenizer.pad_id, 0)  # -1 is no row of the embedding
+        pad_id = max(self.tokenizer.pad_id, 0)  # -1 (no pad id) is not a row of the embedding
         slots = dict[Ids, int]()  # each distinct prompt's row of the cache
         last_states = []
         scored: dict[Ids, list[tuple[float, Alternatives]]] = {}
-        # A custom model may have a cache of its own, whose rows cannot be copied: it gets one pass with all rows.
+        # A custom model may have its own cache, whose rows cannot be copied, so all of its rows run in one pass.
         for group in [prompts] if executor.is_aligned else bucket_by_length(prompts):
             # Left-aligned and padded on the right. Causality hides the padding from every position before it, and each
             # padded cache position is overwritten by the row's own id before a query of that row can see it.
             tokens = pad_sequence([torch.tensor(ids[start:]) for ids in group], True, pad_id).to(executor.device)
             h = executor.hidden(tokens, start, len(group[0]), len(slots))  # [group, seqlen, dim]
             if k is not None:
-                # h:       h0  h1  h2        predicts
-                # tokens:  t0  t1  t2  t3    one place to the left
+                # The hidden state of each id predicts the next id.
                 flat = [i * tokens.shape[1] + j for i, ids in enumerate(group) for j in range(len(ids) - 1)]
-                at = torch.tensor(flat, dtype=torch.int64)  # without the padding
+                at = torch.tensor(flat, dtype=torch.int64)  # padding and last ids are left out
                 values = read_back(
                     executor.measured(h.flatten(0, 1)[at], tokens.flatten()[at + 1], partial(score, k=k))
                 )
@@ -195,7 +195,7 @@ class DecodeLoop:
     def _decode(self, rows: list[Row], n: int, refresh: bool = False) -> torch.Tensor:
         """Add the n-th generated id of each row to the cache -> hidden states [bsz, dim].
 
-        A finished row with fewer ids computes its last position again, which changes nothing.
+        A finished row with fewer ids recomputes its last position, which changes nothing.
         """
         executor = self.executor
         if refresh:
@@ -224,7 +224,7 @@ class DecodeLoop:
             uniform = torch.tensor([row.stream.random() for row in rows], dtype=wide_dtype(h.device))
             ids = sampler.sample(logits, uniform.to(h.device))
         broadcast(ids)
-        # max - min is finite where all logits are; isfinite on each of them takes as long as a small output layer.
+        # max - min is finite where all logits are. isfinite on every logit would take as long as a small output layer.
         columns = [(logits.amax(-1, True) - logits.amin(-1, True)).isfinite().float(), ids[:, None].float()]
         if k is not None:
             columns.append(score(logits, ids, k))
@@ -257,7 +257,7 @@ class DecodeLoop:
                 raise self.damaged(f"{where}, row {row.index}")
 
     def damaged(self, where: str) -> FloatingPointError:
-        """The error for logits that are not finite. Clears the cache, which holds them too."""
+        """The error for logits that are not finite. Clears the cache, which may hold such values, too."""
         self._cached_at = -1
         for cache in self.executor.caches:
             cache.clear()
@@ -268,5 +268,5 @@ class DecodeLoop:
 
 
 def read_back(values: torch.Tensor) -> list[list[Any]]:
-    """Copy numbers from the device to Python. The engine waits for the device only here."""
+    """Copy a tensor from the device into Python lists. The engine waits for the device only here."""
     return values.tolist()

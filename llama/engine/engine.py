@@ -24,11 +24,11 @@ from llama.tokenizer import Tokenizer
 
 
 class Engine(DecodeLoop):
-    """Continues lists of ids with a model. The tokenizer is needed for its stop ids and its pad id only."""
+    """Generates continuations of lists of ids. The tokenizer is used only for its stop ids and its pad id."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, executor: Executor | None = None):
         super().__init__(executor or Executor(_checked(model)), tokenizer)
-        self._owns_process_group = executor is not None  # both come from `build`, and `close` ends the group
+        self._owns_process_group = executor is not None  # `build` created both; `close` also ends the group
 
     @property
     def model(self) -> Transformer:
@@ -55,7 +55,7 @@ class Engine(DecodeLoop):
         self.close()
 
     def close(self) -> None:
-        """Free the memory and, with the last open model, the process group. Closing twice is harmless."""
+        """Free the model's memory. The last open model also destroys the process group. Closing twice is harmless."""
         if self._is_closed:
             return
         with self.lock:
@@ -86,12 +86,14 @@ class Engine(DecodeLoop):
         logprobs: also return the natural log-probability of every returned id under the raw logits; a number K also
             returns the K best alternatives at each position.
         echo: return the prompt too; its first id, which nothing predicts, has log-probability 0.0.
-        stop_token: the id that ends rows in place of the tokenizer's stop ids; `stop_token_ids` are added to it.
+        stop_token: replaces the tokenizer's stop ids; `stop_token_ids` are added to it.
 
-        Returns (ids, log-probabilities or None), a list a row, with the alternatives as its attribute `top`: lists of
-        (id, log-probability), best first. Raises ValueError or TypeError for settings out of range, for more rows than
-        max_batch_size, and for prompts that are empty, longer than max_seq_len or hold ids outside the vocabulary;
-        FloatingPointError when the model answers with logits that are not finite.
+        Returns (ids, log-probabilities or None), with a list for each row. The tuple's attribute `top` holds the
+        alternatives: lists of (id, log-probability), best first.
+
+        Raises ValueError or TypeError for settings out of range, for more rows than max_batch_size, and for prompts
+        that are empty, longer than max_seq_len or hold ids outside the vocabulary; FloatingPointError if the model
+        returns logits that are not finite.
         """
         rows = self._rows(
             prompt_tokens,
@@ -115,14 +117,14 @@ class Engine(DecodeLoop):
     ) -> Generator[list[Token], None, None]:
         """`generate` step by step: yields, at each step, a `Token` for every row that was still running.
 
-        Other calls may come between two steps, and the generator may be closed early: neither changes what any call
-        returns. Arguments and errors (at the call, not at the first step) as in `generate`.
+        Other calls may run between two steps, and the generator may be closed early: neither changes what any call
+        returns. Arguments and errors are those of `generate`; errors are raised by the call, not by the first step.
         """
         rows = self._one_batch(self._rows(prompt_tokens, **settings))
         return self._run(rows, self._alternatives(logprobs), is_read=True)
 
     def _rows(self, prompts: Prompts, **settings: Any) -> list[Row]:
-        """Checked rows, whose stop ids are the tokenizer's, or `stop_token` in their place."""
+        """Check all arguments and create the rows. `stop_token` replaces the tokenizer's stop ids."""
         stop_token, stop = settings.pop("stop_token", None), self.tokenizer.stop_tokens
         if stop_token is not None:
             check_int("stop_token", stop_token, 0)
@@ -144,7 +146,7 @@ class Engine(DecodeLoop):
 
 
 def _checked(model: Transformer) -> Transformer:
-    """Raise TypeError for an object that the engine cannot run: it reads the model's `params` and calls it."""
+    """Return `model`. Raises TypeError unless it is callable and has `params`, as the engine uses both."""
     if not callable(model) or not hasattr(model, "params"):
         raise TypeError(
             f"the model is a {type(model).__name__}, expected a Transformer, or a module with its `params` "
@@ -156,6 +158,6 @@ def _checked(model: Transformer) -> Transformer:
 def draw_seed() -> int:
     """The next seed from torch's default CPU generator, which `torch.manual_seed` sets: one draw of torch.randint.
 
-    Every rank draws, so that generators that were seeded alike stay alike; only rank 0 samples with the seed.
+    Every rank draws, so that generators with equal seeds stay equal. Only rank 0 samples with the result.
     """
     return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))

@@ -1,4 +1,4 @@
-"""What a call asks for (prompts and settings, checked, one `Row` for each sample of each prompt), and what it gets."""
+"""Requests and results of the engine: checks prompts and settings, and creates a `Row` for each sample of a prompt."""
 
 import operator
 import random
@@ -14,7 +14,7 @@ from llama.params import ModelArgs
 
 Ids: TypeAlias = tuple[int, ...]
 Prompts: TypeAlias = Sequence[Sequence[int]] | torch.Tensor  # lists of ids, or an integer tensor [bsz, seqlen]
-# A pass takes about as long as so many more ids in another one: it reads all weights.
+# One more pass reads all weights again. It takes about as long as this number of additional ids in an existing pass.
 PASS_COST = 64
 
 
@@ -23,10 +23,11 @@ Alternatives = list[tuple[int, float]]  # (id, log-probability), best first
 
 @dataclass
 class Row:
-    """One sample of a prompt, its settings, and what has become of it.
+    """One sample of a prompt: its settings and its results so far.
 
-    index: place in the results. limit: length, prompt included, at which generation ends. stop: ids that end it.
-    stream: its own random numbers. reused: leading ids that the cache already held. prompt_top, top: a list a position.
+    index: index in the results. limit: length, prompt included, at which generation ends. stop: ids that end it.
+    stream: the row's own random generator. reused: number of leading ids that the cache already held.
+    prompt_top, top: alternatives at each position.
     """
 
     index: int
@@ -58,9 +59,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Token:
-    """What a step brought to a row: an id, or its end at a stop id (which is not returned), or an id and its end.
+    """What one step added to a row: an id, the row's end, or both. A stop id ends the row and is not returned.
 
-    row: place in the results. top: the alternatives asked for. finish_reason: "stop" or "length" at the row's end.
+    row: index in the results. top: the requested alternatives. finish_reason: "stop" or "length" at the row's end.
     """
 
     row: int
@@ -71,7 +72,7 @@ class Token:
 
 
 class Generation(tuple[list[list[int]], list[list[float]] | None]):
-    """(ids, log-probabilities or None), a list a row. top: the alternatives at each position, where asked for."""
+    """(ids, log-probabilities or None), a list for each row. top: the alternatives at each position, if requested."""
 
     top: list[list[Alternatives]]
 
@@ -85,8 +86,8 @@ def read_rows(
 ) -> list[Row]:
     """Rows in the order of the prompts, `n` for each; `options.Settings` has the defaults and meanings of `settings`.
 
-    draw_seed: called once for each sampled row without a seed. model_stop: the tokenizer's stop ids, in force together
-        with `stop_token_ids`.
+    draw_seed: called once for each sampled row without a seed. model_stop: the tokenizer's stop ids; a row stops at
+        these and at its `stop_token_ids`.
 
     Raises ValueError or TypeError for settings out of range and for prompts that are empty, longer than max_seq_len,
     or hold ids outside the vocabulary.
@@ -94,10 +95,10 @@ def read_rows(
     if isinstance(prompts, torch.Tensor):
         prompts = _rows_of(prompts)
     check_list("prompts of ids", "lists", prompts)
-    texts = [read_ids(f"prompt {i}", prompt, args) for i, prompt in enumerate(prompts)]
+    checked = [read_ids(f"prompt {i}", prompt, args) for i, prompt in enumerate(prompts)]
     n, each = _read_settings(settings, len(prompts))
     rows: list[Row] = []
-    for ids, one in zip(texts, each, strict=True):
+    for ids, one in zip(checked, each, strict=True):
         length = one["max_gen_len"]
         limit = args.max_seq_len if length is None else min(len(ids) + length, args.max_seq_len)
         for j in range(n):
@@ -122,7 +123,7 @@ def read_rows(
 
 
 def _read_settings(settings: Settings, count: int) -> tuple[int, list[dict[str, Any]]]:
-    """(n, the other settings of each prompt), all checked."""
+    """Check all settings -> (n, the other settings of each prompt)."""
     options = declared(Settings)
     for name in settings:
         if name not in options:
@@ -149,7 +150,7 @@ def _rows_of(prompts: torch.Tensor) -> list[list[int]]:
 
 
 def per_prompt(name: str, value: Any, count: int) -> list[Any]:
-    """A list of `count` values, from one value or from as many."""
+    """A value for each of `count` prompts, from one value for all or from a list of `count` values."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         return [value] * count
     if len(value) != count:
@@ -176,9 +177,10 @@ def _stop_lists(value: Any, count: int) -> list[Any]:
 
 
 def read_ids(name: str, value: Any, args: ModelArgs, *, any_length: bool = False) -> list[int]:
-    """A list of ids of the vocabulary, one at least and no more than fit the context, unless of any length.
+    """Return `value` as a list of ids, which must all be in the vocabulary.
 
-    Raises ValueError or TypeError."""
+    Unless `any_length`, the list must not be empty or longer than max_seq_len. Raises ValueError or TypeError.
+    """
     try:
         ids = [operator.index(token) for token in value]
     except TypeError:
@@ -196,13 +198,15 @@ def read_ids(name: str, value: Any, args: ModelArgs, *, any_length: bool = False
 
 
 def alternatives(values: Sequence[float], k: int) -> tuple[float, Alternatives]:
-    """Take the columns of `logprobs.score` apart."""
+    """Split a row of `logprobs.score` into the target's log-probability and the k alternatives."""
     return values[0], [(int(token), logprob) for logprob, token in zip(values[1 : k + 1], values[k + 1 :], strict=True)]
 
 
 def bucket_by_length(texts: Sequence[Ids]) -> list[list[Ids]]:
-    """The distinct texts, longest first, in groups for a pass each: padding by up to PASS_COST ids costs a text less
-    than a pass of its own."""
+    """Group the distinct texts, longest first. Each group runs in one pass.
+
+    A text is padded by up to PASS_COST ids, which takes less time than another pass.
+    """
     groups: list[list[Ids]] = []
     for text in sorted(dict.fromkeys(texts), key=len, reverse=True):
         if not groups or len(groups[-1][0]) - len(text) > PASS_COST:
@@ -212,5 +216,5 @@ def bucket_by_length(texts: Sequence[Ids]) -> list[list[Ids]]:
 
 
 def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two lists begin with in common."""
+    """The length of the longest common prefix of two lists."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,8 +1,8 @@
-"""Sampling: logits to one id a row, in pure batched functions on the device of the logits.
+"""Sampling: choose one id per row from its logits, in pure batched functions on the device of the logits.
 
 Order: repetition penalty, top-k, temperature, top-p, then the draw. A setting is one number for all rows, or a tensor
-[bsz, 1] with each row's own. Randomness is an argument, one uniform number a row, so that a row's ids depend on its own
-random stream only and are the same on every device.
+[bsz, 1] with a value for each row. The random numbers are an argument, one uniform number per row. So a row's ids
+depend only on its own random stream, and are the same on every device.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ Setting = float | torch.Tensor
 
 
 class Sampler:
-    """Samples the rows of one batch, each by its own settings, and keeps the ids that each has seen."""
+    """Samples the rows of one batch, each with its own settings, and tracks which ids each row contains."""
 
     def __init__(self, rows: Sequence[Row], vocab_size: int, device: torch.device):
-        # A setting that no row uses is None. Where some rows use it, the others get the value that changes nothing.
+        # A setting that no row uses is None. If some rows use it, the others get a value that has no effect.
         sampled = [row for row in rows if row.temperature > 0]
         self.temperature = self.top_k = self.top_p = self.penalty = None
         self.max_top_k = max((row.top_k for row in rows), default=0)
@@ -69,7 +69,7 @@ def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: Setting) -> torc
 
 
 def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> torch.Tensor:
-    """Set logits below the row's top_k highest to -inf; those equal to the last of them stay.
+    """Set logits below the row's top_k-th highest to -inf; logits equal to it are kept.
 
     top_k: int64 [bsz, 1], 0 keeps all. max_top_k: the largest of them.
     """
@@ -100,7 +100,7 @@ def keep_top_p(probs: torch.Tensor, top_p: Setting) -> torch.Tensor:
 def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
     """Nucleus sampling as in Meta's modules: probs [bsz, vocab] -> next ids, int64 [bsz, 1].
 
-    Draws from torch's global generator, which `torch.manual_seed` sets. The engine has `keep_top_p` and `draw`.
+    Draws from torch's global generator, which `torch.manual_seed` sets. The engine itself uses `keep_top_p` and `draw`.
     """
     ranked, ids = probs.sort(dim=-1, descending=True)  # [bsz, vocab]
     ranked = ranked.masked_fill(ranked.cumsum(dim=-1) - ranked > p, 0)
@@ -112,7 +112,8 @@ def draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     cumulative = probs.cumsum(dim=-1)  # [bsz, vocab]
     total = cumulative[:, -1:].contiguous()
     point = uniform[:, None] * total
-    # The first id whose cumulative weight exceeds the point. `last` is the last id of nonzero weight: an id of weight 0
-    # is not drawn even when rounding puts the point on the total. With a NaN it would be past the end.
+    # The result is the first id whose cumulative weight exceeds the point. `last`, the last id of nonzero weight, is
+    # the limit: rounding may put the point on the total, which would draw an id of weight 0. The clamp is for NaN
+    # weights, for which the search ends past the last id.
     last = torch.searchsorted(cumulative, total).clamp(max=probs.shape[-1] - 1)
     return torch.searchsorted(cumulative, point, right=True).minimum(last).squeeze(-1)

@@ -12,7 +12,7 @@ UNDECODED = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextPiece(NamedTuple):
-    """New text of a row, final, its end, or both.
+    """New final text of a row, the row's end, or both.
 
     row: index in the results. finish_reason: "stop" or "length" at the row's end, else None.
     """
@@ -26,7 +26,7 @@ class TextStream:
     """The text of one row. The pieces that `take` returns, joined, are `Tokenizer.decode` of all ids, up to the first
     stop text.
 
-    prompt: ids whose text comes first, and in which stop texts are not searched.
+    prompt: ids whose text precedes the generated text. It is not searched for stop texts.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
@@ -48,7 +48,7 @@ class TextStream:
         self._find_stop()
 
     def finish(self) -> None:
-        """After the last id: text that was held back becomes final, invalid UTF-8 as U+FFFD."""
+        """Call this after the last id. Text that was held back becomes final, with invalid UTF-8 as U+FFFD."""
         if not self.stopped:
             self._settle(self._tokenizer.decode(self._ids[self._window :]))
             self._find_stop()
@@ -68,11 +68,11 @@ class TextStream:
 
     @property
     def tokens(self) -> list[int]:
-        """The generated ids of the text. An id whose text a stop text cuts is included."""
+        """The generated ids of the text. The last id is included even if the stop text begins within its text."""
         return self._ids[self._prompt :]
 
     def pieces(self) -> list[str]:
-        """The text of each id, the prompt's included, the last cut where the stop text begins."""
+        """The text of each id, including the prompt's. The last one is cut where the stop text begins."""
         pieces = [self._tokenizer.decode_token(token) for token in self._ids]
         if self._overhang and pieces[-1].endswith(self._overhang):
             pieces[-1] = pieces[-1].removesuffix(self._overhang)
@@ -86,8 +86,8 @@ class TextStream:
         complete = decoded.rstrip(UNDECODED)  # the rest may be the first bytes of a character
         self._settle(complete)
         if complete == decoded:
-            # Start decoding at this id next time, so that the window stays short. Only if its text alone ends the text
-            # so far: a tokenizer may strip the leading space of the first id that it decodes.
+            # Start decoding at this id next time, so that the window stays short. This is possible only if the text so
+            # far ends with the id's own text: a tokenizer may strip the leading space of the first id that it decodes.
             alone = self._tokenizer.decode([token])
             if alone and self.text.endswith(alone):
                 self._window, self._window_start = len(self._ids) - 1, len(self.text) - len(alone)
@@ -102,6 +102,7 @@ class TextStream:
             return
         self.stopped = True
         self.text = self.text[:begin]
+        # Remove the ids that the text before the stop text does not need.
         decode, n = self._tokenizer.decode, len(self._ids)
         while n > self._prompt and decode(self._ids[: n - 1]).startswith(self.text):
             n -= 1
@@ -110,7 +111,7 @@ class TextStream:
 
 
 def read_stops(stop: Stop, count: int) -> list[list[str]]:
-    """Stop texts for each prompt, from one text or list for all ("\\n" or ["\\n", "User:"]) or a list for each
+    """Stop texts for each prompt, from one text or one list for all ("\\n" or ["\\n", "User:"]) or a list for each
     ([["\\n"], None, ["User:"]]). Raises TypeError or ValueError."""
     if stop is not None and not isinstance(stop, str):
         check_list("stop texts", "texts", stop)

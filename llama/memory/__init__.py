@@ -1,4 +1,4 @@
-"""What fits into memory: the size of a model at each number of ranks, and the check before loading.
+"""What fits into memory: the size of a model for each number of ranks, and the check before loading.
 
-Imports engine, accelerate and the rows below them.
+Imports `accelerate`, `checkpoint` and the rows below them in ARCHITECTURE.md.
 """

@@ -1,4 +1,4 @@
-"""Checks before loading whether a model fits into memory: what it needs, what is free, and which flags would fit."""
+"""Checks before loading whether a model fits into memory. If not, suggests flags that make it fit."""
 
 import re
 from collections.abc import Iterator
@@ -60,9 +60,9 @@ def check_memory(
     embedding_axis: int,
     quantize: str | None,
 ) -> Choice:
-    """Raise InsufficientMemoryError if this rank needs more than its device has free; arguments as in `sizes.sizes`.
+    """Raise InsufficientMemoryError if this rank needs more memory than its device has free.
 
-    Where the free memory is unknown nothing is checked.
+    Arguments are as in `sizes.sizes`. If the free memory is unknown, nothing is checked.
     """
     choice = Choice(args, world_size, dtype, quantize, device.type, tied, embedding_axis)
     free = free_bytes(device)
@@ -83,28 +83,28 @@ def _needs(choice: Choice) -> str:
 
 
 def _answer(choice: Choice, free: int) -> str:
-    """What would fit into `free` bytes."""
+    """The part of the message that says what would fit into `free` bytes."""
     if found := suggestions(choice, free):
         listed = [f"{flags} ({_gib(changed.sizes.total)} GiB)" for flags, changed in found]
         return f"{', '.join(listed[:-1])} or {listed[-1]} would fit" if found[1:] else f"{listed[0]} would fit"
-    least = replace(choice, quantize=SCHEMES[-1]).resized(STEP, 1).sizes.total
+    smallest = replace(choice, quantize=SCHEMES[-1]).resized(STEP, 1).sizes.total
     return (
         f"no flags make it fit, as --quantize {SCHEMES[-1]} --max_seq_len {STEP} --max_batch_size 1 still needs "
-        f"{_gib(least)} GiB: take a smaller model, or more memory"
+        f"{_gib(smallest)} GiB: use a smaller model or more memory"
     )
 
 
 def explained(
     choice: Choice, device: torch.device, held: int, doing: str, error: BaseException
 ) -> InsufficientMemoryError:
-    """The error for memory that ran out in spite of `check_memory`: other processes took it, or the plan was too low.
+    """The error for memory that ran out although `check_memory` passed: other processes use it, or the estimate is low.
 
-    held: bytes that the model has allocated. doing: what failed, or a fix that needs no other build.
+    held: bytes that the model has allocated. doing: what failed, or a fix that does not need another `build`.
     """
     units = {"gib": 2**30, "mib": 2**20, "kib": 2**10, "bytes": 1}
     match = re.search(r"(?i)tried to allocate ([\d.]+) ?(GiB|MiB|KiB|bytes)", str(error))
     requested = float(match[1]) * units[match[2].lower()] if match else 0.0
-    free, more = free_bytes(device), f", {_gib(requested)} GiB more were asked for" if requested else ""
+    free, more = free_bytes(device), f", {_gib(requested)} GiB more were requested" if requested else ""
     if free is None:
         return InsufficientMemoryError(f"out of memory on {device}{more}, {doing}: {_needs(choice)}")
     available = min(free + held, choice.sizes.total - max(0, int(requested) - free))  # the request must fit, too
@@ -115,8 +115,8 @@ def explained(
 def suggestions(choice: Choice, free: int) -> list[tuple[str, Choice]]:
     """Changes of flags, as (flags, the changed choice), that need no more than `free` bytes.
 
-    Each flag that is enough by itself, or combinations where none is; on CUDA also more ranks. Numbers are as large as
-    fit.
+    Lists each flag that is enough by itself, or combinations if none is; on CUDA also more ranks. The suggested numbers
+    are the largest that fit.
     """
     stronger = SCHEMES[SCHEMES.index(choice.quantize) + 1 :] if choice.quantize else SCHEMES
     smaller = [(f"--quantize {scheme}", replace(choice, quantize=scheme)) for scheme in stronger]
@@ -162,7 +162,7 @@ def _gib(size: float) -> str:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that this rank can still allocate on its device; None where that is unknown.
+    """Bytes that this rank can still allocate on its device; None if unknown.
 
     The ranks of a host share its memory evenly. The page cache, such as a mapped checkpoint's pages, counts as free, as
     the system reclaims it when memory is needed.
@@ -186,7 +186,7 @@ def _host_free() -> Iterator[int]:
 
 
 def _limit_free() -> Iterator[int]:
-    """What `ulimit -v` leaves to this process, times the ranks of the host, as it is a limit for each of them."""
+    """What `ulimit -v` leaves to this process, times the ranks of the host, as the limit applies to each of them."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -212,7 +212,7 @@ def _cgroups_free() -> Iterator[int]:
         else:
             continue
         parts = Path(path.lstrip("/")).parts
-        # In a container the path may be that of the host and not exist here; the root always does.
+        # In a container the path may be the host's, which does not exist here. The root always exists.
         for folder in (root.joinpath(*parts[:n]) for n in range(len(parts), -1, -1)):
             try:
                 maximum, used = (int((folder / name).read_text()) for name in (limit, usage))

@@ -1,4 +1,4 @@
-"""What a model takes in memory, computed from its shape alone."""
+"""The memory that a model needs, computed from its shape alone."""
 
 import sys
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from llama.params import ModelArgs
 
 LLAMA_2_VOCAB = 32000
 QUERIES, KEYS, GATES = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight", "layers.0.feed_forward.w1.weight"
-# Bytes that sampling takes for each logit: 4 for the logit, the rest for float64 probabilities and ids, sorted.
+# Bytes that sampling needs for each logit: 4 for the logit, the rest for sorted float64 probabilities and ids.
 SAMPLING_BYTES = 60
 # Buffers of torch's kernels, measured on a CPU with two threads.
 KERNEL_BYTES = 8_000_000
@@ -29,8 +29,8 @@ KERNEL_BYTES = 8_000_000
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes on each rank: its weights, its KV cache, the rotary tables, and the peak of computing full prompts, beyond
-    these three."""
+    """Bytes on each rank: its weights, its KV cache, the rotary tables, and what computing full prompts adds to these
+    at its peak (prefill)."""
 
     weights: int
     cache: int
@@ -54,8 +54,9 @@ def sizes(
 ) -> Sizes:
     """Bytes on each of `world_size` ranks for args.max_batch_size rows of args.max_seq_len positions.
 
-    tied: the embedding serves as the output layer. A rank whose rows of both are the same stores them once, unless the
-    output is quantized; whether they are depends on embedding_axis, on which the files split the embedding.
+    tied: the embedding is also the output layer. A rank stores both once if its parts of them are the same and the
+    output layer is not quantized. embedding_axis: the axis on which the files split the embedding; it decides whether
+    the parts are the same.
     device: "cpu", "cuda" or "mps".
     """
     local: dict[str, tuple[int, ...]] = {}  # shapes on this rank, with one layer for all
@@ -84,10 +85,10 @@ def sizes(
 def _prefill_bytes(
     args: ModelArgs, local: dict[str, tuple[int, ...]], dtype: torch.dtype, quantize: str | None, device: str
 ) -> int:
-    """Peak bytes of computing prompts that fill all rows, beyond weights, cache and tables.
+    """Peak bytes of computing prompts that fill all rows, in addition to weights, cache and tables.
 
-    Freed memory is not counted. glibc keeps part of it, so that a process can grow by twice as much.
-    local: the shapes of this rank's weights. Local names are those of `model` and `accelerate.fused`.
+    Freed memory is not counted. glibc keeps part of it, so a process can grow by twice as much.
+    local: the shapes of this rank's weights. Names in the comments are those of `model` and `accelerate.fused`.
     """
     size, dim = dtype.itemsize, args.dim
     q, kv, width = local[QUERIES][0], local[KEYS][0], local[GATES][0]
@@ -96,19 +97,19 @@ def _prefill_bytes(
     prompts = args.max_batch_size * args.max_seq_len * dim * size  # hidden states of all positions
 
     def dequantized(key: str, columns: int, rows: int) -> int:
-        """Bytes of a dequantized weight and of q before it is scaled; 0 where the weight is not quantized."""
+        """Bytes of a dequantized weight and of q before it is scaled; 0 if the weight is not quantized."""
         kind = scheme_of(key, columns, quantize)
         packed = device == "cpu" and dtype == torch.bfloat16  # torch's packed layout needs one more copy to reorder
         return 0 if kind is None else rows * columns * (size if kind == "int8" else 1 + size + packed * size)
 
-    # In a layer, at RoPE: its input, the norm's output, wqkv(x), and the copies that RoPE makes.
+    # In a layer, during RoPE: its input, the norm's output, wqkv(x), and the copies that RoPE makes.
     heads = q + 2 * kv
     rotary = n * (size * (2 * dim + heads) + q * (8 if dtype == torch.float32 else 12))
-    # At attention: the rotated queries and keys and the result. From the second chunk on, a CPU also makes a mask of
-    # bools, and from it one of numbers.
+    # During attention: the rotated queries and keys and the result. From the second chunk on, a CPU also needs a mask
+    # of bools, and a float mask made from it.
     masked = part * args.max_seq_len * (1 + size) if args.max_seq_len > part and device != "cuda" else 0
     attention = n * size * (2 * dim + heads + 2 * q + kv) + masked
-    # At the feed-forward: the layer's input, h, the norm's output; w13(x), silu(gate), and the result.
+    # During the feed-forward: the layer's input, h, the norm's output; w13(x), silu(gate), and the result.
     gates = dequantized("feed_forward.w1.weight", dim, 2 * width)
     result = n * size * (width + dim) + dequantized("feed_forward.w2.weight", width, dim)
     feed_forward = n * size * (3 * dim + 2 * width) + max(gates - n * size * 2 * width, n * size * width, result)
@@ -136,11 +137,11 @@ def count_parameters(args: ModelArgs, tied: bool = False) -> dict[str, int]:
 
 
 def read_model(path: Path, vocab_size: int | None) -> tuple[ModelArgs, bool, int, list[str]]:
-    """Read the model's shape from a checkpoint folder, or from a params.json alone; no weights are read.
+    """Read the model's shape from a checkpoint folder, or from a params.json alone. No weights are read.
 
-    vocab_size: used where params.json does not say it (-1); None is that of Llama 2.
-    Returns the shape, whether the embedding serves as the output layer, the axis on which the files split the
-    embedding, and notes. Raises CheckpointError or ValueError.
+    vocab_size: used if params.json does not have it (-1); None: that of Llama 2.
+    Returns the shape, whether the embedding is also the output layer, the axis on which the files split the embedding,
+    and notes. Raises CheckpointError or ValueError.
     """
     tied, axis, notes = False, 0, list[str]()
     folder = path.parent if path.name == "params.json" and path.is_file() else path
@@ -158,8 +159,8 @@ def read_model(path: Path, vocab_size: int | None) -> tuple[ModelArgs, bool, int
         args.vocab_size = vocab_size or LLAMA_2_VOCAB
         if vocab_size is None:
             notes.append(
-                f"params.json leaves the vocabulary open (-1): {LLAMA_2_VOCAB} taken, that of Llama 1 and 2; "
-                "--vocab_size names another"
+                f"params.json does not have the vocabulary size (-1): using {LLAMA_2_VOCAB}, that of Llama 1 and 2; "
+                "set another with --vocab_size"
             )
     elif vocab_size not in (None, args.vocab_size):
         raise ValueError(f"vocab_size is {vocab_size}, but the model's is {args.vocab_size}: leave it out")
@@ -193,7 +194,7 @@ def sizes_per_rank(
 
 
 def largest(fits: Callable[[int], bool], limit: int = sys.maxsize) -> int:
-    """The largest number up to `limit` that fits, 0 where 1 does not. fits is true up to some number, then false."""
+    """The largest integer up to `limit` that fits, 0 if 1 does not. If an integer does not fit, no larger one may."""
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, 2 * high

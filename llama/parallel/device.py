@@ -10,9 +10,9 @@ import torch
 
 from llama.parallel.groups import World
 
-# oneDNN caches a primitive for each shape of input, up to 1 MB each, and keeps the last 1,024: prompts of many lengths
-# would fill a gigabyte. A decode step needs half a dozen, and to recreate those of a prompt takes a millisecond. oneDNN
-# reads these variables at its first use.
+# oneDNN caches the last 1,024 primitives, one for each input shape, of up to 1 MB each: prompts of many lengths would
+# fill a gigabyte. A decode step needs half a dozen, and recreating those of a prompt takes a millisecond. oneDNN reads
+# these variables when it is first used.
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(name, "16")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,7 +22,7 @@ def pick_device(name: str, world: World) -> torch.device:
     """This rank's device for "auto", "cpu", "cuda", "cuda:N" or "mps"; a GPU becomes torch's current device.
 
     "auto" is cuda if torch sees a GPU, else mps (for one rank only, as it has no process groups), else cpu. On cuda
-    every rank takes the GPU of its LOCAL_RANK. Raises ValueError for other names and devices that this rank cannot use.
+    every rank uses the GPU of its LOCAL_RANK. Raises ValueError for other names and devices that this rank cannot use.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -33,9 +33,9 @@ def pick_device(name: str, world: World) -> torch.device:
         raise ValueError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     if device.type == "mps" and world.size > 1:
-        raise ValueError(f"device 'mps' runs one rank, not {world.size}: start one, or use --device cpu")
+        raise ValueError(f"device 'mps' supports one rank, not {world.size}: start one, or use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps': this torch sees none; use --device cpu")
+        raise ValueError("device 'mps' is not available to this torch: use --device cpu")
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
@@ -45,7 +45,7 @@ def pick_device(name: str, world: World) -> torch.device:
     index = world.local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ValueError(
-            f"local rank {world.local_rank} needs GPU {index}, but this host shows {torch.cuda.device_count()}: "
+            f"local rank {world.local_rank} needs GPU {index}, but torch sees {torch.cuda.device_count()} here: "
             "start fewer ranks, or use --device cpu"
         )
     torch.cuda.set_device(index)
@@ -53,9 +53,9 @@ def pick_device(name: str, world: World) -> torch.device:
 
 
 def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: the named one, or for "auto" the dtype that is `stored`, if the device computes in it.
+    """The dtype to compute in: the named one, or for "auto" the `stored` dtype, if the device has instructions for it.
 
-    Otherwise "auto" turns bfloat16 into float16 on a GPU (compute capability below 8.0, macOS before 14), and both into
+    Otherwise "auto" replaces bfloat16 by float16 on a GPU (compute capability below 8.0, macOS before 14), and both by
     float32 on a CPU, where they would be several times slower. Raises ValueError for other names.
     """
     if name != "auto":
@@ -73,7 +73,7 @@ def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dt
 
 
 def _is_native_on_cpu(dtype: torch.dtype) -> bool:
-    # torch tells it only in private operators of its oneDNN build.
+    # torch reports this only through private operators, which exist in builds with oneDNN.
     names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     probe = getattr(torch.ops.mkldnn, names.get(dtype, ""), None)
     return dtype == torch.float32 or bool(probe and probe())
@@ -102,7 +102,7 @@ def cache_folder() -> Path:
 
 @cache
 def processor() -> str:
-    """A text that identifies what -march=native compiles for. It is part of cache keys, as machines with different
+    """A string that identifies what -march=native compiles for. It is part of cache keys, as machines with different
     processors may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

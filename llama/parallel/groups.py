@@ -1,9 +1,10 @@
 """Ranks and their process group: rendezvous, exchanges of objects, shutdown.
 
-Plain Python and torchrun take the same path. The environment variables RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT describe the ranks; without them this process is a world of one, which needs no port.
+Plain Python and torchrun run the same code. The environment variables RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT describe the ranks. Without them this process is a world of one, which needs no port.
 
-Several models may be open at once. The first one creates the groups, all share them, the last `shutdown` destroys them.
+Several models may be open at once. The first one creates the groups, all share them, and the last `shutdown` destroys
+them.
 """
 
 import atexit
@@ -63,19 +64,19 @@ def is_main_rank() -> bool:
 # Process group ------------------------------------------------------------------------------------
 
 _open_models = 0  # models that use the groups
-_owns_default_group = False  # whether this package created it: one that the program created is the program's to destroy
+_owns_default_group = False  # whether this package created it, and so must destroy it
 _owns_model_parallel_group = False  # the same for fairscale's groups
 _stores: Stores | None = None  # one per process: rank 0 can bind torchrun's port only once
 _heartbeat: Heartbeat | None = None  # None in a world of one
-_generation = 0  # times that the ranks have connected; each time uses store keys of its own
+_generation = 0  # how often the ranks have connected; each time uses its own store keys
 _devnull: TextIO | None = None  # sys.stdout on ranks that print nothing
 _excepthooks = (sys.excepthook, sys.excepthook)  # the program's, and ours that wraps it
 
 
 def connect_ranks(world: World) -> None:
-    """Connect to the other ranks and start the heartbeat, before devices are known and checkpoints read.
+    """Connect to the other ranks and start the heartbeat. Runs before devices are known and checkpoints are read.
 
-    Every call needs a later `shutdown`, also one that raises. Raises LostRankError where ranks are missing.
+    Every call needs a later `shutdown`, even if it raises. Raises LostRankError if ranks are missing.
     """
     global _open_models, _stores, _heartbeat, _generation
     _open_models += 1
@@ -90,26 +91,26 @@ def connect_ranks(world: World) -> None:
 
 
 def init_process_groups(world: World, device: torch.device) -> None:
-    """Create torch's default process group and fairscale's model-parallel group, where they do not exist yet.
+    """Create torch's default process group and fairscale's model-parallel group, unless they exist.
 
     The backend is nccl for a cuda device if this torch has it, else gloo. Raises ValueError if existing groups use
-    another backend or have another size. Until `shutdown`, print() shows nothing on all ranks of a host but its first.
+    another backend or have another size. Until `shutdown`, print() shows nothing on any rank of a host but its first.
     """
     global _owns_default_group, _owns_model_parallel_group, _excepthooks
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     if not dist.is_initialized():
         if device.type == "cuda" and backend == "gloo":
-            log.warning("this torch has no NCCL, ranks talk over gloo (slower)")
+            log.warning("this torch has no NCCL: ranks use gloo, which is slower")
         excepthook = sys.excepthook  # init_process_group wraps it, to prefix each line with the rank
         store = _stores.for_process_group(_generation) if _stores and world.size > 1 else dist.HashStore()
-        # With torch's own timeout: the default group belongs to the program, too, which may wait for hours there.
+        # Keep torch's own timeout: the program may use the default group, too, and wait for hours in it.
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
         _owns_default_group = True
         _excepthooks = (excepthook, lost_rank_excepthook(sys.excepthook) if world.size > 1 else excepthook)
         sys.excepthook = _excepthooks[1]
     elif world.size > 1 and _owns_default_group and dist.get_backend() != backend:
         raise ValueError(
-            f"ranks already talk over {dist.get_backend()}, {device} needs {backend}: close() the other model"
+            f"ranks already use {dist.get_backend()}, but {device} needs {backend}: close() the other model"
         )
     if not fairscale_groups.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # it prints three lines
@@ -179,7 +180,7 @@ def process_group() -> dist.ProcessGroup:
 
 
 def broadcast(ids: torch.Tensor) -> torch.Tensor:
-    """Overwrite `ids` with rank 0's, in place, and return it. So all ranks continue with the same tokens."""
+    """Overwrite `ids` in place with rank 0's, and return it, so that all ranks continue with the same ids."""
     if model_parallel()[1] > 1:
         dist.broadcast(ids, src=0, group=process_group())
     return ids
@@ -188,15 +189,15 @@ def broadcast(ids: torch.Tensor) -> torch.Tensor:
 def all_gather_object(value: Any) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank; `[value]` in a world of one. Up to 8 MB each.
 
-    Waits without limit for a slow rank. Raises LostRankError where a rank is lost.
+    Waits without limit for a slow rank. Raises LostRankError if a rank is lost.
     """
     return [value] if _heartbeat is None else _heartbeat.all_gather(value)
 
 
 def broadcast_object(value: Any = None) -> Any:
-    """Rank 0's `value`, of any size, on every rank. The others wait without limit, for a user who types for instance.
+    """Rank 0's `value`, of any size, on every rank. The others wait without limit, for example while a user types.
 
-    Raises LostRankError where a rank is lost.
+    Raises LostRankError if a rank is lost.
     """
     if _heartbeat is None:
         return value
@@ -208,7 +209,7 @@ def broadcast_object(value: Any = None) -> Any:
 
 @contextlib.contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """A block that all ranks run: if it raises on one of them, it raises on all, so none waits for one that failed.
+    """Context for a block that all ranks run: if it raises on one rank, it raises on all, and none waits forever.
 
     A rank that failed raises its own error, the others PeerError with the message of the first rank that failed. An
     error that means a lost rank is raised at once, on this rank only.

@@ -1,16 +1,16 @@
-"""How ranks notice that another rank is lost, and report it in one line.
+"""How ranks detect that another rank is lost, and report it in one line.
 
-Noticing. Inside a forward pass all ranks run the same collectives, so a collective that times out, or whose connection
-closes, means that a rank is lost. Between forward passes a rank may be slow for good reason: it loads from a slower
-disk, or waits for its user's next question. There the ranks meet in `Heartbeat.all_gather`, which has no timeout of its
-own. Instead a thread of each rank increments a counter in the ranks' key-value store (the heartbeat) and reads the
-counters of the others. A rank whose counter stands still for a third of LLAMA_TIMEOUT is lost. `Heartbeat.stop` makes
-the counter negative, so a rank that exits in order is not taken for a silent one.
+Detection: inside a forward pass all ranks run the same collectives, so a collective that times out, or whose connection
+closes, means that a rank is lost. Between forward passes a rank may be slow for a good reason: it loads from a slow
+disk, or waits for its user's next question. There the ranks wait in `Heartbeat.all_gather`, which has no timeout.
+Instead a thread of each rank increments a counter in the ranks' key-value store (the heartbeat) and reads the counters
+of the others. A rank whose counter does not change for a third of LLAMA_TIMEOUT is lost. `Heartbeat.stop` makes the
+counter negative, so a rank that exits normally does not look silent.
 
-Reporting. `all_gather` raises LostRankError, a collective torch's RuntimeError; `lost_rank_message` turns either into
-one line for the user. Where the main thread does something else, such as waiting for input, the heartbeat's thread
-prints the line and ends the process. Before it exits, a rank waits for EXIT_DELAY seconds, because torchrun reports
-the rank that exits first: that should be the one that failed, not one that noticed.
+Reports: `all_gather` raises LostRankError, a collective raises RuntimeError; `lost_rank_message` turns either into one
+line for the user. If the main thread does something else, such as waiting for input, the heartbeat's thread prints
+the line and ends the process. Before it exits, a rank waits for EXIT_DELAY seconds, because torchrun reports the rank
+that exits first. That should be the rank that failed, not one that detected it.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-RESTART_COUNT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # keys of an earlier start may still be in the store
+RESTART_COUNT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # keys of an earlier run may still be in the store
 PARENT_PID = os.getppid()
 Store = Any  # dist.Store, whose stubs lack half of it
-# The part of LLAMA_TIMEOUT after which a rank counts as lost. The rest is for the exit: torchrun gives a suspended rank
-# 30 s before it kills it.
+# The part of LLAMA_TIMEOUT after which a rank counts as lost. The rest is for the exit: torchrun waits 30 s before it
+# kills a suspended rank.
 LOST_FACTOR = 0.35
 RENDEZVOUS_FACTOR = 5  # times LLAMA_TIMEOUT for all ranks to connect: they may import packages from a slow disk
-DEPARTED = -(2**40)  # added to a heartbeat counter, makes it negative
-EXIT_DELAY = 2  # seconds; where another rank of this host failed first, torchrun ends this one within them
+DEPARTED = -(2**40)  # added to a heartbeat counter to make it negative
+EXIT_DELAY = 2  # seconds; if another rank of this host failed first, torchrun ends this one within this time
 # Set when this process is about to exit because another rank is lost. The heartbeat then stops using the store, whose
 # host may be gone: torch logs a page for each operation that fails.
 _exiting = threading.Event()
@@ -56,18 +56,21 @@ class LostRankError(RuntimeError):
 def exit_timeout(device_type: str = "cpu") -> float:
     """Seconds within which all ranks exit once one is lost: LLAMA_TIMEOUT, else 600 on cuda and 60 elsewhere.
 
-    Raises ValueError if LLAMA_TIMEOUT is no positive integer.
+    Raises ValueError if LLAMA_TIMEOUT is not a positive integer below 10,000,000.
     """
     value = os.environ.get("LLAMA_TIMEOUT", "")
     if value and not re.fullmatch(r"[1-9]\d{0,6}", value):
-        raise ValueError(f"LLAMA_TIMEOUT is {value!r}, expected whole seconds, such as 120")
+        raise ValueError(f"LLAMA_TIMEOUT is {value!r}, expected an integer of seconds, such as 120")
     return float(value or (600 if device_type == "cuda" else 60))
 
 
 class Stores(NamedTuple):
-    """This process's connections to the ranks' store, one for each use: operations on one connection wait for each
-    other. They are kept for later models, as torch looks up the store's host name for each new connection, which takes
-    seconds where no name server answers."""
+    """This process's connections to the ranks' store, one for each use, as operations on one connection wait for each
+    other.
+
+    The connections are kept for later models: for each new connection torch looks up the store's host name, which takes
+    seconds if no name server answers.
+    """
 
     process_group: Store
     exchange: Store
@@ -85,7 +88,7 @@ class Stores(NamedTuple):
 def rendezvous(rank: int, size: int) -> Stores:
     """Connect to the store that torchrun's variables name, and wait until all ranks have connected.
 
-    Waits for RENDEZVOUS_FACTOR * LLAMA_TIMEOUT seconds at most. Raises LostRankError if the store cannot be reached or
+    Waits for up to RENDEZVOUS_FACTOR * LLAMA_TIMEOUT seconds. Raises LostRankError if the store cannot be reached or
     ranks are missing by then.
     """
     limit, started = timedelta(seconds=RENDEZVOUS_FACTOR * exit_timeout()), time.monotonic()
@@ -116,9 +119,10 @@ def rendezvous(rank: int, size: int) -> Stores:
 class Heartbeat:
     """This rank's heartbeat, those of the other ranks, and an exchange of values that fails when one of them stops.
 
-    `generation` distinguishes the keys of this heartbeat from those of earlier ones in the same store; all ranks give
-    the same. An operation on a store blocks for as long as the store's host does not answer, whatever its timeout. So
-    `all_gather` runs them in a thread and waits for its result, which Ctrl-C and the checks below can interrupt.
+    `generation` distinguishes the keys of this heartbeat from those of earlier ones in the same store; all ranks must
+    pass the same. An operation on a store blocks for as long as the store's host does not answer, whatever its timeout.
+    So `all_gather` runs these operations in a thread and waits for the result, which Ctrl-C and the checks below can
+    interrupt.
     """
 
     def __init__(self, stores: Stores, generation: int, rank: int, size: int):
@@ -148,7 +152,7 @@ class Heartbeat:
             try:
                 store.set(keys[self.rank], content)
                 pause = 0.0005
-                while not store.check(keys):  # store.wait could not be stopped
+                while not store.check(keys):  # store.wait cannot be interrupted
                     pause = min(1.2 * pause, 0.02)
                     if self._stopped.wait(pause):
                         return
@@ -165,8 +169,8 @@ class Heartbeat:
                 result = results.get(timeout=self.timeout / 10)
             except queue.Empty:
                 previous, problem = problem, self._find_silent_rank(self.timeout) or self._find_departed_rank()
-                # Twice in a row: at the first time the value of a rank that has exited may be on its way, and after a
-                # suspension of this process all ranks seem silent.
+                # Raise only at the second problem in a row. At the first one, the value of a rank that has exited may
+                # still be on its way, or this process was suspended, so that all ranks seem silent.
                 if previous and problem:
                     raise LostRankError(problem) from None
                 continue
@@ -179,10 +183,10 @@ class Heartbeat:
             return [pickle.loads(content) for content in result]
 
     def stop(self) -> None:
-        """Stop the heartbeat, and tell the other ranks that this one departs in order.
+        """Stop the heartbeat, and tell the other ranks that this one exits normally.
 
-        Without torchrun rank 0 hosts the store, which ends with its process. So it first waits, for EXIT_DELAY seconds
-        at most, until all ranks have read the values of the last round.
+        Without torchrun rank 0 hosts the store, which ends with its process. So rank 0 first waits,
+        for up to EXIT_DELAY seconds, until all ranks have read the values of the last round.
         """
         until = time.monotonic() + EXIT_DELAY if self.rank == 0 and not _exiting.is_set() else 0
         with contextlib.suppress(RuntimeError):
@@ -203,13 +207,13 @@ class Heartbeat:
                 for rank, last in self._counters.items():
                     if (counter := store.add(f"heartbeat/{rank}", 0)) != last:
                         self._counters[rank], self._last_heard[rank] = counter, time.monotonic()
-                # Later than all_gather and the collectives, which report by an exception where the main thread is in
-                # one of them. This is for a main thread that waits for something else.
+                # If the main thread is in all_gather or a collective, these raise first. The longer limit here is for a
+                # main thread that waits for something else.
                 if problem := self._find_silent_rank(self.timeout + 3 * EXIT_DELAY):
                     return _terminate(problem)
                 pause = min(self.timeout / 5, 5) if len(self._last_heard) == len(self._counters) else 0.1
                 self._stopped.wait(pause)
-                # Much later than planned: this process was suspended, and the time does not count for the others.
+                # Much later than planned: this process was suspended. That time does not count as others' silence.
                 if (late := time.monotonic() - began - pause) > self.timeout / 4:
                     self._last_heard = {rank: heard + late for rank, heard in self._last_heard.items()}
                     self._started += late
@@ -238,7 +242,7 @@ class Heartbeat:
 
 
 def _start_thread(function: Callable[..., None], *arguments: Any) -> threading.Thread:
-    thread = threading.Thread(target=function, args=arguments, daemon=True)  # a blocked one does not delay the exit
+    thread = threading.Thread(target=function, args=arguments, daemon=True)  # a blocked daemon does not delay the exit
     thread.start()
     return thread
 
@@ -269,8 +273,8 @@ def lost_rank_message(error: BaseException) -> str | None:
 def prepare_lost_rank_exit(error: BaseException) -> str | None:
     """`lost_rank_message(error)`, for a process that prints it and exits.
 
-    If there is a message, the heartbeat stops and EXIT_DELAY seconds pass, so that torchrun reports the lost rank as
-    the first to exit, not this one.
+    If there is a message, this stops the heartbeat and waits EXIT_DELAY seconds, so that torchrun reports the lost rank
+    as the first to exit, not this one.
     """
     message = lost_rank_message(error)
     if message:
@@ -296,7 +300,7 @@ def lost_rank_excepthook(previous: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def write_torchrun_error(message: str) -> None:
-    """Write `message` to this rank's error file, from which torchrun takes the cause that it prints last."""
+    """Write `message` to this rank's error file, from which torchrun reads the cause that it prints last."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):  # a full disk may be the very error

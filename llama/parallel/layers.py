@@ -1,7 +1,7 @@
 """fairscale's model-parallel layers, each with this rank's part of the weight.
 
-fairscale's own constructors allocate the weight of the undivided model first. These do not, and compute without
-fairscale's groups where there is one rank.
+fairscale's own constructors first allocate the weight of the undivided model. These do not, and with one rank they
+compute without fairscale's groups.
 """
 
 from typing import cast
@@ -23,8 +23,10 @@ INIT_STD = 0.02  # of a new model's weights, as in GPT-2 and Llama's successors
 
 
 class LocalLayer(nn.Module):
-    """Mixin in front of one of fairscale's classes. Prints the shape of this rank's weight; `local_forward` is the
-    forward where there are no groups."""
+    """Mixin that must precede one of fairscale's classes. Its repr shows the shape of this rank's weight.
+
+    `local_forward` is the forward if there are no groups.
+    """
 
     def extra_repr(self) -> str:
         return " x ".join(map(str, self.get_parameter("weight").shape))
@@ -95,7 +97,7 @@ class DimEmbedding(LocalEmbedding, ParallelEmbedding):
 def init_weight(shape: tuple[int, int], axis: int, copies: int = 1) -> torch.Tensor:
     """This rank's part of a new random weight, on torch's default device and in its default dtype.
 
-    The undivided weight is drawn, so that a seed gives the same model at any number of ranks. shape: of the part.
+    The undivided weight is drawn, so that a seed gives the same model for any number of ranks. shape: of the part.
     axis: on which ranks split the weight. copies: how many neighbouring ranks hold the same part.
     """
     rank, world_size = model_parallel()
@@ -109,7 +111,7 @@ def init_weight(shape: tuple[int, int], axis: int, copies: int = 1) -> torch.Ten
 
 
 def share_storage(*weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The same weights [n, k], one below the other in one storage, so that one matmul can use all of them."""
+    """Copy weights [n, k] into one storage, in adjacent rows, so that one matmul can use all. Returns the copies."""
     joined = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1]).split([len(w) for w in weights])
     for copy, weight in zip(joined, weights, strict=True):
         if not weight.is_meta:

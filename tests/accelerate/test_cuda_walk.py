@@ -49,8 +49,8 @@ def pretend_gpus(patch: pytest.MonkeyPatch, count: int, capability: tuple[int, i
 @pytest.mark.parametrize(
     ("count", "name", "world", "message"),
     [
-        (1, "auto", World(5, 8, 1, 4), "local rank 1 needs GPU 1, but this host shows 1"),
-        (4, "cuda:4", World(), "needs GPU 4, but this host shows 4"),
+        (1, "auto", World(5, 8, 1, 4), "local rank 1 needs GPU 1, but torch sees 1 here"),
+        (4, "cuda:4", World(), "needs GPU 4, but torch sees 4 here"),
         (4, "cuda:0", World(5, 8, 1, 4), "would put all ranks on one GPU"),
         (0, "cuda", World(), "this torch sees no GPU"),
     ],
@@ -68,7 +68,7 @@ def test_gloo_on_gpus_is_announced(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     backend = dist.get_backend()
     shutdown()
     assert backend == "gloo"
-    assert capsys.readouterr().err == "warning: this torch has no NCCL, ranks talk over gloo (slower)\n"
+    assert capsys.readouterr().err == "warning: this torch has no NCCL: ranks use gloo, which is slower\n"
 
 
 @pytest.fixture(scope="module")

@@ -329,7 +329,7 @@ def test_compiled_once_and_kept(
         for form, message in (
             ("auto", "llama: decode step compiled in "),
             ("auto", "llama: 0.2M parameters, "),
-            (True, "llama: decode step compiled earlier, taken from "),
+            (True, "llama: decode step compiled earlier, loaded from "),
         ):
             assert build("mha", max_seq_len=16, max_batch_size=1, compile=form).executor.is_compiled
             assert capfd.readouterr().err.startswith(message)
@@ -382,7 +382,7 @@ def test_code_is_taken_from_a_folder_that_is_ours_alone(
 @pytest.mark.parametrize(
     ("compiler", "folder", "message"),
     [
-        ("not-there", "", "no C compiler here (not-there)"),
+        ("not-there", "", "no C compiler found (not-there)"),
         ("false", "", "cannot compile"),
         ("cc", "/proc/nothing", "set XDG_CACHE_HOME"),
     ],

@@ -282,7 +282,7 @@ def test_a_limit_of_the_address_space(checkpoint: Callable[..., Path]) -> None:
     number = r"\d+\.\d\d"
     needs = rf"the model needs {number} GiB \(weights {number}, cache {number}, prefill {number}\), "
     length, rows = rf"--max_seq_len \d+ \({number} GiB\)", rf"--max_batch_size \d+ \({number} GiB\)"
-    more = rf"out of memory on cpu, {number} GiB more were asked for, {number} GiB are free, "
+    more = rf"out of memory on cpu, {number} GiB more were requested, {number} GiB are free, "
     anew = "send fewer or shorter prompts at once, or build anew: "
     assert re.fullmatch(rf"{needs}0\.\d\d GiB are free on cpu: {length} or .* would fit", refused)
     assert re.fullmatch(rf"{more}the model is not loaded: {needs}.* would fit", failed)
@@ -313,7 +313,7 @@ def test_a_gpu_that_others_have_filled(step: str, build: Callable[..., Llama], m
     monkeypatch.setattr(owner, "forward" if step == "hidden" else "logits", short)
     monkeypatch.setattr(check, "free_bytes", lambda device: GIB * 5 // 4)
     with pytest.raises(
-        InsufficientMemoryError, match=r"out of memory on cpu, 2\.50 GiB more were asked for, 1\.25 GiB"
+        InsufficientMemoryError, match=r"out of memory on cpu, 2\.50 GiB more were requested, 1\.25 GiB"
     ) as caught:
         llama.generate(prompts, 30, temperature=0)
     assert len(made) == 10 * (step == "hidden") and not any(tensor() for tensor in made), f"{caught} keeps it alive"

@@ -267,7 +267,7 @@ def test_json_of_a_params_file_alone(name: str, tmp_path: Path, capsys: pytest.C
 def test_a_vocabulary_left_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_params(tmp_path, SEVEN_B)
     found = answer(capsys, str(tmp_path))
-    assert found["vocab_size"] == 32000 and "leaves the vocabulary open (-1): 32000 taken" in found["notes"][0]
+    assert found["vocab_size"] == 32000 and "does not have the vocabulary size (-1): using 32000" in found["notes"][0]
     found = answer(capsys, str(path), vocab_size=32016)
     assert found["parameters"]["total"] == 6_738_415_616 + 2 * 16 * 4096 and len(found["notes"]) == 1
     write_params(tmp_path, SEVEN_B | {"vocab_size": 32000})

@@ -139,7 +139,7 @@ def test_device_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("cpu", World()) == torch.device("cpu")
     with pytest.raises(ValueError, match="device 'gpu': expected auto, cpu, cuda, cuda:N or mps"):
         pick_device("gpu", World())
-    with pytest.raises(ValueError, match="'mps' runs one rank, not 2"):
+    with pytest.raises(ValueError, match="'mps' supports one rank, not 2"):
         pick_device("mps", World(0, 2, 0, 2))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -148,7 +148,7 @@ def test_device_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="sees no GPU; use --device cpu"):
         pick_device("cuda", World())
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="'mps': this torch sees none; use --device cpu"):
+    with pytest.raises(ValueError, match="'mps' is not available to this torch: use --device cpu"):
         pick_device("mps", World())
 
 

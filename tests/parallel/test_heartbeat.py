@@ -265,7 +265,7 @@ def run_out_of_memory(folder: Path) -> tuple[str, str]:
 
 def test_a_chat_ends_if_one_rank_runs_out_of_memory(checkpoint: Callable[..., Path]) -> None:
     (_, first), (kind, second) = run_ranks(2, run_out_of_memory, checkpoint("mha"))
-    assert kind == "InsufficientMemoryError" and second.startswith("out of memory on cpu, 0.00 GiB more were asked for")
+    assert kind == "InsufficientMemoryError" and second.startswith("out of memory on cpu, 0.00 GiB more were requested")
     assert re.fullmatch(CLOSED, first)
 
 
@@ -424,7 +424,7 @@ def test_ranks_on_gpus_have_a_longer_timeout() -> None:
 @pytest.mark.parametrize("value", ["soon", "-1", "0", "1e3", " 5"])
 def test_a_timeout_that_is_no_integer(value: str, checkpoint: Callable[..., Path]) -> None:
     for (answer,) in run_ranks(2, build_with_timeout, checkpoint("mha"), value):
-        assert answer == f"ValueError: LLAMA_TIMEOUT is {value!r}, expected whole seconds, such as 120"
+        assert answer == f"ValueError: LLAMA_TIMEOUT is {value!r}, expected an integer of seconds, such as 120"
 
 
 def build_with_timeout(folder: Path, value: str) -> list[str]:
