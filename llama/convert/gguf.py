@@ -1,8 +1,8 @@
-"""Reading GGUF files of architecture `llama`.
+"""Read GGUF files of architecture `llama`.
 
-Weights are dequantized. GGUF stores wq and wk of llama in Meta's order (neighbours form a rotary pair), so tensors only
-change their names. A byte-level BPE vocabulary becomes a tokenizer.json, a SentencePiece one a tokenizer.model; special
-tokens and the chat template go into a tokenizer_config.json.
+Weights are dequantized. GGUF stores wq and wk of this architecture in Meta's order (neighbours form a rotary pair), so
+tensors are renamed but not reordered. A byte-level BPE vocabulary becomes a tokenizer.json, a SentencePiece vocabulary
+becomes a tokenizer.model. Special tokens and the chat template are written to a tokenizer_config.json.
 """
 
 import re
@@ -27,7 +27,7 @@ from llama.convert.params import (
 )
 from llama.convert.source import ConvertError, Source
 from llama.convert.tokenizer import tokenizer_files
-from llama.convert.vocab import sentencepiece_model
+from llama.convert.vocab import CONTROL, NORMAL, UNUSED, USER_DEFINED, sentencepiece_model
 from llama.model import rotary_angles
 from llama.params import ModelArgs
 from llama.vocabulary.tiktoken_ranks import LLAMA3_SPLIT
@@ -44,7 +44,7 @@ LAYER_NAMES = {
     "attn_norm.weight": "attention_norm.weight",
     "ffn_norm.weight": "ffn_norm.weight",
 }
-# The keys of the architecture that are handled. Any other may change what the model computes: the file is refused.
+# The supported keys of the architecture. Any other may change what the model computes, so the file is refused.
 KNOWN_KEYS = {
     "llama.attention.head_count",
     "llama.attention.head_count_kv",
@@ -66,17 +66,15 @@ KNOWN_KEYS = {
     "llama.rope.scaling.type",
     "llama.vocab_size",
 }
-# The types that dtype "auto" keeps. All others are quantized.
+# The tensor types that dtype "auto" keeps. All others are quantized.
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# tokenizer.ggml.pre: how text is split before the merges of a byte-level vocabulary.
+# Values of tokenizer.ggml.pre, which decides how a text is split before BPE merges.
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
 PRE_TOKENIZERS = ("smollm", "gpt-2", *LLAMA3_PRE)
-# tokenizer.ggml.token_type
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
 def read(path: Path) -> Source:
-    """Read and check the metadata, and the names and shapes of all tensors. Raises ConvertError."""
+    """Read and check the metadata and the names and shapes of all tensors. Raises ConvertError."""
     try:
         return _read(path)
     except ModuleNotFoundError as error:
@@ -93,7 +91,7 @@ def _read(path: Path) -> Source:
     try:
         reader = GGUFReader(path)
         meta = {key: field.contents() for key, field in reader.fields.items()}
-    except Exception as error:  # the reader raises a dozen kinds on damaged files
+    except Exception as error:  # GGUFReader raises a dozen types for damaged files
         reason = str(error).strip().split("\n")[0]
         raise ConvertError(f"damaged, cut off or of an unknown GGUF version ({reason}): fetch it again") from error
     if reader.byte_order != "I":
@@ -134,7 +132,7 @@ def _dequantize(tensor: Any, data: np.ndarray) -> np.ndarray:
     except NotImplementedError:  # raised by the gguf package for unknown types
         raise ConvertError(
             f"{tensor.name} is stored as {tensor.tensor_type.name}, which the gguf package cannot dequantize: "
-            "take a file of another type (F16, BF16, Q8_0 ...), or upgrade gguf"
+            "use a file of another type (F16, BF16, Q8_0 ...), or upgrade gguf"
         ) from None
 
 
@@ -145,24 +143,24 @@ def _name(name: str) -> str:
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     if match and match[2] in LAYER_NAMES:
         return f"layers.{match[1]}.{LAYER_NAMES[match[2]]}"
-    raise ConvertError(f"tensor {name} has no counterpart in Meta's layout: only plain llama models convert")
+    raise ConvertError(f"tensor {name} has no counterpart in Meta's layout: only plain llama models can be converted")
 
 
 # params.json --------------------------------------------------------------------------------------
 
 
 def _params(meta: dict[str, Any]) -> dict[str, Any]:
-    """The keys of params.json except vocab_size, which is the number of rows of the embedding."""
+    """The keys of params.json without vocab_size, which is taken from the rows of the embedding."""
     if (architecture := meta.get("general.architecture")) != "llama":
         raise ConvertError(f"architecture {architecture!r} is not supported: only 'llama' is")
     for key, value in meta.items():
         if key.startswith("llama.expert") and value:
-            raise ConvertError(f"{key} = {value!r}: mixtures of experts are not supported, take a dense model")
+            raise ConvertError(f"{key} = {value!r}: mixtures of experts are not supported, use a dense model")
         if key.startswith("llama.") and key not in KNOWN_KEYS:
-            raise ConvertError(f"{key} = {value!r} is not supported and may change the results: take another model")
+            raise ConvertError(f"{key} = {value!r} is not supported and may change the results: use another model")
     dim, n_heads = read_int(meta, "llama.embedding_length"), read_int(meta, "llama.attention.head_count")
     if "llama.attention.key_length" not in meta and dim % n_heads:
-        raise ConvertError(f"llama.embedding_length {dim} is no multiple of {n_heads} heads: fetch the file again")
+        raise ConvertError(f"llama.embedding_length {dim} is not a multiple of {n_heads} heads: fetch the file again")
     head_dim = read_int(meta, "llama.attention.key_length", dim // n_heads)
     for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
         if read_int(meta, key, head_dim) != head_dim:
@@ -179,20 +177,20 @@ def _params(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _linear_scaling(meta: dict[str, Any]) -> dict[str, float]:
-    """A factor without a type means linear scaling, as in llama.cpp; a factor of 0 means none."""
+    """rope_linear_factor, if any. As in llama.cpp, a factor without a type is linear, and a factor of 0 means none."""
     factor = "llama.rope.scaling.factor" if "llama.rope.scaling.factor" in meta else "llama.rope.scale_linear"
     kind = meta.get("llama.rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
-        raise ConvertError(f"rope scaling {kind!r} is not supported: none, linear and Llama 3's are")
+        raise ConvertError(f"rope scaling {kind!r} is not supported, expected none, linear or Llama 3's")
     return {"rope_linear_factor": _read_float32(meta, factor)} if kind == "linear" and meta.get(factor) else {}
 
 
 def _llama3_scaling(divisors: np.ndarray, params: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
     """Llama 3's rope scaling from rope_freqs.weight [head_dim / 2], by which llama.cpp divides each frequency.
 
-    GGUF stores none of the scaling's four numbers but, optionally, the original context. The factor is the largest
-    divisor. For the two other numbers, 1 and 4 are tried first, then a line fitted through the divisors between 1 and
-    the factor. Raises ConvertError if neither reproduces the divisors.
+    The scaling has four numbers. GGUF stores at most one of them, the original context length. The factor is the
+    largest divisor. For low_freq_factor and high_freq_factor, 1 and 4 are tried first, then the numbers from a line
+    fitted through the divisors between 1 and the factor. Raises ConvertError if neither reproduces the divisors.
     """
     plain = ModelArgs(**params)
     if divisors.shape != (plain.head_dim // 2,):
@@ -201,7 +199,7 @@ def _llama3_scaling(divisors: np.ndarray, params: dict[str, Any], meta: dict[str
     freqs = _frequencies(plain)
     candidates = [(1.0, 4.0)]
     with np.errstate(all="ignore"):
-        unscaled = (1 / divisors - 1 / factor) / (1 - 1 / factor)  # how much of each frequency is unscaled, 0 to 1
+        unscaled = (1 / divisors - 1 / factor) / (1 - 1 / factor)  # 1: frequency unchanged, 0: divided by factor
         blended = (unscaled > 1e-3) & (unscaled < 1 - 1e-3)
     if blended.sum() > 1:
         slope, low = np.polyfit(unscaled[blended], context * freqs[blended] / (2 * np.pi), 1)
@@ -210,20 +208,20 @@ def _llama3_scaling(divisors: np.ndarray, params: dict[str, Any], meta: dict[str
         if factor < 1 or not 0 < low <= high:
             continue
         scaling = scaling_params(factor, low, high, context)
-        # The tolerance: divisors are stored, and frequencies were computed, in float32.
+        # Divisors and frequencies are float32, which limits the accuracy.
         if np.allclose(freqs / _frequencies(ModelArgs(**params, **scaling)), divisors, rtol=1e-4):
             return scaling
-    raise ConvertError("rope_freqs.weight holds another scaling of frequencies than Llama 3's: not supported")
+    raise ConvertError("rope_freqs.weight does not scale frequencies as Llama 3 does: not supported")
 
 
 def _frequencies(args: ModelArgs) -> np.ndarray:
-    """The radians by which each pair is rotated from one position to the next [head_dim / 2]."""
+    """The angle in radians by which each pair is rotated per position [head_dim / 2]."""
     frequencies: np.ndarray = rotary_angles(args, 2)[1].angle().numpy()
     return frequencies
 
 
 def _read_float32(meta: dict[str, Any], key: str, default: float | None = None) -> float:
-    """The shortest decimal that rounds to the stored float32: 1e-05 instead of 9.999999747378752e-06."""
+    """Read the shortest decimal that rounds to the stored float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(read_float(meta, key, default))))
 
 
@@ -241,7 +239,7 @@ def _tokenizer(meta: dict[str, Any], vocab_size: int) -> dict[str, bytes]:
     model = meta.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
         raise ConvertError(
-            f"tokenizer.ggml.model {model!r} is not supported: 'llama' (SentencePiece) and 'gpt2' (byte-level BPE) are"
+            f"tokenizer.ggml.model {model!r} is not supported, expected 'llama' (SentencePiece) or 'gpt2' (BPE)"
         )
     if model == "gpt2":
         vocabulary = {"tokenizer.json": _tokenizer_json(meta, tokens, types).encode()}
@@ -278,7 +276,7 @@ def _tokenizer_json(meta: dict[str, Any], tokens: list[str], types: list[int]) -
 
     pre = meta.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
-        raise ConvertError(f"tokenizer.ggml.pre {pre!r} is not supported: {', '.join(PRE_TOKENIZERS)} are")
+        raise ConvertError(f"tokenizer.ggml.pre {pre!r} is not supported, expected {', '.join(PRE_TOKENIZERS)}")
     if unknown := sorted(set(types) - {NORMAL, CONTROL, USER_DEFINED, UNUSED}):
         raise ConvertError(f"tokenizer.ggml.token_type {unknown[0]} is not possible in a byte-level vocabulary")
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -289,14 +287,14 @@ def _tokenizer_json(meta: dict[str, Any], tokens: list[str], types: list[int]) -
     for merge in _array(meta, "tokenizer.ggml.merges", str):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocab.keys():
-            raise ConvertError(f"tokenizer.ggml.merges holds {merge!r}, not two tokens that together are a third")
+            raise ConvertError(f"tokenizer.ggml.merges holds {merge!r}, expected two tokens that joined are a token")
         merges.append((left, right))
     steps: list[Any] = []
     if pre == "smollm":
         steps = [pre_tokenizers.Digits(individual_digits=True)]
     elif pre in LLAMA3_PRE:
         steps = [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")]
-    # ByteLevel's own pattern is GPT-2's. Llama 3 uses a pre-token that is a token as it is, without merges.
+    # ByteLevel's own pattern is GPT-2's. In Llama 3's tokenizers, a pre-token that is in the vocabulary is not merged.
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in LLAMA3_PRE))
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_PRE))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
@@ -308,7 +306,7 @@ def _tokenizer_json(meta: dict[str, Any], tokens: list[str], types: list[int]) -
 
 
 def _tokenizer_config(meta: dict[str, Any], tokens: list[str], model: str) -> dict[str, Any]:
-    # llama.cpp's default is to add BOS for SentencePiece vocabularies and for Llama 3's.
+    # By default, llama.cpp adds BOS for SentencePiece vocabularies and Llama 3's.
     adds_bos = model == "llama" or meta.get("tokenizer.ggml.pre") in LLAMA3_PRE
     config: dict[str, Any] = {"add_bos_token": bool(meta.get("tokenizer.ggml.add_bos_token", adds_bos))}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
@@ -323,5 +321,5 @@ def _token_id(meta: dict[str, Any], name: str, tokens: list[str]) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
     token_id = meta.get(key)
     if token_id is not None and (not isinstance(token_id, int) or not 0 <= token_id < len(tokens)):
-        raise ConvertError(f"{key} is {token_id!r}, but ids end at {len(tokens) - 1}: fetch the file again")
+        raise ConvertError(f"{key} is {token_id!r}, but the largest id is {len(tokens) - 1}: fetch the file again")
     return token_id

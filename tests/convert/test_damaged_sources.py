@@ -238,7 +238,7 @@ def test_the_tokenizer_of_a_meta_folder_is_checked(source: Path, tmp_path: Path)
     tokenizer = tmp_path / "in" / "tokenizer.model"
     for content, part in (
         (LFS.encode(), "tokenizer.model is a Git LFS pointer, expected"),
-        (Path(LLAMA3).read_bytes(), "has 128256 ids, the model 512: put the model's own there"),
+        (Path(LLAMA3).read_bytes(), "has 128256 ids, the model 512: put the model's own tokenizer there"),
     ):
         tokenizer.write_bytes(content)
         assert part in error_of(tmp_path / "in", tmp_path / "out")
