@@ -14,7 +14,7 @@ BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
 LLAMA2C_MAX_BYTES = 2**16  # of a piece in tokenizer.bin; real pieces have a few dozen at most
 
 
-# SentencePiece ----------------------------------------------------------------------------------------
+# SentencePiece ------------------------------------------------------------------------------------
 # Models are read and written in protobuf's wire format here, because sentencepiece does not install protobuf's package.
 
 
