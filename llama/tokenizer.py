@@ -65,7 +65,7 @@ class Tokenizer:
     model_path: tokenizer.model or tokenizer.json. A tokenizer_config.json in the same folder may set chat_format,
         default_system, system_prefix, dialog_bos, add_bos_token and vocab_size (n_words). A tokenizer.json requires
         one, which names the BOS, EOS and padding tokens.
-    use_scaled_rope: params.json's key. It selects the special tokens of tiktoken ranks: Llama 3.1's if true, else 3.0's.
+    use_scaled_rope: params.json's key. It selects the special tokens of tiktoken ranks: Llama 3.1's if true, or 3.0's.
 
     Attributes:
 

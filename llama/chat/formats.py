@@ -278,7 +278,7 @@ class ChatFormat:
         return self.encode(dialog)
 
     def encode_message(self, message: Message) -> list[int]:
-        """The ids of one message. Only in Llama 3's format they do not depend on other messages.
+        """The ids of one message, for Llama 3's format, in which they do not depend on other messages.
 
         Raises ValueError for other formats.
         """

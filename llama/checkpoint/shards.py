@@ -1,4 +1,4 @@
-"""Read one file of weights into tensors under Meta's names, whichever tool saved it.
+"""Read one file of weights into tensors under Meta's names, from any tool.
 
 Meta's own files are a dictionary of tensors by name. Trainers and fine-tuners wrap it (`{"model": ..., "step": ...}`),
 put a prefix before the names (`module.`, `_orig_mod.`), and save buffers along with the weights; Mistral publishes
@@ -132,7 +132,7 @@ def suggest_fix(kind: str | None) -> str:
         SAFETENSORS: "rename it to end in .safetensors",
         ZIP: "rename it to end in .pth",
         OLD_TORCH: "rename it to end in .pth",
-        PICKLE: "load it where you trust it, and write its tensors with torch.save",
+        PICKLE: "if you trust it, load it and write its tensors with torch.save",
         GGUF: "convert it with: python -m llama convert SRC DST",
         FOLDER: "put the file there",
     }
@@ -144,7 +144,7 @@ def _explain_refusal(path: Path, reason: str) -> str:
     name = re.search(r"(?:GLOBAL|allowlisted:?|global) ([A-Za-z_][\w.]*\.\w+)", reason)
     refused = f" ({name[1]})" if name else ""
     return (
-        f"{path} holds more than tensors, which could run code: it was not loaded{refused}; where you trust it, take "
+        f"{path} holds more than tensors, which could run code: it was not loaded{refused}; if you trust it, take "
         f"the weights out of torch.load('{path.name}', weights_only=False) and save them alone: "
         "torch.save(model.state_dict(), 'new.pth')"
     )

@@ -137,7 +137,7 @@ def check_count(paths: dict[int, Path], count: int, report: Report) -> None:
     for number, path in paths.items():
         if number >= count and path not in report.bad_files:
             fix = "remove it, or fetch the shards that belong to it"
-            report.add_problem(path, f"is one file too many, expected {count} shards: {fix}")
+            report.add_problem(path, f"is an extra file, expected {count} shards: {fix}")
 
 
 def check_same_model(paths: dict[int, Path], shards: dict[int, Tensors], shapes: Shapes, report: Report) -> None:
@@ -146,15 +146,15 @@ def check_same_model(paths: dict[int, Path], shards: dict[int, Tensors], shapes:
         return
     norms = [key for key in shapes if key != EMBEDDING and SHARD_AXIS[without_layer(key)] is None]
     dtypes = {number: [tensors[key].dtype for key in shapes] for number, tensors in shards.items()}
-    repeated = {n: torch.cat([tensors[key].flatten().float() for key in norms]) for n, tensors in shards.items()}
+    shard_norms = {n: torch.cat([tensors[key].flatten().float() for key in norms]) for n, tensors in shards.items()}
 
     def is_alike(a: int, b: int) -> bool:
-        is_far = (repeated[a] - repeated[b]).abs().mean() > NORM_TOLERANCE * repeated[a].abs().mean()
+        is_far = (shard_norms[a] - shard_norms[b]).abs().mean() > NORM_TOLERANCE * shard_norms[a].abs().mean()
         return not is_far and dtypes[a] == dtypes[b]
 
     typical = max(shards, key=lambda number: sum(is_alike(number, other) for other in shards))
     for number in shards:
         if not is_alike(typical, number):
             difference = "dtypes" if dtypes[typical] != dtypes[number] else "norms"
-            problem = f"has other {difference} than {paths[typical].name}, expected shards of one model"
+            problem = f"has different {difference} from {paths[typical].name}, expected shards of one model"
             report.add_problem(paths[number], f"{problem}: replace the one that is from another model")

@@ -24,7 +24,7 @@ from llama.vocabulary.tokenizer_json import read_tokenizer_json
 def import_tokenizer(folder: Path, model_config: dict[str, Any], args: ModelArgs) -> tuple[dict[str, bytes], list[str]]:
     """Return (the tokenizer's files for the new folder, name -> content; notes).
 
-    The vocabulary is tokenizer.model if that has all tokens, because it needs no further package, else tokenizer.json.
+    The vocabulary is tokenizer.model if that has all tokens, because it needs no other package, else tokenizer.json.
     """
     model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
     config = _read_if_exists(folder / "tokenizer_config.json")

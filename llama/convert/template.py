@@ -70,13 +70,15 @@ def chat_keys(template: Any, config: dict[str, Any], specials: Collection[str]) 
     texts = _rendered(template, names) if isinstance(template, str) else []
     if not texts:
         return {"chat_format": None}
-    roles = {role: names[key] for role, key in ((BOS, "bos_token"), (EOS, "eos_token")) if key in names}
+    special_names = {special: names[key] for special, key in ((BOS, "bos_token"), (EOS, "eos_token")) if key in names}
     for name in FORMATS:
         try:
-            dialect = find_dialect(name, {*roles, *map(Special, specials)})
+            dialect = find_dialect(name, {*special_names, *map(Special, specials)})
         except ValueError:  # the format needs special tokens that the vocabulary lacks
             continue
-        keys = _match(texts, dialect, roles, {*specials, *roles.values()}, spaces_matter=name != "mistral")
+        keys = _match(
+            texts, dialect, special_names, {*specials, *special_names.values()}, spaces_matter=name != "mistral"
+        )
         if keys is not None:
             return {"chat_format": name, **keys}
     return {"chat_format": None}
@@ -88,7 +90,11 @@ def _content(token: Any) -> str:
 
 
 def _match(
-    texts: "list[str | None]", dialect: "Dialect", roles: "dict[Special, str]", marks: set[str], spaces_matter: bool
+    texts: "list[str | None]",
+    dialect: "Dialect",
+    special_names: "dict[Special, str]",
+    marks: set[str],
+    spaces_matter: bool,
 ) -> dict[str, Any] | None:
     """The keys (see chat_keys) with which a format renders DIALOGS as these texts, or None if there are none.
 
@@ -98,13 +104,13 @@ def _match(
     from llama.chat.formats import BOS, render
 
     def rendered(dialog: "Dialog", **keys: Any) -> str:
-        text = render(dialect.parts(dialog, **keys), roles)
+        text = render(dialect.parts(dialog, **keys), special_names)
         return text if spaces_matter else "".join(text.split())
 
     if not spaces_matter:
         texts = [None if text is None else "".join(text.split()) for text in texts]
     keys: dict[str, Any] = {}
-    starts = [text.startswith(roles.get(BOS, PLACEHOLDER)) for text in (texts[0] or "", rendered(QUESTION))]
+    starts = [text.startswith(special_names.get(BOS, PLACEHOLDER)) for text in (texts[0] or "", rendered(QUESTION))]
     if starts == [True, False]:  # not SmolLM2, whose format begins with its BOS as a tag
         keys["dialog_bos"] = True
     # Cut what the template adds out of the place where the format puts a system message or its beginning. If the

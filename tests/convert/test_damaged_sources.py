@@ -230,7 +230,7 @@ def test_shards_of_two_models_of_one_shape(in_format: Callable[[str, str], Path]
     path = tmp_path / "in" / "consolidated.02.pth"
     tensors = torch.load(path, weights_only=True)
     store({name: torch.randn_like(tensor) for name, tensor in tensors.items()}, path)
-    assert "consolidated.02.pth has other norms than" in error_of(tmp_path / "in", tmp_path / "out")
+    assert "consolidated.02.pth has different norms from" in error_of(tmp_path / "in", tmp_path / "out")
 
 
 def test_the_tokenizer_of_a_meta_folder_is_checked(source: Path, tmp_path: Path) -> None:

@@ -324,11 +324,11 @@ FAULTS: dict[str, Fault] = {
         lambda folder, rng: shutil.copy(folder / FIRST, folder / SECOND), SECOND, "holds the same tensors"
     ),
     "swapped": Fault(swap, FIRST, "was saved as consolidated.01.pth, expected consolidated.00.pth"),
-    "another model's": Fault(foreign, SECOND, "has other norms than consolidated.00.pth"),
-    "another dtype": Fault(edit(lambda t: t.update({WQ: t[WQ].bfloat16()})), SECOND, "has other dtypes than"),
+    "another model's": Fault(foreign, SECOND, "has different norms from consolidated.00.pth"),
+    "another dtype": Fault(edit(lambda t: t.update({WQ: t[WQ].bfloat16()})), SECOND, "has different dtypes from"),
     "not a float": Fault(edit(lambda t: t.update({WQ: t[WQ].to(torch.int8)})), SECOND, f"wrong type: {WQ} torch.int8"),
     "float64": Fault(
-        edit(lambda t: t.update({WQ: t[WQ].double()})), SECOND, "has other dtypes than consolidated.00.pth"
+        edit(lambda t: t.update({WQ: t[WQ].double()})), SECOND, "has different dtypes from consolidated.00.pth"
     ),
     "NaN": Fault(edit(lambda t: t[WQ][3].fill_(NAN)), SECOND, f"holds NaN or infinity in {WQ}"),
     "infinity": Fault(edit(lambda t: t["norm.weight"][0].fill_(-INFINITY)), SECOND, "holds NaN or infinity in norm"),
