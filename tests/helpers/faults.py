@@ -521,7 +521,7 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
     "linear without factor": ({"config.json": config(rope_scaling={"type": "linear"})}, "factor is missing"),
     "a scaling for each kind of layer": (
         {"config.json": config(rope_parameters={"full_attention": {"rope_type": "default"}})},
-        "one object for all layers is",
+        "expected one object for all layers",
     ),
     "two thetas": (
         {"config.json": config(rope_theta=5e5, rope_parameters={"rope_theta": 1e4})},

@@ -71,7 +71,7 @@ def test_allowed_special(llama31: Tokenizer, json_folder: Path) -> None:
         assert llama31.encode(text, bos=True, eos=True, allowed_special=allowed) == expected
     assert llama31.encode(text, bos=True, eos=True) == expected  # none by default
     with pytest.raises(
-        ValueError, match="allowed_special names '<|x|>', which is no special token".replace("|", r"\|")
+        ValueError, match="allowed_special names '<|x|>', which is not a special token".replace("|", r"\|")
     ):
         llama31.encode(text, bos=False, eos=False, allowed_special={"<|x|>"})
     ours = Tokenizer(json_folder / "tokenizer.json")
@@ -127,12 +127,12 @@ def test_lines_may_end_in_crlf(tmp_path: Path) -> None:
         (lambda s: s + "YWI= 257\n", r"has no rank 256 in 257 lines"),
         (lambda s: s + "YWI= 99999999999999999999\n", r"has no rank 256 in 257 lines"),
         (lambda s: s + "YWI= -1\n", r"line 257: 'YWI= -1', expected a token in base64 and its rank"),
-        (lambda s: s + "YW!I= 256\n", r"line 257: 'YW!I= 256' is not a token in base64"),
-        (lambda s: s + "YWI=\n", r"line 257: 'YWI=' is not a token in base64"),
-        (lambda s: s + "= 256\n", r"line 257: '= 256' is not a token in base64"),
-        (lambda s: s + "\n", r"line 257: '' is not a token in base64"),
+        (lambda s: s + "YW!I= 256\n", r"line 257: 'YW!I= 256', expected a token in base64"),
+        (lambda s: s + "YWI=\n", r"line 257: 'YWI=', expected a token in base64"),
+        (lambda s: s + "= 256\n", r"line 257: '= 256', expected a token in base64"),
+        (lambda s: s + "\n", r"line 257: '', expected a token in base64"),
         (lambda s: s[: s.index("\n") + 1], r"has no rank for the byte 0x00"),
-        (lambda s: s + f"YWI= {'9' * 5000}\n", r"line 257: 'YWI= 9{55}' is not a token"),
+        (lambda s: s + f"YWI= {'9' * 5000}\n", r"line 257: 'YWI= 9{55}', expected a token"),
     ],
 )
 def test_damaged_ranks(tmp_path: Path, change: Callable[[str], str], message: str) -> None:
