@@ -1,5 +1,5 @@
-"""`Tokenizer`: text to ids and back, for SentencePiece models (Llama 1 and 2, Mistral), tiktoken ranks (Llama 3) and
-tokenizer.json."""
+"""`Tokenizer`, which encodes and decodes text with SentencePiece models (Llama 1 and 2, Mistral), tiktoken ranks
+(Llama 3) and tokenizer.json."""
 
 import json
 import operator
@@ -32,7 +32,7 @@ Role = Literal["system", "user", "assistant"]
 class Message(TypedDict):
     """One message of a dialog.
 
-    destination: whom the message is for, in the format of Code Llama 70B-Instruct; other formats ignore it.
+    destination: the recipient, in the format of Code Llama 70B-Instruct. Other formats ignore it.
     """
 
     role: Role
@@ -42,16 +42,16 @@ class Message(TypedDict):
 
 Dialog = Sequence[Message]
 
-# Special tokens that end an answer, as EOS does, in every vocabulary that has them.
+# Special tokens that end an answer, in addition to EOS. A vocabulary may lack them.
 STOP_NAMES = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 # Code Llama's pieces for infilling, in the order of prefix_id, middle_id, suffix_id and eot_id.
 INFILLING = ("\u2581<PRE>", "\u2581<MID>", "\u2581<SUF>", "\u2581<EOT>")
-# Any piece that does not begin with a space: encoded before a text, it keeps SentencePiece from adding one there.
+# A text without leading space. Before another text, it prevents SentencePiece from adding a space to that one.
 ANCHOR = "\N{WHITE SMILING FACE}"
 
 
 def __getattr__(name: str) -> Any:
-    """ChatFormat, which Meta's module of this name has. It is imported late, because its module imports this one."""
+    """Provide ChatFormat, as Meta's module of this name does. Its module imports this one, so it is imported late."""
     if name == "ChatFormat":
         from llama.chat.formats import ChatFormat
 
@@ -60,29 +60,30 @@ def __getattr__(name: str) -> Any:
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint, of any of the three kinds; the kind is detected from the file's content.
+    """The tokenizer of a checkpoint. Its kind is detected from the content of the file.
 
-    model_path: tokenizer.model or tokenizer.json. A tokenizer_config.json in the same folder is read for chat_format,
-        default_system, system_prefix, dialog_bos, add_bos_token and vocab_size (n_words). A tokenizer.json also needs
-        it for its BOS, EOS and padding.
-    use_scaled_rope: params.json's key, which decides the special tokens of Llama 3's ranks: those of 3.1, or of 3.0.
+    model_path: tokenizer.model or tokenizer.json. A tokenizer_config.json in the same folder may set chat_format,
+        default_system, system_prefix, dialog_bos, add_bos_token and vocab_size (n_words). A tokenizer.json requires
+        one, which names the BOS, EOS and padding tokens.
+    use_scaled_rope: params.json's key. It selects the special tokens of tiktoken ranks: Llama 3.1's if true, or 3.0's.
 
     Attributes:
 
     kind: "sentencepiece", "tiktoken" or "tokenizer.json".
-    n_words: rows of the embedding. Models may have more rows than the tokenizer has ids; the ids beyond have no text.
-    bos_id, eos_id, pad_id: -1 where the tokenizer has none.
+    n_words: the number of rows of the embedding. If the file has fewer ids, the others have no text.
+    bos_id, eos_id, pad_id: -1 if the tokenizer has none.
     adds_bos: whether texts begin with BOS (Llama's do, SmolLM2's do not).
     stop_tokens: ids that end a generation.
     special_ids, special_tokens: name -> id of the control tokens.
     prefix_id, middle_id, suffix_id, eot_id: Code Llama's infilling ids, or None.
     step_id: the id of `<step>`, which ends a turn of Code Llama 70B-Instruct, or None.
     rstrip_ids: special ids after which white space at the start of a text is dropped.
-    chat_format: the name of the tokenizer's dialog format, or None where it is unknown.
-    default_system: the system message of a dialog without one, or None. system_prefix: goes before other ones.
-    dialog_bos: whether BOS goes before dialogs whose format has none.
-    unsettled_ids: ids of single bytes, if the backend decodes a run of them at once: the text of each depends on the
-        bytes that follow.
+    chat_format: the name of the tokenizer's dialog format, or None if it is unknown.
+    default_system: the system message of a dialog without one, or None.
+    system_prefix: a text before the system message of a dialog that has one.
+    dialog_bos: whether BOS is added before dialogs whose format has none.
+    unsettled_ids: ids of single bytes, if the backend decodes consecutive ones together. The text of each then depends
+        on the ids that follow.
 
     Raises TokenizerError.
     """
@@ -112,8 +113,8 @@ class Tokenizer:
         self.unsettled_ids = backend.unsettled_ids
         self.stop_tokens = {self.eos_id} - {-1}
         self.stop_tokens |= {self.special_ids[name] for name in STOP_NAMES if name in self.special_ids}
-        # Ids that encoding a text must not produce. unk_id may stand for an unknown character, unless it has a second
-        # meaning.
+        # Ids that encoding a text must not produce. Unknown characters may become unk_id, unless that is also another
+        # special token.
         allowed = {backend.unk_id} - {self.bos_id, self.eos_id, self.pad_id} - self.stop_tokens
         self._reserved = {i: name for name, i in self.special_ids.items() if i not in allowed}
         self.chat_format: str | None = config.get("chat_format", backend.chat_format)
@@ -124,19 +125,19 @@ class Tokenizer:
         if self.n_words < backend.n_words:
             raise TokenizerError(
                 f"tokenizer_config.json says vocab_size {self.n_words}, but ids of {path} go up to "
-                f"{backend.n_words - 1}: correct the key or take it out"
+                f"{backend.n_words - 1}: correct or remove the key"
             )
 
     @property
     def sp_model(self) -> Any:
-        """The SentencePieceProcessor. AttributeError for other kinds of tokenizer."""
+        """The SentencePieceProcessor. Raises AttributeError for other kinds of tokenizer."""
         if self.kind != "sentencepiece":
             raise AttributeError(f"a {self.kind} tokenizer has no sp_model, only SentencePiece tokenizers have one")
         return self._backend.model
 
     @property
     def model(self) -> Any:
-        """The tiktoken Encoding of Llama 3's ranks, special tokens included. AttributeError for other kinds."""
+        """The tiktoken Encoding, including special tokens. Raises AttributeError for other kinds of tokenizer."""
         if self.kind != "tiktoken":
             raise AttributeError(f"a {self.kind} tokenizer has no model, only tiktoken ranks have one")
         return self._backend.model
@@ -144,14 +145,15 @@ class Tokenizer:
     def encode(
         self, s: str, bos: bool, eos: bool, *, allowed_special: Names = (), disallowed_special: Names = ()
     ) -> list[int]:
-        """The ids of a text. bos, eos: whether BOS goes before them, and EOS after.
+        """The ids of a text.
 
-        allowed_special: names of special tokens, or "all", that become their ids where the text holds them. By default
+        bos, eos: whether to add BOS before and EOS after the text.
+        allowed_special: names of special tokens that become their ids if they occur in the text, or "all". By default
             none does, so that text written by users cannot end a turn.
-        disallowed_special: names that the text must not hold; "all" is every special token that is not allowed.
+        disallowed_special: names that must not occur in the text. "all" is all special tokens that are not allowed.
 
-        Raises TypeError for a value that is not a string, ValueError for a text that the tokenizer cannot encode or
-        that holds a disallowed name.
+        Raises TypeError for a value that is not a string, and ValueError for a text that the tokenizer cannot encode or
+        in which a disallowed name occurs.
         """
         _check_text(s)
         if disallowed_special == "all":
@@ -159,8 +161,8 @@ class Tokenizer:
             disallowed_special = self.special_ids.keys() - set(allowed)
         if disallowed := next((name for name in disallowed_special if name in s), None):
             raise ValueError(
-                f"the text holds {disallowed!r}, which disallowed_special names: take it out of the text, or leave it "
-                "out of disallowed_special to encode it as text"
+                f"the text holds {disallowed!r}, which is in disallowed_special: remove it from the text, or remove it "
+                "from disallowed_special to encode it as text"
             )
         ids = [self.bos_id] * bos
         for i, part in enumerate(self._split(s, allowed_special)):
@@ -172,48 +174,56 @@ class Tokenizer:
                     # The vocabulary also has the special token's name as an ordinary piece.
                     name = next(self._reserved[i] for i in part_ids if i in self._reserved)
                     raise ValueError(
-                        f"this tokenizer encodes a part of the text as its special token {name!r}: change it"
+                        f"this tokenizer encodes a part of the text as its special token {name!r}: change the text"
                     )
                 ids += part_ids
         return ids + [self.eos_id] * eos
 
     def _split(self, s: str, names: Names) -> list[str]:
-        """Alternately texts, which may be empty, and the special tokens between them."""
+        """Split a text at these special tokens. Texts, which may be empty, and names of special tokens alternate."""
         names = self.special_ids.keys() if names == "all" else names
         if not names:
             return [s]
         if unknown := sorted(set(names) - self.special_ids.keys()):
-            raise ValueError(f"allowed_special names {unknown[0]!r}, which is no special token of this tokenizer")
+            raise ValueError(f"allowed_special names {unknown[0]!r}, which is not a special token of this tokenizer")
         return re.split(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})", s)
 
     def normalize(self, s: str) -> str:
-        """The text as the tokenizer normalizes it before it splits it: NFKC turns a full-width bracket into "[", for
-        example. Spaces may have become U+2581. Raises as `encode` does."""
+        """Normalize a text as the tokenizer does before it splits it. Raises as `encode` does.
+
+        For example, NFKC turns a full-width bracket into "[". Spaces may become U+2581.
+        """
         _check_text(s)
         return self._backend.normalize(s)
 
     def decode(self, ids: int | Sequence[int]) -> str:
-        """The text of one id or several. Bytes that are not UTF-8 become U+FFFD. Special ids become their names with
-        tiktoken ranks, and nothing with other kinds, as in Meta's code. Raises ValueError for ids outside the
-        vocabulary."""
+        """The text of one id or several. Raises ValueError for ids outside the vocabulary.
+
+        Bytes that are not UTF-8 become U+FFFD. As in Meta's code, special ids become their names with tiktoken ranks,
+        and nothing with other kinds of tokenizer.
+        """
         return self._backend.decode([token for token in self._read_ids(ids) if token < self._backend.n_words])
 
     def decode_token(self, token: int) -> str:
-        """One id as readable text: leading spaces kept, special ids by name. Raises as `decode` does."""
+        """One id as readable text, with leading spaces. A special id becomes its name. Raises as `decode` does."""
         (token,) = self._read_ids(token)
         return self._backend.piece(token) if token < self._backend.n_words else ""
 
     def token_piece(self, token: int) -> str:
-        """The id's spelling in a SentencePiece vocabulary, with U+2581 for spaces; `decode_token` for other kinds.
-        Raises as `decode` does."""
+        """The id's spelling in a SentencePiece vocabulary, with U+2581 for spaces. Raises as `decode` does.
+
+        Other kinds of tokenizer return `decode_token`.
+        """
         (token,) = self._read_ids(token)
         if self.kind == "sentencepiece" and token < self._backend.n_words:
             return self.sp_model.id_to_piece(token)
         return self.decode_token(token)
 
     def encode_infilling(self, s: str) -> list[int]:
-        """The ids of a text that continues another one: without the space that SentencePiece puts before a text. Raises
-        as `encode` does."""
+        """The ids of a text that continues another one, without the space that SentencePiece adds before a text.
+
+        Raises as `encode` does.
+        """
         anchor, alone = (self.encode(text, bos=False, eos=False) for text in (ANCHOR, s))
         anchored = self.encode(ANCHOR + s, bos=False, eos=False)
         return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor and self.kind != "tiktoken" else alone
@@ -231,8 +241,8 @@ class Tokenizer:
         for token in tokens:
             if not 0 <= token < self.n_words:
                 raise ValueError(
-                    f"id {token} is outside the vocabulary, whose ids are 0 to {self.n_words - 1}: take padding and "
-                    "other placeholders out before you decode"
+                    f"id {token} is outside the vocabulary, whose ids are 0 to {self.n_words - 1}: remove "
+                    "padding and other placeholders before you decode"
                 )
         return tokens
 
@@ -243,11 +253,11 @@ def _check_text(s: object) -> None:
     try:
         s.encode()
     except UnicodeEncodeError:
-        raise ValueError("the text holds half of a surrogate pair, which is no character") from None
+        raise ValueError("the text holds a lone surrogate, which is not a character") from None
 
 
 def find_tokenizer(ckpt_dir: Path) -> Path:
-    """The tokenizer file in a checkpoint folder, or in its parent, where Meta's downloads have it.
+    """Find the tokenizer file in a checkpoint folder, or in its parent, where Meta's downloads have it.
 
     Raises TokenizerError.
     """
@@ -260,8 +270,10 @@ def find_tokenizer(ckpt_dir: Path) -> Path:
 
 
 def _read_config(path: Path, required: bool) -> dict[str, Any]:
-    """tokenizer_config.json, with the types of this project's own keys checked; {} where there is none and it is not
-    required. Raises TokenizerError."""
+    """Read tokenizer_config.json and check the types of this package's own keys. Raises TokenizerError.
+
+    Returns {} if the file does not exist and is not required.
+    """
     if not required and not path.exists():
         return {}
     try:

@@ -184,7 +184,7 @@ def test_an_embedding_may_have_more_rows_than_there_are_ids(configured: Callable
     assert tokenizer.decode([own, *ids, own + 6]) == streamed_text(tokenizer, [own, *ids, own + 6]) == "a b"
     assert tokenizer.decode_token(own) == tokenizer.decode_token(own + 6) == ""
     assert configured(kind, vocab_size=own).n_words == own
-    message = rf"says vocab_size {own - 1}, but ids of .* go up to {own - 1}: correct the key or take it out"
+    message = rf"says vocab_size {own - 1}, but ids of .* go up to {own - 1}: correct or remove the key"
     with pytest.raises(TokenizerError, match=message):
         configured(kind, vocab_size=own - 1)
 

@@ -1,4 +1,4 @@
-"""Dialogs to token ids: the formats that models were trained with, by name.
+"""Encode dialogs into token ids, in the formats that models were trained with.
 
-Imports the tokenizer and the rows below it. A format writes special ids itself, so no text can forge them.
+Imports the tokenizer and the layers below it (see ARCHITECTURE.md).
 """

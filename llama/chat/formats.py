@@ -1,7 +1,7 @@
-"""Dialogs to ids. Special tokens are written as ids, never as text, so that a message cannot forge them.
+"""Encode dialogs into ids. Special tokens are written as ids, never as text, so that a message cannot forge them.
 
-A `Dialect` turns a dialog into parts: texts and special tokens. `ChatFormat` encodes them into ids; `render` joins them
-into the text that a model's published template would write.
+A `Dialect` turns a dialog into parts, which are texts and special tokens. `ChatFormat` encodes the parts into ids.
+`render` joins them into the text that a model's published template would write.
 """
 
 import json
@@ -18,17 +18,17 @@ from llama.vocabulary.backend import STEP, check_size
 
 
 class DialogError(ValueError, AssertionError):
-    """Roles of a dialog are out of order. An AssertionError too, because Meta's code raises that."""
+    """Roles of a dialog are out of order. Also an AssertionError, because Meta's code raises one."""
 
 
 @dataclass(frozen=True)
 class Special:
-    """A special token by its name. It becomes an id without being encoded as text."""
+    """A special token. Its name is not encoded as text, but looked up as an id."""
 
     name: str
 
 
-BOS, EOS = Special("BOS"), Special("EOS")  # by their function, because their names differ between vocabularies
+BOS, EOS = Special("BOS"), Special("EOS")  # placeholder names, because vocabularies name these tokens differently
 
 Part = str | Special
 Turns = list[tuple[str, str]]  # role and content
@@ -38,14 +38,14 @@ Turns = list[tuple[str, str]]  # role and content
 class Dialect:
     """How one family of chat models writes a dialog.
 
-    write: (system message or None, turns of user and assistant) -> parts, up to where the answer begins. No text
-        follows another directly: SentencePiece puts a space before each text it encodes, so where one begins matters.
+    write: (system message or None, turns of user and assistant) -> parts, up to where the answer begins. Two texts are
+        never adjacent, because SentencePiece adds a space before each text that it encodes.
     needs: specials that the vocabulary must have.
-    stops: specials that end an answer, like EOS, if the vocabulary has them.
-    tags: marks that are plain text. A message that contains one could forge a turn, so it is refused.
+    stops: specials that end an answer in addition to EOS. A vocabulary may lack them.
+    tags: the marks of turns that are plain text. A message with one could forge a turn, so it is refused.
     strips: whether white space around contents is removed.
-    message: (role, content) -> parts of a single message, in dialects that accept roles in any order.
-    destinations: whether messages may have a "destination", written on the line after the role; answers are for "user".
+    message: (role, content) -> parts of a single message, for dialects that accept roles in any order.
+    destinations: whether messages may have a "destination", written on the line after the role. Answers are for "user".
     """
 
     write: Callable[[str | None, Turns], list[Part]]
@@ -59,10 +59,11 @@ class Dialect:
     def parts(
         self, dialog: Dialog, default_system: str | None = None, system_prefix: str = "", dialog_bos: bool = False
     ) -> list[Part]:
-        """The parts of a dialog, up to where the assistant's answer begins.
+        """The parts of a dialog, up to where the assistant's answer begins. Raises as `split` does.
 
-        default_system: the system message of a dialog without one. system_prefix: goes before a dialog's own.
-        dialog_bos: whether BOS goes first if the dialect writes none. Raises as `split` does.
+        default_system: the system message of a dialog without one.
+        system_prefix: a text before a dialog's own system message.
+        dialog_bos: whether to begin with BOS even if the dialect writes none.
         """
         system, messages = self.split(dialog)
         turns: Turns = [(self._role(message), self.content(message["content"])) for message in messages]
@@ -70,7 +71,7 @@ class Dialect:
         return [BOS, *parts] if dialog_bos and parts[0] != BOS else parts
 
     def split(self, dialog: Dialog) -> tuple[str | None, list[Message]]:
-        """`split_system`, with roles in any order if the dialect accepts that."""
+        """`split_system`, with roles in any order if the dialect accepts them."""
         return split_system(dialog, any_order=self.message is not None)
 
     def content(self, text: str) -> str:
@@ -100,7 +101,7 @@ CODELLAMA_STEP = Special(STEP)
 
 
 def _codellama_70b(system: str | None, turns: Turns) -> list[Part]:
-    """Code Llama 70B-Instruct. A dialog without a system message gets an empty one, which is a role without content."""
+    """Code Llama 70B-Instruct. A dialog without a system message gets an empty one: the role without content."""
     parts: list[Part] = [BOS]
     for role, content in [("system", system or ""), *turns]:
         parts += [f" Source: {role}" + (f"\n\n {content.strip()}" if content else ""), CODELLAMA_STEP]
@@ -132,7 +133,7 @@ def _chatml(system: str | None, turns: Turns) -> list[Part]:
 
 
 def _zephyr(system: str | None, turns: Turns) -> list[Part]:
-    # No BOS, although these tokenizers add one to other texts: the models' templates write none.
+    # No BOS, as in the models' templates, although their tokenizers add one to other texts.
     parts: list[Part] = []
     between = ""
     for role, content in _with_system(system, turns):
@@ -156,7 +157,7 @@ INST, END_INST = Special("[INST]"), Special("[/INST]")
 
 
 def _mistral_v3(system: str | None, turns: Turns) -> list[Part]:
-    """Vocabularies from v2 on: the tags are specials, and the system message goes into the last user message."""
+    """Vocabularies v2 and later. Tags are specials. The system message is written into the last user message."""
     parts: list[Part] = [BOS]
     for i, (role, content) in enumerate(turns, 1):
         if role == "assistant":
@@ -167,7 +168,7 @@ def _mistral_v3(system: str | None, turns: Turns) -> list[Part]:
 
 
 def _mistral_v1(system: str | None, turns: Turns) -> list[Part]:
-    """The first vocabulary: the tags are plain text, and the system message goes into the first user message."""
+    """Vocabulary v1. Tags are plain text. The system message is written into the first user message."""
     texts = [content for _, content in turns]
     if system:
         texts[0] = f"{system}\n\n{texts[0]}"
@@ -181,7 +182,7 @@ def _with_system(system: str | None, turns: Turns) -> Turns:
     return turns if system is None else [("system", system), *turns]
 
 
-# Name -> dialects. Of several, the first whose specials the vocabulary has is used.
+# Name -> dialects. The first dialect whose specials are all in the vocabulary is used.
 FORMATS: dict[str, tuple[Dialect, ...]] = {
     "llama2": (Dialect(_llama2, needs=(BOS, EOS), tags=LLAMA2_TAGS),),
     "llama3": (
@@ -213,7 +214,7 @@ FORMATS: dict[str, tuple[Dialect, ...]] = {
 
 
 def find_dialect(name: str, specials: Collection[Special]) -> Dialect:
-    """The named dialect for a vocabulary with these specials. Raises ValueError where there is none."""
+    """The named dialect for a vocabulary with these specials. Raises ValueError if there is none."""
     if name not in FORMATS:
         raise ValueError(f"chat format {name!r}: expected {', '.join(FORMATS)}")
     for dialect in FORMATS[name]:
@@ -224,7 +225,7 @@ def find_dialect(name: str, specials: Collection[Special]) -> Dialect:
 
 
 def render(parts: Sequence[Part], names: Mapping[Special, str]) -> str:
-    """The parts joined into one text, specials by name. names: those of BOS and EOS in the vocabulary."""
+    """Join parts into one text, with specials by name. names: of BOS and EOS in the vocabulary."""
     return "".join(part if isinstance(part, str) else names.get(part, part.name) for part in parts)
 
 
@@ -236,27 +237,27 @@ def _refusal(tags: Sequence[str]) -> str:
 
 
 REFUSAL = UNSAFE_ERROR = _refusal(LLAMA2_TAGS)
-# The tags of Llama 2 and Code Llama, under the name that Meta's module has for them.
+# Meta's name for the tags of Llama 2 and Code Llama.
 SPECIAL_TAGS = [*LLAMA2_TAGS, STEP]
 
 
 class ChatFormat:
     """Encodes dialogs with a tokenizer.
 
-    name: one of FORMATS. The default is the tokenizer's own format.
+    name: a key of FORMATS. The default is the tokenizer's own format.
 
     stop_tokens: ids that end an answer, in addition to the tokenizer's own.
 
-    Raises ValueError where the name is unknown, or the tokenizer lacks special tokens that the format needs.
+    Raises ValueError if the name is unknown, or if the tokenizer lacks special tokens that the format needs.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str | None = None):
         name = name or tokenizer.chat_format
         if name is None:
-            raise ValueError(f"no chat format is recorded for this tokenizer: name one, {', '.join(FORMATS)}")
+            raise ValueError(f"no chat format is recorded for this tokenizer: choose one of {', '.join(FORMATS)}")
         self.name, self.tokenizer = name, tokenizer
         self._ids = {Special(token): i for token, i in tokenizer.special_ids.items()}
-        if tokenizer.step_id is not None:  # in some vocabularies it is an ordinary piece, missing in special_ids
+        if tokenizer.step_id is not None:  # an ordinary piece in some vocabularies, so not in special_ids
             self._ids[CODELLAMA_STEP] = tokenizer.step_id
         self._ids |= {special: i for special, i in ((BOS, tokenizer.bos_id), (EOS, tokenizer.eos_id)) if i >= 0}
         self.dialect = find_dialect(name, self._ids)
@@ -265,19 +266,19 @@ class ChatFormat:
     def encode(self, dialog: Dialog) -> list[int]:
         """The ids of a dialog, up to where the assistant's answer begins.
 
-        Raises TypeError for a value that is not a dialog, and DialogError, a ValueError, for roles out of order. Llama
-        3 accepts any order.
+        Raises TypeError for a value that is not a dialog, and DialogError, a ValueError, for roles out of order.
+        Llama 3's format accepts any order.
         """
         tokenizer = self.tokenizer
         add_bos = tokenizer.dialog_bos and BOS in self._ids
         return self._encode(self.dialect.parts(dialog, tokenizer.default_system, tokenizer.system_prefix, add_bos))
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        """The same as `encode`, under the name that Meta's code has for it."""
+        """Meta's name for `encode`."""
         return self.encode(dialog)
 
     def encode_message(self, message: Message) -> list[int]:
-        """The ids of one message, for formats where they do not depend on other messages: Llama 3's.
+        """The ids of one message, for Llama 3's format, in which they do not depend on other messages.
 
         Raises ValueError for other formats.
         """
@@ -305,46 +306,48 @@ class ChatFormat:
             if isinstance(part, Special):
                 ids.append(self._ids[part])
                 continue
-            # No text follows another one, so the id before this text is a special's.
+            # Texts are never adjacent, so the previous id is a special's.
             text = part.lstrip() if ids and ids[-1] in self.tokenizer.rstrip_ids else part
             if text:
                 ids += self.tokenizer.encode(text, bos=False, eos=False)
         return ids
 
     def refusal(self, dialog: Dialog) -> str | None:
-        """The fixed answer to a dialog that must not reach the model, or None."""
+        """The fixed answer to a dialog that contains tags, which is not given to the model, or None."""
         tags, normalize = self.dialect.tags, self.tokenizer.normalize
         contents = [message["content"] for message in dialog] if tags else []
-        # Also after normalization: some tokenizers turn full-width brackets into brackets.
+        # Search the normalized texts too: some tokenizers turn full-width brackets into ASCII brackets.
         forged = any(tag in text for content in contents for text in (content, normalize(content)) for tag in tags)
         return _refusal(tags) if forged else None
 
 
 def find_chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat | None:
-    """The named format, or the tokenizer's own; None where that is unknown.
+    """The named format, or by default the tokenizer's own, or None if that is unknown.
 
-    Raises ValueError where the tokenizer lacks special tokens of the named format, and TokenizerError where it lacks
-    those of the format that its tokenizer_config.json names.
+    Raises ValueError if the tokenizer lacks special tokens of the named format, and TokenizerError if it lacks those of
+    its own format.
     """
     if name:
         return ChatFormat(tokenizer, name)
     try:
         return None if tokenizer.chat_format is None else ChatFormat(tokenizer)
     except ValueError as error:
-        raise TokenizerError(f"{tokenizer.config_path}: {error}: correct its chat_format, null means none") from None
+        raise TokenizerError(
+            f"{tokenizer.config_path}: {error}: correct its chat_format, or set it to null for none"
+        ) from None
 
 
-# Names of Meta's base models. -hf marks its own conversions to Hugging Face's layout.
+# Names of Meta's base models. -hf is the suffix of Meta's conversions to Hugging Face's layout.
 BASE_NAMES = re.compile(r"((meta-)?llama-?[23](\.\d)?-\d+b|codellama-\d+b(-python)?)(-hf)?", re.IGNORECASE)
 
 
 def base_model_note(ckpt_dir: str | Path) -> str | None:
-    """A note for users who chat with a base model, or None where nothing shows that it is one.
+    """A note for users who chat with a base model, or None if nothing shows that it is one.
 
-    Base models are recognized by Meta's names, or by a tokenizer_config.json without a chat format and a template.
+    Base models are recognized by Meta's names, or by a tokenizer_config.json with neither chat format nor template.
     """
-    folder = Path(os.path.abspath(as_path(ckpt_dir)))  # links are not resolved: their name is the one the user knows
-    name = folder.parent.name if folder.name == "original" else folder.name  # where the hub has Meta's files
+    folder = Path(os.path.abspath(as_path(ckpt_dir)))  # links are not resolved, because users know their names
+    name = folder.parent.name if folder.name == "original" else folder.name  # the hub has Meta's files in this folder
     try:
         check_size(path := folder / "tokenizer_config.json")
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -355,15 +358,16 @@ def base_model_note(ckpt_dir: str | Path) -> str | None:
         return None
     return (
         f"note: {name} looks like a base model: it continues texts and was not trained to answer. "
-        "Models that were are named -chat or -Instruct; `python -m llama complete` continues texts"
+        "Models that answer are named -chat or -Instruct; `python -m llama complete` continues texts"
     )
 
 
 def split_system(dialog: Dialog, any_order: bool = False) -> tuple[str | None, list[Message]]:
     """Check a dialog and split it into (system message or None, messages of user and assistant).
 
-    A dialog is a list of {"role": ..., "content": ...}: at most one system message, at the beginning; then user and
-    assistant alternate, with the user first and last. Raises TypeError or DialogError, a ValueError, otherwise.
+    A dialog is a list of {"role": ..., "content": ...}. It may begin with a system message. Then user and assistant
+    alternate, with the user first and last. Raises TypeError for other values, and DialogError, a ValueError, for roles
+    out of order.
 
     any_order: whether roles may be any strings, in any order.
     """
@@ -378,7 +382,7 @@ def split_system(dialog: Dialog, any_order: bool = False) -> tuple[str | None, l
         return system, messages
     if not roles or len(roles) % 2 == 0 or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         raise DialogError(
-            "roles of a dialog: an optional system message, then user and assistant in turn, user last; "
+            "roles of a dialog: an optional system message, then user and assistant alternating, user last; "
             f"got {', '.join(message['role'] for message in dialog) or 'nothing'}"
         )
     return system, messages

@@ -1,4 +1,4 @@
-"""Checkpoint files to the tensors of one rank: params.json, shards in Meta's layout, resharding, verification.
+"""Load the tensors of one rank from checkpoint files: params.json, shards in Meta's layout, resharding, verification.
 
-Imports model and the rows below it. Other formats are converted to Meta's layout first, by `llama.convert`.
+Imports model and the layers below it (see ARCHITECTURE.md). `llama.convert` converts other formats to Meta's layout.
 """

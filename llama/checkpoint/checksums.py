@@ -1,4 +1,4 @@
-"""The bytes of a checkpoint's files, checked against checklists and against the CRCs inside the shards."""
+"""Check the bytes of a checkpoint's files against checklists and against the CRCs inside the shards."""
 
 import hashlib
 import re
@@ -14,13 +14,13 @@ from llama.checkpoint.zip_integrity import BLOCK, Record, damaged_records, read_
 from llama.console import progress
 from llama.files import JSON, OLD_TORCH, PICKLE, SAFETENSORS, ZIP, detect_format, expect_file, read_small_file
 
-MAX_NAME_BYTES = 255  # of a file, in nearly every file system
-HASHES = {32: "md5", 64: "sha256"}  # by the number of hexadecimal digits
-Listed = dict[Path, tuple[str, Path]]  # file -> (its hash, the checklist that has it)
+MAX_NAME_BYTES = 255  # the limit for a file name in nearly every file system
+HASHES = {32: "md5", 64: "sha256"}  # number of hexadecimal digits -> algorithm
+Listed = dict[Path, tuple[str, Path]]  # file -> (its hash, the checklist that lists it)
 
 
 def read_checklists(folder: Path, report: Report) -> Listed:
-    """The hashes in checklist.chk and tokenizer_checklist.chk, in the folder or else in its parent."""
+    """Read checklist.chk and tokenizer_checklist.chk, each from the folder or, if it is not there, from its parent."""
     listed: Listed = {}
     for checklist in ("checklist.chk", "tokenizer_checklist.chk"):
         paths = [place / checklist for place in (folder, folder.resolve().parent) if (place / checklist).exists()]
@@ -55,16 +55,17 @@ def read_checklists(folder: Path, report: Report) -> Listed:
 def check_files(
     files: list[Path], listed: Listed, folder: Path, report: Report, part: int = 0, parts: int = 1
 ) -> set[Path]:
-    """Read `files`, and those in checklists, once from end to end. Returns those that are intact.
+    """Read `files` and all listed files completely, once, and return the intact ones.
 
-    A file that is intact but not the listed one is a problem, and still returned.
+    A file that is undamaged but has another hash than the listed one is reported as a problem, and still returned.
 
-    part, parts: check only every `parts`-th tensor of a shard, from the `part`-th on, when processes share the work.
+    part, parts: check only every `parts`-th tensor of a shard, starting with the `part`-th, if processes share the
+    work.
     """
     file_of_hash = {digest: path for path, (digest, _) in listed.items()}
     intact = set()
-    shards: dict[tuple[Any, ...], Path] = {}  # by the CRCs of their tensors
-    unnumbered = False  # there are shards that do not record their number
+    shards: dict[tuple[Any, ...], Path] = {}  # names, sizes and CRCs of the tensors -> shard
+    unnumbered = False  # whether a shard does not record its number
     for path in dict.fromkeys([*files, *listed]):
         expected, checklist = listed.get(path, ("", path))
         actual, records = "", list[Record]()
@@ -103,9 +104,9 @@ def check_files(
 def _read_through(
     path: Path, expected: str, check_format: bool, part: int, parts: int
 ) -> tuple[str, str, list[Record]]:
-    """(the problem with a file, "" if none; its hash, "" if none is listed; its records if it is a zip archive).
+    """Return (problem or "", hash or "" if none is listed, records if the file is a zip archive).
 
-    expected: the listed hash, "" if none. Raises OSError and CheckpointError where the file cannot be read.
+    expected: the listed hash, or "". Raises OSError or CheckpointError if the file cannot be read.
     """
     is_shard = shard_number(path) is not None
     expect_file(path)
@@ -136,9 +137,9 @@ def _wrong_format(path: Path, is_shard: bool) -> str | None:
 def _check_identity(
     path: Path, records: list[Record], is_listed: bool, shards: dict[tuple[Any, ...], Path], report: Report
 ) -> bool:
-    """Detect repeated and swapped shards by their CRCs and the name they were saved under. Adds the shard to `shards`.
+    """Detect repeated and swapped shards by their CRCs and the names they were saved under, and add this to `shards`.
 
-    Returns whether nothing says which number it has.
+    Returns True if the archive does not record its shard number and no checklist lists it.
     """
     if not records:
         with path.open("rb") as file:

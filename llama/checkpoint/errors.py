@@ -1,4 +1,4 @@
-"""The error for a checkpoint that cannot be used, and how error messages list names."""
+"""`CheckpointError`, and a helper to list names in messages."""
 
 from collections.abc import Sequence
 
@@ -8,5 +8,5 @@ class CheckpointError(ValueError):
 
 
 def some_names(names: Sequence[str], limit: int = 4) -> str:
-    """The first `limit` names, and how many more there are."""
+    """The first `limit` names and the number of the others: "a, b and 7 more"."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,4 +1,4 @@
-"""A folder of consolidated.NN.pth files, loaded by any number of ranks."""
+"""Load a folder of consolidated.NN.pth files on any number of ranks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,15 +33,15 @@ class Checkpoint:
     """A folder of shards (consolidated.NN.pth, or other tools' names for them) and their params.json.
 
     Shards are memory-mapped and checked when first used, so a rank opens only those it needs. Shards that cannot be
-    mapped are read immediately, so that the later check of free memory counts them. Only tensors are ever unpickled
-    (weights_only): a file cannot run code.
+    mapped are read immediately, so that the later check of free memory counts them. Files are loaded with
+    weights_only=True, so they cannot run code.
 
-    params: params.json, with the vocabulary size taken from the embedding where the file says -1.
-    embedding_axis: 0 where the shards divide the vocabulary (Llama 3), 1 where they divide dim (Llama 2).
-    dtype: that of the stored embedding; float32 for float64.
-    shapes: name -> full shape of each tensor in the shards; without output.weight in tied models, which use the
-    embedding as output.
-    notes: a line for each thing in which the folder differs from Meta's, and what was done about it.
+    params: params.json. If its vocab_size is -1, the size is taken from the embedding.
+    embedding_axis: 0 if the shards divide the vocabulary (Llama 3), 1 if they divide dim (Llama 2).
+    dtype: of the stored embedding; float32 instead of float64.
+    shapes: name -> full shape of each tensor in the shards. Tied models use the embedding as output and have no
+    output.weight.
+    notes: a line for each difference from Meta's layout, and how it was handled.
     """
 
     def __init__(self, ckpt_dir: str | Path):
@@ -68,14 +68,14 @@ class Checkpoint:
                 self[index]
 
     def __getitem__(self, index: int) -> Tensors:
-        """The tensors of one shard. Mapped shards are read from disk only as tensors are copied."""
+        """The tensors of one shard. A mapped shard is read from disk only when its tensors are copied."""
         if index not in self._opened:
             self._open(index)
             self._check(index)
         return self._opened[index]
 
     def needs_full_read(self, index: int) -> bool:
-        """Whether the shard cannot be memory-mapped, so that it is held in memory."""
+        """Whether the shard cannot be memory-mapped and is kept in memory."""
         return needs_full_read(self.paths[index])
 
     def _open(self, index: int) -> None:
@@ -96,9 +96,9 @@ class Checkpoint:
             # Repeated tensors may differ in their last bits from shard to shard; all ranks use the first shard's.
             out.copy_(self[0][key])
             return
-        if key not in self.shapes:  # the output of a tied model: rows of the embedding,
+        if key not in self.shapes:  # the output of a tied model, which is the embedding
             key = EMBEDDING
-            if self.embedding_axis == 1:  # of which each shard holds some columns
+            if self.embedding_axis == 1:  # ranks need rows, and each shard has some columns of all rows
                 for columns, index in zip(out.chunk(len(self.paths), dim=1), range(len(self.paths)), strict=True):
                     columns.copy_(self[index][key][start:stop])
                 return
@@ -117,12 +117,12 @@ class Checkpoint:
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
-    """The default dtype of a model whose weights are stored as `stored`: float32 for float64, else the same."""
+    """The default dtype for weights stored as `stored`: the same, but float32 for float64."""
     return torch.float32 if stored == torch.float64 else stored
 
 
 def _explain_names(tensors: Tensors) -> str:
-    """Why a file may have no embedding under Meta's name, as the end of a sentence."""
+    """The probable reason why a file has no embedding under Meta's name, as the end of a message."""
     if prefixes := [key.removesuffix(EMBEDDING) for key in tensors if key.endswith(f".{EMBEDDING}")]:
         return (
             f"its names begin with {some_names(sorted(prefixes))!r}, an unknown prefix: save the model's own state_dict"
@@ -133,7 +133,7 @@ def _explain_names(tensors: Tensors) -> str:
 def load_weights(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype, finish: Finish = None) -> None:
     """Copy this rank's slice of every tensor into `model`, in `dtype`, on the device of the model's caches.
 
-    finish: called with each layer as soon as its weights are loaded, before those of the next are read.
+    finish: called with each layer as soon as its weights are loaded, before the next layer's weights are read.
     """
     args, (rank, world_size) = model.params, model_parallel()
     shapes, device = tensor_shapes(args), model.caches[0].k.device
@@ -154,7 +154,7 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype,
 
 
 def _allocate(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace the parameters of a layer on the meta device by empty ones without gradients."""
+    """Replace the layer's parameters on the meta device with uninitialized ones without gradients."""
     for names in FUSED.values() if isinstance(layer, TransformerBlock) else ():
         members = [layer.get_submodule(name) for name in names]
         rows = [len(member.get_parameter("weight")) for member in members]

@@ -15,8 +15,8 @@ Tensors = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
-# Divided along the output features (0), along the input features (1), or repeated in every file (None).
-# tok_embeddings is missing here: Llama 2 files divide it along dim 1, Llama 3 files along dim 0.
+# 0: divided along the output features. 1: along the input features. None: repeated in every file.
+# tok_embeddings is not listed, because Llama 2's files divide it along axis 1 and Llama 3's along axis 0.
 SHARD_AXIS = {
     "attention.wq.weight": 0,
     "attention.wk.weight": 0,
@@ -30,8 +30,8 @@ SHARD_AXIS = {
     "norm.weight": None,
     OUTPUT: 0,
 }
-# Weights that are allocated as row blocks of one matrix, so that one product can compute all of them: name of the
-# matrix -> the layers whose rows it holds. A block's weights are loaded in this order.
+# Weights that are allocated as row blocks of one matrix, so that one matrix product computes all of them: name of the
+# matrix -> the linear layers whose rows it holds. A block's weights are loaded in this order.
 FUSED = {
     "attention.wqkv.weight": ("attention.wq", "attention.wk", "attention.wv"),
     "attention.wo.weight": ("attention.wo",),
@@ -46,7 +46,7 @@ def without_layer(key: str) -> str:
 
 
 def shard_axis(key: str, embedding_axis: int) -> int | None:
-    """The axis along which files divide a tensor; None when every file repeats it."""
+    """The axis along which files divide a tensor, or None if every file repeats it."""
     return embedding_axis if key == EMBEDDING else SHARD_AXIS[without_layer(key)]
 
 
@@ -73,7 +73,7 @@ def tensor_shapes(args: ModelArgs) -> Shapes:
 def rank_slice(key: str, size: int, args: ModelArgs, rank: int, world_size: int) -> tuple[int, int]:
     """[start, stop) of this rank on the shard axis of `key`, which has `size` entries."""
     if without_layer(key) in ("attention.wk.weight", "attention.wv.weight"):
-        # KV heads are not divided. With more ranks than KV heads, neighbouring ranks load the same one.
+        # A KV head is never divided. If there are more ranks than KV heads, neighbouring ranks load the same head.
         head = rank * args.kv_heads // world_size
         return head * args.head_dim, (head + max(1, args.kv_heads // world_size)) * args.head_dim
     return rank * size // world_size, (rank + 1) * size // world_size
@@ -103,7 +103,7 @@ def check_world_size(args: ModelArgs, world_size: int) -> None:
 
 
 def tensor_problems(tensors: Tensors, shapes: Shapes, embedding_axis: int, count: int) -> list[str]:
-    """Compare the tensors of one of `count` files with the model's: missing, unexpected, of wrong shape or type.
+    """Find the missing and unexpected tensors of one of `count` files, and those with a wrong shape or dtype.
 
     shapes: full shapes by name. Returns a line for each kind of problem.
     """

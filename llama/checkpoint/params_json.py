@@ -1,4 +1,4 @@
-"""params.json, read and checked."""
+"""Read and check params.json."""
 
 import codecs
 import json
@@ -11,7 +11,7 @@ from llama.checkpoint.errors import CheckpointError
 from llama.files import EMPTY, FOLDER, LFS_POINTER, WEB_PAGE, as_path, detect_format, read_small_file
 from llama.params import ModelArgs
 
-# [minimum, limit) of numbers; values outside mean that the file is damaged. Numbers not listed here are positive and
+# Key -> [minimum, limit). A value outside means that the file is damaged. Numbers of other keys must be positive and
 # below 2**24 (integers) or 1e12. Published models have a rope_theta of 1e4 to 1e7 and a norm_eps of 1e-6 or 1e-5.
 LIMITS: dict[str, tuple[float, float]] = {
     "n_layers": (1, 10_000),
@@ -22,29 +22,30 @@ LIMITS: dict[str, tuple[float, float]] = {
     "rope_original_context_length": (1, 2**31),
     "rope_linear_factor": (1, 1e12),
 }
-# Keys that describe a run, not a model, as trainers and other runners write them: ignored. Tied embeddings are detected
-# from the shards.
+# Keys that describe a run instead of a model. Trainers and other runners write them, and they are ignored. Tied
+# embeddings are detected from the shards.
 RUN_KEYS = {
     *("max_batch_size", "max_seq_len", "max_seq_length", "max_position_embeddings", "model_parallel_size", "seed"),
     *("dropout", "attention_dropout", "attn_dropout", "residual_dropout", "embedding_dropout", "resid_pdrop"),
     *("use_kv_cache", "use_cache", "kv_cache", "flash", "use_flash", "flash_attn", "gradient_checkpointing"),
     *("weight_tying", "tie_word_embeddings", "tied_embeddings", "depth_init", "device", "dtype", "torch_dtype"),
 }
-# Keys of other models, with the value that describes this one. Ignored with this value, unknown with another.
+# Keys of other architectures, with the value that describes a Llama. A key is ignored if it has this value, and refused
+# as unknown if it has another.
 WITHOUT_EFFECT = {"use_biases": False, "attention_bias": False, "qkv_bias": False, "bias": False, "causal": True}
 NUMBER = re.compile(r"-?\d{1,30}(\.\d*)?(e[+-]?\d{1,3})?", re.IGNORECASE | re.ASCII)
 
 
 def read_params(ckpt_dir: str | Path) -> ModelArgs:
-    """The model that params.json describes. Errors as in `load_params`."""
+    """Read the `ModelArgs` that params.json describes. Raises as `load_params` does."""
     return ModelArgs(**load_params(ckpt_dir)[0])
 
 
 def load_params(ckpt_dir: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """(the keys of params.json that `ModelArgs` takes, notes: a line for each thing that was converted or ignored).
+    """Return (arguments of `ModelArgs`, notes: a line for each thing that was converted or ignored).
 
-    Numbers may be strings ("4096"), keys that describe a run are ignored, null means the default. Raises
-    CheckpointError for unknown keys, wrong types, and sizes that contradict each other.
+    Numbers may be strings ("4096"). Keys that describe a run are ignored. null means the default. Raises
+    CheckpointError for unknown keys, wrong types, and inconsistent sizes.
     """
     path = as_path(ckpt_dir) / "params.json"
     content, notes = _read_object(path), list[str]()
@@ -71,7 +72,7 @@ def load_params(ckpt_dir: str | Path) -> tuple[dict[str, Any], list[str]]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_small_file(path))  # of bytes, it detects UTF-16 and skips a byte-order mark
+        content = json.loads(read_small_file(path))  # given bytes, it detects UTF-16 and skips a byte-order mark
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: it comes with the consolidated.NN.pth files") from None
     except OSError as error:
@@ -89,7 +90,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _parse_number(value: Any) -> Any:
-    """The number that a string holds; anything else unchanged."""
+    """The number in a string. Other values are returned unchanged."""
     if not isinstance(value, str) or not NUMBER.fullmatch(value.strip()):
         return value
     return float(value) if set(value) & set(".eE") else int(value)
@@ -117,9 +118,9 @@ def _check_consistency(path: Path, args: ModelArgs, has_head_dim: bool) -> None:
             "are inconsistent (n_heads must divide dim into heads of even size, and n_kv_heads must divide n_heads)"
         )
     if args.use_scaled_rope and args.rope_linear_factor is not None:
-        raise CheckpointError(f"{path}: use_scaled_rope and rope_linear_factor exclude each other: remove one")
+        raise CheckpointError(f"{path}: use_scaled_rope and rope_linear_factor cannot both be set: remove one")
     if args.rope_high_freq_factor < args.rope_low_freq_factor:
         raise CheckpointError(
-            f"{path}: rope_high_freq_factor is {args.rope_high_freq_factor:g}, expected rope_low_freq_factor "
-            f"({args.rope_low_freq_factor:g}) or more: swap them"
+            f"{path}: rope_high_freq_factor is {args.rope_high_freq_factor:g}, expected at least "
+            f"rope_low_freq_factor ({args.rope_low_freq_factor:g}): swap them"
         )

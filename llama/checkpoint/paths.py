@@ -1,4 +1,4 @@
-"""Which files of a folder hold weights, and what to tell a user whose path holds none."""
+"""Find the files of a folder that hold weights, and explain to a user why a path holds none."""
 
 import re
 from pathlib import Path
@@ -15,14 +15,14 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 def shard_number(path: Path) -> int | None:
     """7 for consolidated.07.pth, 0 for consolidated.pth, None for other names.
 
-    Numbers have up to four digits: a file's name must not make us count to a billion.
+    Numbers have at most four digits, because missing shards are searched up to the largest number.
     """
     match = SHARD.fullmatch(path.name)
     return int(match[1] or 0) if match else None
 
 
 def list_shards(folder: Path) -> tuple[dict[int, Path], list[Path]]:
-    """(shard number -> file, files whose number is already taken)."""
+    """Return (shard number -> file, files whose number another file already has)."""
     shards: dict[int, Path] = {}
     duplicates = []
     for path in sorted(folder.glob("consolidated*")):
@@ -32,12 +32,12 @@ def list_shards(folder: Path) -> tuple[dict[int, Path], list[Path]]:
 
 
 def misnamed_shards(folder: Path) -> list[Path]:
-    """Files whose names resemble a shard's, but have no valid number."""
+    """Files named like a shard, but without a valid number."""
     return [path for path in sorted(folder.glob("consolidated.*.pth")) if shard_number(path) is None]
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
-    """The shard files in order. Raises CheckpointError where there are none, or where a number is missing."""
+    """The shard files in order. Raises CheckpointError if there are none, or if a number is missing."""
     shards, _ = list_shards(ckpt_dir)
     if not shards:
         raise CheckpointError(f"{ckpt_dir} {describe_path(ckpt_dir)}")
@@ -47,13 +47,13 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
 
 
 def renamed_note(shards: dict[int, Path]) -> list[str]:
-    """A line if shards have other names than Meta's. shards: number -> file."""
+    """A line if shards are not named as Meta names them, else nothing. shards: number -> file."""
     others = [path.name for number, path in shards.items() if path.name != f"consolidated.{number:02d}.pth"]
     return [f"the weights were read from {some_names(sorted(others))}"] if others else []
 
 
 def describe_path(ckpt_dir: Path) -> str:
-    """What is at a path that holds no shards, and how to fix it, as the end of a sentence."""
+    """Say what is wrong with a path that holds no shards, and how to fix it, as the end of a message."""
     try:
         return _describe(ckpt_dir)
     except OSError as error:
@@ -79,9 +79,9 @@ def _describe(ckpt_dir: Path) -> str:
 
 
 def hub_command(path: Path) -> str:
-    """How to download org/name, in case it is a repository on the Hugging Face hub, as the end of a sentence.
+    """How to download `path` if it may be a repository org/name on the Hugging Face hub, as the end of a message.
 
-    Empty if there is a folder org (then `path` is probably a mistyped path), or if the path has another form.
+    Empty if the path has another form, or if a folder org exists: then the path is probably mistyped.
     """
     name = path.as_posix()
     if not HUB_NAME.fullmatch(name) or path.parent.exists():

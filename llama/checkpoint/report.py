@@ -1,4 +1,4 @@
-"""What the checks of a folder found."""
+"""`Report`, the findings of the checks of a checkpoint folder."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,8 +6,11 @@ from pathlib import Path
 
 @dataclass
 class Report:
-    """Problems, notes (which are no problems), and what was checked: a line each.
+    """The findings, a line each.
 
+    problems: reasons not to use the checkpoint.
+    notes: harmless findings.
+    checked: what was checked.
     bad_files: the files that have a problem, so that later checks can skip them.
     digests: shard's file name -> a checksum of the checksums of its tensors, for comparing hosts.
     """

@@ -1,8 +1,8 @@
-"""Read one file of weights into tensors under Meta's names, whichever tool saved it.
+"""Read one file of weights into tensors under Meta's names, from any tool.
 
 Meta's own files are a dictionary of tensors by name. Trainers and fine-tuners wrap it (`{"model": ..., "step": ...}`),
 put a prefix before the names (`module.`, `_orig_mod.`), and save buffers along with the weights; Mistral publishes
-consolidated.safetensors. A file that can be read in two ways is refused, and the error names both.
+consolidated.safetensors. A file with two possible readings is refused, with an error that names both.
 """
 
 import pickle
@@ -19,12 +19,12 @@ from llama.checkpoint.layout import Tensors
 from llama.errors import is_out_of_memory
 from llama.files import FOLDER, GGUF, LFS_POINTER, OLD_TORCH, PICKLE, SAFETENSORS, ZIP, detect_format
 
-# Entries under which trainers store the weights, next to an optimizer and the like.
+# Entries in which trainers store the weights; others hold the optimizer and similar state.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
-MAX_WRAPPERS = 4  # nested in one another
-# Before every name: nn.DataParallel and DeepSpeed (module), Lightning (model), torch.compile (_orig_mod), FSDP.
+MAX_WRAPPERS = 4  # levels of nesting
+# Prefixes of all names: nn.DataParallel and DeepSpeed (module), Lightning (model), torch.compile (_orig_mod), FSDP.
 PREFIX = re.compile(r"(?:(?:module|model|_orig_mod|_forward_module|_fsdp_wrapped_module)\.)*")
-# Within names, where single layers were wrapped: layers.0._orig_mod.attention.wq.weight.
+# Inside names, if single layers were wrapped: layers.0._orig_mod.attention.wq.weight.
 INSERTED = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Buffers that the model computes itself: rotary frequencies (Llama 1's files have them), masks, caches.
 BUFFER = re.compile(
@@ -45,7 +45,7 @@ class Shard:
 
 
 def open_shard(path: Path) -> Shard:
-    """Memory-map a file and find the weights in it. Raises CheckpointError where it holds anything else."""
+    """Memory-map a file and find the weights in it. Raises CheckpointError if it is damaged or holds anything else."""
     content, wrappers, others = _unwrap(path, read_file(path))
     notes = []
     if wrappers:
@@ -66,7 +66,7 @@ def open_shard(path: Path) -> Shard:
 
 
 def open_tensors(path: Path) -> Tensors:
-    """Memory-map a file of torch.save that holds only tensors by name, and keep the names. Raises CheckpointError."""
+    """Memory-map a file of torch.save that holds only tensors by name, without renaming. Raises CheckpointError."""
     return _check_plain(path, read_file(path))
 
 
@@ -74,21 +74,21 @@ def needs_full_read(path: Path) -> bool:
     """Whether a file cannot be memory-mapped, so that opening it reads all of it."""
     try:
         return detect_format(path) == OLD_TORCH
-    except OSError:  # `read_file` explains it
+    except OSError:  # `read_file` reports it
         return False
 
 
 def is_plain_tensor(value: Any) -> bool:
-    """Whether it is a dense CPU tensor whose elements are all stored, each at a place of its own.
+    """Whether it is a dense CPU tensor in which every element has its own place in the storage.
 
-    Other tensors (meta, sparse, expanded, overlapping) can claim any size without the data, and are no weights.
+    Other tensors (meta, sparse, expanded, overlapping) can claim any size without having the data, so they are refused.
     Transposed tensors and slices are plain.
     """
     if not isinstance(value, torch.Tensor) or value.is_nested:
         return False
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_neg():
         return False
-    span = 0  # of the axes with smaller strides: the offset of their last element
+    span = 0  # offset of the last element along the axes with smaller strides
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1 and stride <= span:
             return False
@@ -96,13 +96,13 @@ def is_plain_tensor(value: Any) -> bool:
     return value.untyped_storage().nbytes() >= value.numel() * value.itemsize
 
 
-# What a file holds --------------------------------------------------------------------------------
+# Reading a file -----------------------------------------------------------------------------------
 
 
 def read_file(path: Path) -> Any:
-    """What was saved, memory-mapped where the format allows it. Raises CheckpointError.
+    """Load the saved object, memory-mapped if the format allows it. Raises CheckpointError.
 
-    Nothing in the file can run: pickles are loaded with weights_only=True.
+    Pickles are loaded with weights_only=True, so they cannot run code.
     """
     try:
         kind = detect_format(path)
@@ -116,23 +116,23 @@ def read_file(path: Path) -> Any:
         raise CheckpointError(f"{path} is {kind}, not what torch.save writes: {suggest_fix(kind)}")
     try:
         return torch.load(path, map_location="cpu", mmap=kind == ZIP, weights_only=True)
-    except Exception as error:  # torch.load raises a dozen types; all mean that this file is no checkpoint
+    except Exception as error:  # torch.load raises a dozen types; all mean that this file is not a checkpoint
         if isinstance(error, pickle.UnpicklingError):
             raise CheckpointError(_explain_refusal(path, str(error))) from error
-        # The first sentence; the rest of torch's message is guesses.
+        # Only the first sentence: the rest of torch's message is guesses.
         reason = re.split(r"\n|(?<=\w)\. |  \(", str(error).strip())[0] or type(error).__name__
         fix = "raise the limit on memory (ulimit -v)" if is_out_of_memory(error) else "fetch it again"
         raise CheckpointError(f"{path} cannot be read ({reason}): {fix}") from error
 
 
 def suggest_fix(kind: str | None) -> str:
-    """What to do about a file of format `kind` (see `llama.files`) where a file of weights was expected."""
+    """What to do with a file of format `kind` (see `llama.files`) if a file of weights was expected."""
     fixes = {
         LFS_POINTER: "fetch the file that it points to (git lfs pull)",
         SAFETENSORS: "rename it to end in .safetensors",
         ZIP: "rename it to end in .pth",
         OLD_TORCH: "rename it to end in .pth",
-        PICKLE: "load it where you trust it, and write its tensors with torch.save",
+        PICKLE: "if you trust it, load it and write its tensors with torch.save",
         GGUF: "convert it with: python -m llama convert SRC DST",
         FOLDER: "put the file there",
     }
@@ -144,7 +144,7 @@ def _explain_refusal(path: Path, reason: str) -> str:
     name = re.search(r"(?:GLOBAL|allowlisted:?|global) ([A-Za-z_][\w.]*\.\w+)", reason)
     refused = f" ({name[1]})" if name else ""
     return (
-        f"{path} holds more than tensors, which could run code: it was not loaded{refused}; where you trust it, take "
+        f"{path} holds more than tensors, which could run code: it was not loaded{refused}; if you trust it, take "
         f"the weights out of torch.load('{path.name}', weights_only=False) and save them alone: "
         "torch.save(model.state_dict(), 'new.pth')"
     )
@@ -169,7 +169,7 @@ def _read_safetensors(path: Path, kind: str | None) -> Tensors:
 
 
 def _unwrap(path: Path, content: Any) -> tuple[dict[str, Any], list[str], list[str]]:
-    """(tensors by name, the entries that they are nested in from the outermost on, the other entries)."""
+    """Return (tensors by name, the nested entries that hold them, outermost first, the other entries)."""
     wrappers: list[str] = []
     others: list[str] = []
     while True:
@@ -194,14 +194,14 @@ def _unwrap(path: Path, content: Any) -> tuple[dict[str, Any], list[str], list[s
 
 
 def _remove_buffers(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(the other tensors, names of the buffers with N for the layer's number)."""
+    """Return (the other tensors, names of the buffers with N for the layer's number)."""
     buffers = {key for key in content if BUFFER.fullmatch(key)}
     names = {re.sub(r"\.\d+\.", ".N.", key) for key in buffers}
     return {key: value for key, value in content.items() if key not in buffers}, sorted(names)
 
 
 def _remove_prefixes(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """(tensors by Meta's names, what was removed from the names)."""
+    """Return (tensors by Meta's names, the strings that were removed from the names)."""
     if any(key.endswith("embed_tokens.weight") for key in content):
         fix = "name it pytorch_model.bin, put config.json next to it, and convert that folder: python -m llama convert"
         raise CheckpointError(f"{path} holds tensors under Hugging Face's names: {fix}")

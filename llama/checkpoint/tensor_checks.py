@@ -1,4 +1,4 @@
-"""The tensors of all shards, checked against params.json and against each other."""
+"""Check the tensors of all shards against params.json and against each other."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -25,8 +25,8 @@ from llama.checkpoint.report import Report
 from llama.console import progress
 from llama.params import ModelArgs
 
-# Every shard holds all norms. Within one model they may differ in the last bit, 0.8 % in bfloat16; between models they
-# differ by far more.
+# Every shard holds all norms. Those of one model may differ in the last bit (0.8 % in bfloat16), those of different
+# models differ by far more.
 NORM_TOLERANCE = 0.01
 CHUNK = 2**20  # elements of a non-contiguous tensor that are copied at a time
 
@@ -39,14 +39,16 @@ def check_tensors(
     part: int = 0,
     parts: int = 1,
 ) -> ModelArgs | None:
-    """Compare every tensor with params.json, look for NaN and infinity, and for shards of another model.
+    """Compare every tensor with params.json, and look for NaN, infinity and shards of another model.
 
-    paths: shard number -> file. shards: number -> tensors, of the files that could be opened. args: None where
-    params.json cannot be read. part, parts: look for NaN only in every `parts`-th tensor, from the `part`-th on.
+    paths: shard number -> file.
+    shards: shard number -> tensors, for the files that could be opened.
+    args: None if params.json could not be read.
+    part, parts: look for NaN and infinity only in every `parts`-th tensor, starting with the `part`-th.
 
-    Returns `args` with its vocabulary size, or None where that is unknown.
+    Returns `args` with its vocabulary size. Returns None if `args` is None, or if no shard has an embedding.
     """
-    if not args or not shards:  # nothing to compare with: only the numbers of the files can be checked
+    if not args or not shards:  # only the numbers of the files can be checked
         check_count(paths, max(paths) + 1, report)
         return args
     embeddings = [tensors[EMBEDDING] for tensors in shards.values() if EMBEDDING in tensors]
@@ -58,8 +60,8 @@ def check_tensors(
     axis = 0 if _most_common(e.shape[1] for e in embeddings if e.dim() == 2) == args.dim else 1
     rows = _most_common(e.shape[0] for e in embeddings if e.dim() == 2)
     is_tied = not any(OUTPUT in tensors for tensors in shards.values())
-    # Which number of shards is the model divided over? Files may be missing or too many: take the first candidate that
-    # at least one file fits.
+    # Find the number of shards that the model is divided into. Files may be missing, or there may be extra ones, so the
+    # first candidate that at least one file fits is used.
     counts = [len(paths), max(paths) + 1, *filter(None, (_shard_count(tensors, args) for tensors in shards.values()))]
     candidates = {}
     for count in dict.fromkeys(counts):
@@ -91,7 +93,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite. Copies at most CHUNK elements, or one row, at a time."""
     if not tensor.numel():
         return True
-    # Axes in the order of memory. A tensor that is still not contiguous then would be copied by aminmax: in chunks.
+    # Put the axes in memory order. aminmax copies a tensor that is still not contiguous, so pass it in chunks.
     rows = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
     chunks = [rows] if rows.is_contiguous() else rows.split(max(1, CHUNK // rows[0].numel()))
     # aminmax propagates NaN, and allocates no mask as isfinite would.
@@ -112,19 +114,19 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 
 def _shard_count(tensors: Tensors, args: ModelArgs) -> int | None:
-    """The number of shards that one of them was made for, by the rows of its first query projection."""
+    """The number of shards of the model that this shard is from, by the rows of its first query projection."""
     wq = tensors.get("layers.0.attention.wq.weight")
     return args.n_heads * args.head_dim // wq.shape[0] if wq is not None and wq.dim() and wq.shape[0] else None
 
 
 def check_count(paths: dict[int, Path], count: int, report: Report) -> None:
-    """Are these the files of a model in `count` shards? Adds a problem for each that is missing or too many."""
+    """Add a problem for each missing and each extra file of a model in `count` shards."""
     folder = next(iter(paths.values())).parent
     reported = {number for path in report.bad_files if (number := shard_number(path)) is not None}
     known = paths.keys() | reported
     missing = count - sum(number < count for number in known)
     first = [folder / f"consolidated.{n:02d}.pth" for n in islice((n for n in range(count) if n not in known), 4)]
-    if missing > len(first):  # a damaged params.json may ask for a million
+    if missing > len(first):  # do not list a million files for a damaged params.json
         names = ", ".join(path.name for path in first)
         report.add_problem(
             folder, f"lacks {names} and {missing - 4:,} more of the model's {count:,} shards: fetch them"
@@ -135,24 +137,24 @@ def check_count(paths: dict[int, Path], count: int, report: Report) -> None:
     for number, path in paths.items():
         if number >= count and path not in report.bad_files:
             fix = "remove it, or fetch the shards that belong to it"
-            report.add_problem(path, f"is one file too many, expected {count} shards: {fix}")
+            report.add_problem(path, f"is an extra file, expected {count} shards: {fix}")
 
 
 def check_same_model(paths: dict[int, Path], shards: dict[int, Tensors], shapes: Shapes, report: Report) -> None:
-    """Do shards whose shapes fit come from one model? Those with other dtypes or norms than most are problems."""
+    """Add a problem for each shard whose dtypes or norms differ from those of most shards. Their shapes must fit."""
     if len(shards) < 2:
         return
     norms = [key for key in shapes if key != EMBEDDING and SHARD_AXIS[without_layer(key)] is None]
     dtypes = {number: [tensors[key].dtype for key in shapes] for number, tensors in shards.items()}
-    repeated = {n: torch.cat([tensors[key].flatten().float() for key in norms]) for n, tensors in shards.items()}
+    shard_norms = {n: torch.cat([tensors[key].flatten().float() for key in norms]) for n, tensors in shards.items()}
 
     def is_alike(a: int, b: int) -> bool:
-        is_far = (repeated[a] - repeated[b]).abs().mean() > NORM_TOLERANCE * repeated[a].abs().mean()
+        is_far = (shard_norms[a] - shard_norms[b]).abs().mean() > NORM_TOLERANCE * shard_norms[a].abs().mean()
         return not is_far and dtypes[a] == dtypes[b]
 
     typical = max(shards, key=lambda number: sum(is_alike(number, other) for other in shards))
     for number in shards:
         if not is_alike(typical, number):
             difference = "dtypes" if dtypes[typical] != dtypes[number] else "norms"
-            problem = f"has other {difference} than {paths[typical].name}, expected shards of one model"
+            problem = f"has different {difference} from {paths[typical].name}, expected shards of one model"
             report.add_problem(paths[number], f"{problem}: replace the one that is from another model")

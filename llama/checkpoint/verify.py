@@ -1,4 +1,4 @@
-"""All checks of a checkpoint folder: for `python -m llama verify`, and the shorter ones before loading."""
+"""Check a checkpoint folder: everything for `python -m llama verify`, and a subset before loading."""
 
 import logging
 from pathlib import Path
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def check_folder(folder: Path) -> Report:
-    """Everything that can be checked without a model: checklists, shards, params.json, tokenizer."""
+    """Check everything that needs no model: checklists, shards, params.json, tokenizer."""
     report = Report()
     paths = _list_shards(folder, report)
-    if not paths:  # further problems would only list the other files of a Meta folder as missing
+    if not paths:  # the other checks would only report more missing files
         report.problems.append(f"{folder} {describe_path(folder)}")
         return report
     report.notes += renamed_note(paths)
@@ -59,9 +59,10 @@ def check_folder(folder: Path) -> Report:
 
 
 def check_before_loading(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> tuple[list[str], dict[str, str]]:
-    """(problems of the shards, a line each; shard's file name -> a checksum of the checksums inside it).
+    """Return (problems of the shards, a line each; shard's file name -> a checksum of the checksums inside it).
 
-    Each of `parts` processes reads its part of the tensors' bytes; all check everything else. Checklists are not read.
+    Each of `parts` processes reads its part of the tensors' bytes. Every process makes the other checks. Checklists are
+    not read.
     """
     report, folder = Report(), checkpoint.paths[0].parent
     paths = _list_shards(folder, report)
@@ -71,7 +72,7 @@ def check_before_loading(checkpoint: Checkpoint, part: int = 0, parts: int = 1) 
         if checkpoint.needs_full_read(number):
             shards[number] = checkpoint[number]
         elif path in intact:
-            # A mapping of its own, freed after the check: the pages read here are not those of the rank's slices.
+            # Map the shard again, and free that mapping after the check: this rank may not need the pages read here.
             shard = open_shard(path)
             shards[number] = shard.tensors
             for note in checkpoint.add_notes(shard.notes):

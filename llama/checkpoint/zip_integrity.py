@@ -1,7 +1,7 @@
-"""The zip archives that torch.save writes, checked byte by byte: directory, headers, and the CRC-32 of each record.
+"""Check the zip archives that torch.save writes: directory, headers, and the CRC-32 of each record.
 
-Format: APPNOTE.TXT of PKWARE. zipfile reads the directory and torch partly the headers, so a flipped bit or appended
-bytes can make the two see different contents. Both are compared here.
+The format is described in PKWARE's APPNOTE.TXT. zipfile uses the directory, and torch uses some of the local headers.
+After a flipped bit or appended bytes they can see different contents, so directory and headers are compared here.
 """
 
 import io
@@ -18,14 +18,14 @@ import torch
 from llama.checkpoint.errors import CheckpointError
 from llama.console import progress
 
-BLOCK = 2**20  # files are read in blocks of so many bytes
+BLOCK = 2**20  # bytes read at a time
 
 
 @dataclass
 class Record:
     """One file inside an archive: its bytes [start, stop) and their CRC-32.
 
-    problem: what is wrong with it, as far as that shows without reading the bytes.
+    problem: what is wrong with it, found without reading the bytes; "" if nothing.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Record:
 
 
 def read_zip(path: Path) -> list[Record]:
-    """The records of an archive by position. Raises CheckpointError where its directory is damaged."""
+    """The records of an archive, sorted by position. Raises CheckpointError if the directory is damaged."""
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             first_offset = min((info.header_offset for info in archive.infolist()), default=0)
@@ -78,10 +78,10 @@ def damaged_records(path: Path, records: list[Record]) -> list[str]:
 
 
 def _ends_with_directory(file: BinaryIO) -> bool:
-    """Whether the directory is at the offset that the end record names, with nothing after it.
+    """Whether the directory is at the offset in the end record, and nothing follows the end record.
 
-    zipfile looks for the directory right before the end record, torch at the offset in it. Where bytes were added these
-    are two places: the checksums of one archive would be compared while the weights of another are loaded.
+    zipfile expects the directory right before the end record, torch at the offset in the end record. If bytes were
+    added, these places differ: the checksums of one archive would be checked and the weights of another loaded.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(-min(size, 98), io.SEEK_END)
@@ -98,7 +98,7 @@ def _ends_with_directory(file: BinaryIO) -> bool:
 
 
 def _read_record(file: BinaryIO, info: zipfile.ZipInfo, entry: bytes) -> Record:
-    """A record, with a problem where its local header differs from its directory entry (`entry`)."""
+    """Read a record. It gets a problem if its local header differs from `entry`, its directory entry."""
     file.seek(info.header_offset)
     header = file.read(30)
     if len(header) < 30:
@@ -107,12 +107,13 @@ def _read_record(file: BinaryIO, info: zipfile.ZipInfo, entry: bytes) -> Record:
     name, extra = file.read(name_length), file.read(extra_length)
     start = info.header_offset + 30 + name_length + extra_length
     record = Record(info.filename, start, start + info.file_size, info.CRC)
-    # Both have the same fields from the version to the date. The header's CRC may be 0 and follow the data instead.
+    # Header and entry share the fields from version to date. In a streamed record the header's CRC is 0, and a data
+    # descriptor with the CRC follows the data.
     is_streamed = info.flag_bits & 8
     is_same = header[:4] == b"PK\x03\x04" and header[4:14] == entry[6:16] and name == entry[46:]
     if not is_same or header[14:18] != (bytes(4) if is_streamed else entry[16:20]):
         record.problem = "header"
-    while len(extra) >= 4:  # fields of a kind, a length and so many bytes; torch pads with Z's in a field "FB"
+    while len(extra) >= 4:  # each field: kind, length, data; torch pads with Z's in a field "FB"
         kind, length = struct.unpack_from("<2sH", extra)
         if kind == b"FB" and extra[4 : 4 + length].strip(b"Z"):
             record.problem = "padding"

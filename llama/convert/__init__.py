@@ -1,6 +1,7 @@
-"""Other formats to Meta's layout and back: Hugging Face, GGUF, llama2.c. Public are `convert` and `ConvertError`.
+"""Convert checkpoints from Hugging Face's format, GGUF and llama2.c to Meta's layout, and to Hugging Face's format.
 
-Imports checkpoint, tokenizer, chat and the rows below them. Every reader returns a `Source`, both writers take one.
+`convert` and `ConvertError` are public. Imports checkpoint, tokenizer, chat and the layers below them (see
+ARCHITECTURE.md). Every reader returns a `Source`, and both writers accept one.
 """
 
 from llama.convert.conversion import convert

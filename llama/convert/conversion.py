@@ -1,4 +1,4 @@
-"""`convert`: detect the format of a source, check that the result can be written, and write it in one step."""
+"""`convert`: detect the format of the source, check that the result can be written, and write it atomically."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ SUPPORTED = (
     "supported are Meta's folders (consolidated.NN.pth), Hugging Face's of Llama, Mistral and Phi-3 (config.json), "
     "GGUF files of architecture llama, and llama2.c's .bin files"
 )
-# The files of a converted folder. --force deletes no others.
+# The files of a converted folder. --force refuses to replace a folder with others.
 WRITTEN = (
     *("consolidated.*.pth", "params.json", "checklist.chk", "tokenizer.model", "tokenizer.json"),
     *("tokenizer_config.json", "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
@@ -39,12 +39,13 @@ def convert(
     to: str = "meta",
     force: bool = False,
 ) -> None:
-    """Convert a model into a new folder in Meta's layout, or Hugging Face's.
+    """Convert a model into a new folder in Meta's layout or Hugging Face's.
 
-    src: a folder in Meta's layout or Hugging Face's, a GGUF file, or a .bin file of llama2.c; detected from content.
-    dst: the new folder. It appears once it is complete; until then the files are in `dst`.partial-XXXX next to it.
-    dtype: auto (each tensor as `src` stores it; bfloat16 for quantized ones), float32 (exact for those too), bfloat16
-    or float16.
+    src: a folder in Meta's layout or Hugging Face's, a GGUF file, or a .bin file of llama2.c. The format is detected
+        from the content.
+    dst: the new folder. It appears only when it is complete. Until then the files are in `dst`.partial-XXXX next to it.
+    dtype: auto (the stored dtype of each tensor, or bfloat16 for quantized tensors), float32 (exact for quantized
+        tensors too), bfloat16 or float16.
     shards: the number of files that hold the weights.
     to: meta (consolidated.NN.pth, params.json) or hf (safetensors, config.json).
     force: replace `dst` if it holds a converted model and nothing else.
@@ -67,7 +68,7 @@ def convert(
     try:
         _check_disk(source, dtypes, dst)
         dst.parent.mkdir(parents=True, exist_ok=True)
-        # A unique name, so that no file of others is ever overwritten or removed.
+        # The name is unique, so that no existing file is overwritten or removed.
         partial = Path(tempfile.mkdtemp(prefix=f"{dst.name}.partial-", dir=dst.parent))
         try:
             writer.write(source, partial, dtypes, shards)
@@ -83,7 +84,9 @@ def convert(
         ) from error
     for path in dst.parent.iterdir():
         if path.name.startswith(f"{dst.name}.partial-"):
-            source.notes.append(f"{path} is of a conversion that was killed or is still running: remove it if none is")
+            source.notes.append(
+                f"{path} is from a conversion that was killed or still runs: remove it if none is running"
+            )
     for note in source.notes:
         log.info(f"note: {note}")
     dtype_names = " and ".join(sorted({str(stored)[6:] for stored in dtypes.values()}))
@@ -92,7 +95,7 @@ def convert(
 
 
 def _find_reader(src: Path) -> Callable[[Path], Source]:
-    """The reader for the format of `src`, detected from content: names are unreliable. Raises ConvertError."""
+    """The reader for the format of `src`, detected from its content: names are unreliable. Raises ConvertError."""
     if not src.exists():
         raise ConvertError(f"{src} does not exist: {SUPPORTED}{hub_command(src)}")
     if src.is_dir():
@@ -107,26 +110,26 @@ def _find_reader(src: Path) -> Callable[[Path], Source]:
         kind = detect_format(src)
         if kind == GGUF:
             return gguf.read
-        if kind in (None, PICKLE) and llama2c.is_model(src):  # a dim of 640 begins with the bytes of a pickle
+        if kind in (None, PICKLE) and llama2c.is_model(src):  # a header with dim 640 begins like a pickle
             return llama2c.read
     except OSError as error:
         raise ConvertError(f"{src} cannot be read ({error.strerror})") from error
     if kind in (SAFETENSORS, ZIP, OLD_TORCH):
-        raise ConvertError(f"{src} is {kind}, a part of a model: name the folder it is in, {src.parent}")
+        raise ConvertError(f"{src} is {kind}, a part of a model: give its folder, {src.parent}")
     fix = "fetch the file that it points to (git lfs pull)" if kind == LFS_POINTER else SUPPORTED
     raise ConvertError(f"{src} is {kind or 'of unknown format'}: {fix}")
 
 
 def _explain_folder(src: Path) -> str:
-    """Why a folder cannot be converted, and what to do."""
+    """The message for a folder that cannot be converted."""
     if (src / "adapter_config.json").is_file():
         base = _base_model(src / "adapter_config.json")
-        return f"{src} holds an adapter for {base}, not a model: merge it into that one first"
+        return f"{src} holds an adapter for {base}, not a model: merge it into that model first"
     if _has_shards(src / "original"):
-        return f"{src} holds Meta's files in its folder original: name that, {src / 'original'}"
+        return f"{src} holds Meta's files in its folder original: give {src / 'original'}"
     models = sorted(path for path in src.iterdir() if path.suffix in (".gguf", ".bin") and path.is_file())
     if models:
-        return f"{src} is a folder: name the file in it, {models[0]} for instance"
+        return f"{src} is a folder: give a file in it, for example {models[0]}"
     return f"{src} holds neither consolidated.NN.pth nor config.json: {SUPPORTED}"
 
 
@@ -142,7 +145,7 @@ def _base_model(config: Path) -> str:
 
 
 def _check_destination(src: Path, dst: Path, force: bool) -> None:
-    """Raise ConvertError if `dst` exists, or with `force`, if something else than a converted model would be lost."""
+    """Raise ConvertError if `dst` exists, or with `force`, if replacing it would lose more than a converted model."""
     if not os.path.lexists(dst):
         return
     if not force:
@@ -161,11 +164,11 @@ def _check_destination(src: Path, dst: Path, force: bool) -> None:
 
 
 def _move_into_place(partial: Path, dst: Path, force: bool) -> None:
-    """Rename the finished folder to `dst`. An old `dst` is deleted last, and restored if the rename fails."""
+    """Rename the finished folder to `dst`. An old `dst` is deleted afterwards, or restored if the rename fails."""
     if not os.path.lexists(dst):
         partial.rename(dst)
         return
-    _check_destination(partial, dst, force)  # another program may have created or changed it meanwhile
+    _check_destination(partial, dst, force)  # another program may have changed it since the first check
     old = Path(tempfile.mkdtemp(prefix=f"{dst.name}.replaced-", dir=dst.parent))
     dst.rename(old / dst.name)
     try:
@@ -186,7 +189,7 @@ def _umask() -> int:
 
 
 def _check_disk(source: Source, dtypes: dict[str, torch.dtype], dst: Path) -> None:
-    """Raise ConvertError if the result does not fit on the disk. An old `dst` is only deleted when it is complete."""
+    """Raise ConvertError if the disk has no room for the result. An old `dst` is deleted too late to free any."""
     shapes = tensor_shapes(source.args)
     needed = sum(math.prod(shapes[name]) * dtype.itemsize for name, dtype in dtypes.items())
     needed += sum(map(len, source.files.values()))

@@ -1,6 +1,6 @@
-"""Hugging Face folders of Llama, Mistral and Phi-3, read and written.
+"""Read and write Hugging Face folders of Llama, Mistral and Phi-3.
 
-config.json is in `hf_config`, safetensors and pytorch_model.bin in `hf_weights`, tokenizers in `hf_tokenizer`.
+`hf_config` handles config.json, `hf_weights` safetensors and pytorch_model.bin, `hf_tokenizer` tokenizers.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from llama.tokenizer import Tokenizer, find_tokenizer
 
 
 def read(folder: Path) -> Source:
-    """Read the configuration, and the names and shapes of all tensors, and check them. Raises ConvertError."""
+    """Read and check the configuration and the names and shapes of all tensors. Raises ConvertError."""
     try:
         return _read(folder)
     except ModuleNotFoundError as error:
@@ -53,7 +53,7 @@ def _read(folder: Path) -> Source:
     stored = open_weights(folder)
     args = ModelArgs(**params)
     shapes = tensor_shapes(args)
-    if is_tied and NAMES[OUTPUT] not in stored:  # transformers ties only where no output matrix is stored
+    if is_tied and NAMES[OUTPUT] not in stored:  # as in transformers, a stored output matrix wins
         del shapes[OUTPUT]
     if family == "phi3":
         stored = split_fused(stored, shapes)
@@ -63,7 +63,7 @@ def _read(folder: Path) -> Source:
         if stored[name].dtype not in SAFETENSORS_TYPES:
             raise ConvertError(
                 f"{name} is stored as {stored[name].dtype}: float32, bfloat16 and float16 are supported, "
-                "take the unquantized folder"
+                "use the unquantized folder"
             )
 
     def reader(name: str) -> Callable[[], torch.Tensor]:
@@ -74,21 +74,21 @@ def _read(folder: Path) -> Source:
 
     files, notes = import_tokenizer(folder, config, args)
     if args.sliding_window is not None:
-        notes.append(f"attention slides over {args.sliding_window} positions: max_seq_len has to stay inside")
+        notes.append(f"attention has a sliding window of {args.sliding_window} ids: max_seq_len must not be longer")
     tensors = {name: reader(name) for name in shapes}
     dtypes = {name: stored[hf_name(name)].dtype for name in shapes}
     return Source(params, tensors, files, dtypes, max_positions=max_positions, notes=notes)
 
 
 def check_shards(args: ModelArgs, shards: int) -> None:
-    """Raise ConvertError for a number of files that is not below the number of tensors."""
+    """Raise ConvertError if `shards` is not an integer from 1 to the number of tensors - 1."""
     tensors = len(tensor_shapes(args))
     if type(shards) is not int or not 1 <= shards < tensors:
         raise ConvertError(f"--shards is {shards!r}, expected a number of files from 1 to {tensors - 1}")
 
 
 def write(source: Source, folder: Path, dtypes: dict[str, torch.dtype], shards: int) -> None:
-    """Fill an empty folder, with one tensor in memory at a time."""
+    """Write all files into an empty folder, with one tensor in memory at a time."""
     args = source.args
     write_weights(source, folder, dtypes, shards)
     for filename, content in source.files.items():

@@ -1,4 +1,4 @@
-"""Hugging Face's config.json: to the keys of params.json, and back."""
+"""Convert between Hugging Face's config.json and params.json."""
 
 import json
 from pathlib import Path
@@ -30,13 +30,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ConvertError where it holds anything else."""
+    """Read the object in a JSON file. Raises ConvertError if it holds anything else."""
     check_size(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         kind = detect_format(path)
-        kind = f"no JSON ({error})" if kind in (None, JSON) else kind
+        kind = f"not valid JSON ({error})" if kind in (None, JSON) else kind
         raise ConvertError(f"{path.name} is {kind}: fetch it again") from error
     if not isinstance(content, dict):
         raise ConvertError(f"{path.name} holds a {type(content).__name__}, expected an object: fetch it again")
@@ -51,7 +51,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def family_of(config: dict[str, Any]) -> str:
-    """llama, mistral or phi3. Raises ConvertError, with the name of the architecture, for any other."""
+    """Return "llama", "mistral" or "phi3". Raises ConvertError for any other architecture."""
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     model_type = config.get("model_type")
@@ -59,14 +59,13 @@ def family_of(config: dict[str, Any]) -> str:
         if architecture == name or (architecture is None and model_type == family):
             return family
     if architecture is None and model_type is None:
-        raise ConvertError("config.json names no architecture: it describes no model that is supported")
-    raise ConvertError(
-        f"architecture {format_value(architecture or model_type)} is not supported: {', '.join(FAMILIES.values())} are"
-    )
+        raise ConvertError("config.json names no architecture, so it is not of a supported model")
+    expected = ", ".join(FAMILIES.values())
+    raise ConvertError(f"architecture {format_value(architecture or model_type)} is not supported, expected {expected}")
 
 
 def read_params(config: dict[str, Any], family: str) -> dict[str, Any]:
-    """The keys of params.json. Raises ConvertError for models that compute something else than `llama.model`."""
+    """The keys of params.json. Raises ConvertError for models that `llama.model` cannot compute."""
     config = DEFAULTS[family] | config
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
@@ -76,12 +75,12 @@ def read_params(config: dict[str, Any], family: str) -> dict[str, Any]:
     if isinstance(quantization := config.get("quantization_config"), dict):
         raise ConvertError(
             f"weights are quantized ({quantization.get('quant_method', 'unknown method')}), which is not supported: "
-            "take the unquantized folder"
+            "use the unquantized folder"
         )
     dim, n_heads = read_int(config, "hidden_size"), read_int(config, "num_attention_heads")
     n_kv_heads = read_int(config, "num_key_value_heads", n_heads)
     if config.get("head_dim") is None and dim % n_heads:
-        raise ConvertError(f"hidden_size {dim} is no multiple of {n_heads} heads: fetch config.json again")
+        raise ConvertError(f"hidden_size {dim} is not a multiple of {n_heads} heads: fetch config.json again")
     params = {
         "dim": dim,
         "n_layers": read_int(config, "num_hidden_layers", limit=MAX_LAYERS),
@@ -105,17 +104,17 @@ def read_tied(config: dict[str, Any]) -> bool:
 
 
 def read_max_positions(config: dict[str, Any]) -> int:
-    """The longest context, 0 if the configuration has none."""
+    """max_position_embeddings, or 0 if the configuration has none."""
     return 0 if config.get("max_position_embeddings") is None else read_int(config, "max_position_embeddings")
 
 
 def _read_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """rope_theta and the scaling. transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling."""
+    """rope_theta and the scaling. transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling."""
     new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     for rope in (new, old):
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
             raise ConvertError(
-                f"the rotary settings {format_value(rope)} are not supported: one object for all layers is"
+                f"the rotary settings {format_value(rope)} are not supported, expected one object for all layers"
             )
     types = [rope.get("rope_type", rope.get("type")) or "default" for rope in (new, old) if rope]
     thetas = {read_float(source, "rope_theta") for source in (config, new, old) if source.get("rope_theta") is not None}
@@ -138,7 +137,7 @@ def _read_rope(config: dict[str, Any]) -> dict[str, Any]:
         return params | {"rope_linear_factor": read_float(rope, "factor")}
     if rope_type != "default":
         raise ConvertError(
-            f"rope scaling {format_value(rope_type)} is not supported: rope_type default, linear and llama3 are"
+            f"rope scaling {format_value(rope_type)} is not supported, expected rope_type default, linear or llama3"
         )
     return params
 
@@ -151,7 +150,7 @@ def write_config(
 ) -> None:
     """Write config.json and generation_config.json.
 
-    ids: bos_token_id, eos_token_id and pad_token_id. stop_ids: all that end a generation.
+    ids: bos_token_id, eos_token_id and pad_token_id. stop_ids: all ids that end a generation.
     """
     write_json(folder / "config.json", _config(source, dtype) | ids)
     write_json(folder / "generation_config.json", ids | {"eos_token_id": sorted(stop_ids) or None})
@@ -161,7 +160,7 @@ def _config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     args = source.args
     family = "llama" if args.sliding_window is None else "mistral"
     rope: dict[str, Any] | None = None
-    # params.json has no maximum. Where the source had none either, these are the model families' own.
+    # params.json has no longest context. If the source has none either, use that of the model family with this theta.
     positions = {500000.0: 8192, 1000000.0: 16384}.get(args.rope_theta, 4096)
     if args.use_scaled_rope:
         positions = 131072

@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer files: imported into a Meta folder, and written for any tokenizer of ours."""
+"""Import Hugging Face's tokenizer files into a folder in Meta's layout, and export them for any `Tokenizer`."""
 
 import json
 import re
@@ -22,9 +22,9 @@ from llama.vocabulary.tokenizer_json import read_tokenizer_json
 
 
 def import_tokenizer(folder: Path, model_config: dict[str, Any], args: ModelArgs) -> tuple[dict[str, bytes], list[str]]:
-    """(the tokenizer's files for the new folder, name -> content; notes).
+    """Return (the tokenizer's files for the new folder, name -> content; notes).
 
-    tokenizer.model if it holds all tokens, because it needs no further package; else tokenizer.json.
+    The vocabulary is tokenizer.model if that has all tokens, because it needs no other package, else tokenizer.json.
     """
     model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
     config = _read_if_exists(folder / "tokenizer_config.json")
@@ -38,7 +38,7 @@ def import_tokenizer(folder: Path, model_config: dict[str, Any], args: ModelArgs
     tokenizer = Tokenizer(model, use_scaled_rope=args.use_scaled_rope) if model.exists() else None
     if fast.exists():
         reader = read_tokenizer_json(fast)
-        for name in ("bos", "eos", "pad"):  # by name, or where no file names it, by the model's id
+        for name in ("bos", "eos", "pad"):  # by name, or if no file names it, by the id in config.json
             ids = model_config.get(f"{name}_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             token_id = next((i for i in ids if type(i) is int and 0 <= i < args.vocab_size), None)
@@ -51,7 +51,7 @@ def import_tokenizer(folder: Path, model_config: dict[str, Any], args: ModelArgs
         added = _read_if_exists(folder / "added_tokens.json")
         if any(not isinstance(i, int) or i >= tokenizer.n_words for i in added.values()):
             raise ConvertError(
-                "tokenizer.model lacks the tokens of added_tokens.json; tokenizer.json has all: fetch it too"
+                "tokenizer.model lacks the tokens of added_tokens.json: fetch tokenizer.json too, which has all"
             )
         return tokenizer_files({model.name: model.read_bytes()}, config, args.vocab_size), []
     return {}, [f"{folder} has neither tokenizer.model nor tokenizer.json: put one into the new folder"]
@@ -67,7 +67,7 @@ def _is_equivalent(path: Path, tokenizer: Tokenizer, fast: Any, eos: Any) -> boo
 
     if tokenizer.n_words <= max(fast.get_vocab().values(), default=-1):
         return False
-    if tokenizer.kind != "sentencepiece":  # tiktoken ranks name no tokens but the special ones
+    if tokenizer.kind != "sentencepiece":  # in tiktoken ranks only special tokens have names
         return all(fast.token_to_id(name) in (None, i) for name, i in tokenizer.special_ids.items())
     eos = eos.get("content") if isinstance(eos, dict) else eos
     pieces = SentencePieceProcessor(model_file=str(path))
@@ -79,19 +79,19 @@ def _is_equivalent(path: Path, tokenizer: Tokenizer, fast: Any, eos: Any) -> boo
 
 
 def export_tokenizer(path: Path, use_scaled_rope: bool) -> dict[str, str]:
-    """The text of tokenizer.json and tokenizer_config.json for a tokenizer file of ours, by file name.
+    """The contents of tokenizer.json and tokenizer_config.json for a tokenizer of this package, by file name.
 
-    With them transformers encodes as our Tokenizer does, except that special tokens written in a text become their ids.
-    Raises ConvertError or TokenizerError.
+    With them, transformers encodes as `llama.tokenizer.Tokenizer` does, except that names of special tokens in a text
+    become ids. Raises ConvertError or TokenizerError.
 
-    use_scaled_rope: params.json's key, see Tokenizer.
+    path: the tokenizer file. use_scaled_rope: params.json's key, see `Tokenizer`.
     """
     from tokenizers import Tokenizer as FastTokenizer
 
     tokenizer = Tokenizer(path, use_scaled_rope=use_scaled_rope)
     config_path = path.with_name("tokenizer_config.json")
     source: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
-    # The plain class: a model's own class would rebuild the tokenizer instead of using the file.
+    # Not a model's own class, which would rebuild the tokenizer instead of using the file.
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if tokenizer.kind == "tokenizer.json":
         text = path.read_text(encoding="utf-8")
@@ -116,11 +116,11 @@ def export_tokenizer(path: Path, use_scaled_rope: bool) -> dict[str, str]:
 
 
 def _from_sentencepiece(path: Path) -> dict[str, Any]:
-    """The content of a tokenizer.json, without its post-processor, for a SentencePiece model."""
+    """The content of a tokenizer.json, without post-processor, for a SentencePiece model."""
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(model_file=str(path))
-    # A text that other normalizers would change: a ligature, doubled and outer spaces.
+    # Other normalizers change this text: it has a ligature, and repeated, leading and trailing spaces.
     normalized = model.normalize("  \N{LATIN SMALL LIGATURE FI}  a ")
     unchanged = f"{SPACE}{SPACE}\N{LATIN SMALL LIGATURE FI}{SPACE}{SPACE}a{SPACE}"
     if normalized not in (unchanged, SPACE + unchanged):
@@ -131,8 +131,8 @@ def _from_sentencepiece(path: Path) -> dict[str, Any]:
     if unused := {piece for piece, _, kind in pieces if kind == UNUSED}.intersection(
         left + right for left, right in _merges([piece for piece, _, kind in pieces if kind in (NORMAL, UNUSED)])
     ):
-        # SentencePiece merges such pieces, and splits them again in the end.
-        raise ConvertError(f"{path} marks {min(unused)!r} unused, but needs it to split texts: not supported")
+        # SentencePiece merges into unused pieces too, and splits them again at the end.
+        raise ConvertError(f"{path} marks {min(unused)!r} as unused, but merges use it: not supported")
     merges = _merges(normal)
     merges.sort(key=lambda pair: -normal[pair[0] + pair[1]])  # the best score is merged first
     added = [
@@ -140,8 +140,8 @@ def _from_sentencepiece(path: Path) -> dict[str, Any]:
         for i, (piece, _, kind) in enumerate(pieces)
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    # A space is put before the text. The tokenizers package normalizes user-defined pieces too before it looks for them
-    # in the text, so the normalizer must not put a space before a string that is exactly such a piece.
+    # The normalizer prepends a space to the text. The tokenizers package also normalizes user-defined pieces before it
+    # searches the text for them, so the normalizer must not change a string that is exactly such a piece.
     user_defined = "|".join(re.escape(piece) for piece, _, kind in pieces if kind == USER_DEFINED)
     prepend: dict[str, Any] = {"type": "Prepend", "prepend": SPACE}
     if user_defined:
@@ -163,7 +163,7 @@ def _from_sentencepiece(path: Path) -> dict[str, Any]:
 
 
 def _from_ranks(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of a tokenizer.json, without its post-processor, for tiktoken ranks of Llama 3."""
+    """The content of a tokenizer.json, without post-processor, for tiktoken ranks of Llama 3."""
     letters = _byte_letters()
     tokens = ["".join(letters[byte] for byte in token) for token in read_ranks(path)]
     vocab = {token: rank for rank, token in enumerate(tokens)}
@@ -183,7 +183,7 @@ def _from_ranks(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _merges(pieces: Iterable[str]) -> list[tuple[str, str]]:
-    """All pairs of pieces that together are a third piece, in the order of the third."""
+    """All pairs of pieces that joined are a piece too, in the order of the joined pieces."""
     known = set(pieces)
     return [
         (piece[:i], piece[i:])
@@ -194,20 +194,20 @@ def _merges(pieces: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _byte_letters() -> list[str]:
-    """The printable character for each byte in a byte-level vocabulary: its own, or one from U+0100 on."""
+    """The printable character that byte-level vocabularies use for each byte: its own, or one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _added_token(i: int, content: str, special: bool) -> dict[str, Any]:
-    """A token that is matched before any merge: special ones in the raw text, others in the normalized text."""
+    """A token that is matched before any merge: in the raw text if it is special, else in the normalized text."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not special}
     return {"id": i, "content": content, **flags, "special": special}
 
 
 def _bos_template(tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """A post-processor that adds BOS."""
+    """A post-processor that adds BOS, or None if the tokenizer adds none."""
     if not tokenizer.adds_bos:
         return None
     name = next(name for name, i in tokenizer.special_ids.items() if i == tokenizer.bos_id)
@@ -225,7 +225,7 @@ def _tokenizer_json(
     decoder: dict[str, Any],
     **model: Any,
 ) -> dict[str, Any]:
-    """The content of a tokenizer.json without its post-processor. model: keys of the BPE model."""
+    """The content of a tokenizer.json, without post-processor. model: keys of the BPE model."""
     bpe: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     bpe |= {"end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": False, "ignore_merges": False}
     parts: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}

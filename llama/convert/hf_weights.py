@@ -1,8 +1,9 @@
-"""Hugging Face's weights, read from safetensors or pytorch_model*.bin and written as safetensors.
+"""Read Hugging Face's weights from safetensors or pytorch_model*.bin, and write them as safetensors.
 
-Besides the names, two things differ from Meta's layout. Rotary pairs: element i of a head is rotated with element
-i + head_dim / 2, in Meta's layout with its neighbour, so the rows of wq and wk are in another order. And Phi-3 stores
-wq, wk and wv as one matrix, w1 and w3 as another.
+Besides the names, two things differ from Meta's layout:
+- Rotary pairs: element i of a head is rotated with element i + head_dim / 2, in Meta's layout with its neighbour.
+  Therefore the rows of wq and wk are in another order.
+- Phi-3 stores wq, wk and wv as one matrix, and w1 and w3 as another.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ LAYER_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
-# Phi-3's two fused matrices -> Meta's matrices whose rows they hold, one block after the other.
+# Phi-3's fused matrices -> Meta's matrices that are their row blocks, in this order.
 FUSED = {
     "self_attn.qkv_proj.weight": ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight"),
     "mlp.gate_up_proj.weight": ("feed_forward.w1.weight", "feed_forward.w3.weight"),
@@ -75,7 +76,7 @@ def n_rotary_heads(name: str, args: ModelArgs) -> int | None:
 
 @dataclass
 class Stored:
-    """A tensor that is still in its file. read_rows(start, stop) reads rows [start, stop) of it."""
+    """A tensor in a file, not read yet. read_rows(start, stop) reads its rows [start, stop)."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -83,7 +84,7 @@ class Stored:
 
 
 def open_weights(folder: Path) -> dict[str, Stored]:
-    """All tensors of a folder by Hugging Face's names, not yet read. Raises ConvertError."""
+    """All tensors of a folder by Hugging Face's names, not read yet. Raises ConvertError."""
     for name, opener in (("model.safetensors", _open_safetensors), ("pytorch_model.bin", _open_torch)):
         index = folder / f"{name}.index.json"
         if (folder / name).exists():
@@ -94,8 +95,8 @@ def open_weights(folder: Path) -> dict[str, Stored]:
             continue
         return {name: tensor for name, tensor in stored.items() if not SKIPPED.fullmatch(name)}
     if (folder / "adapter_config.json").exists():
-        raise ConvertError("only an adapter is in here, no model: merge it into its base model first")
-    raise ConvertError("neither model.safetensors nor pytorch_model.bin nor an index of them is in here: fetch them")
+        raise ConvertError("the folder has only an adapter, no model: merge it into its base model first")
+    raise ConvertError("the folder has neither model.safetensors nor pytorch_model.bin nor an index: fetch them")
 
 
 def _open_indexed(index: Path, opener: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
@@ -122,7 +123,7 @@ def _open_indexed(index: Path, opener: Callable[[Path], dict[str, Stored]]) -> d
 def _open_safetensors(path: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
-    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    dtypes = {name: dtype for dtype, name in SAFETENSORS_TYPES.items()}
     _check_format(path, SAFETENSORS)
     try:
         file = safe_open(path, framework="pt")
@@ -156,7 +157,7 @@ def _check_format(path: Path, expected: str) -> None:
 
 
 def split_fused(stored: dict[str, Stored], shapes: Shapes) -> dict[str, Stored]:
-    """Replace Phi-3's fused matrices by those they consist of. shapes: Meta's name -> full shape."""
+    """Replace Phi-3's fused matrices by their parts. shapes: Meta's name -> full shape."""
 
     def part(fused: Stored, offset: int, shape: tuple[int, ...]) -> Stored:
         return Stored(shape, fused.dtype, lambda start, stop: fused.read_rows(offset + start, offset + stop))
@@ -189,11 +190,11 @@ def write_weights(source: Source, folder: Path, dtypes: dict[str, torch.dtype], 
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     total, offset = sum(sizes.values()), 0
     groups: list[list[str]] = [[] for _ in range(shards)]
-    for name, size in sizes.items():  # in order; the file is chosen by where the tensor's middle falls in the total
+    for name, size in sizes.items():  # each goes to the file that holds its middle if all are divided equally
         groups[(2 * offset + size) * shards // (2 * total)].append(name)
         offset += size
     if not all(groups):
-        raise ConvertError(f"--shards {shards} would leave a file empty, as tensors are not divided: take fewer")
+        raise ConvertError(f"--shards {shards} would leave a file empty, as tensors are not divided: use fewer")
     files = [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
     if shards == 1:
         files = ["model.safetensors"]
@@ -214,7 +215,7 @@ def write_weights(source: Source, folder: Path, dtypes: dict[str, torch.dtype], 
 
 
 def _header(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> bytes:
-    """The beginning of a safetensors file: the length of a JSON text in 8 bytes, and the text."""
+    """The header of a safetensors file: the length of a JSON text in 8 bytes, and the text."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, (shape, dtype) in tensors.items():

@@ -1,10 +1,10 @@
-"""Model files of llama2.c (stories15M.bin and the like), versions 0, 1 and 2.
+"""Read model files of llama2.c (such as stories15M.bin), versions 0, 1 and 2.
 
-The header has seven int32: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocabulary, context. Version 0 begins with
-them, and a negative vocabulary means that the output matrix is not tied. Later versions begin with magic and version,
+The header has seven int32: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, context. Version 0 begins with
+them, and a negative vocab_size means that the output matrix is not tied. Later versions begin with magic and version,
 have a flag for tied weights, and start their data at byte 256. Version 2 stores matrices as int8 with a float32 scale
-for each group. Tensors of one kind are stored together, layer after layer; wq and wk are in Meta's order. norm_eps and
-rope_theta are not stored: llama2.c always uses 1e-5 and 10000.
+for each group. The tensors of one kind are stored together, layer after layer; wq and wk are in Meta's order. norm_eps
+and rope_theta are not stored: llama2.c always uses 1e-5 and 10000.
 """
 
 import math
@@ -39,7 +39,7 @@ ORDER = {
 
 @dataclass
 class Header:
-    """What the header of a file says; `start` is where its data begin."""
+    """The header of a file. `start` is the offset of the data."""
 
     version: int
     dim: int
@@ -58,7 +58,7 @@ class Header:
 
 
 def is_model(path: Path) -> bool:
-    """Whether a file is one of llama2.c's: by its magic, or for version 0, which has none, by plausible sizes."""
+    """Whether a file is llama2.c's: it has the magic or, for version 0, the size that its header implies."""
     try:
         header = _header(path)
     except ConvertError:
@@ -67,7 +67,7 @@ def is_model(path: Path) -> bool:
 
 
 def read(path: Path) -> Source:
-    """Read the header and check that the file has the size it implies. Raises ConvertError."""
+    """Read the header and check that the file has the implied size. Raises ConvertError."""
     try:
         return _read(path)
     except ConvertError as error:
@@ -118,7 +118,7 @@ def _header(path: Path) -> Header | None:
             raise ConvertError("damaged or cut off within the header: fetch it again")
         version = struct.unpack_from("<i", start, 4)[0]
         if version not in ORDER or version == 0:
-            raise ConvertError(f"version {version} of llama2.c's format is not supported: 0, 1 and 2 are")
+            raise ConvertError(f"version {version} of llama2.c's format is not supported, expected 0, 1 or 2")
         tied = start[36] == 1
         group = struct.unpack_from("<i", start, 37)[0] if version == 2 else 0
     if len(start) < 28:
@@ -142,7 +142,7 @@ def _header(path: Path) -> Header | None:
 
 
 def _size(header: Header) -> int:
-    """The size of the file that the header implies, in bytes."""
+    """The size in bytes of a file with this header."""
     args = ModelArgs(
         dim=header.dim,
         n_layers=1,
@@ -161,11 +161,12 @@ def _size(header: Header) -> int:
 
 
 def _rope_bytes(header: Header) -> int:
-    """The size of version 0's tables of cosines and sines, which are not read."""
+    """The size in bytes of version 0's tables of cosines and sines, which are skipped."""
     return 2 * 4 * header.context * (header.dim // header.n_heads // 2)
 
 
 def _bytes(shape: tuple[int, ...], group: int) -> int:
+    """The size in bytes of a stored tensor."""
     numel = math.prod(shape)
     return 4 * numel if group == 0 or len(shape) == 1 else numel + 4 * (numel // group)  # norms are never quantized
 
@@ -183,7 +184,7 @@ def _reader(data: np.ndarray, offset: int, shape: tuple[int, ...], group: int) -
 
 
 def _tokenizer(path: Path, vocab_size: int) -> tuple[dict[str, bytes], list[str]]:
-    """(tokenizer files, notes), from tokenizer.bin next to the model, or from tok4096.bin as training calls it."""
+    """Return (tokenizer files, notes), from tokenizer.bin or, as training names it, tok4096.bin next to the model."""
     for name in ("tokenizer.bin", f"tok{vocab_size}.bin"):
         if (file := path.with_name(name)).is_file():
             check_size(file)

@@ -1,4 +1,4 @@
-"""Meta's layout, read and written tensor by tensor: consolidated.NN.pth, params.json, checklist.chk."""
+"""Read and write Meta's layout tensor by tensor: consolidated.NN.pth, params.json, checklist.chk."""
 
 import contextlib
 import hashlib
@@ -41,9 +41,9 @@ STORAGE_TYPES = {
 
 
 def read(folder: Path) -> Source:
-    """A folder in Meta's layout with any number of shards. Raises CheckpointError or ConvertError.
+    """Read a folder in Meta's layout with any number of shards. Raises CheckpointError or ConvertError.
 
-    The shards are first checked against their CRCs and the checklists, because a flipped bit would be copied silently.
+    The shards are first checked against their CRCs and the checklists: otherwise a flipped bit would go unnoticed.
     """
     checkpoint = Checkpoint(folder)
     shards = range(len(checkpoint.paths))
@@ -55,30 +55,32 @@ def read(folder: Path) -> Source:
     for problem in report.problems:
         if problem.startswith(tuple(map(str, checkpoint.paths))):
             raise ConvertError(problem)
-        notes.append(problem)  # of a params.json that was edited after it was listed, or of a file that is not needed
+        notes.append(problem)  # an edited params.json, or a file that is not needed
     params = load_params(folder)[0] | {"vocab_size": checkpoint.params.vocab_size}
     files, tokenizer_notes = _tokenizer_files(folder, checkpoint.params)
     tensors: dict[str, Callable[[], torch.Tensor]] = {
         name: partial(_full_tensor, checkpoint, name) for name in checkpoint.shapes
     }
     dtypes = {name: compute_dtype(checkpoint[0][name].dtype) for name in checkpoint.shapes}
-    axis = -1 if len(checkpoint.paths) == 1 else checkpoint.embedding_axis  # one shard divides nothing
+    axis = -1 if len(checkpoint.paths) == 1 else checkpoint.embedding_axis  # a single shard does not show the axis
     return Source(params, tensors, files, dtypes, axis, notes=notes + tokenizer_notes)
 
 
 def _tokenizer_files(folder: Path, args: ModelArgs) -> tuple[dict[str, bytes], list[str]]:
-    """(name -> content, notes)."""
+    """Return (name -> content, notes)."""
     try:
         path = find_tokenizer(folder)
     except TokenizerError:
         return {}, [f"no tokenizer was found in {folder} or its parent: the new folder has none either"]
     n_words = Tokenizer(path, use_scaled_rope=args.use_scaled_rope).n_words
     if n_words != args.vocab_size:
-        raise ConvertError(f"{path} has {n_words} ids, the model {args.vocab_size}: put the model's own there")
+        raise ConvertError(
+            f"{path} has {n_words} ids, the model {args.vocab_size}: put the model's own tokenizer there"
+        )
     config = path.with_name("tokenizer_config.json")
     files = {file.name: file.read_bytes() for file in (path, config) if file.is_file()}
     if not config.is_file() and base_model_note(folder):
-        # Detected from the folder's name, which the new folder may not have.
+        # A base model is recognized by the folder's name, and the new folder may have another.
         files[config.name] = b'{"chat_format": null}\n'
     return files, []
 
@@ -95,21 +97,21 @@ def _full_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 def check_shards(args: ModelArgs, shards: int) -> None:
-    """Raise ConvertError for a number of shards that does not divide the model.
+    """Raise ConvertError if the model cannot be divided into this number of shards.
 
-    KV heads are neither divided nor repeated, so the legal numbers are the world sizes that divide the KV heads.
+    A KV head is neither divided nor repeated, so the number must be a legal world size that divides the KV heads.
     """
     legal = [n for n in legal_world_sizes(args) if args.kv_heads % n == 0]
     if type(shards) is not int or shards not in legal:
         raise ConvertError(
             f"this model cannot be divided over {shards!r} files ({args.n_heads} heads, {args.kv_heads} KV heads, "
-            f"feed-forward width {args.hidden_dim}, vocabulary {args.vocab_size}): --shards takes "
+            f"feed-forward width {args.hidden_dim}, vocabulary {args.vocab_size}): --shards can be "
             f"{', '.join(map(str, legal))}"
         )
 
 
 def write(source: Source, folder: Path, dtypes: dict[str, torch.dtype], shards: int) -> None:
-    """Fill an empty folder, with one tensor in memory at a time."""
+    """Write all files into an empty folder, with one tensor in memory at a time."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(TorchFile(folder / f"consolidated.{i:02d}.pth")) for i in range(shards)]
         for name in progress(list(source.tensors), "converting"):
@@ -126,11 +128,11 @@ def write(source: Source, folder: Path, dtypes: dict[str, torch.dtype], shards: 
 
 
 class TorchFile:
-    """A file of tensors by name in torch.save's format, written one tensor at a time.
+    """Write a file of tensors by name in torch.save's format, one tensor at a time.
 
-    torch.save needs all tensors in memory at once. The format: an uncompressed zip archive in which STEM/data/N holds
-    the bytes of tensor N, and STEM/data.pkl the pickled dictionary, where persistent ids ("storage", type, N, "cpu",
-    numel) refer to those bytes.
+    torch.save itself needs all tensors in memory at once. The format is an uncompressed zip archive. STEM/data/N holds
+    the bytes of tensor N. STEM/data.pkl holds the pickled dictionary, in which persistent ids ("storage", type, N,
+    "cpu", numel) refer to those bytes.
     """
 
     def __init__(self, path: Path):
@@ -146,7 +148,7 @@ class TorchFile:
             self.close()
         elif self.zip.fp is not None:
             self.zip.fp.close()
-            self.zip.fp = None  # or its destructor would write the directory, on a full disk perhaps
+            self.zip.fp = None  # else its destructor would write the directory, which fails on a full disk
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         key = str(len(self.tensors))
@@ -163,9 +165,9 @@ class TorchFile:
 
     def _add_record(self, name: str, content: bytes | memoryview) -> None:
         info = zipfile.ZipInfo(f"{self.stem}/{name}")
-        # As torch does, align the bytes to 64 so that mapped tensors are aligned. Before them come the local header (30
-        # bytes), the name, a zip64 field (20), and the header of our padding field (4).
-        begin = self.zip.fp.tell() + 30 + len(info.filename) + 20 + 4  # type: ignore[union-attr]  # open until close
+        # Align the data to 64 bytes, as torch does, so that mapped tensors are aligned. It follows the local header (30
+        # bytes), the name, a zip64 field (20) and the header of the padding field (4).
+        begin = self.zip.fp.tell() + 30 + len(info.filename) + 20 + 4  # type: ignore[union-attr]  # not None before close
         info.extra = struct.pack("<HH", 0x4246, -begin % 64) + b"Z" * (-begin % 64)
         with self.zip.open(info, "w", force_zip64=True) as record:
             record.write(content)

@@ -1,4 +1,4 @@
-"""Checked values of another format's configuration, and the keys of params.json that follow from them."""
+"""Read checked values from another format's configuration, and compute the keys of params.json from them."""
 
 from collections.abc import Mapping
 from sys import float_info
@@ -11,7 +11,7 @@ MAX_LAYERS = 10_000  # a larger number means a damaged file, and listing its mis
 
 
 def read_int(config: Mapping[str, Any], key: str, default: int | None = None, limit: int = 2**24) -> int:
-    """A positive integer below `limit` from a model's configuration. Raises ConvertError for any other value."""
+    """Read a positive integer below `limit` from a configuration. Raises ConvertError for any other value."""
     value = config.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < limit:
@@ -20,7 +20,7 @@ def read_int(config: Mapping[str, Any], key: str, default: int | None = None, li
 
 
 def read_float(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A positive number from a model's configuration. Raises ConvertError for any other value."""
+    """Read a positive number from a configuration. Raises ConvertError for any other value."""
     value = config.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= float_info.max:
@@ -29,21 +29,21 @@ def read_float(config: Mapping[str, Any], key: str, default: float | None = None
 
 
 def format_value(value: Any) -> str:
-    """A value of a configuration for an error message."""
+    """Format a value of a configuration for an error message."""
     return "missing" if value is None else repr(value)[:60]
 
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare tensors by name and shape. Raises ConvertError for the first that differs, is missing or unexpected."""
+    """Raise ConvertError for the first tensor that is missing, is unexpected or has another shape."""
     for name in sorted(expected.keys() | shapes.keys()):
         if shapes.get(name) != expected.get(name):
             actual = f"has shape {shapes[name]}" if name in shapes else "is missing"
             wanted = f"expected {expected[name]}" if name in expected else "but the model has no such tensor"
-            raise ConvertError(f"tensor {name} {actual}, {wanted}: fetch the model again, or take an unmodified one")
+            raise ConvertError(f"tensor {name} {actual}, {wanted}: fetch the model again, or use an unmodified one")
 
 
 def head_params(dim: int, n_heads: int, n_kv_heads: int, head_dim: int) -> dict[str, int]:
-    """n_heads, n_kv_heads, and head_dim if it is not dim / n_heads. Raises ConvertError for impossible combinations."""
+    """n_heads, n_kv_heads, and head_dim if it is not dim / n_heads. Raises ConvertError if they are inconsistent."""
     if head_dim % 2 or n_heads % n_kv_heads:
         raise ConvertError(
             f"{n_heads} heads of size {head_dim} and {n_kv_heads} KV heads are inconsistent (the size must "
@@ -54,9 +54,9 @@ def head_params(dim: int, n_heads: int, n_kv_heads: int, head_dim: int) -> dict[
 
 
 def feed_forward_params(dim: int, width: int) -> dict[str, int | float]:
-    """The keys for which ModelArgs.hidden_dim == width: multiple_of and ffn_dim_multiplier if possible.
+    """The keys with which ModelArgs.hidden_dim == width.
 
-    Otherwise hidden_dim, which Meta's own code does not read.
+    They are multiple_of and ffn_dim_multiplier if possible, else hidden_dim, which Meta's own code does not read.
     """
 
     def fits(**params: Any) -> bool:
@@ -66,10 +66,10 @@ def feed_forward_params(dim: int, width: int) -> dict[str, int | float]:
     for multiple_of in powers:
         if fits(multiple_of=multiple_of):
             return {"multiple_of": multiple_of}
-    # The multiplier of Meta's models has one decimal.
+    # Try one decimal first, as in Meta's models.
     for digits in (1, 2):
         for multiple_of in (n for n in powers if n >= 32 and width % n == 0):
-            middle = (width + 1 - multiple_of / 2) / int(8 * dim / 3)  # of the multipliers that give this width
+            middle = (width + 1 - multiple_of / 2) / int(8 * dim / 3)  # of the range of multipliers with this width
             if fits(multiple_of=multiple_of, ffn_dim_multiplier=round(middle, digits)):
                 return {"multiple_of": multiple_of, "ffn_dim_multiplier": round(middle, digits)}
     return {"hidden_dim": width}
@@ -78,7 +78,7 @@ def feed_forward_params(dim: int, width: int) -> dict[str, int | float]:
 def scaling_params(
     factor: float, low_freq_factor: float, high_freq_factor: float, original_context_length: int
 ) -> dict[str, Any]:
-    """The keys of Llama 3's rope scaling. Keys with Llama 3.1's values are left out, except the factor.
+    """The keys of Llama 3's rope scaling. Except for the factor, values of Llama 3.1 are left out.
 
     Raises ConvertError for inconsistent numbers.
     """

@@ -1,4 +1,4 @@
-"""A model of any format as the readers describe it and the writers take it."""
+"""`Source`, the description of a model that readers return and writers accept, for all formats."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,19 +14,19 @@ LLAMA3_VOCAB = 128_000  # a vocabulary of at least this size is Llama 3's
 
 
 class ConvertError(ValueError):
-    """The conversion is not possible. The message is one line: why, and what to do instead."""
+    """The conversion is not possible. The message is one line with the reason and what to do instead."""
 
 
 @dataclass
 class Source:
-    """A model under Meta's names, with its weights still in their files.
+    """A model under Meta's names, whose weights are read from their files only when needed.
 
-    params: the keys of params.json, vocab_size included.
-    tensors: Meta's name -> a function that reads the full (undivided) tensor. No output.weight in tied models.
+    params: the keys of params.json, including vocab_size.
+    tensors: Meta's name -> a function that reads the full (undivided) tensor. Tied models have no output.weight.
     files: the tokenizer's files, name -> content.
-    dtypes: what each tensor is stored in, which dtype "auto" keeps; bfloat16 for quantized tensors.
-    embedding_axis: along which Meta's shards divide the embedding, 0 (rows, Llama 3) or 1 (columns, Llama 2). -1 where
-    the source is not divided: then it is chosen as Meta's code for the model expects it.
+    dtypes: the stored dtype of each tensor, which dtype "auto" keeps; bfloat16 for quantized tensors.
+    embedding_axis: the axis along which Meta's shards divide the embedding, 0 (rows, Llama 3) or 1 (columns, Llama 2).
+        -1, for a source that is not divided, selects the axis that Meta's code for the model expects.
     max_positions: the longest context that the model was trained for, 0 if unknown.
     notes: what the user should know about the result, a line each.
     """
@@ -49,7 +49,7 @@ class Source:
         return ModelArgs(**self.params)
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor in `dtype`. Raises ConvertError for NaN, infinity, and numbers beyond the range of `dtype`."""
+        """Read a tensor in `dtype`. Raises ConvertError for NaN, infinity, and numbers beyond the range of `dtype`."""
         tensor = self.tensors[name]()
         if not is_finite(tensor):
             raise ConvertError(f"{name} holds NaN or infinite numbers: fetch the file again")
@@ -57,7 +57,7 @@ class Source:
             tensor = tensor.to(dtype)
             if not is_finite(tensor):
                 raise ConvertError(
-                    f"{name} holds numbers beyond {str(dtype)[6:]}'s range: take --dtype bfloat16 or float32"
+                    f"{name} holds numbers beyond {str(dtype)[6:]}'s range: use --dtype bfloat16 or float32"
                 )
         return tensor
 

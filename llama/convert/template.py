@@ -1,7 +1,7 @@
 """Detect the chat format of a Jinja chat template from what it renders.
 
 A template is untrusted code. It runs in a child process, in Jinja's sandbox, with limits on time and memory, and cannot
-open files. The child returns only texts.
+open files. The child returns texts only.
 """
 
 import contextlib
@@ -12,16 +12,16 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NoReturn
 
 # The child runs this file by its path and must not import the package, which would load torch. So these imports are for
-# type checkers, and functions of the parent process import what they need.
+# type checkers only, and functions of the parent process import what they need.
 if TYPE_CHECKING:
     from llama.chat.formats import Dialect, Dialog, Special
 
 CPU_SECONDS = 2
-SECONDS = 30  # of wall-clock time, for busy machines; the only limit on Windows
+SECONDS = 30  # wall-clock time, long enough for busy machines; on Windows the only limit of time
 MEMORY = 2**29  # bytes of address space
-MAX_CHARACTERS = 100_000  # of one rendered dialog; known templates render a few thousand at most
+MAX_CHARACTERS = 100_000  # in one rendered dialog; known templates write a few thousand at most
 
-# Chat format -> template, for Meta's own models, whose folders have none.
+# Chat format -> template, for Meta's own folders, which have none.
 TEMPLATES = {
     "llama2": (
         "{% if messages[0].role == 'system' %}"
@@ -45,22 +45,22 @@ TURNS: "Dialog" = [
     {"role": "user", "content": "And another?"},
 ]
 SYSTEM: "Dialog" = [{"role": "system", "content": "Be kind."}]
-# No white space around the contents: releases of one model differ in whether they strip it.
+# Contents without outer white space, because releases of one model differ in whether they strip it.
 DIALOGS: "tuple[Dialog, ...]" = (QUESTION, TURNS, [*SYSTEM, *QUESTION], [*SYSTEM, *TURNS])
 PLACEHOLDER = "\0"
 
 
 def chat_keys(template: Any, config: dict[str, Any], specials: Collection[str]) -> dict[str, Any]:
-    """The keys that describe a chat template in our tokenizer_config.json.
+    """The keys that describe a chat template in this package's tokenizer_config.json.
 
-    template: a text, or a list of {"name": ..., "template": ...}, of which "default" is used. config: has "bos_token"
-    and "eos_token". specials: names of the vocabulary's special tokens.
+    template: a text, or a list of {"name": ..., "template": ...}, whose "default" is used. config: has "bos_token" and
+    "eos_token". specials: names of the vocabulary's special tokens.
 
     Keys of the result:
-    chat_format: a name of `FORMATS`; None for unknown formats, and for templates that fail or exceed a limit.
+    chat_format: a name of `FORMATS`, or None for an unknown format or a template that fails or exceeds a limit.
     default_system: the system message that the template adds to a dialog without one, if any.
-    system_prefix: the text that it puts before every system message, if any.
-    dialog_bos: True if it begins with BOS although the format does not.
+    system_prefix: the text that the template puts before every system message, if any.
+    dialog_bos: True if the template begins with BOS and the format does not.
     """
     from llama.chat.formats import BOS, EOS, FORMATS, Special, find_dialect
 
@@ -70,13 +70,15 @@ def chat_keys(template: Any, config: dict[str, Any], specials: Collection[str]) 
     texts = _rendered(template, names) if isinstance(template, str) else []
     if not texts:
         return {"chat_format": None}
-    roles = {role: names[key] for role, key in ((BOS, "bos_token"), (EOS, "eos_token")) if key in names}
+    special_names = {special: names[key] for special, key in ((BOS, "bos_token"), (EOS, "eos_token")) if key in names}
     for name in FORMATS:
         try:
-            dialect = find_dialect(name, {*roles, *map(Special, specials)})
+            dialect = find_dialect(name, {*special_names, *map(Special, specials)})
         except ValueError:  # the format needs special tokens that the vocabulary lacks
             continue
-        keys = _match(texts, dialect, roles, {*specials, *roles.values()}, spaces_matter=name != "mistral")
+        keys = _match(
+            texts, dialect, special_names, {*specials, *special_names.values()}, spaces_matter=name != "mistral"
+        )
         if keys is not None:
             return {"chat_format": name, **keys}
     return {"chat_format": None}
@@ -88,27 +90,31 @@ def _content(token: Any) -> str:
 
 
 def _match(
-    texts: "list[str | None]", dialect: "Dialect", roles: "dict[Special, str]", marks: set[str], spaces_matter: bool
+    texts: "list[str | None]",
+    dialect: "Dialect",
+    special_names: "dict[Special, str]",
+    marks: set[str],
+    spaces_matter: bool,
 ) -> dict[str, Any] | None:
-    """The keys (see chat_keys) with which a format renders DIALOGS as these texts, None if it renders others.
+    """The keys (see chat_keys) with which a format renders DIALOGS as these texts, or None if there are none.
 
-    spaces_matter: False for Mistral's, whose releases differ in the spaces around tags. Its ids follow mistral-common,
-    whatever the template renders.
+    spaces_matter: False for Mistral's format, whose releases differ in the spaces around tags. Its ids follow
+    mistral-common and not the template.
     """
     from llama.chat.formats import BOS, render
 
     def rendered(dialog: "Dialog", **keys: Any) -> str:
-        text = render(dialect.parts(dialog, **keys), roles)
+        text = render(dialect.parts(dialog, **keys), special_names)
         return text if spaces_matter else "".join(text.split())
 
     if not spaces_matter:
         texts = [None if text is None else "".join(text.split()) for text in texts]
     keys: dict[str, Any] = {}
-    starts = [text.startswith(roles.get(BOS, PLACEHOLDER)) for text in (texts[0] or "", rendered(QUESTION))]
-    if starts == [True, False]:  # not for SmolLM2, whose BOS is the first tag of its format
+    starts = [text.startswith(special_names.get(BOS, PLACEHOLDER)) for text in (texts[0] or "", rendered(QUESTION))]
+    if starts == [True, False]:  # not SmolLM2, whose format begins with its BOS as a tag
         keys["dialog_bos"] = True
-    # What the template adds is taken from the place where the format puts a system message, or its beginning. If it is
-    # elsewhere, the comparison below fails.
+    # Cut what the template adds out of the place where the format puts a system message or its beginning. If the
+    # template adds it elsewhere, the comparison below fails.
     for key, text, dialog in (("default_system", texts[0], QUESTION), ("system_prefix", texts[2], DIALOGS[2])):
         if text is None or text == rendered(dialog, **keys):
             continue
@@ -116,17 +122,17 @@ def _match(
             return None
         before, _, after = rendered(dialog, **{**keys, key: PLACEHOLDER}).partition(PLACEHOLDER)
         keys[key] = text.removeprefix(before).removesuffix(after)
-        if any(mark in keys[key] for mark in (*marks, *dialect.tags)):  # not only text
+        if any(mark in keys[key] for mark in (*marks, *dialect.tags)):  # it contains tags
             return None
     is_same = [text is None or text == rendered(dialog, **keys) for text, dialog in zip(texts, DIALOGS, strict=True)]
     return keys if all(is_same) else None
 
 
 def _rendered(template: str, tokens: dict[str, str]) -> "list[str | None]":
-    """DIALOGS as the template renders them. Empty if it fails or exceeds a limit.
+    """Render DIALOGS with the template. Returns an empty list if it fails or exceeds a limit.
 
-    A text is None if the template refuses the system message or leaves it out, because its model was trained without.
-    The other dialogs suffice to detect the format; system messages are then written as in other models of that format.
+    A text is None if the template refuses or omits the system message, because its model was trained without one. The
+    other dialogs suffice to detect the format. System messages are then written as for other models of that format.
     """
     request = {"path": sys.path, "template": template, "dialogs": DIALOGS, "tokens": tokens}
     try:
@@ -155,9 +161,9 @@ class _Refused(Exception):
 
 
 def _child() -> None:
-    """Read a request from stdin, print a list of texts. Any failure ends the process with a nonzero status."""
+    """Read a request from stdin and print a list of texts. Any failure ends the process with a nonzero status."""
     request = json.load(sys.stdin)
-    sys.path = request["path"]  # the parent's packages: with -I and -S the child has none
+    sys.path = request["path"]  # -I and -S hide the installed packages: use the parent's
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
@@ -166,21 +172,21 @@ def _child() -> None:
     class Generation(Extension):
         """{% generation %}, which marks answers for training."""
 
-        tags = {"generation"}  # noqa: RUF012  (what jinja2 asks for)
+        tags = {"generation"}  # noqa: RUF012  (jinja2 requires it)
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    # Set up as in transformers, with fewer functions. strftime_now is left out: templates then use a fixed date, and
-    # default_system does not contain the day of the conversion.
+    # As in transformers, with fewer functions. Without strftime_now, templates use a fixed date, so default_system does
+    # not contain the day of the conversion.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.globals = {name: environment.globals[name] for name in ("namespace", "range")}
     environment.globals["raise_exception"] = _refuse
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    with contextlib.suppress(_Refused):  # import what Jinja and Python import lazily, as no file can be opened later
+    with contextlib.suppress(_Refused):  # run all lazy imports now: no file can be opened later
         environment.from_string(r"{{ '\n' }}{{ raise_exception('') }}").render()
     _limit()
     compiled = environment.from_string(request["template"])
@@ -205,7 +211,7 @@ def _refuse(message: object = "") -> NoReturn:
 
 
 def _limit() -> None:
-    """Limit this process. Windows has no such limits and macOS not all; there the parent's timeout ends a child."""
+    """Limit this process. Windows lacks these limits and macOS some; there the parent's timeout ends the child."""
     with contextlib.suppress(ImportError):
         import resource
 

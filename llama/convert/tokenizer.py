@@ -1,4 +1,4 @@
-"""The tokenizer's files in a converted folder."""
+"""Prepare the tokenizer's files for a converted folder."""
 
 import json
 import tempfile
@@ -11,13 +11,15 @@ from llama.tokenizer import Tokenizer, TokenizerError, find_tokenizer
 
 
 def tokenizer_files(vocabulary: dict[str, bytes], config: dict[str, Any], rows: int) -> dict[str, bytes]:
-    """The vocabulary file unchanged, and a tokenizer_config.json with what this runner needs to know.
+    """The vocabulary file, unchanged, and a tokenizer_config.json with the keys that this package needs.
 
     vocabulary: one file, tokenizer.model or tokenizer.json, name -> content.
-    config: the content of Hugging Face's tokenizer_config.json. Keys added to it: chat_format (null without a chat
-    template of a known format), default_system, system_prefix, dialog_bos, and vocab_size if the embedding has more
-    rows than there are tokens.
-    rows: of the embedding. Raises ConvertError if there are more tokens.
+    config: the content of Hugging Face's tokenizer_config.json. These keys are added: chat_format (null unless the chat
+        template is of a known format), default_system, system_prefix, dialog_bos, and vocab_size if the embedding has
+        more rows than there are tokens.
+    rows: the number of rows of the embedding.
+
+    Raises ConvertError if there are more tokens than rows.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = vocabulary | {"tokenizer_config.json": _json(config)}
@@ -31,7 +33,7 @@ def tokenizer_files(vocabulary: dict[str, bytes], config: dict[str, Any], rows: 
         raise ConvertError(
             f"the tokenizer has {tokenizer.n_words} ids, the embedding {rows} rows: they are from different models"
         )
-    if config.get("chat_template") or "chat_format" not in config:  # else we wrote the configuration
+    if config.get("chat_template") or "chat_format" not in config:  # else an earlier conversion added these keys
         config = config | chat_keys(config.get("chat_template"), config, tokenizer.special_ids)
     if tokenizer.n_words < rows:
         config["vocab_size"] = rows
@@ -39,5 +41,5 @@ def tokenizer_files(vocabulary: dict[str, bytes], config: dict[str, Any], rows: 
 
 
 def _json(value: Any) -> bytes:
-    # A lone surrogate becomes an escape of JSON.
+    # UTF-8 has no lone surrogates: they become JSON escapes.
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Pieces of a vocabulary: SentencePiece models written and read by hand, and llama2.c's tokenizer.bin read."""
+"""Read and write the pieces of SentencePiece models, and read those of llama2.c's tokenizer.bin."""
 
 import struct
 from collections import Counter
@@ -8,13 +8,14 @@ from typing import Any
 from llama.convert.source import ConvertError
 
 Piece = tuple[str, float, int]  # text with U+2581 for spaces, score, type
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's types, which are GGUF's too
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's types; GGUF uses the same numbers
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
-LLAMA2C_MAX_BYTES = 2**16  # of a piece in tokenizer.bin; real ones have at most a few dozen
+LLAMA2C_MAX_BYTES = 2**16  # of a piece in tokenizer.bin; real pieces have a few dozen at most
 
 
-# SentencePiece, in protobuf's wire format. Its own message classes need a package that it does not install. ----------
+# SentencePiece ------------------------------------------------------------------------------------
+# Models are read and written in protobuf's wire format here, because sentencepiece does not install protobuf's package.
 
 
 def sentencepiece_model(
@@ -26,10 +27,10 @@ def sentencepiece_model(
     eos_id: int = 2,
     pad_id: int = -1,
 ) -> bytes:
-    """The content of a BPE `tokenizer.model` with these pieces. An id of -1 means that there is none.
+    """The content of a BPE tokenizer.model with these pieces. An id of -1 means that there is no such token.
 
-    BOS, EOS and padding become control pieces, whatever their type was: sentencepiece ignores the ids of others.
-    Raises ConvertError for pieces that form no valid vocabulary.
+    BOS, EOS and padding become control pieces, because sentencepiece ignores the ids of pieces of other types. Raises
+    ConvertError if the pieces are not a valid vocabulary.
     """
     ids = {"unk": unk_id, "bos": bos_id, "eos": eos_id, "pad": pad_id}
     for name, i in ids.items():
@@ -48,7 +49,7 @@ def sentencepiece_model(
         if i in (bos_id, eos_id, pad_id) and kind in (NORMAL, USER_DEFINED, UNUSED):
             kind = CONTROL
         if i in (bos_id, eos_id) and kind != CONTROL:
-            raise ConvertError(f"piece {i}, {piece!r}, is BOS or EOS, but of type {kind}: fetch the file again")
+            raise ConvertError(f"piece {i}, {piece!r}, is BOS or EOS, but has type {kind}: fetch the file again")
         body.append(_field(1, _field(1, _utf8(piece)) + _field(2, float(score)) + _field(3, kind)))
     trainer = _trainer_spec(pieces, ids)
     # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
@@ -76,8 +77,8 @@ def _trainer_spec(pieces: list[Piece], ids: dict[str, int]) -> bytes:
     trainer += _field(35, int(any(kind == BYTE for _, _, kind in pieces)))  # byte_fallback
     for number, i in zip((40, 41, 42, 43), ids.values(), strict=True):
         trainer += _field(number, i)
-    trainer += _field(44, " \N{DOUBLE QUESTION MARK} ".encode())  # what an unknown piece decodes to
-    # sentencepiece looks the ids up by these names, or by "<s>", "</s>" and "<pad>" if the fields are missing.
+    trainer += _field(44, " \N{DOUBLE QUESTION MARK} ".encode())  # the text of an unknown piece
+    # sentencepiece finds the ids by these names, or by "<s>", "</s>" and "<pad>" if the fields are missing.
     for number, (name, i) in zip((45, 46, 47, 48), ids.items(), strict=True):
         trainer += _field(number, _utf8(pieces[i][0] if i >= 0 else f"<no {name}>"))
     return trainer
@@ -90,11 +91,13 @@ def _check_model(model: bytes) -> None:
         SentencePieceProcessor(model_proto=model)
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ConvertError(f"these pieces make no SentencePiece model ({reason}): fetch the file again") from error
+        raise ConvertError(
+            f"these pieces are not a valid SentencePiece model ({reason}): fetch the file again"
+        ) from error
 
 
 def _field(number: int, value: int | float | bytes) -> bytes:
-    """A field in protobuf's wire format: integers as varints, floats in 4 bytes, bytes with their length."""
+    """Encode a field in protobuf's wire format: integers as varints, floats in 4 bytes, bytes after their length."""
     if isinstance(value, float):
         return _varint(number << 3 | 5) + struct.pack("<f", value)
     if isinstance(value, int):
@@ -111,7 +114,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field of a protobuf message, the inverse of _field; floats as their 4 bytes."""
+    """Yield (number, value) of each field of a protobuf message. Inverse of `_field`, but a float is its 4 bytes."""
     position = 0
 
     def varint() -> int:
@@ -139,7 +142,7 @@ def _utf8(piece: str) -> bytes:
     try:
         return piece.encode()
     except UnicodeEncodeError:
-        raise ConvertError(f"the piece {piece!r} holds half of a surrogate pair: fetch the file again") from None
+        raise ConvertError(f"the piece {piece!r} holds a lone surrogate: fetch the file again") from None
 
 
 def _find_duplicate(names: Iterable[str]) -> str | None:
@@ -150,10 +153,10 @@ def _find_duplicate(names: Iterable[str]) -> str | None:
 
 
 def read_llama2c(data: bytes, vocab_size: int) -> list[Piece]:
-    """The pieces of llama2.c's tokenizer.bin, with the types, which the file leaves out. Raises ConvertError.
+    """The pieces of llama2.c's tokenizer.bin. Their types are derived, as the file has none. Raises ConvertError.
 
-    Format: the maximal length as int32; then for each piece its score as float32, its length as int32, and its bytes.
-    Spaces are plain, and ids 1 and 2, BOS and EOS, are enclosed in line breaks.
+    The file has the maximal length as int32, then for each piece its score as float32, its length as int32, and its
+    bytes. Spaces are plain. Pieces 1 and 2, BOS and EOS, are enclosed in line breaks.
     """
     try:
         (limit,) = struct.unpack_from("<i", data)
@@ -176,6 +179,6 @@ def read_llama2c(data: bytes, vocab_size: int) -> list[Piece]:
         raise ConvertError(f"tokenizer.bin does not hold {vocab_size} pieces ({error}): fetch it again") from error
     if position != len(data):
         raise ConvertError(
-            f"tokenizer.bin has more than the model's {vocab_size} pieces: take the one that came with the model"
+            f"tokenizer.bin has more than the model's {vocab_size} pieces: use the one that came with the model"
         )
     return pieces

@@ -1,5 +1,4 @@
-"""Log-probabilities and what is computed from them: scoring, perplexity, token reports, lm-evaluation-harness; and
-conformance kits.
+"""Evaluate models: log-probabilities, perplexity, token reports, lm-evaluation-harness, and conformance kits.
 
-Imports `llama.Llama` and everything below; nothing imports it but commands.
+Imports `llama.Llama` and the layers below it (see ARCHITECTURE.md). Only commands import this package.
 """

@@ -10,9 +10,9 @@ from llama.evaluate.token_report import Alternative, Token, TokenReport
 
 
 def html_report(report: TokenReport, name: str, summary: str) -> str:
-    """The HTML text: tokens coloured by probability, with the numbers of one in a card that opens on hover or focus.
+    """The HTML text. Tokens are coloured by probability. Hover or focus opens a card with a token's numbers.
 
-    name: of the model, the heading. summary: a line below it.
+    name: the model's name, used as heading. summary: a line below the heading.
     """
     tokens = report["tokens"]
     text = "".join(token["text"] for token in tokens)
@@ -47,7 +47,7 @@ def _legend() -> Iterator[str]:
 
 
 def _token(token: Token) -> str:
-    # Line breaks and ids without text get a mark. The style sheet shows it, and copied text does not contain it.
+    # Line breaks and ids without text get a mark. The style sheet draws it, so copied text does not contain it.
     text = escape(visible(token["text"])).replace("\n", _mark("⏎") + "\n") or _mark(display_piece(token["piece"]))
     classes = ["t"]
     card = f"<b><bdi>{escape(display_piece(token['piece']))}</bdi></b> token {token['position']}, id {token['id']}"
@@ -79,7 +79,7 @@ def _with_card(classes: list[str], text: str, card: str) -> str:
 
 
 def _bars(alternatives: list[Alternative], chosen: int | None = None) -> str:
-    """chosen: the id that the text has at this position, which is highlighted."""
+    """A bar for each alternative. chosen: the id of the text at this position, which is highlighted."""
     return "".join(
         f'<span class="a{" own" * (each["id"] == chosen)}" style="--w:{each["percent"]:.1f}%">'
         f"<bdi>{escape(display_piece(each['piece']))}</bdi> {escape(percent_text(each['percent']))}</span>"
@@ -91,8 +91,8 @@ def _mark(sign: str) -> str:
     return f'<i data-s="{escape(sign)}"></i>'
 
 
-# Cards open over the header: at the bottom of a narrow window, within reach of a thumb, or next to the text in a wide
-# one. The text never extends there, so a card is always inside the window and covers no token.
+# Cards cover the header, which is at the bottom of a narrow window, within reach of a thumb, or next to the text in a
+# wide one. The text never extends there, so a card is always inside the window and covers no token.
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1b1f;--dim:#5c5c66;--card:#f5f5f8;--line:#cfcfd6;--bar:#c9dcf5;
 --p0:#c4ead0;--p1:#e3efb8;--p2:#fde7a3;--p3:#fdc79a;--p4:#f9a8a8;scroll-padding-bottom:min(20rem,50vh)}

@@ -1,4 +1,4 @@
-"""`MetaLlama`: this runner's models behind the interface that lm-evaluation-harness expects of models."""
+"""`MetaLlama`, which implements the model interface of lm-evaluation-harness with this package's models."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -19,9 +19,9 @@ from llama.evaluate.scoring import loglikelihood, prefix_id, rolling_loglikeliho
 from llama.options import BuildOptions, declared, with_options
 from llama.parallel.groups import broadcast_object, is_main_rank
 
-AUTO_BATCH_SIZE = 8  # what `Llama.build` takes
-PLACEHOLDER = "\0"  # a message content that cannot be mistaken for the text around it
-# What a task's generation_kwargs may contain besides `until` and `max_gen_toks`.
+AUTO_BATCH_SIZE = 8  # max_batch_size in `Llama.build`
+PLACEHOLDER = "\0"  # the content of example messages; no format writes this character
+# The keys of a task's generation_kwargs that are supported in addition to `until` and `max_gen_toks`.
 GENERATION_KWARGS = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
 Encoded = tuple[tuple[str, str], list[int], list[int]]  # ((context, continuation) as texts, ids of each)
@@ -30,8 +30,9 @@ Encoded = tuple[tuple[str, str], list[int], list[int]]  # ((context, continuatio
 class MetaLlama(TemplateLM):
     """A checkpoint in Meta's layout. Under torchrun every rank builds one and makes the same calls.
 
-    Arguments as in `Llama.build`, and:
-    batch_size: rows of the KV cache, or "auto" (8). max_batch_size: the same; it overrides batch_size.
+    Arguments are those of `Llama.build`, and:
+    batch_size: the number of rows of the KV cache, or "auto" (8).
+    max_batch_size: overrides batch_size.
 
     Raises ValueError for unknown arguments and for values that `Llama.build` refuses.
     """
@@ -55,7 +56,7 @@ class MetaLlama(TemplateLM):
             raise ValueError("meta_llama needs a checkpoint folder: --model_args ckpt_dir=...")
         rows = batch_size if max_batch_size is None else max_batch_size
         self.llama = Llama.build(
-            str(ckpt_dir),  # the harness parses a folder named 7 as a number
+            str(ckpt_dir),  # the harness parses the name "7" as a number
             tokenizer_path and str(tokenizer_path),
             _read_int("max_seq_len", max_seq_len),
             AUTO_BATCH_SIZE if str(rows).startswith("auto") else _read_int("batch_size", rows),
@@ -72,9 +73,9 @@ class MetaLlama(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "MetaLlama":
-        """From --model_args, which override the harness's own --batch_size, --max_batch_size and --device."""
+        """Build from --model_args, which override the harness's own --batch_size, --max_batch_size and --device."""
         config = {key: value for key, value in (additional_config or {}).items() if value is not None}
-        if config.get("device") == "cuda:0":  # the harness's default where its user named no device
+        if config.get("device") == "cuda:0":  # the harness's default
             del config["device"]
         return cls(**config | arg_dict)
 
@@ -90,19 +91,19 @@ class MetaLlama(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """The most ids that a context and its continuation may have together."""
+        """The limit for the number of ids of a context and its continuation together."""
         return self.llama.model.params.max_seq_len
 
     @property
     def max_gen_toks(self) -> int:
-        """The most ids of an answer, unless the task sets another limit."""
+        """The default limit for the number of ids of an answer."""
         return 256
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The ids of a text. Names of special tokens in it become their ids, because dialogs arrive here as text.
+        """The ids of a text. Names of special tokens in it become ids, because dialogs arrive here as text.
 
-        add_special_tokens: whether BOS goes first, if the tokenizer adds one; it is never doubled. The default is True,
-            except for dialogs, whose format has already written all special tokens.
+        add_special_tokens: whether to add BOS, if the tokenizer adds one and the text does not begin with it. The
+            default is True, except for dialogs, whose format has already written all special tokens.
         """
         tokenizer = self.llama.tokenizer
         ids = tokenizer.encode(string, bos=False, eos=False, allowed_special="all")
@@ -114,8 +115,8 @@ class MetaLlama(TemplateLM):
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, is_greedy) of each (context, continuation).
 
-        Encoded as the harness encodes them: both texts as one, with the white space at the end of the context moved to
-        the continuation.
+        As in the harness, context and continuation are encoded as one text, and white space at the end of the context
+        is moved to the continuation.
         """
         encoded: list[Encoded] = []
         for context, continuation in progress([request.args for request in requests], "encoding"):
@@ -123,7 +124,7 @@ class MetaLlama(TemplateLM):
                 before, after = [], self.tok_encode(continuation, add_special_tokens=False)
             else:
                 before, after = self._encode_pair(context, continuation)
-            if continuation and not after:  # it was merged into the context's last id: that one is scored
+            if continuation and not after:  # it was merged into the context's last id: score that one
                 ids = self.tok_encode(context + continuation)
                 before, after = ids[:-1], ids[-1:]
             encoded.append(((context, continuation), before, after))
@@ -136,10 +137,10 @@ class MetaLlama(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each text, in windows of max_seq_len ids, given BOS, or EOS where there is no BOS.
+        """The log-likelihood of each text, in windows of max_seq_len ids, given BOS, or EOS if there is no BOS.
 
-        BOS is never doubled. The harness's own `hf` model doubles it if the tokenizer adds BOS, and then its sums
-        contain log p(BOS|BOS).
+        A text that begins with BOS does not get a second one. The harness's `hf` model adds a second one if the
+        tokenizer adds BOS, so its sums contain log p(BOS|BOS).
         """
         prefix, lists = self.prefix_token_id, list[list[int]]()
         for (text,) in progress([request.args for request in requests], "encoding"):
@@ -151,10 +152,11 @@ class MetaLlama(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each context, up to its first stop text, without it.
+        """The answer to each context, up to but not including its first stop text.
 
-        Greedy unless the task samples; request i draws with its `seed` + i. A context that does not fit max_seq_len
-        together with its answer is cut at its beginning. Raises ValueError for unknown generation_kwargs.
+        Decoding is greedy unless the task samples. Request i is sampled with its `seed` + i. If a context and its
+        answer do not fit max_seq_len, the beginning of the context is dropped. Raises ValueError for unknown
+        generation_kwargs.
         """
         prepared = [self._read_generation(i, *request.args) for i, request in enumerate(progress(requests, "encoding"))]
         order = sorted(range(len(prepared)), key=lambda i: -len(prepared[i]["prompt"]))
@@ -168,15 +170,15 @@ class MetaLlama(TemplateLM):
         return answers
 
     def _read_generation(self, i: int, context: str, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of `_generate` for request i, from its context and the task's generation_kwargs."""
+        """A request of `_generate`. i: the index of the request. gen_kwargs: the task's generation_kwargs."""
         settings: dict[str, Any] = {**normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)}
         until, max_gen_len = settings.pop("until"), settings.pop("max_gen_toks")
-        if settings.get("num_beams") == 1:  # some tasks set it; one beam is what is computed
+        if settings.get("num_beams") == 1:  # some tasks set it, and it is the supported number
             del settings["num_beams"]
         if unknown := sorted(settings.keys() - set(GENERATION_KWARGS)):
             raise ValueError(
-                f"generation_kwargs holds {unknown[0]}, which meta_llama does not have; there are until, max_gen_toks, "
-                f"{', '.join(GENERATION_KWARGS)}"
+                f"generation_kwargs holds {unknown[0]}, which meta_llama does not support; it supports until, "
+                f"max_gen_toks, {', '.join(GENERATION_KWARGS)}"
             )
         max_prompt_len = self.max_length - max_gen_len
         if max_prompt_len < 1:
@@ -210,29 +212,28 @@ class MetaLlama(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """A key for the harness's cache of requests: it differs where dialogs are written differently."""
+        """A key for the harness's cache of requests. It depends on how dialogs are written."""
         examples = [self._render(dialog) for dialog in _example_dialogs()]
         return f"{self._format.name}-{hash_string(''.join(examples))[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The name of the dialog format. Raises ValueError where the model has none, or `chat_template` names another
-        one."""
+        """The name of the dialog format. Raises ValueError if the model has none, or if `chat_template` is another."""
         if not chat_template:
             return None
         if chat_template not in (True, self._format.name):
             raise ValueError(
-                f"this model's dialogs are {self._format.name}; for others: --model_args chat_format={chat_template}"
+                f"the chat format is {self._format.name}; for another: --model_args chat_format={chat_template}"
             )
         return self._format.name
 
     def apply_chat_template(self, chat_history: Dialog, add_generation_prompt: bool = True) -> str:
-        """A dialog as text. `tok_encode` of it returns the ids of `ChatFormat.encode`.
+        """A dialog as text, which `tok_encode` encodes into the ids of `ChatFormat.encode`.
 
-        It ends where the answer begins; if the last message is the beginning of an answer, it ends with that.
+        It ends where the answer begins, or if the last message is the beginning of an answer, with that message.
         """
         if not chat_history or chat_history[-1]["role"] != "assistant":
             return self._render(chat_history)
-        # What the format writes between a question and the content of its answer.
+        # Find what the format writes between a question and the content of its answer.
         question = self._render(_example_dialogs()[0])
         turns: Dialog = [*_example_dialogs()[0], self._format.answer(PLACEHOLDER), *_example_dialogs()[0]]
         separator = self._render(turns).removeprefix(question).split(PLACEHOLDER)[0]
@@ -242,7 +243,7 @@ class MetaLlama(TemplateLM):
     def _format(self) -> ChatFormat:
         if self.llama.chat_format is None:
             raise ValueError(
-                "no chat format is recorded for this model, probably a base model: leave --apply_chat_template out, or "
+                "no chat format is recorded for this model, probably a base model: omit --apply_chat_template, or "
                 f"name a format with --model_args chat_format=...: {', '.join(FORMATS)}"
             )
         return self.llama.chat_format
@@ -254,13 +255,13 @@ class MetaLlama(TemplateLM):
         return render(parts, self._names)
 
     def _find_dialog_prefixes(self) -> tuple[str, ...]:
-        """What a dialog as text begins with, up to the content of its first message."""
+        """The texts that dialogs begin with, up to the content of the first message."""
         if self.llama.chat_format is None:
             return ()
         return tuple(self._render(dialog).split(PLACEHOLDER)[0] for dialog in _example_dialogs())
 
     def _is_dialog(self, text: str) -> bool:
-        """Detected from its beginning, because the harness may read dialogs from its cache of requests."""
+        """Whether a text is a dialog, by its beginning: dialogs may come from the harness's cache of requests."""
         return text.startswith(self._dialog_prefixes)
 
 
@@ -268,7 +269,7 @@ class DistributedMetaLlama(MetaLlama):
     """`meta_llama` of the command `llama lm_eval` under torchrun.
 
     Only rank 0 returns from the constructor. It alone loads tasks, draws few-shot examples, reads caches and reports,
-    so none of that can differ between ranks. The other ranks compute what rank 0 broadcasts, and exit when it is done.
+    so these cannot differ between ranks. The other ranks compute what rank 0 broadcasts, and exit when rank 0 is done.
     """
 
     is_built: ClassVar[bool] = False
@@ -291,7 +292,7 @@ def _example_dialogs() -> list[Dialog]:
 
 
 def _read_int(name: str, value: Any) -> int:
-    """The harness's command line passes integers as int or float, its configuration files also as strings."""
+    """Convert an option to int. The harness passes int or float from the command line, and strings from files too."""
     try:
         if int(value) == float(value):
             return int(value)

@@ -14,8 +14,8 @@ class Perplexity(TypedDict):
 
     tokens: the number of ids scored.
     nll: their negative log-likelihood, summed, in nats.
-    perplexity, word_perplexity, byte_perplexity: exp(nll / number of tokens, words, UTF-8 bytes), or None where that
-        overflows a float. Words are what white space separates, counted as lm-evaluation-harness counts them.
+    perplexity, word_perplexity, byte_perplexity: exp(nll / number of tokens, words, UTF-8 bytes), or None if that
+        overflows a float. Words are separated by white space and counted as in lm-evaluation-harness.
     bits_per_byte: nll / (bytes * ln 2).
     """
 
@@ -33,8 +33,9 @@ def score_text(
 ) -> Perplexity:
     """The perplexity of a text.
 
-    ids: of the text, without BOS. file: its name, returned unchanged. stride, bos: as in `rolling_loglikelihood`; at
-    least one id must be scored.
+    ids: the ids of the text, without BOS. With `bos`, at least one must be scored.
+    file: the name of the text, returned unchanged.
+    stride, bos: as in `rolling_loglikelihood`.
 
     Raises ValueError or TypeError as `rolling_loglikelihood` does.
     """

@@ -1,10 +1,11 @@
-"""Log-probabilities of given ids: of each id, of continuations, of texts of any length.
+"""Log-probabilities of given ids: of each id, of continuations, and of texts of any length.
 
-All functions take ids. Log-probabilities are natural, of the raw logits (temperature 1), computed in float32 and summed
-in float64. Under torchrun every rank makes the same calls and gets the same numbers. The KV cache is overwritten.
+All functions accept ids. Log-probabilities are natural logarithms, of the raw logits (temperature 1), computed in
+float32 and summed in float64. Under torchrun every rank makes the same calls and gets the same numbers. The KV cache is
+overwritten.
 
-They raise FloatingPointError where logits are not finite. Where memory runs out in a model of `Llama.build`, they raise
-InsufficientMemoryError.
+The functions raise FloatingPointError if logits are not finite. If memory runs out in a model of `Llama.build`, they
+raise InsufficientMemoryError.
 """
 
 import math
@@ -27,7 +28,7 @@ from llama.options import check_int
 from llama.params import ModelArgs
 from llama.tokenizer import Tokenizer
 
-# Positions per forward pass at most, padding included, unless a single text is longer. More would not be faster.
+# The limit of positions per forward pass, including padding. A longer text is one pass. More would not be faster.
 BATCH_TOKENS = 4096
 
 
@@ -40,13 +41,13 @@ def token_logprobs(
         with BOS t0|BOS   t1|BOS t0   t2|BOS t0 t1   t3|BOS t0 t1 t2
         without  0.0      t1|t0       t2|t0 t1       t3|t0 t1 t2
 
-    bos: whether BOS goes before each list; it is never doubled. None: if the tokenizer adds it. If a list begins with
-    BOS, or none is added, nothing predicts its first id, which has 0.0.
+    bos: whether to add BOS before each list that does not begin with it. None adds it if the tokenizer does. The first
+        id of a list without added BOS has no context, so its number is 0.0.
 
     `generate(..., max_gen_len=0, logprobs=True, echo=True)` returns the same for ids that begin with BOS.
 
     Raises ValueError or TypeError for ids outside the vocabulary, and for lists that are empty or longer than
-    max_seq_len (`rolling_loglikelihood` takes those).
+    max_seq_len (use `rolling_loglikelihood`).
     """
     texts, prefixes = [], []
     check_list("token_lists", "lists of ids", token_lists)
@@ -54,7 +55,7 @@ def token_logprobs(
         ids = read_ids(f"list {i}", token_list, llama.model.params)
         full = with_bos(llama.tokenizer, ids, bos)
         texts.append(Text(tuple(full), 1))
-        prefixes.append([0.0] if len(full) == len(ids) else [])  # for a first id that nothing predicts
+        prefixes.append([0.0] if len(full) == len(ids) else [])  # for a first id without context
     return [
         prefix + [logprob for (logprob,) in values]
         for prefix, values in zip(prefixes, measure_texts(llama, texts, _logprob), strict=True)
@@ -64,7 +65,7 @@ def token_logprobs(
 def loglikelihood(
     llama: Engine, requests: Sequence[tuple[Sequence[int], Sequence[int]]], *, bos: bool | None = None
 ) -> list[tuple[float, bool]]:
-    """(log-likelihood, is_greedy) of each request, which is a pair (context ids, continuation ids).
+    """(log-likelihood, is_greedy) of each request. A request is a pair (context ids, continuation ids).
 
         context       c0  c1  c2
         continuation              a0  a1          -> log p(a0|c0 c1 c2) + log p(a1|c0 c1 c2 a0)
@@ -73,15 +74,15 @@ def loglikelihood(
     has (0.0, True).
 
     The rules are those of EleutherAI's lm-evaluation-harness:
-    - An empty context is replaced by BOS, or by EOS where there is no BOS. If the continuation begins with that id,
-      the id becomes the context and is not scored.
+    - An empty context is replaced with BOS, or with EOS if there is no BOS. If the continuation begins with that id,
+      this id becomes the context and is not scored.
     - The input is the context and the continuation without its last id. If that is longer than max_seq_len, the
       beginning of the context is dropped.
 
     bos: as in `token_logprobs`, for contexts that are not empty.
 
-    Continuations of equal contexts share the computation of it. Raises ValueError or TypeError for ids outside the
-    vocabulary, and for continuations longer than max_seq_len.
+    Equal contexts are computed once. Raises ValueError or TypeError for ids outside the vocabulary, and for
+    continuations longer than max_seq_len.
     """
     check_bos(bos)
     check_list("requests", "pairs of lists of ids", requests)
@@ -121,20 +122,20 @@ def rolling_loglikelihood(
     Perplexity is exp(-sum / number of ids scored).
 
     The ids are computed in windows of max_seq_len. Each id is scored once, in the first window that can score it, given
-    the ids before it in that window. The first window scores all its ids, later ones up to `stride` new ids. With
-    max_seq_len 4, where t0 is BOS or an id that is not scored:
+    the ids before it in that window. The first window scores all its ids, each later window up to `stride` new ids. For
+    max_seq_len 4, and t0 that is BOS or not scored:
 
         ids           t0  t1  t2  t3  t4  t5  t6  t7
         stride 4      [-----input-----]                scores t1 to t4
-                                  [-----input-----]    scores t5 to t7: the last window is filled from the left
+                                  [-----input-----]    scores t5 to t7: the last window is filled up with context
         stride 2      [-----input-----]                scores t1 to t4
                               [-----input-----]        scores t5 and t6
                                   [-----input-----]    scores t7
 
-    stride: 1 to max_seq_len. None is max_seq_len, the fewest windows, as in EleutherAI's lm-evaluation-harness. A
-        smaller one gives every id at least max_seq_len - stride ids of context, where the text has them, and takes
-        max_seq_len / stride times as long.
-    bos: as in `token_logprobs`. Without BOS the first id is not scored. An empty list has 0.0.
+    stride: 1 to max_seq_len. None means max_seq_len, as in EleutherAI's lm-evaluation-harness, which makes the fewest
+        windows. With a smaller stride every id has at least max_seq_len - stride ids of context, if the text has that
+        many before it, and the computation takes max_seq_len / stride times as long.
+    bos: as in `token_logprobs`. Without BOS the first id is not scored. The result for an empty list is 0.0.
 
     Raises ValueError or TypeError for a stride out of range and for ids outside the vocabulary.
     """
@@ -165,7 +166,7 @@ def top_logprobs(llama: Engine, ids: Sequence[int], k: int) -> list[Alternatives
     """
     check_alternatives("k", k, 1, llama.model.params)
     text = read_ids("the text", ids, llama.model.params)
-    # A placeholder id at the end, so that the prediction after the last id is returned too.
+    # Append a placeholder id, so that the prediction after the last id is returned too.
     (values,) = measure_texts(llama, [Text((*text, 0), 1)], partial(score, k=k))
     return [alternatives(row, k)[1] for row in values]
 
@@ -173,10 +174,10 @@ def top_logprobs(llama: Engine, ids: Sequence[int], k: int) -> list[Alternatives
 @explain_oom
 @torch.inference_mode()
 def hidden_states(llama: Engine, ids: Sequence[int]) -> torch.Tensor:
-    """The hidden states after the final norm, the input of the output layer: [1, n, dim], in the model's dtype, on its
-    device. BOS is not added.
+    """The hidden states after the final norm, which are the input of the output layer.
 
-    `llama.executor.logits(hidden_states(llama, ids))` are the logits. Errors as in `top_logprobs`.
+    Returns [1, n, dim] in the model's dtype, on its device. BOS is not added. The logits are
+    `llama.executor.logits(hidden_states(llama, ids))`. Raises as `top_logprobs` does.
     """
     text = read_ids("the text", ids, llama.model.params)
     with llama.call(), llama.lock:
@@ -194,19 +195,19 @@ def check_stride(stride: int | None, max_seq_len: int) -> None:
         check_int("stride", stride, 1)
         if stride > max_seq_len:
             raise ValueError(
-                f"stride is {stride}, but a window has only max_seq_len {max_seq_len} ids: some would not be scored"
+                f"stride is {stride}, but a window has only max_seq_len {max_seq_len} ids, so some would not be scored"
             )
 
 
 def prefix_id(tokenizer: Tokenizer) -> int:
-    """The id that begins a text without context: BOS, or EOS in vocabularies without BOS."""
+    """The id that replaces an empty context: BOS, or EOS in vocabularies without BOS."""
     return tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
 
 
 def with_bos(tokenizer: Tokenizer, ids: list[int], bos: bool | None = None) -> list[int]:
-    """`ids` with BOS before them, unless they begin with it.
+    """Add BOS before `ids`, unless they begin with it.
 
-    bos: None adds BOS if the tokenizer does. Raises ValueError for True where the vocabulary has no BOS.
+    bos: None adds BOS if the tokenizer does. Raises ValueError for True if the vocabulary has no BOS.
     """
     check_bos(bos)
     if not (tokenizer.adds_bos if bos is None else bos) or ids[:1] == [tokenizer.bos_id]:
@@ -221,14 +222,14 @@ def with_bos(tokenizer: Tokenizer, ids: list[int], bos: bool | None = None) -> l
 
 @dataclass(frozen=True)
 class Text:
-    """Ids, of which those from `start` on are measured, each given the ids before it."""
+    """Ids. Those from index `start` on are measured, each given the ids before it."""
 
     ids: tuple[int, ...]
     start: int
 
 
 def windows(ids: list[int], max_seq_len: int, stride: int) -> Iterator[Text]:
-    """The windows of `rolling_loglikelihood`: up to max_seq_len ids of input, and the id that the last one predicts."""
+    """Yield the windows of `rolling_loglikelihood`: up to max_seq_len ids of input, and the id that follows them."""
     scored = 1
     while scored < len(ids):
         end = min(len(ids), scored + (max_seq_len if scored == 1 else stride))
@@ -241,8 +242,8 @@ def windows(ids: list[int], max_seq_len: int, stride: int) -> Iterator[Text]:
 class Group:
     """Texts that begin with the same `prefix`, which is computed once for all of them.
 
-    The input of a text is its ids without the last one, which is only predicted. If a group has one text, the prefix is
-    its input. If it has several, each also has a suffix: its input after the prefix, which may be empty.
+    The input of a text is all its ids but the last, which is only predicted. If a group has one text, the prefix is the
+    input. If it has several, each has a suffix, which is its input after the prefix and may be empty.
     """
 
     prefix: tuple[int, ...]
@@ -253,16 +254,16 @@ class Group:
 
     @property
     def suffix_lengths(self) -> list[int]:
-        """Without those that are 0."""
+        """The lengths of the suffixes that are not empty."""
         return [n for n in map(len, map(self.suffix, self.texts)) if n]
 
 
 def measure_texts(llama: Engine, texts: Sequence[Text], measure: Measure) -> list[list[list[float]]]:
-    """The numbers of each measured id: for each text, in their order, len(ids) - start rows of m numbers.
+    """Measure ids. Returns for each text, in the given order, len(ids) - start rows of m numbers.
 
     measure: (logits [n, vocab], the ids that follow them [n]) -> [n, m], all fp32.
 
-    Equal texts are computed once. Raises FloatingPointError where a number is not finite.
+    Equal texts are computed once. Raises FloatingPointError if a number is not finite.
     """
     results: dict[Text, list[list[float]]] = {text: [] for text in texts}
     measured = [text for text in results if text.start < len(text.ids)]
@@ -271,7 +272,7 @@ def measure_texts(llama: Engine, texts: Sequence[Text], measure: Measure) -> lis
     with llama.call():
         for batch in progress(list(_batches(groups, llama.model.params)), "scoring"):
             with llama.lock:
-                llama.take_turn(batch, batch)  # also waits for ranks that are late
+                llama.take_turn(batch, batch)  # also waits for late ranks
                 batch_results = _measure_batch(llama, batch, measure)
             for text, values in batch_results:
                 results[text] = values
@@ -282,7 +283,7 @@ def measure_texts(llama: Engine, texts: Sequence[Text], measure: Measure) -> lis
 
 
 def _groups(texts: list[Text]) -> list[Group]:
-    """Group texts whose ids before `start` are equal, if that saves at least an eighth of their positions."""
+    """Group texts with equal ids before `start`, if that saves at least an eighth of their positions."""
     by_context: dict[tuple[int, ...], list[Text]] = {}
     for text in texts:
         by_context.setdefault(text.ids[: text.start], []).append(text)
@@ -290,7 +291,9 @@ def _groups(texts: list[Text]) -> list[Group]:
     for context, members in by_context.items():
         n_positions = sum(len(text.ids) - 1 for text in members)
         if (len(members) - 1) * len(context) * 8 >= n_positions:
-            n_measured = BATCH_TOKENS  # thousands of short texts are divided, to bound the hidden states in memory
+            n_measured = (
+                BATCH_TOKENS  # forces a new group; large groups are divided to limit the memory of hidden states
+            )
             for text in members:
                 if n_measured >= BATCH_TOKENS:
                     groups.append(Group(context, []))
@@ -303,10 +306,10 @@ def _groups(texts: list[Text]) -> list[Group]:
 
 
 def _batches(groups: list[Group], args: ModelArgs) -> Iterator[list[Group]]:
-    """Batches of groups, longest prefixes first, as large as the cache and BATCH_TOKENS allow in both passes of
-    `_measure_batch`.
+    """Yield batches of groups, longest prefixes first.
 
-    If a batch has several groups, the suffixes of all must fit one second pass, because it overwrites their prefixes.
+    They are as large as the cache and BATCH_TOKENS allow in both passes of `_measure_batch`. If a batch has several
+    groups, all suffixes must fit one pass, because that pass overwrites the prefixes.
     """
     batch: list[Group] = []
     suffixes: list[int] = []  # lengths
@@ -330,7 +333,7 @@ def _batches(groups: list[Group], args: ModelArgs) -> Iterator[list[Group]]:
 @explain_oom
 @torch.inference_mode()
 def _measure_batch(llama: Engine, batch: list[Group], measure: Measure) -> list[tuple[Text, list[list[float]]]]:
-    """Two forward passes: the prefixes, one row each, then the suffixes, each after a copy of its prefix in the cache.
+    """Compute the prefixes, one row each, then the suffixes, each after a copy of its prefix in the cache.
 
         prefix  t0 t1 t2        suffix  t3 t4        not an input  t5
         start 3: the hidden state of t2 predicts t3, those of t3 and t4 predict t4 and t5
@@ -343,7 +346,7 @@ def _measure_batch(llama: Engine, batch: list[Group], measure: Measure) -> list[
     rows = [(slot, group, text) for slot, group in enumerate(batch) for text in group.texts]
     states = {text: [h[slot, text.start - 1 : lengths[slot]]] for slot, _, text in rows}
     suffixes = [(slot, group.suffix(text), text) for slot, group, text in rows if group.suffix(text)]
-    # If there are more rows than fit one pass, they are of one group (see `_batches`).
+    # Only the suffixes of a single group may need several passes (see `_batches`).
     size = min(
         executor.model.params.max_batch_size,
         max(1, BATCH_TOKENS // max((len(suffix) for _, suffix, _ in suffixes), default=1)),
@@ -352,7 +355,7 @@ def _measure_batch(llama: Engine, batch: list[Group], measure: Measure) -> list[
         slots, inputs, owners = zip(*suffixes[start : start + size], strict=True)
         prefix_lengths = [lengths[slot] for slot in slots]
         tokens = _padded(inputs, executor)  # [rows, suffix]
-        # Later passes find the prefix in the cache: a suffix is written after it.
+        # A suffix is written after its prefix, so later passes of a single group find the prefix in the cache.
         for cache in executor.caches if start == 0 else ():
             cache.expand(list(slots), max(prefix_lengths))
         is_uniform = len(set(prefix_lengths)) == 1
@@ -377,5 +380,5 @@ def _logprob(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _logprob_and_best(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """logits [n, vocab], targets [n] -> [n, 2]: the log-probability, and 1 where greedy decoding takes the target."""
+    """logits [n, vocab], targets [n] -> [n, 2]: the log-probability, and 1 if greedy decoding chooses the target."""
     return torch.cat((_logprob(logits, targets), (logits.argmax(dim=-1) == targets)[:, None].float()), dim=-1)

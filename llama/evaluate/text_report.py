@@ -1,4 +1,4 @@
-"""A token report as a table for the terminal, and how both kinds of report write pieces and probabilities."""
+"""A token report as a table for the terminal, and the text of pieces and probabilities in both kinds of report."""
 
 import math
 import unicodedata
@@ -9,7 +9,7 @@ from llama.evaluate.token_report import Alternative, TokenReport
 COLUMNS = ["#", "id", "piece", "logprob      %   rank entropy", "next"]
 PIECE, NUMBERS, NEXT = range(2, 5)
 MIN_EXPECTED = 13  # width of the last column on a narrow terminal
-# Lower bounds in percent of the probability levels; the last level has none.
+# Lower bounds of the probability levels in percent. The last level has none.
 LEVELS = (50, 10, 1, 0.1)
 COLOURS = (32, 36, 33, 35, 31)  # ANSI colour of each level: green, cyan, yellow, magenta, red
 
@@ -17,7 +17,7 @@ COLOURS = (32, 36, 33, 35, 31)  # ANSI colour of each level: green, cyan, yellow
 def text_report(report: TokenReport, width: int, coloured: bool) -> list[str]:
     """The lines of a table with a row for each token, and as many alternatives as fit.
 
-    width: of the terminal in columns. No line is wider, if it is 80 or more.
+    width: the number of terminal columns. If it is at least 80, no line is wider.
     """
     longest = width // 8
     rows = [COLUMNS]
@@ -68,7 +68,7 @@ def summary(report: TokenReport) -> str:
 
 
 def level(percent: float) -> int:
-    """The level of a probability, which decides its colour: 0 is the highest."""
+    """The level of a probability, which selects its colour. 0 is the highest."""
     return sum(percent < bound for bound in LEVELS)
 
 
@@ -77,7 +77,7 @@ def percent_text(percent: float) -> str:
 
 
 def text_width(text: str) -> int:
-    """The number of terminal columns that a text takes."""
+    """The number of terminal columns of a text."""
     return sum(
         0 if unicodedata.category(char) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(char) in "WF")
         for char in text

@@ -1,4 +1,4 @@
-"""A text token by token, with what the model expected at each position: the numbers that `llama inspect` shows."""
+"""Measure a text token by token, with the model's predictions at each position, for `llama inspect`."""
 
 import math
 from collections.abc import Sequence
@@ -28,15 +28,15 @@ class Alternative(TypedDict):
 
 
 class Token(TypedDict):
-    """One id of a text, measured against the distribution that the model predicted from the ids before it.
+    """One id of a text, measured in the distribution that the model predicts from the ids before it.
 
     position: from 0.
     piece: the id as readable text, special ids by name.
-    text: what the id adds to the decoded text; the texts of all tokens, joined, are the decoded text. A character
+    text: what the id adds to the decoded text. The texts of all tokens joined are the decoded text. A character that is
         encoded as several ids is in the text of the last one.
     generated: whether the model generated the id.
     logprob: natural log-probability of the id. percent: 100 * exp(logprob).
-    rank: 1 for the most probable id; ids of equal probability have the same rank.
+    rank: 1 for the most probable id. Ids of equal probability have the same rank.
     entropy: of the distribution, in nats.
     top: the most probable ids at this position, best first.
     next: the most probable id at the position after it.
@@ -80,9 +80,9 @@ def inspect_tokens(llama: Engine, ids: Sequence[int], top: int = 5, *, generated
     """
     check_alternatives("top", top, 1, llama.model.params)
     text = read_ids("the text", ids, llama.model.params)
-    # A placeholder id at the end, so that the prediction after the last id is returned too.
+    # Append a placeholder id, so that the prediction after the last id is returned too.
     (values,) = measure_texts(llama, [Text((*text, 0), 1)], partial(_measure, top=top))
-    # At each position, and after the last.
+    # The alternatives at each position and after the last one. The first has none.
     best = [[], *(_alternatives(llama.tokenizer, alternatives(scores, top)[1]) for _, _, *scores in values)]
     tokens: list[Token] = []
     for i, (token, added) in enumerate(zip(text, token_texts(llama.tokenizer, text), strict=True)):
@@ -131,7 +131,7 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
         texts.append(stream.take())
         piece = tokenizer.decode_token(token)
         if len(texts) > 1 and piece and texts[-1].endswith(piece):
-            # The stream held back bytes of the ids before: they belong to the id before, not to this one.
+            # The stream held back the text of earlier ids. Give it to the previous id.
             texts[-2:] = [texts[-2] + texts[-1].removesuffix(piece), piece]
     stream.finish()
     texts[-1] += stream.take()

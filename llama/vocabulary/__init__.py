@@ -1,4 +1,5 @@
-"""The three kinds of tokenizer file, each read into a `Backend`: SentencePiece, tiktoken ranks, tokenizer.json.
+"""Read the three kinds of tokenizer file, SentencePiece, tiktoken ranks and tokenizer.json, each into a `Backend`.
 
-Imports files and the rows below it. The rest of the package uses `llama.tokenizer.Tokenizer`, which is built on these.
+Imports files and the layers below it (see ARCHITECTURE.md). The rest of the package uses `llama.tokenizer.Tokenizer`,
+which has one of these backends.
 """

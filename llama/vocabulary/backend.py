@@ -1,4 +1,4 @@
-"""What all kinds of tokenizer file share: detection by content, a limit on their size, and the interface `Backend`."""
+"""`Backend`, the interface of all kinds of tokenizer, and the detection and size limit of their files."""
 
 import re
 from pathlib import Path
@@ -8,20 +8,21 @@ from llama.files import detect_format, expect_file
 
 Kind = Literal["sentencepiece", "tiktoken", "tokenizer.json"]
 
-# Bytes of a file. The largest published ones: 5 MB of SentencePiece, 33 MB of tokenizer.json (262,144 tokens).
+# Bytes of a file. The largest published files have 5 MB (SentencePiece) and 33 MB (tokenizer.json, 262,144 tokens).
 SIZE_LIMIT = 64 * 2**20
 STEP = "<step>"  # ends a turn of Code Llama 70B-Instruct
 
 
 class TokenizerError(ValueError):
-    """The tokenizer file is missing, damaged, of an unknown kind, or does not belong to the checkpoint."""
+    """The tokenizer file is missing, damaged, of an unknown kind, or from another model."""
 
 
 class Backend(Protocol):
-    """One kind of tokenizer, with the meanings of `llama.tokenizer.Tokenizer`'s attributes.
+    """One kind of tokenizer. Attributes are documented in `llama.tokenizer.Tokenizer`, except:
 
-    model: the library's own object. unk_id: the id of unknown characters. bos_id, eos_id, pad_id, unk_id are -1 where
-    the vocabulary has none. chat_format: the default where tokenizer_config.json names none.
+    model: the library's own object.
+    unk_id: the id of unknown characters. Like bos_id, eos_id and pad_id, it is -1 if the vocabulary has none.
+    chat_format: the default if tokenizer_config.json has none.
     """
 
     model: Any
@@ -39,22 +40,22 @@ class Backend(Protocol):
     def normalize(self, s: str) -> str: ...
 
     def encode(self, s: str) -> list[int]:
-        """The ids of a text, without BOS and EOS. Names of special tokens in it are plain text."""
+        """The ids of a text, without BOS and EOS. Names of special tokens in the text are encoded as plain text."""
         ...
 
     def decode(self, ids: list[int]) -> str: ...
 
     def piece(self, token: int) -> str:
-        """One id as readable text: leading spaces kept, special ids by name."""
+        """One id as readable text, with leading spaces. A special id becomes its name."""
         ...
 
     def find(self, piece: str) -> int | None:
-        """The id of a piece, spelled as in the vocabulary."""
+        """The id of a piece, spelled as in the vocabulary, or None."""
         ...
 
 
 def check_size(path: Path) -> None:
-    """Raise TokenizerError for a file larger than SIZE_LIMIT, before it is read, and OSError for what is no file."""
+    """Raise TokenizerError for a file larger than SIZE_LIMIT, before it is read. Raises OSError if it is not a file."""
     expect_file(path)
     if (size := path.stat().st_size) > SIZE_LIMIT:
         raise TokenizerError(f"{path} has {size:,} bytes, expected {SIZE_LIMIT:,} at most: fetch it again")
@@ -70,11 +71,11 @@ def detect_kind(path: Path) -> Kind:
         raise TokenizerError(f"tokenizer {path} cannot be read: {error.strerror}") from None
     if start.lstrip().startswith(b"{"):
         return "tokenizer.json"
-    if start.startswith(b"\n"):  # protobuf's tag of the first field of a SentencePiece model
+    if start.startswith(b"\n"):  # protobuf's tag of a SentencePiece model's first field
         return "sentencepiece"
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", start):
         return "tiktoken"
     raise TokenizerError(
-        f"{path} is {detect_format(path) or 'of no known kind'}, expected a SentencePiece model, tiktoken ranks or a "
+        f"{path} is {detect_format(path) or 'of an unknown kind'}, expected a SentencePiece model, tiktoken ranks or a "
         "tokenizer.json: fetch it again"
     )

@@ -1,4 +1,4 @@
-"""SentencePiece models: the tokenizer.model of Llama 1 and 2, Code Llama and Mistral."""
+"""Read SentencePiece models, the tokenizer.model of Llama 1 and 2, Code Llama and Mistral."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from llama.vocabulary.backend import STEP, TokenizerError
 
 
 class SentencePieceBackend:
-    """A `Backend` on sentencepiece's processor. Raises TokenizerError."""
+    """A `Backend` with a SentencePieceProcessor. Raises TokenizerError."""
 
     def __init__(self, path: Path):
         from sentencepiece import SentencePieceProcessor
@@ -16,7 +16,7 @@ class SentencePieceBackend:
             self.n_words: int = self.model.vocab_size()
             self.unk_id: int = self.model.unk_id()
             names = self.model.id_to_piece(list(range(self.n_words)))
-            self.model.decode([self.unk_id])  # its text is stored apart from the pieces, and may be damaged too
+            self.model.decode([self.unk_id])  # its text is not among the pieces and may be damaged too
         except UnicodeDecodeError as error:
             raise TokenizerError(f"{path} holds a piece that is not UTF-8, fetch it again") from error
         except (OSError, RuntimeError, IndexError) as error:
@@ -47,5 +47,5 @@ class SentencePieceBackend:
         return name.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
 
     def find(self, piece: str) -> int | None:
-        found: int = self.model.piece_to_id(piece)  # unk_id where there is no such piece
+        found: int = self.model.piece_to_id(piece)  # unk_id if there is no such piece
         return found if self.model.id_to_piece(found) == piece else None

@@ -1,4 +1,4 @@
-"""tiktoken ranks: the tokenizer.model of Llama 3."""
+"""Read tiktoken ranks, the tokenizer.model of Llama 3."""
 
 import base64
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llama.vocabulary.backend import TokenizerError
 
-# How Llama 3 splits a text into the pieces within which bytes are merged.
+# Llama 3 splits a text with this pattern, and then merges bytes within each match.
 LLAMA3_SPLIT = "|".join(
     [
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -18,7 +18,7 @@ LLAMA3_SPLIT = "|".join(
         r"\s+",
     ]
 )
-# Special tokens by their index after the ranks. Those without a name here are reserved.
+# Index after the ranks -> name of the special token. Indices without a name are reserved tokens.
 LLAMA3_SPECIAL = {
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",
@@ -35,11 +35,11 @@ LLAMA31_SPECIAL = LLAMA3_SPECIAL | {
 }
 N_LLAMA3_SPECIAL = 256
 RANKS_LIMIT = 16 * 2**20  # bytes of a rank file; Llama 3's has 2 MB
-SPACES_LIMIT = 999_998  # tiktoken's pattern matcher panics at longer runs of white space
+SPACES_LIMIT = 999_998  # characters; tiktoken's pattern matcher panics at longer runs of white space
 
 
 class TiktokenBackend:
-    """A `Backend` on a tiktoken Encoding. special: index after the ranks -> name. Raises TokenizerError."""
+    """A `Backend` with a tiktoken Encoding. special: index after the ranks -> name. Raises TokenizerError."""
 
     chat_format: str | None = "llama3"
     adds_bos = True
@@ -54,7 +54,7 @@ class TiktokenBackend:
         reserved = iter(range(N_LLAMA3_SPECIAL))
         names = [special.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(N_LLAMA3_SPECIAL)]
         self.special_ids = {name: len(ranks) + i for i, name in enumerate(names)}
-        # `encode_ordinary` below ignores the special tokens. The Encoding has them for programs that use it directly.
+        # `encode` below ignores special tokens. The Encoding has them for programs that use it directly.
         self.model = Encoding(path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=self.special_ids)
         self.bytes = [*tokens, *(name.encode() for name in names)]  # of each id
         self.n_words = len(self.bytes)
@@ -70,7 +70,7 @@ class TiktokenBackend:
     def encode(self, s: str) -> list[int]:
         if len(s) > SPACES_LIMIT and (longest := max(map(len, re.findall(r"\s+", s)), default=0)) > SPACES_LIMIT:
             raise ValueError(
-                f"the text holds {longest:,} white-space characters in a row, tiktoken takes {SPACES_LIMIT:,}: "
+                f"the text holds {longest:,} white-space characters in a row, tiktoken's limit is {SPACES_LIMIT:,}: "
                 "shorten them"
             )
         return self.model.encode_ordinary(s)
@@ -86,12 +86,12 @@ class TiktokenBackend:
 
 
 def read_ranks(path: Path) -> list[bytes]:
-    """The tokens of a tiktoken file, whose lines are "base64 rank", in the order of their ranks.
+    """Read the tokens of a tiktoken file, whose lines are "base64 rank", and return them in the order of their ranks.
 
-    Raises TokenizerError for a file that is too large or damaged, with the line.
+    Raises TokenizerError for a file that is too large or damaged.
     """
     if (size := path.stat().st_size) > RANKS_LIMIT:
-        raise TokenizerError(f"{path} has {size:,} bytes, a rank file at most {RANKS_LIMIT:,}: fetch it again")
+        raise TokenizerError(f"{path} has {size:,} bytes, expected {RANKS_LIMIT:,} at most: fetch it again")
     ranks: dict[bytes, int] = {}
     for n, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -102,7 +102,7 @@ def read_ranks(path: Path) -> list[bytes]:
             ranks[token] = int(rank)
         except ValueError:
             raise TokenizerError(
-                f"{path}, line {n}: {str(line[:60])[1:]} is not a token in base64 and its rank, fetch the file again"
+                f"{path}, line {n}: {str(line[:60])[1:]}, expected a token in base64 and its rank, fetch the file again"
             ) from None
         if len(ranks) < n:
             raise TokenizerError(f"{path}, line {n}: a second rank for the token {token!r}, fetch the file again")

@@ -1,4 +1,4 @@
-"""tokenizer.json, the format of Hugging Face's tokenizers package."""
+"""Read tokenizer.json, the format of Hugging Face's tokenizers package."""
 
 import contextlib
 import re
@@ -9,12 +9,12 @@ from typing import Any
 from llama.vocabulary.backend import TokenizerError, check_size
 
 PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
-# A letter or underscore written as \u00XX, which could spell that name.
+# A letter or underscore written as \u00XX, which could hide the key that PREFIX finds.
 ESCAPED_LETTER = re.compile(rb"(?<!\\)(\\\\)*\\u00(5f|6[1-9a-f]|7[0-9a])", re.IGNORECASE)
 
 
 class TokenizerJsonBackend:
-    """A `Backend` on a tokenizers.Tokenizer. Raises TokenizerError.
+    """A `Backend` with a tokenizers.Tokenizer. Raises TokenizerError.
 
     config: tokenizer_config.json, which names the BOS, EOS and padding tokens.
     """
@@ -25,7 +25,7 @@ class TokenizerJsonBackend:
         self.model = read_tokenizer_json(path)
         from tokenizers import AddedToken
 
-        self.model.no_padding()  # the file may ask for both, but texts are encoded in full and alone
+        self.model.no_padding()  # the file may enable both, but a text is encoded alone and completely
         self.model.no_truncation()
         self.bos_id, self.eos_id, self.pad_id = (
             self._id_of(config, key, path) for key in ("bos_token", "eos_token", "pad_token")
@@ -33,7 +33,7 @@ class TokenizerJsonBackend:
         self.model.encode_special_tokens = True  # "<|im_end|>" in a text stays text
         added = self.model.get_added_tokens_decoder()
         for i in {self.bos_id, self.eos_id} - {-1}:
-            # Some files do not mark them special (Phi-3's </s>): then a text that contains one could end a turn.
+            # Some files do not mark them as special (Phi-3's </s>), so a text that contains one could end a turn.
             self.model.add_special_tokens([added.get(i, AddedToken(self.model.id_to_token(i), normalized=False))])
         added = self.model.get_added_tokens_decoder()
         self.special_ids = {token.content: i for i, token in added.items() if token.special}
@@ -42,7 +42,7 @@ class TokenizerJsonBackend:
         with _rust_errors(f"{path} cannot encode"):
             template_adds_bos = self.model.encode("").ids[:1] == [self.bos_id]
         self.unk_id = self._find_unk()
-        # As in transformers: a post-processor that adds BOS counts, whatever add_bos_token says.
+        # As in transformers, a post-processor that adds BOS has precedence over add_bos_token.
         self.adds_bos = self.bos_id >= 0 and (template_adds_bos or bool(config.get("add_bos_token")))
         decoder = self.model.decoder.__getstate__() if self.model.decoder is not None else b""
         self.unsettled_ids: set[int] = set()
@@ -58,9 +58,9 @@ class TokenizerJsonBackend:
         if not isinstance(model, models.Unigram):
             name = getattr(model, "unk_token", None)
             return -1 if name is None or (token := self.model.token_to_id(name)) is None else token
-        try:  # Unigram does not expose its unk_id: encode a code point that no vocabulary has
+        try:  # Unigram does not expose its unk_id, so encode a code point that is in no vocabulary
             return next((token.id for token in model.tokenize("\U0010ffff")), -1)
-        except Exception:  # the package raises no narrower class: there is no unk_id
+        except Exception:  # the package's only error class: there is no unk_id
             return -1
 
     def _id_of(self, config: dict[str, Any], key: str, path: Path) -> int:
@@ -88,7 +88,7 @@ class TokenizerJsonBackend:
     def piece(self, token: int) -> str:
         with _rust_errors("the tokenizer fails on the ids"):
             alone = self.model.decode([token], skip_special_tokens=False)
-            if self._strips_first_space:  # the second of two ids keeps it
+            if self._strips_first_space:  # the second of two equal ids keeps its space
                 return self.model.decode([token, token], skip_special_tokens=False)[len(alone) :]
         return alone
 
@@ -97,7 +97,7 @@ class TokenizerJsonBackend:
 
 
 def read_tokenizer_json(path: Path) -> Any:
-    """A tokenizers.Tokenizer. Raises TokenizerError."""
+    """Read a tokenizer.json into a tokenizers.Tokenizer. Raises TokenizerError."""
     try:
         from tokenizers import Tokenizer as HFTokenizer
     except ImportError:
@@ -109,20 +109,25 @@ def read_tokenizer_json(path: Path) -> Any:
 
 
 def _refuse_subword_prefix(path: Path) -> None:
-    """Raise TokenizerError for a continuing_subword_prefix, which BERT's tokenizers have and no Llama's has.
+    """Raise TokenizerError for a continuing_subword_prefix, which BERT's tokenizers have and Llama's do not.
 
-    With one, the package strips that many bytes off every merge. If they end inside a character, it aborts the process
-    instead of raising an error. The bytes are searched, not parsed: 64 MiB of JSON may take 2.5 GB when parsed.
+    The tokenizers package strips the length of this prefix off every merge. If that ends inside a character, it aborts
+    the process instead of raising an error. The file is searched and not parsed, because 64 MiB of JSON may need 2.5 GB
+    of memory when parsed.
     """
     content = path.read_bytes()
     if PREFIX.search(content) or ESCAPED_LETTER.search(content):
-        raise TokenizerError(f"{path} has a continuing_subword_prefix, which no Llama's has: fetch the model's own")
+        raise TokenizerError(
+            f"{path} has a continuing_subword_prefix, which no Llama tokenizer has: fetch the model's own"
+        )
 
 
 @contextlib.contextmanager
 def _rust_errors(message: str) -> Iterator[None]:
-    """Turn the package's errors into TokenizerError: bare Exceptions and, for panics in Rust, PanicException, which is
-    not a subclass of Exception."""
+    """Turn the errors of the tokenizers package into TokenizerError.
+
+    They are plain Exceptions and, for panics in Rust, PanicException, which is not a subclass of Exception.
+    """
     try:
         yield
     except BaseException as error:

@@ -263,7 +263,7 @@ def test_a_file_cannot_run_code(folder: Path, tmp_path: Path) -> None:
     assert marker.exists()
     marker.unlink()
     path.write_bytes(pickle.dumps(Bomb(marker)))
-    assert "not what torch.save writes: load it where you trust it" in message(folder)
+    assert "not what torch.save writes: if you trust it, load it" in message(folder)
     assert not marker.exists()
 
 

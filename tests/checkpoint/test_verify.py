@@ -316,7 +316,7 @@ def test_extra_and_missing_files_by_the_shapes(copy: Callable[..., Path]) -> Non
     four, two = copy("mha", 4, "four"), copy("mha", 2, "two")
     shutil.copy(four / THIRD, two / THIRD)
     (line,) = check_folder(two).problems
-    assert line.startswith(f"{two / THIRD} is one file too many, expected 2 shards")
+    assert line.startswith(f"{two / THIRD} is an extra file, expected 2 shards")
     (four / "consolidated.03.pth").unlink()
     (four / SECOND).unlink()
     assert [line.split(" ")[0] for line in check_folder(four).problems] == [
@@ -330,7 +330,7 @@ def test_the_shard_that_differs_from_the_others_is_reported(copy: Callable[..., 
     for key in ("norm.weight", "layers.0.ffn_norm.weight"):
         edit_shard(folder / FIRST, lambda t, key=key: t.update({key: t[key].flip(0) * 1.5}))  # type: ignore[misc]
     (line,) = check_folder(folder).problems
-    assert line.startswith(f"{folder / FIRST} has other norms than {SECOND}")
+    assert line.startswith(f"{folder / FIRST} has different norms from {SECOND}")
 
 
 def test_norms_that_were_rounded_differently_pass(copy: Callable[..., Path]) -> None:

@@ -153,7 +153,7 @@ def test_neighbours_are_left_alone(source: Path, tmp_path: Path, capsys: pytest.
     convert(tmp_path / "out.partial", tmp_path / "out")
     convert(tmp_path / "out.partial", tmp_path / "out", force=True)
     assert sorted(os.listdir(tmp_path)) == ["out", "out.partial", "out.partial-x"]
-    assert "out.partial-x is of a conversion that was killed or is still running" in capsys.readouterr().err
+    assert "out.partial-x is from a conversion that was killed or still runs" in capsys.readouterr().err
 
 
 def test_two_conversions_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_numbers_that_do_not_fit_are_refused(source: Path, tmp_path: Path) -> No
     weights = meta_weights(source)
     shutil.copytree(source, tmp_path / "in")
     for value, dtype, part in (
-        (70000.0, "float16", "beyond float16's range: take --dtype bfloat16"),
+        (70000.0, "float16", "beyond float16's range: use --dtype bfloat16"),
         (float("-inf"), "auto", "holds NaN"),
         (float("inf"), "auto", "holds NaN"),
         (float("nan"), "bfloat16", "holds NaN"),

@@ -230,7 +230,7 @@ def test_shards_of_two_models_of_one_shape(in_format: Callable[[str, str], Path]
     path = tmp_path / "in" / "consolidated.02.pth"
     tensors = torch.load(path, weights_only=True)
     store({name: torch.randn_like(tensor) for name, tensor in tensors.items()}, path)
-    assert "consolidated.02.pth has other norms than" in error_of(tmp_path / "in", tmp_path / "out")
+    assert "consolidated.02.pth has different norms from" in error_of(tmp_path / "in", tmp_path / "out")
 
 
 def test_the_tokenizer_of_a_meta_folder_is_checked(source: Path, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_the_tokenizer_of_a_meta_folder_is_checked(source: Path, tmp_path: Path)
     tokenizer = tmp_path / "in" / "tokenizer.model"
     for content, part in (
         (LFS.encode(), "tokenizer.model is a Git LFS pointer, expected"),
-        (Path(LLAMA3).read_bytes(), "has 128256 ids, the model 512: put the model's own there"),
+        (Path(LLAMA3).read_bytes(), "has 128256 ids, the model 512: put the model's own tokenizer there"),
     ):
         tokenizer.write_bytes(content)
         assert part in error_of(tmp_path / "in", tmp_path / "out")

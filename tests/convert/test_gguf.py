@@ -247,7 +247,7 @@ def test_existing_destination_is_kept(tmp_path: Path) -> None:
 def test_settings(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf")
     for shards in (0, -1, 3, 4, 8, "two", None, True, 1.5):  # 4 heads, but 2 KV heads
-        refused(tmp_path / "m.gguf", tmp_path / "out", "--shards takes 1, 2", shards=shards)
+        refused(tmp_path / "m.gguf", tmp_path / "out", "--shards can be 1, 2", shards=shards)
     refused(tmp_path / "m.gguf", tmp_path / "out", "dtype 'int8': expected auto, float32", dtype="int8")
     refused(tmp_path / "m.gguf", tmp_path / "out", "to 'gguf': expected meta or hf", to="gguf")
 
@@ -268,7 +268,7 @@ def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8"),
         ({"llama.attention.key_length": 32}, "llama.rope.dimension_count is 16: only 32"),
         ({"llama.attention.value_length": 32}, "llama.attention.value_length is 32"),
-        ({"llama.attention.head_count": 5}, "64 is no multiple of 5 heads"),
+        ({"llama.attention.head_count": 5}, "64 is not a multiple of 5 heads"),
         ({"llama.attention.head_count_kv": 3}, "are inconsistent"),
         ({"llama.attention.head_count": [4, 4]}, "llama.attention.head_count is [4, 4]"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
@@ -288,7 +288,7 @@ def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
         ({"tokenizer.ggml.tokens": TOKENS[:-4]}, f"{VOCAB - 4} tokens and {VOCAB} token types"),
         ({"tokenizer.ggml.tokens": ["a", "a", *TOKENS[2:]]}, "holds 'a' twice"),
         ({"tokenizer.ggml.token_type": [6, *TYPES[1:]]}, "tokenizer.ggml.token_type 6"),
-        ({"tokenizer.ggml.merges": ["t q"]}, "holds 't q', not two tokens"),
+        ({"tokenizer.ggml.merges": ["t q"]}, "holds 't q', expected two tokens"),
         ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges is missing"),
         ({"tokenizer.ggml.eos_token_id": VOCAB}, f"eos_token_id is {VOCAB}"),
     ],
@@ -302,7 +302,7 @@ def test_metadata_errors(tmp_path: Path, changes: dict[str, Any], part: str) -> 
     "settings, part",
     [
         ({"architecture": "qwen2"}, "architecture 'qwen2'"),
-        ({"extra": {"rope_freqs.weight": (8,)}}, "another scaling of frequencies than Llama 3's"),
+        ({"extra": {"rope_freqs.weight": (8,)}}, "does not scale frequencies as Llama 3 does"),
         ({"extra": {"rope_freqs.weight": (7,)}}, "rope_freqs.weight has shape (7,), expected (8,)"),
         ({"extra": {"blk.0.attn_q.bias": (64,)}}, "tensor blk.0.attn_q.bias has no counterpart"),
         ({"extra": {"blk.0.attn_q.weight": (32, 64)}}, "layers.0.attention.wq.weight has shape (32, 64)"),

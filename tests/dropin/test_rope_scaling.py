@@ -88,7 +88,7 @@ def test_gguf_carries_the_numbers_in_its_divisors(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"rope_low_freq_factor": 5.0}, "rope_high_freq_factor is 4, expected rope_low_freq_factor (5) or more"),
+        ({"rope_low_freq_factor": 5.0}, "rope_high_freq_factor is 4, expected at least rope_low_freq_factor (5)"),
         ({"rope_original_context_length": 0}, "rope_original_context_length is 0, expected a positive integer"),
         ({"rope_high_freq_factor": "x"}, "rope_high_freq_factor is 'x', expected a positive number"),
     ],

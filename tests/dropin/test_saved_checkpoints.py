@@ -290,7 +290,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a trainer's arguments": (
         every(lambda t: {"model": t, "args": argparse.Namespace(lr=1)}),
-        "it was not loaded (argparse.Namespace); where you trust it, take the weights out of torch.load('",
+        "it was not loaded (argparse.Namespace); if you trust it, take the weights out of torch.load('",
     ),
     "a module": (every(lambda t: nn.Linear(2, 2)), "it was not loaded (torch.nn.modules.linear.Linear)"),
     "an unknown tensor": (every(lambda t: t | {"lora.weight": torch.ones(2)}), "unexpected: lora.weight"),

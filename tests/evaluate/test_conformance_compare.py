@@ -262,7 +262,7 @@ def prompts(folder: Path, **entry: Any) -> list[Any]:
 
 # (which side is damaged, the damage, a part of the message); "itself": a kit that is compared with itself.
 DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("both", lambda f: (f / "kit.json").unlink(), "kit.json is missing: name a folder that"),
+    ("both", lambda f: (f / "kit.json").unlink(), "kit.json is missing: give a folder that"),
     ("both", lambda f: (f / "kit.json").write_text("{"), "kit.json cannot be read as JSON"),
     ("both", lambda f: (f / "kit.json").write_bytes(b"\xff\xfe"), "kit.json cannot be read as JSON"),
     ("both", lambda f: (f / "kit.json").write_text("[1]"), "it is not a kit"),
@@ -305,8 +305,8 @@ DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("both", lambda f: (f / "rope.safetensors").unlink(), "rope.safetensors cannot be read"),
     ("both", lambda f: change(f, misnamed), "holds 'layer.0.q', expected names of the layout, such as 'logprobs'"),
     ("other", cut, "prompt-01.safetensors is damaged or cut off"),
-    ("other", lambda f: edit(f, params={"dim": 32}), "is of another model: dim is 32, the kit's 64"),
-    ("other", lambda f: edit(f, params={"n_kv_heads": 4}), "is of another model: n_kv_heads is 4, the kit's 8"),
+    ("other", lambda f: edit(f, params={"dim": 32}), "is from another model: dim is 32, the kit's 64"),
+    ("other", lambda f: edit(f, params={"n_kv_heads": 4}), "is from another model: n_kv_heads is 4, the kit's 8"),
     ("other", lambda f: edit(f, sha256={}, prompts=kit_json(f)["prompts"][:2]), "has 2 prompts, the kit 3"),
     (
         "other",
@@ -323,9 +323,9 @@ DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("other", lambda f: edit(f, rope_positions=[0, 1]), "rope_positions are [0, 1], the kit's [0, 1, 2, "),
     ("both", lambda f: change(f, shape), "layers.0.q is F32 [18, 64], expected floats [18, 8, 8]"),
     ("both", lambda f: change(f, as_integers), "norm is I64 ["),
-    ("kit", cut, "is not what `conformance export` writes: the kit comes first"),
-    ("kit", lambda f: edit(f, params={}), "is not what `conformance export` writes: the kit comes first"),
-    ("kit", lambda f: edit(f, sha256={}), "is not what `conformance export` writes: the kit comes first"),
+    ("kit", cut, "is not what `conformance export` writes: give the kit first"),
+    ("kit", lambda f: edit(f, params={}), "is not what `conformance export` writes: give the kit first"),
+    ("kit", lambda f: edit(f, sha256={}), "is not what `conformance export` writes: give the kit first"),
     ("kit", lambda f: edit(f, rope_positions=[]), "kit.json is not what `conformance export` writes"),
     ("itself", lambda f: edit(f, rope_positions=[0]), "rope.cos is F32 [7, 4], expected floats [1, 4]"),
     ("itself", lambda f: edit(f, rope_positions=[0, 1]), "rope.cos is F32 [7, 4], expected floats [2, 4]"),

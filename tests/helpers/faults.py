@@ -324,11 +324,11 @@ FAULTS: dict[str, Fault] = {
         lambda folder, rng: shutil.copy(folder / FIRST, folder / SECOND), SECOND, "holds the same tensors"
     ),
     "swapped": Fault(swap, FIRST, "was saved as consolidated.01.pth, expected consolidated.00.pth"),
-    "another model's": Fault(foreign, SECOND, "has other norms than consolidated.00.pth"),
-    "another dtype": Fault(edit(lambda t: t.update({WQ: t[WQ].bfloat16()})), SECOND, "has other dtypes than"),
+    "another model's": Fault(foreign, SECOND, "has different norms from consolidated.00.pth"),
+    "another dtype": Fault(edit(lambda t: t.update({WQ: t[WQ].bfloat16()})), SECOND, "has different dtypes from"),
     "not a float": Fault(edit(lambda t: t.update({WQ: t[WQ].to(torch.int8)})), SECOND, f"wrong type: {WQ} torch.int8"),
     "float64": Fault(
-        edit(lambda t: t.update({WQ: t[WQ].double()})), SECOND, "has other dtypes than consolidated.00.pth"
+        edit(lambda t: t.update({WQ: t[WQ].double()})), SECOND, "has different dtypes from consolidated.00.pth"
     ),
     "NaN": Fault(edit(lambda t: t[WQ][3].fill_(NAN)), SECOND, f"holds NaN or infinity in {WQ}"),
     "infinity": Fault(edit(lambda t: t["norm.weight"][0].fill_(-INFINITY)), SECOND, "holds NaN or infinity in norm"),
@@ -484,7 +484,10 @@ def config(**changes: Any) -> str:
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 13\n"
 FOREIGN: dict[str, tuple[dict[str, str], str]] = {
     "an empty folder": ({}, "holds neither consolidated.NN.pth nor config.json"),
-    "gpt-2": ({"config.json": config(architectures=["GPT2LMHeadModel"])}, "'GPT2LMHeadModel' is not supported: Llama"),
+    "gpt-2": (
+        {"config.json": config(architectures=["GPT2LMHeadModel"])},
+        "'GPT2LMHeadModel' is not supported, expected Llama",
+    ),
     "falcon": ({"config.json": config(architectures=["FalconForCausalLM"])}, "'FalconForCausalLM' is not supported"),
     "gemma": ({"config.json": config(architectures=["GemmaForCausalLM"])}, "'GemmaForCausalLM' is not supported"),
     "qwen": ({"config.json": config(architectures=["Qwen2ForCausalLM"])}, "'Qwen2ForCausalLM' is not supported"),
@@ -497,7 +500,7 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
         {"adapter_config.json": '{"base_model_name_or_path": "me/base"}'},
         "an adapter for 'me/base', not",
     ),
-    "adapter with config": ({"adapter_config.json": "{}", "config.json": config()}, "only an adapter is in here"),
+    "adapter with config": ({"adapter_config.json": "{}", "config.json": config()}, "the folder has only an adapter"),
     "no weights": ({"config.json": config()}, "neither model.safetensors nor pytorch_model.bin"),
     "config is a pointer": ({"config.json": LFS}, "config.json is a Git LFS pointer"),
     "config is a page": ({"config.json": "<!doctype html><p>Log in"}, "config.json is an HTML or XML page"),
@@ -518,7 +521,7 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
     "linear without factor": ({"config.json": config(rope_scaling={"type": "linear"})}, "factor is missing"),
     "a scaling for each kind of layer": (
         {"config.json": config(rope_parameters={"full_attention": {"rope_type": "default"}})},
-        "one object for all layers is",
+        "expected one object for all layers",
     ),
     "two thetas": (
         {"config.json": config(rope_theta=5e5, rope_parameters={"rope_theta": 1e4})},
@@ -528,9 +531,9 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
         {"config.json": config(rope_parameters={"rope_type": "default"}, rope_scaling={"type": "linear", "factor": 4})},
         "rope_theta, rope_parameters and rope_scaling contradict each other",
     ),
-    "config is nested too deep": ({"config.json": "[" * 100_000}, "config.json is no JSON"),
+    "config is nested too deep": ({"config.json": "[" * 100_000}, "config.json is not valid JSON"),
     "partial rotary": ({"config.json": config(partial_rotary_factor=0.5)}, "partial_rotary_factor is 0.5"),
-    "odd heads": ({"config.json": config(num_attention_heads=5)}, "hidden_size 64 is no multiple of 5"),
+    "odd heads": ({"config.json": config(num_attention_heads=5)}, "hidden_size 64 is not a multiple of 5"),
     "kv heads": ({"config.json": config(num_key_value_heads=3)}, "3 KV heads are inconsistent"),
     "odd head_dim": ({"config.json": config(head_dim=15)}, "are inconsistent"),
     "absurd layers": ({"config.json": config(num_hidden_layers=10**12)}, "num_hidden_layers is 1000000000000"),
@@ -557,10 +560,10 @@ FOREIGN: dict[str, tuple[dict[str, str], str]] = {
     "file: nothing": ({"model.bin": ""}, "is an empty file: supported are"),
     "file: text": ({"model.bin": "what is this"}, "is of unknown format: supported are"),
     "file: json": ({"model.json": "{}"}, "is a JSON text: supported are"),
-    "file: zip": ({"consolidated.00.pth": "PK\3\4"}, "a part of a model: name the folder it is in"),
+    "file: zip": ({"consolidated.00.pth": "PK\3\4"}, "a part of a model: give its folder"),
     "file: gguf alone": ({"a.gguf": "GGUF"}, "a.gguf: damaged, cut off or of an unknown GGUF version"),
-    "only original": ({"original/consolidated.00.pth": ""}, "holds Meta's files in its folder original: name that"),
-    "folder of a gguf": ({"a.gguf": "GGUF", "readme": ""}, "is a folder: name the file in it"),
+    "only original": ({"original/consolidated.00.pth": ""}, "holds Meta's files in its folder original: give"),
+    "folder of a gguf": ({"a.gguf": "GGUF", "readme": ""}, "is a folder: give a file in it"),
 }
 
 

@@ -71,7 +71,7 @@ def test_allowed_special(llama31: Tokenizer, json_folder: Path) -> None:
         assert llama31.encode(text, bos=True, eos=True, allowed_special=allowed) == expected
     assert llama31.encode(text, bos=True, eos=True) == expected  # none by default
     with pytest.raises(
-        ValueError, match="allowed_special names '<|x|>', which is no special token".replace("|", r"\|")
+        ValueError, match="allowed_special names '<|x|>', which is not a special token".replace("|", r"\|")
     ):
         llama31.encode(text, bos=False, eos=False, allowed_special={"<|x|>"})
     ours = Tokenizer(json_folder / "tokenizer.json")
@@ -126,13 +126,13 @@ def test_lines_may_end_in_crlf(tmp_path: Path) -> None:
         (lambda s: s + "YWI= 255\n", r"has rank 255 twice in 257 lines, fetch it again$"),
         (lambda s: s + "YWI= 257\n", r"has no rank 256 in 257 lines"),
         (lambda s: s + "YWI= 99999999999999999999\n", r"has no rank 256 in 257 lines"),
-        (lambda s: s + "YWI= -1\n", r"line 257: 'YWI= -1' is not a token in base64 and its rank"),
-        (lambda s: s + "YW!I= 256\n", r"line 257: 'YW!I= 256' is not a token in base64"),
-        (lambda s: s + "YWI=\n", r"line 257: 'YWI=' is not a token in base64"),
-        (lambda s: s + "= 256\n", r"line 257: '= 256' is not a token in base64"),
-        (lambda s: s + "\n", r"line 257: '' is not a token in base64"),
+        (lambda s: s + "YWI= -1\n", r"line 257: 'YWI= -1', expected a token in base64 and its rank"),
+        (lambda s: s + "YW!I= 256\n", r"line 257: 'YW!I= 256', expected a token in base64"),
+        (lambda s: s + "YWI=\n", r"line 257: 'YWI=', expected a token in base64"),
+        (lambda s: s + "= 256\n", r"line 257: '= 256', expected a token in base64"),
+        (lambda s: s + "\n", r"line 257: '', expected a token in base64"),
         (lambda s: s[: s.index("\n") + 1], r"has no rank for the byte 0x00"),
-        (lambda s: s + f"YWI= {'9' * 5000}\n", r"line 257: 'YWI= 9{55}' is not a token"),
+        (lambda s: s + f"YWI= {'9' * 5000}\n", r"line 257: 'YWI= 9{55}', expected a token"),
     ],
 )
 def test_damaged_ranks(tmp_path: Path, change: Callable[[str], str], message: str) -> None:
@@ -147,7 +147,7 @@ def test_a_rank_file_that_is_too_large(tmp_path: Path) -> None:
     path = write_ranks(tmp_path / "tokenizer.model")
     with path.open("r+b") as file:
         file.truncate(RANKS_LIMIT + 1)
-    with pytest.raises(TokenizerError, match=r"has 16,777,217 bytes, a rank file at most 16,777,216: fetch it again"):
+    with pytest.raises(TokenizerError, match=r"has 16,777,217 bytes, expected 16,777,216 at most: fetch it again"):
         Tokenizer(path)
 
 
@@ -164,7 +164,7 @@ def test_long_runs_have_tiktokens_own_ids(llama31: Tokenizer) -> None:
 def test_the_longest_white_space_that_tiktoken_encodes(llama31: Tokenizer) -> None:
     assert llama31.encode("x" + " " * 999_998 + "x", bos=False, eos=False)
     assert len(llama31.encode("a " * 500_000, bos=False, eos=False)) == 500_001
-    message = r"^the text holds 999,999 white-space characters in a row, tiktoken takes 999,998: shorten them$"
+    message = r"^the text holds 999,999 white-space characters in a row, tiktoken's limit is 999,998: shorten them$"
     with pytest.raises(ValueError, match=message):
         llama31.encode("x" + "\t" * 999_999 + "x", bos=False, eos=False)
 

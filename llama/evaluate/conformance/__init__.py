@@ -1,4 +1,4 @@
-"""Conformance kits: test vectors that another implementation compares its own with.
+"""Conformance kits: test vectors for comparing another implementation with this one.
 
-docs/conformance.md describes the files of a kit and how another implementation writes its side.
+docs/conformance.md describes the files of a kit, and how another implementation writes its own.
 """

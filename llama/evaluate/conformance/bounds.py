@@ -1,10 +1,10 @@
-"""How far two correct implementations may differ. docs/conformance.md says where these numbers come from."""
+"""Bounds for the difference of two correct implementations. docs/conformance.md explains the numbers."""
 
 import math
 
-# The largest rounding error of a number of magnitude 1.
+# dtype -> the largest rounding error of a number of magnitude 1.
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-GROWING_LAYERS = 16  # each adds as much error as the first layer; later layers were measured to add none
+GROWING_LAYERS = 16  # each adds as much error as the first; measured: later layers add none
 ANGLE_ERROR = 2.0**-21  # radians per position: RoPE's frequencies are float32
 
 
@@ -13,10 +13,10 @@ def error_bound(quantity: str, layer: int, dtype: str, hidden_dim: int) -> float
 
     quantity: a key of `layout.QUANTITIES` other than RoPE's.
     layer: the number of layers computed before it.
-    dtype: the coarser one of both sides.
+    dtype: the coarser dtype of the two implementations.
 
-    A sum of n products is off by about sqrt(n) roundings if it is accumulated in the dtype of the products. float32 is;
-    products of 16 bits are accumulated in float32 and rounded once.
+    A sum of n products in float32 has an error of about sqrt(n) roundings. Products of 16-bit numbers are accumulated
+    in float32, so their sum is rounded once.
     """
     if quantity == "embedding":
         return 2 * ROUNDING[dtype]

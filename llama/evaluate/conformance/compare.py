@@ -1,4 +1,4 @@
-"""Compare two kits in the order of computation, and find the first difference that rounding does not explain."""
+"""Compare two kits in the order of computation and find the first difference that rounding cannot explain."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -21,15 +21,16 @@ from llama.evaluate.conformance.layout import (
     prompt_file,
 )
 
-TINY = 1e-300  # avoids a division by zero where a quantity is all zeros
+TINY = 1e-300  # avoids a division by zero if a quantity is all zeros
 
 
 def check_same_model(kit: Kit, other: Kit) -> None:
-    """Raise KitError where the two are not of the same model, prompts and dialogs."""
+    """Raise KitError if model, prompts or dialogs of the two differ."""
     for name in SIZES:
         if name in other.params and other.params[name] != kit.params[name]:
             raise KitError(
-                f"{other.folder} is of another model: {name} is {other.params[name]!r}, the kit's {kit.params[name]!r}"
+                f"{other.folder} is from another model: {name} is {other.params[name]!r}, "
+                f"the kit's {kit.params[name]!r}"
             )
     for kind, keys, expected, found in (
         ("prompt", ("text", "next_ids"), kit.prompts, other.prompts),
@@ -54,8 +55,10 @@ def check_same_model(kit: Kit, other: Kit) -> None:
 class Divergence:
     """The first number or id that differs too much.
 
-    where: its tensor or text and its position, for people to read. index: of the number in its tensor.
-    value, expected: None where one list of ids is shorter. error, bound: absolute; None for ids.
+    where: its tensor or text and its position, as text for users.
+    index: its index in the tensor or list.
+    value, expected: None if that list of ids is shorter.
+    error, bound: absolute. None for ids.
     """
 
     quantity: str
@@ -77,13 +80,13 @@ class Divergence:
 class Comparison:
     """The result of comparing two kits, up to the first divergence.
 
-    dtype: the coarser one of both sides.
+    dtype: the coarser dtype of the two kits.
     first: the first divergence in the order of computation, or None.
     errors: quantity -> (largest error as a fraction of the quantity's largest magnitude, largest error as a fraction of
         its bound), over all layers and prompts.
-    counts: quantity -> (number of tensors or lists of ids in the kit, how many of them the other side lacks).
+    counts: quantity -> (number of tensors or lists of ids in the kit, number of those that the other kit lacks).
 
-    Raises KitError where the kit is incomplete, or the other side belongs to another model.
+    Raises KitError if the kit is incomplete, or if the other kit is from another model.
     """
 
     def __init__(self, kit: Kit, other: Kit):
@@ -120,7 +123,7 @@ class Comparison:
         }
 
     def _should_compare(self, quantity: str, found: Any) -> bool:
-        """Count a tensor or list of the kit. found: the other side's, or None."""
+        """Count a tensor or list of the kit. found: that of the other kit, or None."""
         total, missing = self.counts.get(quantity, (0, 0))
         self.counts[quantity] = (total + 1, missing + (found is None))
         return found is not None and self.first is None
@@ -137,9 +140,9 @@ class Comparison:
                     break
 
     def _compare_files(self, files: list[str], names: list[tuple[str, str, int]]) -> None:
-        """Compare tensors in the order of `names`, each in all files: in the first layer of all prompts, then the next.
+        """Compare tensors in the order of `names`, each for all prompts before the next one.
 
-        files: one for each prompt, or RoPE's. names: (tensor, quantity, number of layers before it).
+        files: one for each prompt, or RoPE's file. names: (tensor, quantity, number of layers before it).
         """
         sides = []
         for prompt, file in enumerate(files):
@@ -160,7 +163,7 @@ class Comparison:
                     bounds = [rope_bound(position, self.dtype) for position in self.kit.rope_positions]
                 else:
                     where = f"{name}, prompt {prompt} {excerpt(self.kit.prompts[prompt]['text'])}"
-                    if quantity == "logprobs":  # differences of logits, whose errors they inherit
+                    if quantity == "logprobs":  # differences of logits, so errors scale with the logits
                         largest += float(self._reference(file, "logits", ours).abs().max())
                     bound = error_bound(quantity, layer, self.dtype, self.kit.params["hidden_dim"]) * largest
                     bounds = [bound] * len(expected)
@@ -168,15 +171,17 @@ class Comparison:
 
     def _reference(self, file: str, name: str, readers: Readers) -> torch.Tensor:
         tensor = readers[name]()
-        if not tensor.float().isfinite().all():  # float32 is the widest dtype of a kit: its sums are finite in float64
+        if not tensor.float().isfinite().all():  # float32 is the widest dtype of a kit
             raise KitError(f"{self.kit.folder / file}: {name} is not finite, so it is no reference: export it again")
         return tensor.double()
 
     def _compare_tensor(
         self, quantity: str, where: str, found: torch.Tensor, expected: torch.Tensor, bounds: list[float], scale: float
     ) -> None:
-        """found, expected: [positions, ...]. bounds: one for each position. scale: the magnitude that errors are
-        reported as a fraction of."""
+        """Record the errors of a tensor, and its first divergence.
+
+        found, expected: [positions, ...]. bounds: one for each position. scale: the reported error is a fraction of it.
+        """
         error = (found - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf).reshape(len(expected), -1)
         bound = torch.tensor(bounds, dtype=torch.float64)[:, None]
         largest, largest_of_bound = self.errors.get(quantity, (0.0, 0.0))
@@ -189,7 +194,7 @@ class Comparison:
         row = int(too_large.nonzero()[0])
         column = int(error[row].argmax())
         index = (row, *(int(i) for i in torch.unravel_index(torch.tensor(column), expected.shape[1:])))
-        axes = ("head", "number")[3 - expected.dim() :]  # of an index, after the position
+        axes = ("head", "number")[3 - expected.dim() :]  # names of the indices after the position
         position = self.kit.rope_positions[row] if quantity in ROPE else row
         where += f", position {position}" + "".join(f", {axis} {i}" for axis, i in zip(axes, index[1:], strict=True))
         self.first = Divergence(
@@ -204,5 +209,5 @@ class Comparison:
 
 
 def _finite_or_none(value: Any) -> Any:
-    """JSON has no infinity and no NaN."""
+    """Replace infinity and NaN, which JSON does not have, with None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

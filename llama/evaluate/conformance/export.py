@@ -1,4 +1,4 @@
-"""Write a kit: record what the plain model computes for a few prompts."""
+"""Write a kit with the tensors that the plain model computes for a few prompts."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from llama.generation import Llama
 from llama.model import Transformer, TransformerBlock, apply_rotary_emb, rotary_angles
 from llama.params import ModelArgs
 
-# Ids generated after each prompt, one at a time: these steps read the KV cache, which the prompt only fills.
+# Number of ids generated after each prompt, one at a time. These steps read the KV cache, which the prompt only fills.
 N_NEXT_IDS = 4
 PROMPTS = (
     "The capital of France is",
@@ -50,7 +50,7 @@ Activations = dict[str, list[torch.Tensor]]
 
 
 def encode_prompts(source: Llama, texts: list[str]) -> list[list[int]]:
-    """The ids of each text. Raises ValueError where they and N_NEXT_IDS more do not fit max_seq_len."""
+    """The ids of each text. Raises ValueError if they and N_NEXT_IDS more do not fit max_seq_len."""
     tokenizer, max_seq_len = source.tokenizer, source.model.params.max_seq_len
     encoded = [tokenizer.encode(text, bos=tokenizer.adds_bos, eos=False) for text in texts]
     for text, ids in zip(texts, encoded, strict=True):
@@ -109,16 +109,16 @@ def write_kit(source: Llama, texts: list[str], encoded: list[list[int]], folder:
 def _rope_rows(args: ModelArgs) -> dict[str, torch.Tensor]:
     """Cosines and sines at ROPE_POSITIONS, [positions, head_dim / 2] each.
 
-    The model's own table ends at max_seq_len. This is a longer one, whose rows are the same.
+    The model's own table may be shorter, so a longer one with the same rows is computed.
     """
     rows = torch.view_as_real(rotary_angles(args, max(ROPE_POSITIONS) + 1)[torch.tensor(ROPE_POSITIONS)])
     return {name: column.contiguous() for name, column in zip(ROPE, rows.unbind(-1), strict=True)}
 
 
 def record_activations(model: Transformer) -> Activations:
-    """Register hooks on a plain model that append the activations of each forward pass, [seqlen, ...], on the CPU.
+    """Register hooks on a plain model that record the activations of each forward pass, [seqlen, ...], on the CPU.
 
-    Returns the dictionary that they append to. KV caches and logits are not in it.
+    Returns the dictionary that they fill. It does not contain KV caches and logits.
     """
     activations: Activations = defaultdict(list)
 
@@ -129,7 +129,7 @@ def record_activations(model: Transformer) -> Activations:
         return lambda module, args: activations[name].append(args[0][0].cpu())
 
     def record_rotated(i: int, layer: TransformerBlock) -> None:
-        """No hook sees q and k after RoPE, so the outputs of wq and wk are rotated here once more."""
+        """Record q and k after RoPE. No hook sees them, so the outputs of wq and wk are rotated again here."""
         outputs: dict[str, torch.Tensor] = {}
 
         def rotate(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -154,7 +154,7 @@ def record_activations(model: Transformer) -> Activations:
 def prompt_vectors(
     model: Transformer, activations: Activations, ids: list[int]
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """(all tensors of a prompt by name, the N_NEXT_IDS ids that the model generates greedily after it).
+    """Return (all tensors of a prompt by name, the N_NEXT_IDS ids that the model generates greedily after it).
 
     activations: what `record_activations` returned for this model.
     """
@@ -179,7 +179,7 @@ def prompt_vectors(
 
 
 def _params(args: ModelArgs) -> dict[str, Any]:
-    """All parameters that decide a model's numbers, defaults included."""
+    """All parameters that affect a model's numbers, including defaults."""
     rope: dict[str, Any] = {"rope_theta": args.rope_theta, "use_scaled_rope": args.use_scaled_rope}
     names = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_context_length", "rope_linear_factor")
     rope |= {"rope_scaling_factor": args.rope_factor} | {name: getattr(args, name) for name in names}

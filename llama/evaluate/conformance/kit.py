@@ -1,4 +1,4 @@
-"""Read a kit, or another implementation's side of it, which may be damaged or written by anybody."""
+"""Read and check a kit of this or another implementation. Its files are untrusted and may be damaged."""
 
 import stat
 from collections.abc import Callable
@@ -24,8 +24,8 @@ from llama.evaluate.conformance.layout import (
     sha256,
 )
 
-JSON_LIMIT = 16 * 2**20  # bytes of a kit.json: a million ids, whose tensors would take 500 GB in the demo model
-INT_LIMIT = 2**31  # of positions and ids
+JSON_LIMIT = 16 * 2**20  # bytes of a kit.json. That is a million ids, whose tensors would be 500 GB in the demo model
+INT_LIMIT = 2**31  # limit of positions and ids
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names of the dtypes that are compared
 
 Shapes = dict[str, tuple[int, ...]]
@@ -33,7 +33,7 @@ Readers = dict[str, Callable[[], torch.Tensor]]
 
 
 class Kit:
-    """A folder in the layout of docs/conformance.md. Its JSON is checked here; tensors are read one at a time.
+    """A folder in the layout of docs/conformance.md. The constructor checks kit.json. Tensors are read one at a time.
 
     Raises KitError.
     """
@@ -73,7 +73,7 @@ class Kit:
             content = loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise KitError(
-                f"{self.path} is missing: name a folder that `conformance export` or another implementation wrote"
+                f"{self.path} is missing: give a folder that `conformance export` or another implementation wrote"
             ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise KitError(f"{self.path} cannot be read as JSON ({error}): write it again") from error
@@ -93,7 +93,7 @@ class Kit:
 
     def _check_size(self, name: str) -> None:
         value, limit = self.params[name], int(LIMITS.get(name, (1, 2**24))[1])
-        step, kind = (2, "an even integer") if name == "head_dim" else (1, "an integer")  # a head consists of pairs
+        step, kind = (2, "an even integer") if name == "head_dim" else (1, "an integer")  # RoPE rotates pairs
         if type(value) is not int or not 0 < value < limit or value % step:
             expected = f"expected {kind} from 1 to {limit - 1:,}"
             raise KitError(f"{self.path}: {name} is {excerpt(value)}, {expected}: write it again")
@@ -115,7 +115,7 @@ class Kit:
             ) from None
 
     def check_complete(self) -> None:
-        """Raise KitError where a part is missing that `conformance export` writes."""
+        """Raise KitError if a part that `conformance export` writes is missing."""
         ids = [entry.get("ids") for entry in self.prompts + self.dialogs]
         ids += [entry["next_ids"] for entry in self.prompts]
         if not (
@@ -126,11 +126,11 @@ class Kit:
             and all(ids)
         ):
             raise KitError(
-                f"{self.path} is not what `conformance export` writes: the kit comes first, then the other side"
+                f"{self.path} is not what `conformance export` writes: give the kit first, then the other folder"
             )
 
     def shapes(self, prompt: int) -> Shapes:
-        """Name of a quantity -> its shape for this prompt. Of a complete kit only."""
+        """Name of a quantity -> its shape for this prompt. The kit must be complete."""
         ids = self.prompts[prompt]
         n = len(ids["ids"]) + len(ids["next_ids"])
         sizes = self.params | {"n": n, "n - 1": n - 1}
@@ -141,9 +141,9 @@ class Kit:
         }
 
     def tensors(self, file: str, shapes: Shapes) -> Readers:
-        """Name -> a function that reads the tensor, for each tensor in the file. Empty where there is no such file.
+        """Name -> a function that reads the tensor, for each tensor in the file. Empty if the file does not exist.
 
-        shapes: of all tensors that the file may hold. Raises KitError for other names, shapes and dtypes.
+        shapes: the shapes of all tensors that the file may hold. Raises KitError for other names, shapes and dtypes.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -162,12 +162,12 @@ class Kit:
             if shape != [*shapes[name]] or dtype not in FLOATS:
                 raise KitError(
                     f"{path}: {name} is {dtype} {shape}, expected floats {[*shapes[name]]}: "
-                    "docs/conformance.md has the layout"
+                    "docs/conformance.md describes the layout"
                 )
         return {name: partial(reader.get_tensor, name) for name in headers}
 
 
 def check_safetensors() -> None:
-    """Raise KitError where the package that reads and writes the tensors is not installed."""
+    """Raise KitError if safetensors, which reads and writes the tensors, is not installed."""
     if find_spec("safetensors") is None:
         raise KitError("kits need the Python package safetensors: pip install 'llama-runner[convert]'")

@@ -7,17 +7,17 @@ from typing import Any
 
 FORMAT, VERSION = "llama-conformance", 1
 ROPE_FILE = "rope.safetensors"
-# The keys of "params" that decide the shapes of tensors.
+# The keys of "params" that determine the shapes of tensors.
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
 
-# Name -> (shape, definition) of each tensor, in the order of computation. n is the number of ids of a prompt, including
-# those that the model generated after it.
+# Name -> (shape, definition) of each tensor, in the order of computation. n is the number of ids of a prompt and of the
+# ids that the model generated after it.
 ROPE = {
     "rope.cos": ("[positions, head_dim / 2]", "cosine of position * frequency of each pair, float32"),
     "rope.sin": ("[positions, head_dim / 2]", "sine of the same"),
 }
 BEFORE_LAYERS = {"embedding": ("[n, dim]", "the ids' rows of the embedding")}
-LAYER = {  # in files the names begin with the layer's number: layers.0.input
+LAYER = {  # names in files have a prefix: layers.0.input
     "input": ("[n, dim]", "input of the layer: the residual stream, before the norm of the attention"),
     "q": ("[n, n_heads, head_dim]", "queries after RoPE; numbers 2i and 2i + 1 of a head are its pair i"),
     "k": ("[n, n_kv_heads, head_dim]", "keys after RoPE, ordered as q"),
@@ -38,7 +38,7 @@ QUANTITIES = ROPE | BEFORE_LAYERS | LAYER | AFTER_LAYERS
 
 
 class KitError(ValueError):
-    """A folder is not a kit, is damaged, or belongs to another model. The message names it and suggests a fix."""
+    """A folder is not a kit, is damaged, or is from another model. The message names it and suggests a fix."""
 
 
 def prompt_file(index: int) -> str:
@@ -50,6 +50,6 @@ def sha256(path: Path) -> str:
 
 
 def excerpt(value: Any) -> str:
-    """The beginning of a text, or of a value as JSON, in quotes."""
+    """The beginning of a text, or of another value as JSON, in quotes."""
     text = value if isinstance(value, str) else dumps(value, ensure_ascii=False)
     return repr(text if len(text) <= 32 else f"{text[:31]}…")
