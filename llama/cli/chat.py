@@ -33,10 +33,11 @@ Ctrl-C stops an answer, Ctrl-D leaves. Put a space before a message that begins 
 
 
 @click.command(cls=Command)
+@click.argument("ckpt_dir")
 @click.option("--system", help="the system message")
 @stop_option
 @sampling_options()
-@model_options("max_batch_size", max_seq_len=None)
+@model_options("ckpt_dir", "max_batch_size", max_seq_len=None)
 def chat(system: str | None, stop: list[str] | None, **options: Any) -> None:
     """Talk to a model at the terminal, or with lines from a pipe. Type /help for the commands of a chat.
 

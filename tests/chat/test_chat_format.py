@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golden.make_checkpoint import TOKENIZER
+from helpers.commands import call
 from llama import Dialog, Llama, Tokenizer
 from llama.chat.formats import (
     BOS,
@@ -503,7 +505,7 @@ def test_chatting_with_a_base_model_is_noted(
     folder = tmp_path / name
     folder.symlink_to(checkpoint("mha"))
     monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: SIM115  (no questions)
-    for command in (chat.chat, example_chat_completion.main):
+    for command in (partial(call, chat.chat), example_chat_completion.main):
         command(str(folder), max_seq_len=128, max_gen_len=1, device="cpu")
         assert ("looks like a base model" in capsys.readouterr().err) == (name == "llama-2-7b")
 

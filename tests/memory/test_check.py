@@ -283,7 +283,7 @@ def test_a_limit_of_the_address_space(checkpoint: Callable[..., Path]) -> None:
     needs = rf"the model needs {number} GiB \(weights {number}, cache {number}, prefill {number}\), "
     length, rows = rf"--max_seq_len \d+ \({number} GiB\)", rf"--max_batch_size \d+ \({number} GiB\)"
     more = rf"out of memory on cpu, {number} GiB more were requested, {number} GiB are free, "
-    anew = "send fewer or shorter prompts at once, or build anew: "
+    anew = "send fewer or shorter prompts at once, or build it with less: "
     assert re.fullmatch(rf"{needs}0\.\d\d GiB are free on cpu: {length} or .* would fit", refused)
     assert re.fullmatch(rf"{more}the model is not loaded: {needs}.* would fit", failed)
     assert re.fullmatch(rf"{more}{anew}{needs}.*{length} or {rows} would fit", step), step

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers.commands import call
 from helpers.faults import data_of, edit_params, edit_shard, flip
 from helpers.paths import HELPERS, PYTHONPATH, ROOT
 from helpers.ranks import free_port, run_ranks
@@ -257,7 +258,7 @@ def run_out_of_memory(folder: Path) -> tuple[str, str]:
     Executor.hidden = failing  # type: ignore[method-assign]
     sys.stdin = io.StringIO("go on\nand on\n")
     try:
-        chat.chat(str(folder), chat_format="llama2", device="cpu", max_seq_len=256)
+        call(chat.chat, folder, chat_format="llama2", device="cpu", max_seq_len=256)
     except Exception as error:
         return type(error).__name__, heartbeat.lost_rank_message(error) or str(error)
     return "", "no error"
