@@ -596,7 +596,7 @@ def test_a_file_has_limits(command: Callable[..., Ended], tmp_path: Path, monkey
     monkeypatch.setattr("llama.cli.complete.LINE_LIMIT", 20)
     file.write_text('{"prompt": "123456"}\n{"prompt": "1234567"}\n{"prompt": "123456"}')
     ended = command("complete", *args)
-    assert "prompts.jsonl, line 2: longer than 20 characters: mend" in ended.err and not out.exists()
+    assert "prompts.jsonl, line 2: longer than 20 characters: fix" in ended.err and not out.exists()
     assert command("complete", *args, "--keep_going").status == 0
     assert sorted(json.loads(line)["line"] for line in out.read_text().splitlines()) == [1, 3]
     file.write_text(" " * 21 + "\n")
