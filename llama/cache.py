@@ -6,11 +6,12 @@ import torch
 class KVCache:
     """Keys and values of the positions seen so far: k and v, [rows, n_local_kv_heads, max_seq_len, head_dim] each.
 
-    It is no module, because it is not part of a checkpoint. Positions that are not in use hold zeros or old values. A
-    position is always written before a query attends to it. Masked positions must be finite too: their weight is 0, and
-    0 * NaN is NaN.
+    It is not an nn.Module, because it is not part of a checkpoint. Positions that are not in use hold zeros or old
+    values. A position is always written before a query attends to it. Masked positions must be finite too: their weight
+    is 0, and 0 * NaN is NaN.
 
-    first_row: row r of a forward is stored in row first_row + r. An executor sets it while it computes part of a batch.
+    first_row: `update` stores row r of its input in row first_row + r. An executor sets it while it computes a part
+        of a batch.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
@@ -22,7 +23,7 @@ class KVCache:
         return f"KVCache(2 x {' x '.join(map(str, self.k.shape))}, {self.k.dtype}, {self.k.device})"
 
     def to(self, like: torch.Tensor) -> None:
-        """Move the buffers to the dtype and device of `like`, the keys to store: a model may be moved at any time."""
+        """Convert the buffers to the dtype and device of `like` (the next keys): a model may be moved at any time."""
         if self.k.dtype != like.dtype or self.k.device != like.device:
             for name in ("k", "v"):
                 buffer = getattr(self, name)
@@ -30,7 +31,7 @@ class KVCache:
                 setattr(self, name, moved if buffer.is_meta else moved.copy_(buffer))
 
     def clear(self) -> None:
-        """Zero the buffers. Removes NaNs, which spread from masked positions."""
+        """Zero the buffers. This removes NaNs, which would spread even from masked positions."""
         self.k.zero_()
         self.v.zero_()
 
@@ -57,7 +58,7 @@ class KVCache:
         else:
             rows = torch.arange(first_row, end, device=k.device)[:, None]  # [bsz, 1]
             positions = start_pos[:, None] + torch.arange(seqlen, device=k.device)  # [bsz, seqlen]
-            # torch puts the dimensions of index tensors around a slice first: [bsz, seqlen, n_kv, head_dim].
+            # If a slice separates two index tensors, torch puts their dimensions first: [bsz, seqlen, n_kv, head_dim].
             self.k[rows, :, positions] = k.transpose(1, 2)
             self.v[rows, :, positions] = v.transpose(1, 2)
         return self.k[first_row:end, :, :ctx_len], self.v[first_row:end, :, :ctx_len]

@@ -72,8 +72,8 @@ def configure_logging() -> None:
 
 
 def progress(items: Sequence[T], label: str) -> Iterator[T]:
-    """Iterate over `items` with a progress bar on rank 0's stderr, if that is a terminal. The bar appears after the
-    first item that ends later than one second."""
+    """Iterate over `items` with a progress bar on rank 0's stderr, if that is a terminal. The bar appears
+    when an item ends more than one second after the start."""
     is_visible = sys.stderr is not None and sys.stderr.isatty() and is_main_rank()
     started, bar = time.perf_counter(), None
     try:
@@ -81,7 +81,7 @@ def progress(items: Sequence[T], label: str) -> Iterator[T]:
             yield item
             if bar is None and is_visible and time.perf_counter() - started > 1:
                 columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-                # Output of the program goes to its own streams, not through the bar.
+                # By default rich would redirect the program's own output through the bar.
                 bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False)
                 task = bar.add_task(label, total=len(items))
                 bar.start()

@@ -53,7 +53,7 @@ class Conversation:
     Other calls of `llama` are allowed between turns; the next turn then computes the dialog again. Under torchrun every
     rank has a conversation and makes the same calls.
 
-    Raises ValueError or TypeError for settings out of range, and ValueError for a model without a chat format.
+    Raises ValueError or TypeError for wrong settings, and ValueError for a model without a chat format.
     """
 
     @with_options(Settings)

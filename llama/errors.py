@@ -1,7 +1,7 @@
 """Out-of-memory errors: recognize those of torch, and raise them again with sizes and with settings that fit.
 
-A single rank can continue with a smaller request afterwards. With several ranks, the others are in the middle of a
-forward pass that cannot be completed, so they exit as if the rank were lost.
+A single rank can continue with a smaller request afterwards. Several ranks cannot: the others are in the middle of a
+forward pass that cannot be completed, and they exit as if this rank had died.
 """
 
 import functools
@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-# For each model that was built: a function from torch's out-of-memory error to the one to raise. `llama.loading` adds
-# them, because this module does not know which settings fit.
+# Built model -> function that takes torch's out-of-memory error and returns the error to raise instead. `llama.loading`
+# adds the functions, because this module does not know which settings fit.
 OOM_EXPLAINERS: WeakKeyDictionary[nn.Module, Callable[[BaseException], Exception]] = WeakKeyDictionary()
 # Messages of torch, C++, Linux (memory, threads), cuBLAS and oneDNN.
 OOM_MESSAGES = (
@@ -34,8 +34,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain_oom(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function whose first argument is an Engine. If it raises an out-of-memory error and OOM_EXPLAINERS has
-    one for the engine's model, raise the error that it returns."""
+    """Decorate a function whose first argument is an Engine. If it runs out of memory and OOM_EXPLAINERS has an
+    entry for the engine's model, raise the error that this entry returns."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -113,12 +113,12 @@ class Llama(Engine):
 
         Raises CheckpointError and TokenizerError (both ValueErrors) for files that are damaged or do not match,
         ValueError for arguments out of range and for a model that does not fit into free memory, TypeError for unknown
-        options and arguments of the wrong type. An error is raised on every rank: as PeerError where only another rank
-        failed. Logs one line about what was loaded.
+        options and arguments of the wrong type. If a rank fails, every rank raises: a rank without an error of its
+        own raises PeerError. Logs one line about what was loaded.
         """
         values: ModelOptions = {
-            "ckpt_dir": ckpt_dir,  # type: ignore[typeddict-item]  # a Path, too
-            "tokenizer_path": tokenizer_path,  # type: ignore[typeddict-item]  # a Path, too
+            "ckpt_dir": ckpt_dir,  # type: ignore[typeddict-item]  # may be a Path
+            "tokenizer_path": tokenizer_path,  # type: ignore[typeddict-item]  # may be a Path
             "max_seq_len": max_seq_len,
             "max_batch_size": max_batch_size,
             "model_parallel_size": model_parallel_size,
@@ -161,7 +161,8 @@ class Llama(Engine):
     ) -> list[CompletionPrediction]:
         """Continue any number of texts. BOS is added to each if the tokenizer does so.
 
-        stop: texts that end an answer and are removed from it, a list for all prompts (["\\n", "User:"]) or for each.
+        stop: texts that end an answer and are removed from it: one list for all prompts (["\\n", "User:"]), or a list
+            of such lists, one for each prompt.
         echo: return the prompt before the answer.
         logprobs: True, or the number of alternatives to return for each id.
 
@@ -244,8 +245,8 @@ class Llama(Engine):
         logprobs: bool = False,
         suffix_first: bool = False,
     ) -> list[InfillingPrediction]:
-        """Generate the text between each prefix and its suffix, with a Code Llama that was trained for infilling. An
-        answer ends only at `tokenizer.eot_id`.
+        """Generate the text between each prefix and its suffix, with a Code Llama that was trained for infilling. The
+        only id that ends an answer is `tokenizer.eot_id`.
 
         suffix_first: put the suffix first in the prompt; see `infilling_prompt_tokens`.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 
 def restore_interrupt() -> None:
-    """Raise KeyboardInterrupt on Ctrl-C again if SIGINT is ignored and this process is in its terminal's foreground."""
+    """If SIGINT is ignored, let Ctrl-C raise KeyboardInterrupt again in a process in its terminal's foreground."""
     # Scripts and some CI runners start programs with SIGINT ignored. Children inherit that, and Python then installs no
     # handler. Ctrl-C is still meant for a process in the foreground, not for a background job (`nohup prog &`).
     if (

@@ -69,7 +69,7 @@ def load(model: ModelOptions, build: BuildOptions) -> tuple[Executor, Tokenizer,
         shutdown()
         raise
     log.info(_summary(executor.model, files, world.size, note, time.perf_counter() - started))
-    torch.manual_seed(model["seed"])  # last, so that loading does not draw from it
+    torch.manual_seed(model["seed"])  # last, because loading may draw random numbers
     return executor, files.tokenizer, files.chat_format
 
 

@@ -218,8 +218,8 @@ class Attention(nn.Module):
         ctx_len = mask.shape[-1] if mask is not None else int(start_pos) + seqlen
         keys, values = self.cache.update(k.detach(), v.detach(), start_pos, ctx_len)  # [.., ctx_len, head_dim]
         if torch.is_grad_enabled() and k.requires_grad:
-            # The cache has no graph, and a later forward may overwrite it, so k and v themselves are used for the new
-            # positions. Earlier positions are constants.
+            # The cache is outside the autograd graph, and a later forward pass may overwrite it, so the new positions
+            # use k and v themselves. Earlier positions are constants.
             before = ctx_len - seqlen
             keys, values = torch.cat((keys[:, :, :before], k), dim=2), torch.cat((values[:, :, :before], v), dim=2)
         keys, values = (repeat_kv(y.transpose(1, 2), self.n_rep).transpose(1, 2) for y in (keys, values))
@@ -290,7 +290,7 @@ class Transformer(nn.Module):
     embedding_axis: the axis on which the embedding is split over ranks: 0, the vocabulary (Llama 3), or 1, dim (Llama 1
         and 2). `load_state_dict` changes it to the axis of the weights that it loads.
     freqs_cis: the rotary angles, complex64 [2 * max_seq_len, head_dim / 2].
-    passes: number of calls of `hidden`. The cache is unchanged as long as this number is.
+    passes: number of calls of `hidden`. As long as this number stays the same, so does the cache.
     """
 
     def __init__(self, params: ModelArgs, *, embedding_axis: int = 0):
@@ -383,7 +383,7 @@ class Transformer(nn.Module):
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Llama 2's files split the embedding on dim, Llama 3's on the vocabulary: use the layer for these weights."""
+        """Llama 2's files split the embedding on dim, Llama 3's on the vocabulary: choose by the weight's shape."""
         weight = state_dict.get(f"{prefix}tok_embeddings.weight")
         _, world_size = model_parallel()
         if weight is not None and world_size > 1 and weight.shape != self.tok_embeddings.weight.shape:

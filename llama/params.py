@@ -21,7 +21,7 @@ class ModelArgs:
     rope_scaling_factor: None means 32 for the two shapes of Llama 3.2 and 8 otherwise.
     rope_linear_factor: divides all positions instead (position interpolation).
     sliding_window: the number of positions back that a query may attend to; None means all. Sliding windows are not
-        implemented. max_seq_len is checked not to exceed the window, and then it has no effect.
+        implemented: `Llama.build` refuses a max_seq_len above the window, and up to it the window has no effect.
     """
 
     dim: int = 4096

@@ -46,7 +46,7 @@ Dialog = Sequence[Message]
 STOP_NAMES = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 # Code Llama's pieces for infilling, in the order of prefix_id, middle_id, suffix_id and eot_id.
 INFILLING = ("\u2581<PRE>", "\u2581<MID>", "\u2581<SUF>", "\u2581<EOT>")
-# A text without leading space. Before another text, it prevents SentencePiece from adding a space to that one.
+# SentencePiece adds a space before a text. If this character is put first, the text after it gets none.
 ANCHOR = "\N{WHITE SMILING FACE}"
 
 

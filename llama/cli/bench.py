@@ -136,7 +136,7 @@ def read_list(name: str, value: Any) -> list[int]:
 
 
 def _check_plot(path: Path, longest: int) -> None:
-    """Raise ValueError now for a picture that could not be written after everything is measured."""
+    """Raise ValueError before the measurement if the plot could not be drawn or written after it."""
     if find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install -e '.[bench]'")
     if longest < SHORTEST_CONTEXT:
@@ -199,7 +199,8 @@ def measure(
         "collectives_share": _collectives_share(stream(), device) if current_world().size > 1 else None,
     }
     if no_cache:
-        lengths = range(length + 1, length + gen)[:: math.ceil((gen - 1) / PREFIX_STEPS)]  # some of the contexts above
+        # At most PREFIX_STEPS of the contexts that the steps with the cache had.
+        lengths = range(length + 1, length + gen)[:: math.ceil((gen - 1) / PREFIX_STEPS)]
         newest(executor, on_device[:, : lengths[0]], 0)
         with peak_memory(device) as memory:
             seconds = [_seconds(partial(newest, executor, on_device[:, :n], 0)) for n in lengths]

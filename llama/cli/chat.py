@@ -94,9 +94,8 @@ def _answer(talk: Conversation, text: str, pressed: Callable[[], bool]) -> None:
                 first = time.perf_counter()
             if is_main_rank():
                 write(visible(piece))
-            if all_gather_object(pressed())[
-                0
-            ]:  # only rank 0's counts; the others wait for it, as its terminal may block
+            # Only rank 0's key counts. The others also wait here for rank 0, because its terminal may block.
+            if all_gather_object(pressed())[0]:
                 break
     seconds = time.perf_counter() - first
     if is_main_rank():

@@ -111,7 +111,7 @@ class Group(click.Group):
 
 
 def _known_flag(ctx: click.Context, name: str, known: dict[str, click.Parameter]) -> str:
-    """The flag that a user wrote as `name`, with - or _, and after "no" with neither."""
+    """The flag that a user wrote as `name`. Words may be joined by - or _, and the word "no" by neither (--nojson)."""
     flag = "--" + name.replace("-", "_")
     if flag not in known and flag.replace("--no", "--no_", 1) in known:
         flag = flag.replace("--no", "--no_", 1)
@@ -134,7 +134,7 @@ def _extra_values(switch: click.Option) -> tuple[str, ...]:
 
 
 def _switch(ctx: click.Context, switch: click.Option, flag: str, value: str | None) -> list[str]:
-    """click's flags for `flag`, `flag=True`, `flag=False` or `flag=auto`; the switch's default needs none."""
+    """click's flags for `flag`, `flag=True`, `flag=False` or `flag=auto`. Empty if click's default means the same."""
     word = "true" if value is None else value.lower()
     if word in _extra_values(switch):
         return []
@@ -159,7 +159,7 @@ class NoneOr(click.ParamType):
 def flag(name: str, option: Option, default: Any) -> Callable[[F], F]:
     """A decorator that adds the flag of a declared option to a command."""
     if option.kind is bool:
-        # click's switches are True or False: where the default is neither, an unset one is None.
+        # A switch of click is True or False. If the default is neither ("auto"), an unset switch is None.
         value, shown = (default, True) if isinstance(default, bool) else (None, str(default))
         return click.option(f"--{name}/--no_{name}", default=value, show_default=shown, help=option.help)
     kind: Any = click.Choice(option.choices) if option.choices else option.kind
@@ -182,7 +182,7 @@ def options(*groups: type, without: tuple[str, ...] = (), **defaults: Any) -> Ca
     """
 
     def decorate(function: F) -> F:
-        for name, option in reversed(declared(*groups).items()):  # click shows decorators from top to bottom
+        for name, option in reversed(declared(*groups).items()):  # click lists the outermost decorator first
             if name not in without:
                 function = flag(name, option, defaults.get(name, option.default))(function)
         return function

@@ -134,9 +134,8 @@ def _complete_file(
         jobs, work, done = run_on_rank_0(begin)
         if done:
             log.info(f"{out} already has {done} of {jobs} answers")
-        progress = Progress(
-            jobs - done, work * (jobs - done) // max(1, jobs)
-        )  # an estimate: the share of the jobs left
+        # The work left is estimated from the share of jobs left.
+        progress = Progress(jobs - done, work * (jobs - done) // max(1, jobs))
         held.callback(progress.clear)
         windows = _windows(llama, file, todo)
         while window := run_on_rank_0(lambda: next(windows, [])):
@@ -237,8 +236,8 @@ def _read_given(line: str) -> tuple[str, Any]:
 
 
 def _remove_answered(out: Path, file: Path, todo: "array[int]") -> int:
-    """Remove the lines that an earlier run answered from `todo`, and return their number. If that run was killed while
-    it wrote an answer, the incomplete line is cut off."""
+    """Remove from `todo` the lines that an earlier run answered, and return their number. If that run was killed while
+    it wrote an answer, cut the incomplete line off the end of `out`."""
     done = whole = 0
     rest = b""
     with out.open("rb") as stream:
@@ -291,8 +290,8 @@ def _windows(llama: Llama, file: Path, todo: "array[int]") -> Iterator[list[Job]
 
 
 def batches(jobs: list[Job], batch_tokens: int, max_gen_len: int | None, args: ModelArgs) -> Iterator[list[Job]]:
-    """Batches of prompts only or dialogs only. The longest come first, so that too little memory shows early and the
-    estimate of the time left is good."""
+    """Batches of prompts only or dialogs only. The longest come first: if memory does not suffice, this shows at
+    once, and the estimate of the time left is good."""
     answer = args.max_seq_len if max_gen_len is None else max_gen_len
     batch: list[Job] = []
     width = 0  # the longest prompt of the batch and its answer
