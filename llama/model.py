@@ -290,7 +290,7 @@ class Transformer(nn.Module):
     embedding_axis: the axis on which the embedding is split over ranks: 0, the vocabulary (Llama 3), or 1, dim (Llama 1
         and 2). `load_state_dict` changes it to the axis of the weights that it loads.
     freqs_cis: the rotary angles, complex64 [2 * max_seq_len, head_dim / 2].
-    passes: number of calls of `hidden`. As long as this number stays the same, so does the cache.
+    passes: number of calls of `hidden`, an executor's included. As long as it stays the same, so does the cache.
     """
 
     def __init__(self, params: ModelArgs, *, embedding_axis: int = 0):
