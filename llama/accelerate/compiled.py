@@ -53,8 +53,8 @@ class CudaGraphDecoder:
     CUDA graph, compiled once for each number of rows.
 
     Shapes are static: attention runs over the whole cache with a mask, so a longer text needs no new compilation.
-    When debugging on a GPU, first check that TORCH_LOGS=cudagraphs reports no skipped graphs (the caches are written in
-    place), and that ranks over NCCL replay in the same order.
+    When debugging on a GPU, first check two things. TORCH_LOGS=cudagraphs must report no skipped graphs: torch may skip
+    one because the caches are written in place. And with NCCL, all ranks must replay graphs in the same order.
     """
 
     def __init__(self, model: Transformer, layers: list[FusedLayer]):

@@ -24,8 +24,8 @@ from llama.parallel.layers import ColumnLinear
 
 log = logging.getLogger(__name__)
 
-# Number of fp32 logits computed at a time when positions are scored: 64 MB. glibc seldom reuses aligned blocks of less
-# than 32 MB.
+# Number of fp32 logits computed at a time when positions are scored: 64 MB. Chunks of less than 32 MB would cost more
+# memory, as glibc seldom reuses aligned blocks of that size.
 SCORING_CHUNK = 2**24
 # Positions of a prompt computed at a time, which bounds the memory of activations.
 PREFILL_CHUNK = 1024
@@ -118,7 +118,7 @@ class Executor:
         return merge_linears([output], self.native)
 
     def _make_decoder(self, fused: Sequence[FusedLayer | None]) -> NativeDecoder | CudaGraphDecoder | None:
-        """Runs a decode step through all layers at once; None unless all layers are fused and of the same shape."""
+        """The decoder, which runs all layers in one call; None unless all layers are fused and of the same shape."""
         model = self.model
         layers = [layer for layer in fused if layer is not None]
         if not layers or len(layers) != len(fused) or not self._norm_is_fused or not (self.native or self.graph):

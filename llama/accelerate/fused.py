@@ -129,7 +129,7 @@ class Positions:
 def causal_mask(seqlen: int, ctx_len: int, device: torch.device) -> torch.Tensor:
     """Which of `ctx_len` positions each of the last `seqlen` may attend to: bool [seqlen, ctx_len].
 
-    On CUDA it is torch's `causal_lower_right`, as the flash kernel does not accept a mask of values.
+    On CUDA it is torch's `causal_lower_right`, as the flash kernel does not accept a mask tensor.
     """
     if device.type == "cuda":
         from torch.nn.attention.bias import causal_lower_right  # imports all of torch's compiler

@@ -42,8 +42,9 @@
 #define PREFETCH_BYTES 8192 /* how far ahead of the current address memory is prefetched */
 #define QUERIES 64          /* queries times heads that one thread processes at a time */
 
-/* LANES: 32-bit numbers in a vector register. ROWS: rows of x whose sums with four rows of a matrix fit into the
- * registers. KEEP: keeps an operand in its register; GCC 12 would otherwise load it again for each use. */
+/* LANES: 32-bit numbers in a vector register. ROWS: rows of x that are multiplied by four rows of a matrix at a time;
+ * all sums of these fit into the registers. KEEP: keeps an operand in its register; GCC 12 would otherwise load it
+ * again for each use. */
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LANES 16
 #define ROWS 4
@@ -265,8 +266,8 @@ INLINE void prefetch(const void *data, int64_t count) {
 
 /* y[r, i..i+rows) = W[i..i+rows, :] x[r, :] for r in 0..m, summed in registers.
  *
- * A single row of W is read as one stream, which the CPU prefetches, and summed in four independent chains. Four rows
- * of W and four of x share their loads. */
+ * A single row of W is read as one stream, which the CPU prefetches, and summed in four independent chains. With
+ * several rows of W and of x, each loaded vector is used for several products. */
 INLINE void multiply_tile(const int kind, const int rows, const int m, const Matrix *w, int64_t i, const float *x,
                           int64_t x_stride, float *y, int64_t y_stride) {
     const int chains = rows < 4 && m < 4 ? 4 : 1;
@@ -503,8 +504,8 @@ INLINE void multiply_panel_rows(const int kind, const int exact, const Matrix *w
 
 /* Round a row x [k] to integers of 16 bits, unless out is NULL, and fill `sums` as multiply_panel expects.
  *
- * The rounding error is at most 2^-16 of the largest magnitude, which is at most sqrt(k) times the root mean square. It
- * is smaller than bfloat16's. */
+ * The rounding error of a number is at most 2^-16 of the row's largest magnitude. That magnitude is at most sqrt(k)
+ * times the row's root mean square. So the error is smaller than that of rounding to bfloat16. */
 static void quantize_row(const float *x, int64_t k, int16_t *out, float *sums) {
     const float round_bias = 12582912; /* as in exponential */
     floats max = {0}, taint = {0};

@@ -175,7 +175,7 @@ def release_freed_memory() -> Iterator[None]:
     mallopt(mmap_threshold, 2**20)
     try:
         yield
-    finally:  # the upper limits of glibc's own adjustment: blocks are reused, which saves page faults
+    finally:  # the highest thresholds that glibc itself would set: blocks are reused again, which saves page faults
         mallopt(mmap_threshold, 2**25)
         mallopt(trim_threshold, 2**26)
 

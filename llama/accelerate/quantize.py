@@ -21,7 +21,7 @@ from llama.checkpoint.layout import EMBEDDING, OUTPUT
 SCHEMES = ("int8", "int4")
 GROUP = 32  # int4: columns that share a scale and a zero
 # Up to this number of rows, x is multiplied by a kernel that reads the quantized weight (gemv). For more rows the
-# weight is dequantized first: at 512 rows those kernels take several times as long.
+# weight is dequantized first, which is faster: at 512 rows the gemv kernels take several times as long.
 MAX_GEMV_ROWS = 32
 CHUNK_ROWS = 256  # rows quantized at a time, so that no complete matrix is in memory in float32
 
@@ -152,7 +152,8 @@ class Int4(QuantizedLinear):
 class PackedInt4(QuantizedLinear):
     """int4 in the layout of torch's kernel for CPUs, which depends on the CPU.
 
-    data: blocks of 2 * `packed_half()` output rows. In a block each column has a byte for rows i and i + half.
+    data: blocks of 2 * `packed_half()` output rows. In a block, byte i of a column holds rows
+    i (low bits) and i + half (high bits).
     scale: scales and zeros, [k / 32, n, 2].
     """
 

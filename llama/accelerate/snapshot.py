@@ -21,7 +21,7 @@ FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in CLASSES}
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does not just run its class's forward: it has hooks, or its own forward."""
+    """Whether the module has forward hooks or pre-hooks, or a forward of its own that replaces its class's."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
@@ -38,7 +38,7 @@ class Snapshot:
     """What an executor read from a model, to compare with later.
 
     Writing to weights in place is not a change, as the executor reads weights where the model stores them. Assigning
-    `.data` is a change: of the address, the shape or the dtype.
+    `.data` is a change, detected by a new address, shape, stride or dtype.
 
     Keeps the storage of weights and caches alive, so that addresses in native structs stay valid until the executor is
     rebuilt.

@@ -28,13 +28,14 @@ class DecodeLoop:
         self._executor = executor
         self._is_closed = False
         self.tokenizer = tokenizer
-        # The ids whose keys and values each row of the cache holds, valid while executor.passes is _cached_at.
+        # For each row of the cache: the ids whose keys and values it holds. Valid only while executor.passes equals
+        # _cached_at, as any later forward may overwrite the cache.
         self._cached_ids: list[list[int]] = []
         self._cached_at = -1
         # Calls may come from any thread. The lock is held while the model or its cache is used: a stream takes it for
         # each step.
         self.lock = threading.RLock()
-        self._last_call: object = None  # the call that computed last
+        self._last_call: object = None  # `call` of the last `take_turn`
         self._open_calls: dict[object, int] = {}  # each running call -> the thread that started it
         self._call_ended = threading.Condition(self.lock)
 
@@ -67,10 +68,10 @@ class DecodeLoop:
                 self._call_ended.notify_all()
 
     def take_turn(self, call: object, ids: object) -> None:
-        """Check that all ranks are about to run the same step, unless `call` was also the last one to compute.
+        """Check that all ranks are about to run the same step. Skipped if `call` also ran the previous step.
 
-        ids: the input of the step, which must be equal on all ranks. Raises RuntimeError on every rank if threads
-        reached the ranks in different orders.
+        call: any object that identifies the call. ids: the input of the step, which must be equal on all ranks.
+        Raises RuntimeError on every rank if threads reached the ranks in different orders.
         """
         if call is not self._last_call:
             self._last_call = None
@@ -102,8 +103,8 @@ class DecodeLoop:
         """Prefill all rows, then yield at each step a `Token` for every unfinished row, until all rows are finished.
 
         k: number of alternatives at each position; None: no log-probabilities. echo: also score the prompts.
-        reuse: if all rows have the same prompt, do not compute the part of it that the cache already holds. The last
-        bits of the result then depend on earlier calls.
+        reuse: if all rows have the same prompt, do not compute the part of it that the cache already holds. Rounding
+        errors of the result then depend on earlier calls.
         is_read: user code runs between the steps and may change the model. It may also finish a row (`Row.cut`).
         """
         self.executor.refresh()
@@ -160,8 +161,8 @@ class DecodeLoop:
         scored: dict[Ids, list[tuple[float, Alternatives]]] = {}
         # A custom model may have its own cache, whose rows cannot be copied, so all of its rows run in one pass.
         for group in [prompts] if executor.is_aligned else bucket_by_length(prompts):
-            # Left-aligned and padded on the right. Causality hides the padding from every position before it, and each
-            # padded cache position is overwritten by the row's own id before a query of that row can see it.
+            # Prompts are padded on the right. The causal mask hides the padding from the ids before it. Later, each
+            # padded cache position is overwritten by a generated id of its row before a query can attend to it.
             tokens = pad_sequence([torch.tensor(ids[start:]) for ids in group], True, pad_id).to(executor.device)
             h = executor.hidden(tokens, start, len(group[0]), len(slots))  # [group, seqlen, dim]
             if k is not None:
@@ -224,7 +225,8 @@ class DecodeLoop:
             uniform = torch.tensor([row.stream.random() for row in rows], dtype=wide_dtype(h.device))
             ids = sampler.sample(logits, uniform.to(h.device))
         broadcast(ids)
-        # max - min is finite where all logits are. isfinite on every logit would take as long as a small output layer.
+        # max - min of a row is finite only if all its logits are. isfinite on every logit would take as long as a small
+        # output layer.
         columns = [(logits.amax(-1, True) - logits.amin(-1, True)).isfinite().float(), ids[:, None].float()]
         if k is not None:
             columns.append(score(logits, ids, k))

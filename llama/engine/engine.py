@@ -28,7 +28,7 @@ class Engine(DecodeLoop):
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, executor: Executor | None = None):
         super().__init__(executor or Executor(_checked(model)), tokenizer)
-        self._owns_process_group = executor is not None  # `build` created both; `close` also ends the group
+        self._owns_process_group = executor is not None  # then `build` created the group, and `close` ends it
 
     @property
     def model(self) -> Transformer:

@@ -14,8 +14,8 @@ def log_norm(logits: torch.Tensor) -> torch.Tensor:
 def score(logits: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
     """Log-probabilities of the targets and of the k best ids: logits [.., vocab], targets [..] -> [.., 1 + 2k].
 
-    Columns: the target's log-probability, those of the k best ids, and these k ids. The ids are exact in fp32 below
-    2^24, so a single tensor is transferred from the device.
+    Columns: the target's log-probability, those of the k best ids, and these k ids. Ids below 2^24 are exact in fp32,
+    so one tensor holds everything and is transferred from the device at once.
     """
     best, ids = logits.topk(k, dim=-1)
     logprobs = torch.cat((logits.gather(-1, targets[..., None]), best), dim=-1) - log_norm(logits)

@@ -87,7 +87,7 @@ def probabilities(logits: torch.Tensor, temperature: Setting) -> torch.Tensor:
 
 
 def keep_top_p(probs: torch.Tensor, top_p: Setting) -> torch.Tensor:
-    """Zero every id whose more probable ids sum to more than top_p (nucleus sampling, arXiv:1904.09751).
+    """Zero each id if the ids more probable than it sum to over top_p (nucleus sampling, arXiv:1904.09751).
 
     Not renormalized. Equal probabilities rank by id. The most probable id always stays.
     """
@@ -112,8 +112,8 @@ def draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     cumulative = probs.cumsum(dim=-1)  # [bsz, vocab]
     total = cumulative[:, -1:].contiguous()
     point = uniform[:, None] * total
-    # The result is the first id whose cumulative weight exceeds the point. `last`, the last id of nonzero weight, is
-    # the limit: rounding may put the point on the total, which would draw an id of weight 0. The clamp is for NaN
-    # weights, for which the search ends past the last id.
+    # The result is the first id whose cumulative weight exceeds the point. Rounding may make the point equal to the
+    # total, which no cumulative weight exceeds: the result is then `last`, the last id of nonzero weight. The clamp is
+    # for NaN weights, for which the search ends past the last id.
     last = torch.searchsorted(cumulative, total).clamp(max=probs.shape[-1] - 1)
     return torch.searchsorted(cumulative, point, right=True).minimum(last).squeeze(-1)

@@ -23,8 +23,8 @@ class TextPiece(NamedTuple):
 
 
 class TextStream:
-    """The text of one row. The pieces that `take` returns, joined, are `Tokenizer.decode` of all ids, up to the first
-    stop text.
+    """The text of one row. Joined, the pieces that `take` returns equal `Tokenizer.decode` of all ids, cut where the
+    first stop text begins.
 
     prompt: ids whose text precedes the generated text. It is not searched for stop texts.
     """

@@ -107,7 +107,8 @@ def explained(
     free, more = free_bytes(device), f", {_gib(requested)} GiB more were requested" if requested else ""
     if free is None:
         return InsufficientMemoryError(f"out of memory on {device}{more}, {doing}: {_needs(choice)}")
-    available = min(free + held, choice.sizes.total - max(0, int(requested) - free))  # the request must fit, too
+    # Other settings must also save the part of the request that did not fit.
+    available = min(free + held, choice.sizes.total - max(0, int(requested) - free))
     where = f"out of memory on {device}{more}, {_gib(free)} GiB are free, {doing}"
     return InsufficientMemoryError(f"{where}: {_needs(choice)}, {_answer(choice, available)}")
 
@@ -172,7 +173,8 @@ def free_bytes(device: torch.device) -> int | None:
             free, _ = torch.cuda.mem_get_info(device)
         except (AssertionError, RuntimeError):  # the driver does not report it
             return None
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own reserve
+        # torch can still allocate the memory that it has reserved and does not use.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
     limits = [*_host_free(), *_cgroups_free(), *_limit_free()]
@@ -186,7 +188,10 @@ def _host_free() -> Iterator[int]:
 
 
 def _limit_free() -> Iterator[int]:
-    """What `ulimit -v` leaves to this process, times the ranks of the host, as the limit applies to each of them."""
+    """What `ulimit -v` leaves to this process, times the number of ranks on the host.
+
+    The limit applies to each rank by itself, and `free_bytes` divides by that number.
+    """
     try:
         import resource
     except ModuleNotFoundError:  # Windows

@@ -54,12 +54,12 @@ def sizes(
 ) -> Sizes:
     """Bytes on each of `world_size` ranks for args.max_batch_size rows of args.max_seq_len positions.
 
-    tied: the embedding is also the output layer. A rank stores both once if its parts of them are the same and the
-    output layer is not quantized. embedding_axis: the axis on which the files split the embedding; it decides whether
-    the parts are the same.
+    tied: the embedding is also the output layer. A rank stores one copy if it needs the same part for both and the
+    output layer is not quantized. embedding_axis: the axis on which the files split the embedding. It decides whether
+    the two parts are the same.
     device: "cpu", "cuda" or "mps".
     """
-    local: dict[str, tuple[int, ...]] = {}  # shapes on this rank, with one layer for all
+    local: dict[str, tuple[int, ...]] = {}  # shapes on this rank; layer 0 stands for all layers
     for key, shape in tensor_shapes(replace(args, n_layers=1)).items():
         parts = list(shape)
         if (axis := shard_axis(key, embedding_axis)) is not None:
@@ -194,7 +194,8 @@ def sizes_per_rank(
 
 
 def largest(fits: Callable[[int], bool], limit: int = sys.maxsize) -> int:
-    """The largest integer up to `limit` that fits, 0 if 1 does not. If an integer does not fit, no larger one may."""
+    """The largest integer up to `limit` that fits, 0 if 1 does not. Assumes that all integers below one that fits also
+    fit."""
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, 2 * high

@@ -120,8 +120,8 @@ class Heartbeat:
     """This rank's heartbeat, those of the other ranks, and an exchange of values that fails when one of them stops.
 
     `generation` distinguishes the keys of this heartbeat from those of earlier ones in the same store; all ranks must
-    pass the same. An operation on a store blocks for as long as the store's host does not answer, whatever its timeout.
-    So `all_gather` runs these operations in a thread and waits for the result, which Ctrl-C and the checks below can
+    pass the same. While the store's host does not answer, an operation on the store blocks, even beyond its timeout. So
+    `all_gather` runs these operations in a thread and waits for the result, which Ctrl-C and the checks below can
     interrupt.
     """
 
