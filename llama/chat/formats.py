@@ -42,7 +42,8 @@ class Dialect:
         never adjacent, because SentencePiece adds a space before each text that it encodes.
     needs: specials that the vocabulary must have.
     stops: specials that end an answer in addition to EOS. A vocabulary may lack them.
-    tags: the marks of turns that are plain text. A message with one could forge a turn, so it is refused.
+    tags: marks of turns that the dialect writes as plain text. A message that contains one could forge a turn, so it is
+        refused.
     strips: whether white space around contents is removed.
     message: (role, content) -> parts of a single message, for dialects that accept roles in any order.
     destinations: whether messages may have a "destination", written on the line after the role. Answers are for "user".
@@ -225,7 +226,7 @@ def find_dialect(name: str, specials: Collection[Special]) -> Dialect:
 
 
 def render(parts: Sequence[Part], names: Mapping[Special, str]) -> str:
-    """Join parts into one text, with specials by name. names: of BOS and EOS in the vocabulary."""
+    """Join parts into one text, with specials by name. names: what the vocabulary calls BOS and EOS."""
     return "".join(part if isinstance(part, str) else names.get(part, part.name) for part in parts)
 
 
@@ -346,7 +347,7 @@ def base_model_note(ckpt_dir: str | Path) -> str | None:
 
     Base models are recognized by Meta's names, or by a tokenizer_config.json with neither chat format nor template.
     """
-    folder = Path(os.path.abspath(as_path(ckpt_dir)))  # links are not resolved, because users know their names
+    folder = Path(os.path.abspath(as_path(ckpt_dir)))  # links are not resolved: users know the link's name
     name = folder.parent.name if folder.name == "original" else folder.name  # the hub has Meta's files in this folder
     try:
         check_size(path := folder / "tokenizer_config.json")

@@ -57,10 +57,10 @@ def check_files(
 ) -> set[Path]:
     """Read `files` and all listed files completely, once, and return the intact ones.
 
-    A file that is undamaged but has another hash than the listed one is reported as a problem, and still returned.
+    A file whose hash differs from the listed one is a problem. It still counts as intact if no CRC shows damage.
 
-    part, parts: check only every `parts`-th tensor of a shard, starting with the `part`-th, if processes share the
-    work.
+    part, parts: check only the CRCs of records part, part + parts, part + 2 * parts, ... of each shard, so that
+    processes can share the work.
     """
     file_of_hash = {digest: path for path, (digest, _) in listed.items()}
     intact = set()
@@ -137,7 +137,9 @@ def _wrong_format(path: Path, is_shard: bool) -> str | None:
 def _check_identity(
     path: Path, records: list[Record], is_listed: bool, shards: dict[tuple[Any, ...], Path], report: Report
 ) -> bool:
-    """Detect repeated and swapped shards by their CRCs and the names they were saved under, and add this to `shards`.
+    """Report a shard that repeats another's tensors (by CRC) or was saved under another number.
+
+    Adds the shard to `shards` and `report.digests`.
 
     Returns True if the archive does not record its shard number and no checklist lists it.
     """

@@ -38,7 +38,7 @@ class Checkpoint:
 
     params: params.json. If its vocab_size is -1, the size is taken from the embedding.
     embedding_axis: 0 if the shards divide the vocabulary (Llama 3), 1 if they divide dim (Llama 2).
-    dtype: of the stored embedding; float32 instead of float64.
+    dtype: the dtype of the stored embedding, or float32 if that is float64.
     shapes: name -> full shape of each tensor in the shards. Tied models use the embedding as output and have no
     output.weight.
     notes: a line for each difference from Meta's layout, and how it was handled.
@@ -133,7 +133,8 @@ def _explain_names(tensors: Tensors) -> str:
 def load_weights(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype, finish: Finish = None) -> None:
     """Copy this rank's slice of every tensor into `model`, in `dtype`, on the device of the model's caches.
 
-    finish: called with each layer as soon as its weights are loaded, before the next layer's weights are read.
+    finish: called with each layer except the output, as soon as its weights are loaded and before the next layer's
+    weights are read.
     """
     args, (rank, world_size) = model.params, model_parallel()
     shapes, device = tensor_shapes(args), model.caches[0].k.device
@@ -154,7 +155,7 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype,
 
 
 def _allocate(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace the layer's parameters on the meta device with uninitialized ones without gradients."""
+    """Replace parameters that are on the meta device with uninitialized ones on `device` that need no gradient."""
     for names in FUSED.values() if isinstance(layer, TransformerBlock) else ():
         members = [layer.get_submodule(name) for name in names]
         rows = [len(member.get_parameter("weight")) for member in members]

@@ -31,7 +31,7 @@ SHARD_AXIS = {
     OUTPUT: 0,
 }
 # Weights that are allocated as row blocks of one matrix, so that one matrix product computes all of them: name of the
-# matrix -> the linear layers whose rows it holds. A block's weights are loaded in this order.
+# matrix -> the linear layers whose rows it holds. A block's matrices are allocated and quantized in this order.
 FUSED = {
     "attention.wqkv.weight": ("attention.wq", "attention.wk", "attention.wv"),
     "attention.wo.weight": ("attention.wo",),

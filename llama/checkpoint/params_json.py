@@ -22,8 +22,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "rope_original_context_length": (1, 2**31),
     "rope_linear_factor": (1, 1e12),
 }
-# Keys that describe a run instead of a model. Trainers and other runners write them, and they are ignored. Tied
-# embeddings are detected from the shards.
+# Keys that describe a run instead of a model. Trainers and other runners write them, and they are ignored. Keys about
+# tied embeddings are ignored too, because the shards show whether the model is tied.
 RUN_KEYS = {
     *("max_batch_size", "max_seq_len", "max_seq_length", "max_position_embeddings", "model_parallel_size", "seed"),
     *("dropout", "attention_dropout", "attn_dropout", "residual_dropout", "embedding_dropout", "resid_pdrop"),
@@ -72,7 +72,7 @@ def load_params(ckpt_dir: str | Path) -> tuple[dict[str, Any], list[str]]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_small_file(path))  # given bytes, it detects UTF-16 and skips a byte-order mark
+        content = json.loads(read_small_file(path))  # loads detects UTF-16 in bytes and skips a byte-order mark
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: it comes with the consolidated.NN.pth files") from None
     except OSError as error:

@@ -12,7 +12,8 @@ class Report:
     notes: harmless findings.
     checked: what was checked.
     bad_files: the files that have a problem, so that later checks can skip them.
-    digests: shard's file name -> a checksum of the checksums of its tensors, for comparing hosts.
+    digests: shard's file name -> one checksum over the CRCs of its tensors, or, if the format has no CRCs, its size and
+        the CRC of its first MiB. Hosts compare these.
     """
 
     problems: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Read one file of weights into tensors under Meta's names, from any tool.
+"""Read one file of weights, written by any tool, into tensors under Meta's names.
 
 Meta's own files are a dictionary of tensors by name. Trainers and fine-tuners wrap it (`{"model": ..., "step": ...}`),
 put a prefix before the names (`module.`, `_orig_mod.`), and save buffers along with the weights; Mistral publishes
@@ -24,7 +24,7 @@ WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 MAX_WRAPPERS = 4  # levels of nesting
 # Prefixes of all names: nn.DataParallel and DeepSpeed (module), Lightning (model), torch.compile (_orig_mod), FSDP.
 PREFIX = re.compile(r"(?:(?:module|model|_orig_mod|_forward_module|_fsdp_wrapped_module)\.)*")
-# Inside names, if single layers were wrapped: layers.0._orig_mod.attention.wq.weight.
+# Wrappers of single layers add their prefix inside the name: layers.0._orig_mod.attention.wq.weight.
 INSERTED = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Buffers that the model computes itself: rotary frequencies (Llama 1's files have them), masks, caches.
 BUFFER = re.compile(
@@ -88,7 +88,7 @@ def is_plain_tensor(value: Any) -> bool:
         return False
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_neg():
         return False
-    span = 0  # offset of the last element along the axes with smaller strides
+    span = 0  # largest offset that the axes with smaller strides reach
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1 and stride <= span:
             return False
@@ -169,7 +169,7 @@ def _read_safetensors(path: Path, kind: str | None) -> Tensors:
 
 
 def _unwrap(path: Path, content: Any) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Return (tensors by name, the nested entries that hold them, outermost first, the other entries)."""
+    """Return (tensors by name; the nested entries that hold them, outermost first; the other entries)."""
     wrappers: list[str] = []
     others: list[str] = []
     while True:
@@ -194,7 +194,7 @@ def _unwrap(path: Path, content: Any) -> tuple[dict[str, Any], list[str], list[s
 
 
 def _remove_buffers(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return (the other tensors, names of the buffers with N for the layer's number)."""
+    """Return (tensors without the buffers; names of the buffers, with N in place of the layer's number)."""
     buffers = {key for key in content if BUFFER.fullmatch(key)}
     names = {re.sub(r"\.\d+\.", ".N.", key) for key in buffers}
     return {key: value for key, value in content.items() if key not in buffers}, sorted(names)
@@ -205,7 +205,7 @@ def _remove_prefixes(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any
     if any(key.endswith("embed_tokens.weight") for key in content):
         fix = "name it pytorch_model.bin, put config.json next to it, and convert that folder: python -m llama convert"
         raise CheckpointError(f"{path} holds tensors under Hugging Face's names: {fix}")
-    prefixes = {key: PREFIX.match(key)[0] for key in content}  # type: ignore[index]  # it also matches nothing
+    prefixes = {key: PREFIX.match(key)[0] for key in content}  # type: ignore[index]  # PREFIX matches "" too
     if len(set(prefixes.values())) > 1:
         examples = {prefix: key for key, prefix in reversed(prefixes.items())}
         raise CheckpointError(

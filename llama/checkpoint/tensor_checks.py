@@ -25,8 +25,8 @@ from llama.checkpoint.report import Report
 from llama.console import progress
 from llama.params import ModelArgs
 
-# Every shard holds all norms. Those of one model may differ in the last bit (0.8 % in bfloat16), those of different
-# models differ by far more.
+# Every shard holds all norms. Between shards of one model they may differ in the last bit (0.8 % in bfloat16), between
+# shards of different models they differ by far more.
 NORM_TOLERANCE = 0.01
 CHUNK = 2**20  # elements of a non-contiguous tensor that are copied at a time
 
@@ -44,7 +44,7 @@ def check_tensors(
     paths: shard number -> file.
     shards: shard number -> tensors, for the files that could be opened.
     args: None if params.json could not be read.
-    part, parts: look for NaN and infinity only in every `parts`-th tensor, starting with the `part`-th.
+    part, parts: look for NaN and infinity only in tensors part, part + parts, part + 2 * parts, ... of each shard.
 
     Returns `args` with its vocabulary size. Returns None if `args` is None, or if no shard has an embedding.
     """
@@ -60,8 +60,8 @@ def check_tensors(
     axis = 0 if _most_common(e.shape[1] for e in embeddings if e.dim() == 2) == args.dim else 1
     rows = _most_common(e.shape[0] for e in embeddings if e.dim() == 2)
     is_tied = not any(OUTPUT in tensors for tensors in shards.values())
-    # Find the number of shards that the model is divided into. Files may be missing, or there may be extra ones, so the
-    # first candidate that at least one file fits is used.
+    # Find the number of shards that the model is divided into. Files may be missing, or there may be extra ones, so try
+    # several numbers and use the first that matches the shapes in at least one file, or else the first of all.
     counts = [len(paths), max(paths) + 1, *filter(None, (_shard_count(tensors, args) for tensors in shards.values()))]
     candidates = {}
     for count in dict.fromkeys(counts):
@@ -114,7 +114,7 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 
 def _shard_count(tensors: Tensors, args: ModelArgs) -> int | None:
-    """The number of shards of the model that this shard is from, by the rows of its first query projection."""
+    """The number of shards of this shard's model, computed from the rows of the shard's first query projection."""
     wq = tensors.get("layers.0.attention.wq.weight")
     return args.n_heads * args.head_dim // wq.shape[0] if wq is not None and wq.dim() and wq.shape[0] else None
 
@@ -141,7 +141,10 @@ def check_count(paths: dict[int, Path], count: int, report: Report) -> None:
 
 
 def check_same_model(paths: dict[int, Path], shards: dict[int, Tensors], shapes: Shapes, report: Report) -> None:
-    """Add a problem for each shard whose dtypes or norms differ from those of most shards. Their shapes must fit."""
+    """Add a problem for each shard whose dtypes or norms differ from those of most shards.
+
+    shards: only those whose tensors have the expected names and shapes.
+    """
     if len(shards) < 2:
         return
     norms = [key for key in shapes if key != EMBEDDING and SHARD_AXIS[without_layer(key)] is None]

@@ -59,7 +59,7 @@ def check_folder(folder: Path) -> Report:
 
 
 def check_before_loading(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> tuple[list[str], dict[str, str]]:
-    """Return (problems of the shards, a line each; shard's file name -> a checksum of the checksums inside it).
+    """Check the shards of an opened checkpoint. Return (problems, a line each; `Report.digests`).
 
     Each of `parts` processes reads its part of the tensors' bytes. Every process makes the other checks. Checklists are
     not read.

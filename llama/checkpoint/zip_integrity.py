@@ -1,7 +1,8 @@
 """Check the zip archives that torch.save writes: directory, headers, and the CRC-32 of each record.
 
 The format is described in PKWARE's APPNOTE.TXT. zipfile uses the directory, and torch uses some of the local headers.
-After a flipped bit or appended bytes they can see different contents, so directory and headers are compared here.
+After a flipped bit or appended bytes, zipfile and torch can read different contents. So this module compares directory
+and headers.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Convert checkpoints from Hugging Face's format, GGUF and llama2.c to Meta's layout, and to Hugging Face's format.
+"""Convert checkpoints: read Meta's layout, Hugging Face's, GGUF and llama2.c, and write Meta's or Hugging Face's.
 
 `convert` and `ConvertError` are public. Imports checkpoint, tokenizer, chat and the layers below them (see
 ARCHITECTURE.md). Every reader returns a `Source`, and both writers accept one.

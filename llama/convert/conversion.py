@@ -24,7 +24,7 @@ SUPPORTED = (
     "supported are Meta's folders (consolidated.NN.pth), Hugging Face's of Llama, Mistral and Phi-3 (config.json), "
     "GGUF files of architecture llama, and llama2.c's .bin files"
 )
-# The files of a converted folder. --force refuses to replace a folder with others.
+# The files of a converted folder. --force refuses to replace a folder that holds any other file.
 WRITTEN = (
     *("consolidated.*.pth", "params.json", "checklist.chk", "tokenizer.model", "tokenizer.json"),
     *("tokenizer_config.json", "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
@@ -189,7 +189,10 @@ def _umask() -> int:
 
 
 def _check_disk(source: Source, dtypes: dict[str, torch.dtype], dst: Path) -> None:
-    """Raise ConvertError if the disk has no room for the result. An old `dst` is deleted too late to free any."""
+    """Raise ConvertError if the disk has no room for the result.
+
+    The space of an old `dst` does not count as free, because `dst` is deleted only when the new folder is complete.
+    """
     shapes = tensor_shapes(source.args)
     needed = sum(math.prod(shapes[name]) * dtype.itemsize for name, dtype in dtypes.items())
     needed += sum(map(len, source.files.values()))

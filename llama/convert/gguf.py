@@ -189,8 +189,9 @@ def _llama3_scaling(divisors: np.ndarray, params: dict[str, Any], metadata: dict
     """Llama 3's rope scaling from rope_freqs.weight [head_dim / 2], by which llama.cpp divides each frequency.
 
     The scaling has four numbers. GGUF stores at most one of them, the original context length. The factor is the
-    largest divisor. For low_freq_factor and high_freq_factor, 1 and 4 are tried first, then the numbers from a line
-    fitted through the divisors between 1 and the factor. Raises ConvertError if neither reproduces the divisors.
+    largest divisor. For low_freq_factor and high_freq_factor, 1 and 4 are tried first. Then a line is fitted through
+    the divisors between 1 and the factor, and its two ends are tried. Raises ConvertError if neither reproduces the
+    divisors.
     """
     plain = ModelArgs(**params)
     if divisors.shape != (plain.head_dim // 2,):
@@ -294,7 +295,8 @@ def _tokenizer_json(metadata: dict[str, Any], tokens: list[str], types: list[int
         steps = [pre_tokenizers.Digits(individual_digits=True)]
     elif pre in LLAMA3_PRE:
         steps = [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")]
-    # ByteLevel's own pattern is GPT-2's. In Llama 3's tokenizers, a pre-token that is in the vocabulary is not merged.
+    # ByteLevel's own pattern is GPT-2's. Llama 3's tokenizers encode a pre-token that is in the vocabulary as that
+    # token, without merges.
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in LLAMA3_PRE))
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_PRE))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)

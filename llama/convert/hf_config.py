@@ -160,7 +160,8 @@ def _config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     args = source.args
     family = "llama" if args.sliding_window is None else "mistral"
     rope: dict[str, Any] | None = None
-    # params.json has no longest context. If the source has none either, use that of the model family with this theta.
+    # params.json does not record the longest context. If the source does not either, use the one of the model family
+    # that has this rope_theta.
     positions = {500000.0: 8192, 1000000.0: 16384}.get(args.rope_theta, 4096)
     if args.use_scaled_rope:
         positions = 131072

@@ -24,7 +24,8 @@ from llama.vocabulary.tokenizer_json import read_tokenizer_json
 def import_tokenizer(folder: Path, model_config: dict[str, Any], args: ModelArgs) -> tuple[dict[str, bytes], list[str]]:
     """Return (the tokenizer's files for the new folder, name -> content; notes).
 
-    The vocabulary is tokenizer.model if that has all tokens, because it needs no other package, else tokenizer.json.
+    The vocabulary is tokenizer.model if that has all tokens, because the new folder then works without the tokenizers
+    package. Otherwise it is tokenizer.json.
     """
     model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
     config = _read_if_exists(folder / "tokenizer_config.json")
@@ -91,11 +92,12 @@ def export_tokenizer(path: Path, use_scaled_rope: bool) -> dict[str, str]:
     tokenizer = Tokenizer(path, use_scaled_rope=use_scaled_rope)
     config_path = path.with_name("tokenizer_config.json")
     source: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
-    # Not a model's own class, which would rebuild the tokenizer instead of using the file.
+    # A model's own tokenizer_class would rebuild the tokenizer instead of using the file.
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if tokenizer.kind == "tokenizer.json":
         text = path.read_text(encoding="utf-8")
-        if tokenizer.adds_bos and not FastTokenizer.from_str(text).encode("").ids:  # transformers reads only this file
+        # transformers adds BOS only if the post-processor in this file does.
+        if tokenizer.adds_bos and not FastTokenizer.from_str(text).encode("").ids:
             text = json.dumps(json.loads(text) | {"post_processor": _bos_template(tokenizer)}, ensure_ascii=False)
         kept: tuple[str, ...] = ("unk_token", "pad_token", "add_bos_token", "chat_template")
     else:
@@ -120,7 +122,8 @@ def _from_sentencepiece(path: Path) -> dict[str, Any]:
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(model_file=str(path))
-    # Other normalizers change this text: it has a ligature, and repeated, leading and trailing spaces.
+    # Only the identity normalizer is supported. Others change this text, which has a ligature, and repeated, leading
+    # and trailing spaces.
     normalized = model.normalize("  \N{LATIN SMALL LIGATURE FI}  a ")
     unchanged = f"{SPACE}{SPACE}\N{LATIN SMALL LIGATURE FI}{SPACE}{SPACE}a{SPACE}"
     if normalized not in (unchanged, SPACE + unchanged):
@@ -183,7 +186,7 @@ def _from_ranks(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _merges(pieces: Iterable[str]) -> list[tuple[str, str]]:
-    """All pairs of pieces that joined are a piece too, in the order of the joined pieces."""
+    """All pairs of pieces whose concatenation is a piece too, in the order of the concatenations."""
     known = set(pieces)
     return [
         (piece[:i], piece[i:])

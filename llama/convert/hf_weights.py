@@ -57,7 +57,10 @@ def hf_name(name: str) -> str:
 
 
 def interleave(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Rows of wq or wk [n_heads * head_dim, dim] to Meta's order: i and i + head_dim / 2 become 2i and 2i + 1."""
+    """Reorder the rows of wq or wk [n_heads * head_dim, dim] as Meta does.
+
+    In each head, rows i and i + head_dim / 2 become rows 2i and 2i + 1.
+    """
     return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -190,7 +193,8 @@ def write_weights(source: Source, folder: Path, dtypes: dict[str, torch.dtype], 
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     total, offset = sum(sizes.values()), 0
     groups: list[list[str]] = [[] for _ in range(shards)]
-    for name, size in sizes.items():  # each goes to the file that holds its middle if all are divided equally
+    # Each tensor goes to the file that would hold its middle byte if the total were divided equally over the files.
+    for name, size in sizes.items():
         groups[(2 * offset + size) * shards // (2 * total)].append(name)
         offset += size
     if not all(groups):

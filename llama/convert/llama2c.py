@@ -184,7 +184,10 @@ def _reader(data: np.ndarray, offset: int, shape: tuple[int, ...], group: int) -
 
 
 def _tokenizer(path: Path, vocab_size: int) -> tuple[dict[str, bytes], list[str]]:
-    """Return (tokenizer files, notes), from tokenizer.bin or, as training names it, tok4096.bin next to the model."""
+    """Return (tokenizer files, notes).
+
+    Reads tokenizer.bin next to the model, or tok4096.bin (4096: the size), as llama2.c names a vocabulary it trained.
+    """
     for name in ("tokenizer.bin", f"tok{vocab_size}.bin"):
         if (file := path.with_name(name)).is_file():
             check_size(file)

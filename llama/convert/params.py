@@ -69,7 +69,7 @@ def feed_forward_params(dim: int, width: int) -> dict[str, int | float]:
     # Try one decimal first, as in Meta's models.
     for digits in (1, 2):
         for multiple_of in (n for n in powers if n >= 32 and width % n == 0):
-            middle = (width + 1 - multiple_of / 2) / int(8 * dim / 3)  # of the range of multipliers with this width
+            middle = (width + 1 - multiple_of / 2) / int(8 * dim / 3)  # of the multipliers that give this width
             if fits(multiple_of=multiple_of, ffn_dim_multiplier=round(middle, digits)):
                 return {"multiple_of": multiple_of, "ffn_dim_multiplier": round(middle, digits)}
     return {"hidden_dim": width}
@@ -78,7 +78,7 @@ def feed_forward_params(dim: int, width: int) -> dict[str, int | float]:
 def scaling_params(
     factor: float, low_freq_factor: float, high_freq_factor: float, original_context_length: int
 ) -> dict[str, Any]:
-    """The keys of Llama 3's rope scaling. Except for the factor, values of Llama 3.1 are left out.
+    """The keys of Llama 3's rope scaling. Values that equal Llama 3.1's are left out, except for the factor.
 
     Raises ConvertError for inconsistent numbers.
     """

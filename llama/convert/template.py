@@ -45,7 +45,7 @@ TURNS: "Dialog" = [
     {"role": "user", "content": "And another?"},
 ]
 SYSTEM: "Dialog" = [{"role": "system", "content": "Be kind."}]
-# Contents without outer white space, because releases of one model differ in whether they strip it.
+# Contents without leading or trailing white space, because releases of one model differ in whether they strip it.
 DIALOGS: "tuple[Dialog, ...]" = (QUESTION, TURNS, [*SYSTEM, *QUESTION], [*SYSTEM, *TURNS])
 PLACEHOLDER = "\0"
 
@@ -111,10 +111,11 @@ def _match(
         texts = [None if text is None else "".join(text.split()) for text in texts]
     keys: dict[str, Any] = {}
     starts = [text.startswith(special_names.get(BOS, PLACEHOLDER)) for text in (texts[0] or "", rendered(QUESTION))]
-    if starts == [True, False]:  # not SmolLM2, whose format begins with its BOS as a tag
+    if starts == [True, False]:  # not for SmolLM2, whose BOS is also its format's first tag
         keys["dialog_bos"] = True
-    # Cut what the template adds out of the place where the format puts a system message or its beginning. If the
-    # template adds it elsewhere, the comparison below fails.
+    # The template may add a default system message, or a prefix to a system message. Render a placeholder where the
+    # format puts it, and take the text that the template has there. If the template has it elsewhere, the comparison
+    # below fails.
     for key, text, dialog in (("default_system", texts[0], QUESTION), ("system_prefix", texts[2], DIALOGS[2])):
         if text is None or text == rendered(dialog, **keys):
             continue

@@ -52,7 +52,7 @@ def sentencepiece_model(
             raise ConvertError(f"piece {i}, {piece!r}, is BOS or EOS, but has type {kind}: fetch the file again")
         body.append(_field(1, _field(1, _utf8(piece)) + _field(2, float(score)) + _field(3, kind)))
     trainer = _trainer_spec(pieces, ids)
-    # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
+    # name, precompiled_charsmap, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
     normalizer = (
         _field(1, b"identity") + _field(2, b"") + _field(3, int(add_dummy_prefix)) + _field(4, 0) + _field(5, 1)
     )
@@ -114,7 +114,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (number, value) of each field of a protobuf message. Inverse of `_field`, but a float is its 4 bytes."""
+    """Yield (number, value) of each field of a protobuf message. Inverse of `_field`, but yields a float as 4 bytes."""
     position = 0
 
     def varint() -> int:

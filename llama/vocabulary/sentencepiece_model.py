@@ -16,7 +16,7 @@ class SentencePieceBackend:
             self.n_words: int = self.model.vocab_size()
             self.unk_id: int = self.model.unk_id()
             names = self.model.id_to_piece(list(range(self.n_words)))
-            self.model.decode([self.unk_id])  # its text is not among the pieces and may be damaged too
+            self.model.decode([self.unk_id])  # unk's text is stored outside the pieces; it may be damaged too
         except UnicodeDecodeError as error:
             raise TokenizerError(f"{path} holds a piece that is not UTF-8, fetch it again") from error
         except (OSError, RuntimeError, IndexError) as error:

@@ -111,9 +111,9 @@ def read_tokenizer_json(path: Path) -> Any:
 def _refuse_subword_prefix(path: Path) -> None:
     """Raise TokenizerError for a continuing_subword_prefix, which BERT's tokenizers have and Llama's do not.
 
-    The tokenizers package strips the length of this prefix off every merge. If that ends inside a character, it aborts
-    the process instead of raising an error. The file is searched and not parsed, because 64 MiB of JSON may need 2.5 GB
-    of memory when parsed.
+    The tokenizers package cuts the length of this prefix off every merge. If the cut falls inside a character, the
+    package aborts the process instead of raising an error. The file is searched and not parsed, because 64 MiB of JSON
+    may need 2.5 GB of memory when parsed.
     """
     content = path.read_bytes()
     if PREFIX.search(content) or ESCAPED_LETTER.search(content):
