@@ -26,7 +26,7 @@ from llama.model import Transformer, TransformerBlock
 from llama.parallel.groups import model_parallel
 from llama.params import ModelArgs
 
-Finish = Callable[[nn.Module], None] | None  # called with each layer once its weights are loaded
+Finish = Callable[[nn.Module], None] | None  # called with each block once its weights are loaded
 
 
 class Checkpoint:

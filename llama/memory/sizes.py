@@ -105,7 +105,7 @@ def _prefill_bytes(
     # In a layer, during RoPE: its input, the norm's output, wqkv(x), and the copies that RoPE makes.
     heads = q + 2 * kv
     rotary = n * (size * (2 * dim + heads) + q * (8 if dtype == torch.float32 else 12))
-    # During attention: the rotated queries and keys and the result. From the second chunk on, a CPU also needs a mask
+    # During attention: the rotated queries and keys and the result. From the second chunk on, all but CUDA also need a mask
     # of bools, and a float mask made from it.
     masked = part * args.max_seq_len * (1 + size) if args.max_seq_len > part and device != "cuda" else 0
     attention = n * size * (2 * dim + heads + 2 * q + kv) + masked
