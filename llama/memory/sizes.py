@@ -105,8 +105,8 @@ def _prefill_bytes(
     # In a layer, during RoPE: its input, the norm's output, wqkv(x), and the copies that RoPE makes.
     heads = q + 2 * kv
     rotary = n * (size * (2 * dim + heads) + q * (8 if dtype == torch.float32 else 12))
-    # During attention: the rotated queries and keys and the result. From the second chunk on, all but CUDA also need a mask
-    # of bools, and a float mask made from it.
+    # During attention: the rotated queries and keys and the result. From the second chunk on all devices but CUDA also
+    # need a mask of bools, and a float mask made from it.
     masked = part * args.max_seq_len * (1 + size) if args.max_seq_len > part and device != "cuda" else 0
     attention = n * size * (2 * dim + heads + 2 * q + kv) + masked
     # During the feed-forward: the layer's input, h, the norm's output; w13(x), silu(gate), and the result.
