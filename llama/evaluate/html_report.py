@@ -91,8 +91,8 @@ def _mark(sign: str) -> str:
     return f'<i data-s="{escape(sign)}"></i>'
 
 
-# Cards cover the header, which is at the bottom of a narrow window, within reach of a thumb, or next to the text in a
-# wide one. The text never extends there, so a card is always inside the window and covers no token.
+# A card covers the header. In a narrow window the header is at the bottom, within reach of a thumb; in a wide one it is
+# next to the text. The text never extends there, so a card is always inside the window and covers no token.
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1b1f;--dim:#5c5c66;--card:#f5f5f8;--line:#cfcfd6;--bar:#c9dcf5;
 --p0:#c4ead0;--p1:#e3efb8;--p2:#fde7a3;--p3:#fdc79a;--p4:#f9a8a8;scroll-padding-bottom:min(20rem,50vh)}

@@ -170,7 +170,7 @@ class MetaLlama(TemplateLM):
         return answers
 
     def _read_generation(self, i: int, context: str, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A request of `_generate`. i: the index of the request. gen_kwargs: the task's generation_kwargs."""
+        """Prepare a request for `_generate`. i: the index of the request. gen_kwargs: the task's generation_kwargs."""
         settings: dict[str, Any] = {**normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)}
         until, max_gen_len = settings.pop("until"), settings.pop("max_gen_toks")
         if settings.get("num_beams") == 1:  # some tasks set it, and it is the supported number
@@ -204,7 +204,7 @@ class MetaLlama(TemplateLM):
         }
 
     def _on_all_ranks(self, function: Callable[..., Any], argument: Any) -> Any:
-        """function(llama, argument) on every rank, both broadcast from rank 0."""
+        """Call function(self.llama, argument) on every rank, with the function and argument of rank 0."""
         function, argument = broadcast_object((function, argument))
         return function(self.llama, argument)
 
@@ -229,7 +229,7 @@ class MetaLlama(TemplateLM):
     def apply_chat_template(self, chat_history: Dialog, add_generation_prompt: bool = True) -> str:
         """A dialog as text, which `tok_encode` encodes into the ids of `ChatFormat.encode`.
 
-        It ends where the answer begins, or if the last message is the beginning of an answer, with that message.
+        It ends where the answer begins. If the last message is from the assistant, the answer continues that message.
         """
         if not chat_history or chat_history[-1]["role"] != "assistant":
             return self._render(chat_history)
@@ -261,7 +261,7 @@ class MetaLlama(TemplateLM):
         return tuple(self._render(dialog).split(PLACEHOLDER)[0] for dialog in _example_dialogs())
 
     def _is_dialog(self, text: str) -> bool:
-        """Whether a text is a dialog, by its beginning: dialogs may come from the harness's cache of requests."""
+        """Whether a text begins like a dialog. That is the only sign, as texts may come from the harness's cache."""
         return text.startswith(self._dialog_prefixes)
 
 

@@ -33,7 +33,7 @@ def score_text(
 ) -> Perplexity:
     """The perplexity of a text.
 
-    ids: the ids of the text, without BOS. With `bos`, at least one must be scored.
+    ids: the ids of the text, without BOS. At least two, or one if BOS is added, because the first is not scored.
     file: the name of the text, returned unchanged.
     stride, bos: as in `rolling_loglikelihood`.
 

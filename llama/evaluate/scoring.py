@@ -28,7 +28,7 @@ from llama.options import check_int
 from llama.params import ModelArgs
 from llama.tokenizer import Tokenizer
 
-# The limit of positions per forward pass, including padding. A longer text is one pass. More would not be faster.
+# Positions per forward pass, including padding. A text with more gets a pass of its own. A higher limit is not faster.
 BATCH_TOKENS = 4096
 
 
@@ -122,8 +122,8 @@ def rolling_loglikelihood(
     Perplexity is exp(-sum / number of ids scored).
 
     The ids are computed in windows of max_seq_len. Each id is scored once, in the first window that can score it, given
-    the ids before it in that window. The first window scores all its ids, each later window up to `stride` new ids. For
-    max_seq_len 4, and t0 that is BOS or not scored:
+    the ids before it in that window. The first window scores up to max_seq_len ids, each later one up to `stride`.
+    An example with max_seq_len 4. t0, which may be BOS, is not scored:
 
         ids           t0  t1  t2  t3  t4  t5  t6  t7
         stride 4      [-----input-----]                scores t1 to t4
@@ -132,9 +132,9 @@ def rolling_loglikelihood(
                               [-----input-----]        scores t5 and t6
                                   [-----input-----]    scores t7
 
-    stride: 1 to max_seq_len. None means max_seq_len, as in EleutherAI's lm-evaluation-harness, which makes the fewest
-        windows. With a smaller stride every id has at least max_seq_len - stride ids of context, if the text has that
-        many before it, and the computation takes max_seq_len / stride times as long.
+    stride: 1 to max_seq_len. None means max_seq_len, which makes the fewest windows. EleutherAI's
+        lm-evaluation-harness does the same. With a smaller stride every id has at least max_seq_len - stride ids of
+        context, if the text has that many before it, and the computation takes max_seq_len / stride times as long.
     bos: as in `token_logprobs`. Without BOS the first id is not scored. The result for an empty list is 0.0.
 
     Raises ValueError or TypeError for a stride out of range and for ids outside the vocabulary.
@@ -242,8 +242,9 @@ def windows(ids: list[int], max_seq_len: int, stride: int) -> Iterator[Text]:
 class Group:
     """Texts that begin with the same `prefix`, which is computed once for all of them.
 
-    The input of a text is all its ids but the last, which is only predicted. If a group has one text, the prefix is the
-    input. If it has several, each has a suffix, which is its input after the prefix and may be empty.
+    The input of a text is all its ids but the last, which is only predicted. A text without shared prefix is a group of
+    its own: its prefix is its whole input. In other groups each text has a suffix: its input after the prefix. It may
+    be empty.
     """
 
     prefix: tuple[int, ...]
@@ -291,9 +292,8 @@ def _groups(texts: list[Text]) -> list[Group]:
     for context, members in by_context.items():
         n_positions = sum(len(text.ids) - 1 for text in members)
         if (len(members) - 1) * len(context) * 8 >= n_positions:
-            n_measured = (
-                BATCH_TOKENS  # forces a new group; large groups are divided to limit the memory of hidden states
-            )
+            # Start with a new group. Divide large groups, to limit the memory of hidden states.
+            n_measured = BATCH_TOKENS
             for text in members:
                 if n_measured >= BATCH_TOKENS:
                     groups.append(Group(context, []))

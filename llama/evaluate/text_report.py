@@ -1,4 +1,4 @@
-"""A token report as a table for the terminal, and the text of pieces and probabilities in both kinds of report."""
+"""A token report as a table for the terminal. `html_report` formats pieces and probabilities with its functions."""
 
 import math
 import unicodedata

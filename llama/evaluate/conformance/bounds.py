@@ -4,7 +4,7 @@ import math
 
 # dtype -> the largest rounding error of a number of magnitude 1.
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-GROWING_LAYERS = 16  # each adds as much error as the first; measured: later layers add none
+GROWING_LAYERS = 16  # the first 16 layers add the same error each; measured: later ones add none
 ANGLE_ERROR = 2.0**-21  # radians per position: RoPE's frequencies are float32
 
 

@@ -123,7 +123,7 @@ class Comparison:
         }
 
     def _should_compare(self, quantity: str, found: Any) -> bool:
-        """Count a tensor or list of the kit. found: that of the other kit, or None."""
+        """Count a tensor or list of the kit, and return whether to compare it. found: the other kit's, or None."""
         total, missing = self.counts.get(quantity, (0, 0))
         self.counts[quantity] = (total + 1, missing + (found is None))
         return found is not None and self.first is None

@@ -179,7 +179,7 @@ def prompt_vectors(
 
 
 def _params(args: ModelArgs) -> dict[str, Any]:
-    """All parameters that affect a model's numbers, including defaults."""
+    """All parameters that affect what a model computes, including defaults."""
     rope: dict[str, Any] = {"rope_theta": args.rope_theta, "use_scaled_rope": args.use_scaled_rope}
     names = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_context_length", "rope_linear_factor")
     rope |= {"rope_scaling_factor": args.rope_factor} | {name: getattr(args, name) for name in names}

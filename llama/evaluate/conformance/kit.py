@@ -24,7 +24,7 @@ from llama.evaluate.conformance.layout import (
     sha256,
 )
 
-JSON_LIMIT = 16 * 2**20  # bytes of a kit.json. That is a million ids, whose tensors would be 500 GB in the demo model
+JSON_LIMIT = 16 * 2**20  # bytes of a kit.json: a million ids. With the demo model their tensors would take 500 GB
 INT_LIMIT = 2**31  # limit of positions and ids
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names of the dtypes that are compared
 
