@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from llama import Llama
-from llama.options import BuildOptions, ModelOptions, SamplingOptions, Settings, declared
+from llama.options import DTYPES, BuildOptions, ModelOptions, SamplingOptions, Settings, declared
+from llama.parallel import device
 
 
 def test_metas_signature_has_the_declared_defaults() -> None:
@@ -18,6 +19,10 @@ def test_metas_signature_has_the_declared_defaults() -> None:
         assert parameter.default == declared(ModelOptions)[parameter.name].default
     keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert keywords == {name: option.default for name, option in declared(BuildOptions).items()}
+
+
+def test_dtypes_are_those_of_torch() -> None:
+    assert tuple(device.DTYPES) == DTYPES
 
 
 @pytest.mark.parametrize("method", [Llama.text_completion, Llama.chat_completion, Llama.generate])

@@ -18,7 +18,6 @@ from torch import nn
 from llama.accelerate.linear import linear
 from llama.checkpoint.layout import EMBEDDING, OUTPUT
 
-SCHEMES = ("int8", "int4")
 GROUP = 32  # int4: columns that share a scale and a zero
 # Up to this number of rows, x is multiplied by a kernel that reads the quantized weight (gemv). For more rows the
 # weight is dequantized first, which is faster: at 512 rows the gemv kernels take several times as long.

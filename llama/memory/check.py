@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from llama.accelerate.quantize import SCHEMES
 from llama.checkpoint.layout import legal_world_sizes
 from llama.memory.sizes import Sizes, largest, sizes
+from llama.options import SCHEMES
 from llama.parallel.groups import current_world
 from llama.params import ModelArgs
 

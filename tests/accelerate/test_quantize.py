@@ -212,7 +212,7 @@ def perplexity(llama: Llama, ids: list[int]) -> float:
 
 
 def test_perplexity_of_the_demo(demo: Path, measured: Callable[[str, object], None]) -> None:
-    """1,024 tokens, in float32: bfloat16 alone would change the perplexity of so few by half a percent. The README has
+    """1,024 tokens, in float32: bfloat16 alone would change the perplexity of so few by half a percent. docs/ has
     that of all 20,097, by benchmarks/accuracy.py."""
     text = (GOLDEN / "text.txt").read_text()
     build: Callable[..., Llama] = lambda **form: Llama.build(demo, max_seq_len=512, dtype="float32", **form)  # noqa: E731

@@ -1,7 +1,7 @@
 """How much two correct computations may differ, derived from the number of terms and the rounding of the dtype.
 
 For kernels: `gamma`, a proven bound. For hidden states and logits of a model: `near`, derived in docs/conformance.md.
-For log-probabilities in float32: LOGPROB, which the README promises, and `logprob_sum`.
+For log-probabilities in float32: LOGPROB, which docs/explanation/results.md promises, and `logprob_sum`.
 """
 
 import math

@@ -465,7 +465,7 @@ class Hosts:
         self.ip("-n", self.names[0], "link", "set", self.devices[0], "down")
 
     def start(self, number: int, ranks: int, *command: str, **env: str) -> subprocess.Popen[str]:
-        """torchrun on one of the hosts, with the flags that the README names."""
+        """torchrun on one of the hosts, with the flags that docs/how-to/ranks.md names."""
         rendezvous = ["--master_addr", "10.77.0.1", "--master_port", "29500"]
         program = [TORCHRUN, "--nnodes", "2", "--node_rank", str(number), "--nproc_per_node", str(ranks), *rendezvous]
         return subprocess.Popen(
