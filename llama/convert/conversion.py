@@ -50,8 +50,7 @@ def convert(
     to: meta (consolidated.NN.pth, params.json) or hf (safetensors, config.json).
     force: replace `dst` if it holds a converted model and nothing else.
 
-    Raises ConvertError, CheckpointError or TokenizerError, with a message of one line, if `src` cannot be converted or
-    `dst` cannot be written.
+    Raises ConvertError, CheckpointError or TokenizerError if `src` cannot be converted or `dst` cannot be written.
     """
     src, dst = as_path(src), as_path(dst)
     if dst.name in ("", ".."):

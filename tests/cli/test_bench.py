@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import mmap
 import re
 import shutil
 import time
@@ -168,7 +169,9 @@ def test_peak_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with bench.peak_memory(CPU) as before:
         pass
     with bench.peak_memory(CPU) as seen:
-        held = torch.ones(20_000_000)
+        held = mmap.mmap(-1, 80_000_000)  # fresh pages, whatever this process has freed before
+        for i in range(0, len(held), 4096):
+            held[i] = 1
         time.sleep(10 * bench.SAMPLE_SECONDS)
     assert len(held) and max(seen) - max(before) > 70e6
     monkeypatch.setattr(bench, "STATUS", Path("/nowhere/status"))

@@ -360,7 +360,7 @@ FAULTS: dict[str, Fault] = {
         wrap(lambda t: {"model": t, WQ: t[WQ]}), SECOND, f"holds weights inside the entry model and outside it ({WQ})"
     ),
     "arguments of a trainer": Fault(
-        wrap(lambda t: {"model": t, "args": Namespace(lr=1)}), SECOND, "it was not loaded (argparse.Namespace); where"
+        wrap(lambda t: {"model": t, "args": Namespace(lr=1)}), SECOND, "it was not loaded (argparse.Namespace); if"
     ),
     "two prefixes": Fault(
         wrap(lambda t: {("model." if key == WQ else "module.") + key: value for key, value in t.items()}),
