@@ -169,7 +169,9 @@ def test_peak_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with bench.peak_memory(CPU) as before:
         pass
     with bench.peak_memory(CPU) as seen:
-        held = mmap.mmap(-1, 80_000_000)  # fresh pages, whatever this process has freed before
+        held = mmap.mmap(
+            -1, 80_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )  # fresh pages, whatever this process has freed before
         for i in range(0, len(held), 4096):
             held[i] = 1
         time.sleep(10 * bench.SAMPLE_SECONDS)
