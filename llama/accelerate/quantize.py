@@ -105,11 +105,11 @@ class QuantizedLinear(nn.Module):
 
     def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
         """x [m, k] -> [m, n] for up to MAX_GEMV_ROWS rows; None where torch has no kernel for it."""
-        raise NotImplementedError
+        raise NotImplementedError  # each scheme's own
 
     def dequantize(self) -> torch.Tensor:
         """The weight in `dtype`, [n, k]."""
-        raise NotImplementedError
+        raise NotImplementedError  # each scheme's own
 
 
 class Int8(QuantizedLinear):

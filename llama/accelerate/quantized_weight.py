@@ -71,7 +71,7 @@ class QuantizedWeight(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub declares a plain method
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -105,8 +105,8 @@ class QuantizedWeight(torch.Tensor):
 
 # Functions that write to a parameter or its `.data` or request gradients, and functions that read all values.
 WRITES = {
-    torch.Tensor.data.__set__,  # type: ignore[attr-defined]
-    torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    torch.Tensor.data.__set__,  # type: ignore[attr-defined]  # a property, which the stub calls a tensor
+    torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]  # the same, called a bool
     torch.Tensor.requires_grad_,
     torch.Tensor.__setitem__,
 }

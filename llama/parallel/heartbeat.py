@@ -183,7 +183,7 @@ class Heartbeat:
             return [pickle.loads(content) for content in result]
 
     def stop(self) -> None:
-        """Stop the heartbeat, and tell the other ranks that this one exits normally.
+        """Stop the heartbeat, and announce to the other ranks that this one exits normally.
 
         Without torchrun rank 0 hosts the store, which ends with its process. So rank 0 first waits,
         for up to EXIT_DELAY seconds, until all ranks have read the values of the last round.
