@@ -179,7 +179,11 @@ def options(*groups: type, without: tuple[str, ...] = (), **defaults: Any) -> Ca
     """A decorator that adds the flags of these classes to a command.
 
     without: names of options that the command does not have. defaults: the command's own defaults, by name.
+
+    Raises TypeError for names that no option has.
     """
+    if unknown := {*without, *defaults} - declared(*groups).keys():
+        raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
 
     def decorate(function: F) -> F:
         for name, option in reversed(declared(*groups).items()):  # click lists the outermost decorator first

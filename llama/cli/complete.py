@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import click
+from click.core import ParameterSource
 
 from llama.chat.formats import Message
 from llama.cli.command import Command, build_arguments, model_options, sampling_arguments, sampling_options, stop_option
@@ -80,6 +81,9 @@ def complete(
     if file is None and text is None and sys.stdin.isatty():
         raise ValueError('nothing to continue: give a text ("..."), pipe one in, or --file prompts.jsonl --out FILE')
     check_int("batch_tokens", batch_tokens, 1)
+    for name in ("keep_going", "batch_tokens"):
+        if file is None and click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise ValueError(f"--{name} has no effect on one text: leave it out, or give --file and --out")
     if file is None:
         options["max_batch_size"] = 1
     llama = Llama.build(**build_arguments(options))

@@ -288,3 +288,8 @@ def test_help_anywhere_runs_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     shown = capsys.readouterr()
     assert ended.value.code == 0 and "('none'" not in shown.out and "--stop" in shown.out + shown.err
     assert "METADATA" not in shown.out + shown.err
+
+
+def test_an_option_that_does_not_exist_cannot_be_left_out() -> None:
+    with pytest.raises(TypeError, match="there is no option max_sequence_len"):
+        model_options("max_sequence_len")

@@ -108,6 +108,11 @@ def test_stop_texts_end_the_answer(complete: Callable[..., Ended], build: Callab
         (["--file", "prompts.jsonl"], "--file and --out go together"),
         (["--out", "answers.jsonl", "text"], "--file and --out go together"),
         (["text", "--file", "prompts.jsonl", "--out", "answers.jsonl"], "give a text or --file, not both"),
+        (["x", "--keep_going"], "--keep_going has no effect on one text: leave it out, or give --file and --out"),
+        (
+            ["x", "--batch-tokens", "9"],
+            "--batch_tokens has no effect on one text: leave it out, or give --file and --out",
+        ),
     ],
 )
 def test_a_mistake_is_reported_before_anything_is_loaded(
