@@ -65,12 +65,10 @@ class Conversation:
         stop: Stop = None,
         **settings: Unpack[Settings],
     ):
-        if settings.get("n", 1) != 1:
-            raise ValueError(f"n is {settings['n']}, but a conversation has one answer at a time")
         self.llama, self.system, self.stop, self.settings = llama, system, stop, settings
         # These lines raise errors about the arguments now, not in the first `say`.
         self._format = llama.dialogs
-        read_rows(llama.model.params, lambda: 0, (), [[0]], **self.settings)
+        _check_one(read_rows(llama.model.params, lambda: 0, (), [[0]], **self.settings))
         read_stops(stop, 1)
         self._reserved = llama.model.params.max_seq_len // 4
         if (max_gen_len := settings.get("max_gen_len")) is not None:
@@ -103,6 +101,7 @@ class Conversation:
             )
         messages = [*self.messages[start:], user]
         rows, texts = self.llama._chat_rows([[*self._system(), *messages]], self.stop, **self.settings)
+        _check_one(rows)  # `settings` may have been edited
         if self._answering is not None:
             self._answering.close()
         self.last = Turn(needed, start // 2)
@@ -135,3 +134,8 @@ class Conversation:
                     del self.messages[-2:]
             if piece.text:
                 yield piece.text
+
+
+def _check_one(rows: list[Row]) -> None:
+    if len(rows) != 1:
+        raise ValueError(f"n is {len(rows)}, but a conversation has one answer at a time: leave it out")

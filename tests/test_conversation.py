@@ -269,3 +269,14 @@ def test_the_exercise_of_the_readme(demo: Path) -> None:
     assert say(conversation, "What day is tomorrow?") == "It's Tuesday tomorrow."
     assert say(forgetful, "What day is tomorrow?") == "The day is tomorrow."
     llama.close()
+
+
+def test_a_conversation_has_one_answer_at_a_time(build: Callable[..., Llama]) -> None:
+    """Also if the settings are edited later: with two rows their texts would be mixed."""
+    llama = build("mha", chat_format="llama2")
+    with pytest.raises(ValueError, match="n is 2, but a conversation has one answer at a time"):
+        Conversation(llama, n=2)
+    talk = Conversation(llama, max_gen_len=2)
+    talk.settings["n"] = 2
+    with pytest.raises(ValueError, match="n is 2, but a conversation has one answer at a time"):
+        list(talk.say("Hi"))
