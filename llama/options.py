@@ -10,6 +10,7 @@ import inspect
 import math
 import numbers
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,17 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
+def _between(low: float, high: float) -> Callable[[str, Any], float]:
+    def check(name: str, value: Any) -> float:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}, expected a number")
+        if not low <= float(value) <= high:
+            raise ValueError(f"{name} is {value!r}, expected a number from {low:g} to {high:g}")
+        return float(value)
+
+    return check
+
+
 def _probability(name: str, value: Any) -> float:
     if _number(name, value) > 1:
         raise ValueError(f"{name} is {value!r}, expected a number from 0 to 1")
@@ -65,6 +77,20 @@ def _ids(name: str, value: Any) -> set[int]:
         return set(map(operator.index, () if value is None else value))
     except TypeError:
         raise TypeError(f"{name} is {value!r}, expected a list of ids, or one for each prompt") from None
+
+
+def _bias(name: str, value: Any) -> dict[int, float]:
+    """Ids may also be strings, as JSON's keys are."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is {str(value)[:60]!r}, expected a mapping from ids to numbers, such as {{42: -100}}")
+    found: dict[int, float] = {}
+    for key, bias in value.items():
+        if not re.fullmatch(r"\d{1,10}", str(key)):
+            raise ValueError(f"{name} has the key {key!r}, expected an id")
+        found[int(key)] = _between(-100, 100)(f"{name} of id {key}", bias)
+    return found
 
 
 def _switch(name: str, value: Any) -> bool:
@@ -207,6 +233,30 @@ class SamplingOptions(TypedDict, total=False):
             "for ids seen so far, divide positive logits by it and multiply negative ones (CTRL, arXiv:1909.05858)",
             float,
             check=_positive,
+        ),
+    ]
+    frequency_penalty: Annotated[
+        Each[float],
+        Option(
+            0.0,
+            "subtract it from an id's logit, once for each time the id was generated; -2 to 2",
+            float,
+            check=_between(-2, 2),
+        ),
+    ]
+    presence_penalty: Annotated[
+        Each[float],
+        Option(
+            0.0, "subtract it from the logits of all ids generated so far, once; -2 to 2", float, check=_between(-2, 2)
+        ),
+    ]
+    logit_bias: Annotated[
+        Each[Mapping[int, float] | None],
+        Option(
+            None,
+            """id -> number from -100 to 100, added to its logit; on a command line in JSON: '{"42": -100}'""",
+            dict,
+            check=_bias,
         ),
     ]
     stop_token_ids: Annotated[StopIds, Option(None, "ids that end a row, besides the tokenizer's own", int, check=_ids)]

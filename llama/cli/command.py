@@ -156,6 +156,18 @@ class NoneOr(click.ParamType):
         return None if value in (None, "None") else self.kind.convert(value, param, ctx)
 
 
+class JsonObject(click.ParamType):
+    """A JSON object."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        with contextlib.suppress(ValueError):
+            if isinstance(found := json.loads(value), dict):
+                return found
+        self.fail(f"{value!r} is not a JSON object, such as '{{\"42\": -100}}'", param, ctx)
+
+
 def flag(name: str, option: Option, default: Any) -> Callable[[F], F]:
     """A decorator that adds the flag of a declared option to a command."""
     if option.kind is bool:
@@ -163,6 +175,8 @@ def flag(name: str, option: Option, default: Any) -> Callable[[F], F]:
         value, shown = (default, True) if isinstance(default, bool) else (None, str(default))
         return click.option(f"--{name}/--no_{name}", default=value, show_default=shown, help=option.help)
     kind: Any = click.Choice(option.choices) if option.choices else option.kind
+    if option.kind is dict:
+        kind = JsonObject()
     if option.kind in (int, float) and None in (default, option.default):
         kind = NoneOr(option.kind)
     return click.option(

@@ -26,8 +26,8 @@ class Row:
     """One sample of a prompt: its settings and its results so far.
 
     index: index in the results. limit: length, prompt included, at which generation ends. stop: ids that end it.
-    stream: the row's own random generator. reused: number of leading ids that the cache already held.
-    prompt_top, top: alternatives at each position.
+    stream: the row's own random generator. logit_bias: id -> number added to its logit. reused: number of leading ids
+    that the cache already held. prompt_top, top: alternatives at each position.
     """
 
     index: int
@@ -39,6 +39,9 @@ class Row:
     repetition_penalty: float
     stop: set[int]
     stream: random.Random
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
     reused: int = 0
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top: list[Alternatives] = field(default_factory=list)
@@ -99,6 +102,8 @@ def read_rows(
     n, each = _read_settings(settings, len(prompts))
     rows: list[Row] = []
     for ids, one in zip(checked, each, strict=True):
+        if outside := [token for token in one["logit_bias"] if token >= args.vocab_size]:
+            raise ValueError(f"logit_bias holds id {outside[0]}, outside the vocabulary of {args.vocab_size}")
         length = one["max_gen_len"]
         limit = args.max_seq_len if length is None else min(len(ids) + length, args.max_seq_len)
         for j in range(n):
@@ -117,6 +122,9 @@ def read_rows(
                     one["repetition_penalty"],
                     one["stop_token_ids"].union(model_stop),
                     stream,
+                    one["frequency_penalty"],
+                    one["presence_penalty"],
+                    one["logit_bias"],
                 )
             )
     return rows

@@ -1,6 +1,8 @@
 """Sampling: choose one id per row from its logits, in pure batched functions on the device of the logits.
 
-Order: repetition penalty, top-k, temperature, top-p, then the draw. A setting is one number for all rows, or a tensor
+Order: repetition penalty, frequency and presence penalty, logit bias, top-k, temperature, top-p, then the draw. The
+repetition penalty comes first because it multiplies: it scales the model's own logits, not the numbers that the others
+add. A setting is one number for all rows, or a tensor
 [bsz, 1] with a value for each row. The random numbers are an argument, one uniform number per row. So a row's ids
 depend only on its own random stream, and are the same on every device.
 """
@@ -35,11 +37,26 @@ class Sampler:
             for i, row in enumerate(rows):
                 seen[i, row.prompt + row.tokens] = True
             self.seen = seen.to(device)
+        self.counts = self.bias = None
+        if any(row.frequency_penalty or row.presence_penalty for row in rows):
+            self.frequency = _column([row.frequency_penalty for row in rows], device)
+            self.presence = _column([row.presence_penalty for row in rows], device)
+            generated = [torch.tensor(row.tokens, dtype=torch.int64) for row in rows]
+            self.counts = torch.stack([ids.bincount(minlength=vocab_size) for ids in generated]).to(device)
+        if any(row.logit_bias for row in rows):
+            bias = torch.zeros(len(rows), vocab_size)
+            for i, row in enumerate(rows):
+                bias[i, list(row.logit_bias)] = torch.tensor(list(row.logit_bias.values()))
+            self.bias = bias.to(device)
 
     def sample(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """The next id of each row: logits [bsz, vocab], uniform [bsz] in [0, 1) -> int64 [bsz]."""
         if self.penalty is not None:
             logits = penalize(logits, self.seen, self.penalty)
+        if self.counts is not None:
+            logits = penalize_counts(logits, self.counts, self.frequency, self.presence)
+        if self.bias is not None:
+            logits = logits + self.bias
         ids = logits.argmax(dim=-1)  # the first of equal ones
         if self.temperature is not None:
             if self.top_k is not None:
@@ -51,6 +68,8 @@ class Sampler:
             ids = ids.where(greedy[:, 0], draw(probs, uniform))
         if self.penalty is not None:
             self.seen.scatter_(1, ids[:, None], True)
+        if self.counts is not None:
+            self.counts.scatter_add_(1, ids[:, None], torch.ones_like(ids[:, None]))
         return ids
 
 
@@ -66,6 +85,14 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: Setting) -> torch.Tensor:
     """Repetition penalty of CTRL (arXiv:1909.05858): make ids in `seen`, bool [bsz, vocab], less likely."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def penalize_counts(logits: torch.Tensor, counts: torch.Tensor, frequency: Setting, presence: Setting) -> torch.Tensor:
+    """OpenAI's penalties. counts: how often each id was generated, [bsz, vocab].
+
+    logits[j] - counts[j] * frequency - (counts[j] > 0) * presence
+    """
+    return logits - counts * frequency - (counts > 0) * presence
 
 
 def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> torch.Tensor:

@@ -186,6 +186,7 @@ def alone(llama: Llama, number: int, entry: dict[str, Any], seed: int = 1, **set
             ["--max_batch_size", "32", "--seed", "40", "--repetition_penalty", "1.2", "--top_k", "40"],
             {"repetition_penalty": 1.2, "top_k": 40, "stop": ["e", "\n"], "temperature": 1.5, "max_gen_len": 30},
         ),
+        ([], {"frequency_penalty": 0.7, "presence_penalty": -0.5, "logit_bias": {9: 5, 300: -100}}),
     ],
 )
 def test_each_answer_equals_that_to_its_line_alone(
@@ -197,9 +198,8 @@ def test_each_answer_equals_that_to_its_line_alone(
 ) -> None:
     file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     entries = write_lines(file, ENTRIES)
-    more = [f"--{name}={value}" for name, value in settings.items() if name != "stop"]
-    if "stop" in settings:
-        more += ["--stop", json.dumps(settings["stop"])]
+    values = {name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in settings.items()}
+    more = [f"--{name}={value}" for name, value in values.items()]
     flags = [*FLAGS, *flags, *more]
     ended = complete("--file", str(file), "--out", str(out), "--max_seq_len", "128", *flags)
     assert ended.status == 0 and not ended.out, ended.err

@@ -1,5 +1,6 @@
 """`generate`: rows do not depend on each other, and log-probabilities equal those of rescoring."""
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -198,6 +199,15 @@ def test_a_seed_repeats_and_calls_without_one_continue_the_stream(build: Callabl
         ({"top_k": [2.0]}, TypeError, "top_k is 2.0"),
         ({"repetition_penalty": 0}, ValueError, "repetition_penalty is 0, expected a number above 0"),
         ({"repetition_penalty": -1.0}, ValueError, "repetition_penalty is -1.0"),
+        ({"frequency_penalty": 2.1}, ValueError, "frequency_penalty is 2.1, expected a number from -2 to 2"),
+        ({"presence_penalty": "a"}, TypeError, "presence_penalty is 'a', expected a number"),
+        ({"presence_penalty": True}, TypeError, "presence_penalty is True, expected a number"),
+        ({"frequency_penalty": math.nan}, ValueError, "frequency_penalty is nan, expected a number from -2 to 2"),
+        ({"logit_bias": 3}, TypeError, "logit_bias is '3', expected a mapping from ids to numbers"),
+        ({"logit_bias": {"a": 1}}, ValueError, "logit_bias has the key 'a', expected an id"),
+        ({"logit_bias": {-1: 1}}, ValueError, "logit_bias has the key -1, expected an id"),
+        ({"logit_bias": {3: 101}}, ValueError, "logit_bias of id 3 is 101, expected a number from -100 to 100"),
+        ({"logit_bias": {512: 1}}, ValueError, "logit_bias holds id 512, outside the vocabulary of 512"),
         ({"n": 0}, ValueError, "n is 0"),
         ({"n": 3}, ValueError, "3 rows, but max_batch_size is 2"),
         ({"n": True}, TypeError, "n is True"),
@@ -217,6 +227,20 @@ def test_mistakes_are_named(
     llama = build("mha", max_seq_len=16, max_batch_size=2)
     with pytest.raises(error, match=message):
         llama.generate(**{"prompt_tokens": [[1]], "max_gen_len": 4, **arguments})
+
+
+def test_log_probabilities_are_those_of_the_raw_logits(build: Callable[..., Llama]) -> None:
+    """Whatever the settings add to the logits, the log-probabilities equal those of scoring the answer."""
+    llama = build("mha", max_seq_len=64)
+    plain_ids, _ = llama.generate(PROMPTS[:2], 12, temperature=0)
+    added: dict[str, Any] = {"frequency_penalty": 1.0, "presence_penalty": 2.0, "logit_bias": {9: 100, 77: 3}}
+    ids, logprobs = llama.generate(PROMPTS[:2], 12, 0, logprobs=True, echo=True, **added)
+    _, rescored = llama.generate(ids, 0, logprobs=True, echo=True)
+    assert logprobs is not None and rescored is not None
+    for ours, theirs in zip(logprobs, rescored, strict=True):
+        close(ours, theirs)
+    answers = [row[len(prompt) :] for row, prompt in zip(ids, PROMPTS, strict=False)]
+    assert answers != plain_ids and all(row[0] == 9 for row in answers)
 
 
 def test_numpy_numbers_are_numbers(build: Callable[..., Llama]) -> None:

@@ -107,16 +107,22 @@ MIXED: dict[str, Any] = {
     "top_k": [None, 3, 20, None, 1, 300],
     "repetition_penalty": [1.0, 1.0, 1.3, 2.0, 0.8, 1.1],
 }
+ADDED: dict[str, Any] = {
+    "frequency_penalty": [0, 0.5, -2, 2, 0, 1.5],
+    "presence_penalty": [0, 2, 0.3, -1, 0, 0],
+    "logit_bias": [None, {7: 5}, {"3": -100, 9: 2.5}, None, {11: 100}, {}],
+}
 
 
 def test_settings_of_rows_do_not_mix() -> None:
     torch.manual_seed(3)
     logits, prompts = 4 * torch.randn(6, 512), [[row, 7, 99, 500 - row] for row in range(6)]
     uniform = torch.rand(6, dtype=torch.float64).tolist()
+    settings = MIXED | ADDED
     for _ in range(50):
-        together = sample(logits, uniform, prompts, **MIXED)
+        together = sample(logits, uniform, prompts, **settings)
         for row in range(6):
-            one = {name: values[row] for name, values in MIXED.items()}
+            one = {name: values[row] for name, values in settings.items()}
             assert sample(logits[row : row + 1], uniform[row], [prompts[row]], **one) == [together[row]]
         logits, uniform = 4 * torch.randn(6, 512), torch.rand(6, dtype=torch.float64).tolist()
 
@@ -129,6 +135,60 @@ def test_penalized_rows_see_what_they_have_drawn() -> None:
     logits = torch.tensor([[4.0, 3.0, 2.0, -1.0]] * 2)
     assert [sampler.sample(logits, uniform).tolist() for _ in range(4)] == [[1, 0], [2, 0], [0, 0], [0, 0]]
     # 0.4, 0.3, 0.2, -1: the three that were seen are still more probable than the negative one.
+
+
+def test_counted_penalties_are_openais() -> None:
+    """Against OpenAI's formula, id by id, over the ids that a row has drawn. Those of the prompt do not count."""
+    torch.manual_seed(4)
+    args, bsz, vocab = ModelArgs(vocab_size=9, max_seq_len=100), 6, 9
+    frequency, presence = [0, 0.5, -2, 2, 0, 1.5], [0, 2, 0.3, -1, 0.7, 0]
+    bias: list[dict[int, float]] = [{}, {7: 0.5}, {3: -9}, {}, {}, {0: 1}]
+    rows = read_rows(
+        args, lambda: 1, (), [[0, 1, 1]] * bsz,
+        temperature=0, frequency_penalty=frequency, presence_penalty=presence, logit_bias=bias,
+    )  # fmt: skip
+    rows[5].tokens += [2, 2, 4]  # a row that is resumed: these were drawn by another sampler
+    drawn: list[list[int]] = [[], [], [], [], [], [2, 2, 4]]
+    sampler, repeats = Sampler(rows, vocab, torch.device("cpu")), 0
+    for _ in range(30):
+        logits = torch.randn(bsz, vocab)
+        expected = []
+        for row in range(bsz):
+            counts = Counter(drawn[row])
+            scores = [
+                logits[row, j].item()
+                - counts[j] * frequency[row]
+                - (counts[j] > 0) * presence[row]
+                + bias[row].get(j, 0)
+                for j in range(vocab)
+            ]
+            expected.append(max(range(vocab), key=scores.__getitem__))
+        found = sampler.sample(logits, torch.zeros(bsz, dtype=torch.float64)).tolist()
+        assert found == expected
+        repeats += sum(a != b for a, b in zip(found, logits.argmax(dim=-1).tolist(), strict=True))
+        for row in range(bsz):
+            drawn[row].append(found[row])
+    assert repeats > 20  # the settings made a difference
+
+
+def test_the_repetition_penalty_sees_the_models_own_logits() -> None:
+    """Id 1 is in the prompt. 4 / 2 + 1 exceeds 2.9; (4 + 1) / 2 would not."""
+    logits = torch.tensor([[2.9, 4.0, 0.0, -1.0]])
+    assert sample(logits, 0.0, [[1]], temperature=0, repetition_penalty=2.0, logit_bias={1: 1.0}) == [1]
+    assert sample(logits, 0.0, [[1]], temperature=0, repetition_penalty=2.0, logit_bias={1: 0.8}) == [0]
+
+
+def test_a_bias_of_100_forces_an_id_and_one_of_minus_100_bans_it() -> None:
+    logits = torch.tensor([[30.0, -20.0, 3.0, 2.0]] * 2)
+    for temperature in (0, 1.0):
+        found = sample(logits, 0.999, temperature=temperature, logit_bias=[{1: 100}, {0: -100}])
+        assert found[0] == 1 and found[1] in (2, 3)
+
+
+def test_settings_that_no_row_uses_cost_nothing() -> None:
+    rows = read_rows(ModelArgs(vocab_size=4), lambda: 1, (), [[0], [1]])
+    sampler = Sampler(rows, 4, torch.device("cpu"))
+    assert sampler.counts is None and sampler.bias is None and sampler.penalty is None
 
 
 @pytest.mark.parametrize("vocab", [13, 512, 32_000])

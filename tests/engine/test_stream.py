@@ -31,6 +31,9 @@ MIXED: dict[str, Any] = {
     "top_p": [0.9, 1.0, 0.5, 0.9, 1.0],
     "top_k": [None, 5, 1, None, 40],
     "repetition_penalty": [1.5, 1.0, 1.0, 1.2, 0.9],
+    "frequency_penalty": [0, 1.5, 0, -0.5, 0],
+    "presence_penalty": [0, 0, 0, 1.0, 0.5],
+    "logit_bias": [None, {"7": 4}, None, {40: -100, 41: 6}, {}],
     "stop_token_ids": [[7, 8], None, [], list(range(100, 140)), [9]],
     "seed": [1, 2, 3, 4, 5],
 }
@@ -580,6 +583,9 @@ def request(stream: random.Random) -> tuple[list[int], dict[str, Any]]:
         "top_p": stream.choice([0.0, 0.5, 0.9, 1.0]),
         "top_k": stream.choice([None, None, 1, 5, 100]),
         "repetition_penalty": stream.choice([1.0, 1.0, 1.2, 2.0, 0.7]),
+        "frequency_penalty": stream.choice([0, 0, 1.5, -0.7]),
+        "presence_penalty": stream.choice([0, 0, 0.8]),
+        "logit_bias": stream.choice([None, None, {stream.randrange(512): stream.uniform(-9, 9)}]),
         "stop_token_ids": [stream.randrange(512) for _ in range(stream.choice([0, 20]))],
         "seed": stream.randrange(2**40),
     }
