@@ -219,6 +219,14 @@ class Tokenizer:
             return self.sp_model.id_to_piece(token)
         return self.decode_token(token)
 
+    def token_bytes(self, token: int) -> bytes:
+        """What one id adds to the UTF-8 of a text, with leading spaces. Raises as `decode` does.
+
+        A character may be spread over several ids. Empty for ids without text, as control tokens are to `decode`.
+        """
+        (token,) = self._read_ids(token)
+        return self._backend.token_bytes(token) if token < self._backend.n_words else b""
+
     def encode_infilling(self, s: str) -> list[int]:
         """The ids of a text that continues another one, without the space that SentencePiece adds before a text.
 

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from golden.make_checkpoint import TOKENIZER
 from helpers.paths import LLAMA2, LLAMA3, MISTRAL
-from helpers.vocabularies import random_texts, streamed_text, write_byte_level_json, write_ranks
+from helpers.vocabularies import (
+    byte_fallback_tokenizer,
+    random_texts,
+    streamed_text,
+    write_byte_level_json,
+    write_ranks,
+)
 from llama import Tokenizer
 from llama.tokenizer import TokenizerError, find_tokenizer
 
@@ -132,6 +138,30 @@ def test_decode_inverts_encode(text: str, any_tokenizer: Tokenizer) -> None:
     if any_tokenizer.kind == "sentencepiece":
         text = text.replace("\u2581", " ")
     assert any_tokenizer.decode(ids) == streamed_text(any_tokenizer, ids) == text
+
+
+@PER_EXAMPLE
+@given(text=st.text())
+@example(text="👩\u200d👩\u200d👧 \ufffd <s></s><|im_end|>\x00\r\n")
+def test_the_bytes_of_ids_joined_are_the_text(text: str, any_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for tokenizer in (any_tokenizer, byte_fallback_tokenizer(tmp_path)):
+        ids = tokenizer.encode(text, bos=tokenizer.adds_bos, eos=tokenizer.eos_id >= 0)
+        joined, decoded = b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace"), tokenizer.decode(ids)
+        assert joined in (decoded, " " + decoded)  # some drop a leading space when they decode
+
+
+def test_the_bytes_of_special_added_and_unnamed_ids(json_folder: Path, demo: Path) -> None:
+    for tokenizer in (Tokenizer(json_folder / "tokenizer.json"), Tokenizer(demo / "tokenizer.json")):
+        assert tokenizer.token_bytes(tokenizer.special_ids["<|im_end|>"]) == b""
+    llama3 = Tokenizer(LLAMA3)
+    assert llama3.token_bytes(llama3.eos_id) == b"<|end_of_text|>"  # as `decode` writes it
+    mistral = Tokenizer(MISTRAL)
+    assert [mistral.token_bytes(i) for i in (0, 1, 2, 3 + 0xE2)] == [" \u2047 ".encode(), b"", b"", b"\xe2"]
+    config = json.loads((json_folder / "tokenizer_config.json").read_text())
+    (json_folder / "tokenizer_config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    assert Tokenizer(json_folder / "tokenizer.json").token_bytes(299) == b""
+    with pytest.raises(ValueError, match="id 300 is outside the vocabulary"):
+        Tokenizer(json_folder / "tokenizer.json").token_bytes(300)
 
 
 @pytest.mark.parametrize("character", ["a", " ", "7", "😀", "\n", "!"])

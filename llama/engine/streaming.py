@@ -32,6 +32,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         self.text = ""  # final: later ids do not change it
         self.stopped = False
+        self.is_complete = True  # whether `text` has the text of all ids so far
         self._tokenizer, self._stop = tokenizer, stop
         self._ids: list[int] = []
         self._window, self._window_start = 0, 0  # index of the first id that is decoded, and where its text starts
@@ -80,12 +81,14 @@ class TextStream:
 
     def _add(self, token: int) -> None:
         self._ids.append(token)
+        self.is_complete = False
         if token in self._tokenizer.unsettled_ids:
             return
         decoded = self._tokenizer.decode(self._ids[self._window :])
         complete = decoded.rstrip(UNDECODED)  # the rest may be the first bytes of a character
         self._settle(complete)
-        if complete == decoded:
+        self.is_complete = complete == decoded
+        if self.is_complete:
             # Start decoding at this id next time, so that the window stays short. This is possible only if the text so
             # far ends with the id's own text: a tokenizer may strip the leading space of the first id that it decodes.
             alone = self._tokenizer.decode([token])

@@ -49,6 +49,10 @@ class Backend(Protocol):
         """One id as readable text, with leading spaces. A special id becomes its name."""
         ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """What one id adds to the UTF-8 of a text, with leading spaces; empty for special ids that `decode` drops."""
+        ...
+
     def find(self, piece: str) -> int | None:
         """The id of a piece, spelled as in the vocabulary, or None."""
         ...

@@ -46,6 +46,14 @@ class SentencePieceBackend:
             return chr(byte) if byte < 128 else name
         return name.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
 
+    def token_bytes(self, token: int) -> bytes:
+        if self.model.is_control(token):
+            return b""
+        name: str = self.model.id_to_piece(token)
+        if self.model.is_byte(token):
+            return bytes([int(name[3:-1], 16)])
+        return self.decode([token]).encode() if token == self.unk_id else self.piece(token).encode()
+
     def find(self, piece: str) -> int | None:
         found: int = self.model.piece_to_id(piece)  # unk_id if there is no such piece
         return found if self.model.id_to_piece(found) == piece else None

@@ -81,6 +81,9 @@ class TiktokenBackend:
     def piece(self, token: int) -> str:
         return self.decode([token])
 
+    def token_bytes(self, token: int) -> bytes:
+        return self.bytes[token]
+
     def find(self, piece: str) -> int | None:
         return self.special_ids.get(piece)
 

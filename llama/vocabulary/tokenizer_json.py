@@ -11,6 +11,10 @@ from llama.vocabulary.backend import TokenizerError, check_size
 PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 # A letter or underscore written as \u00XX, which could hide the key that PREFIX finds.
 ESCAPED_LETTER = re.compile(rb"(?<!\\)(\\\\)*\\u00(5f|6[1-9a-f]|7[0-9a])", re.IGNORECASE)
+# Byte-level vocabularies spell these bytes as the characters of the same code, the others as U+0100, U+0101 ...
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+BYTES = {chr(byte): byte for byte in PRINTABLE}
+BYTES |= {chr(0x100 + i): byte for i, byte in enumerate(sorted(set(range(0x100)) - set(PRINTABLE)))}
 
 
 class TokenizerJsonBackend:
@@ -49,6 +53,8 @@ class TokenizerJsonBackend:
         if b"ByteFallback" in decoder:
             byte_ids = (self.model.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
             self.unsettled_ids = {token for token in byte_ids if token is not None}
+        self._is_byte_level = b"ByteLevel" in decoder
+        self._added = {i: token.content for i, token in added.items() if not token.special}
         self._strips_first_space = b"Strip" in decoder or b"Metaspace" in decoder
 
     def _find_unk(self) -> int:
@@ -91,6 +97,18 @@ class TokenizerJsonBackend:
             if self._strips_first_space:  # the second of two equal ids keeps its space
                 return self.model.decode([token, token], skip_special_tokens=False)[len(alone) :]
         return alone
+
+    def token_bytes(self, token: int) -> bytes:
+        name = self.model.id_to_token(token)
+        if name is None or name in self.special_ids:
+            return b""
+        if token in self._added:
+            return self._added[token].encode()
+        if token in self.unsettled_ids:
+            return bytes([int(name[3:-1], 16)])
+        if self._is_byte_level:
+            return b"".join(bytes([BYTES[char]]) if char in BYTES else char.encode() for char in name)
+        return self.piece(token).encode()
 
     def find(self, piece: str) -> int | None:
         return self.model.token_to_id(piece)
