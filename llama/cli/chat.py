@@ -10,9 +10,15 @@ from typing import Any
 import click
 
 from llama.chat.formats import Message, base_model_note, split_system
-from llama.checkpoint.errors import CheckpointError
-from llama.checkpoint.params_json import read_params
-from llama.cli.command import Command, build_arguments, model_options, sampling_arguments, sampling_options, stop_option
+from llama.cli.command import (
+    Command,
+    build_arguments,
+    dialog_seq_len,
+    model_options,
+    sampling_arguments,
+    sampling_options,
+    stop_option,
+)
 from llama.cli.keyboard import interrupts, read_line, session
 from llama.cli.output import dim, write
 from llama.console import in_one_line, visible
@@ -46,9 +52,7 @@ def chat(system: str | None, stop: list[str] | None, **options: Any) -> None:
     """
     ckpt_dir = options["ckpt_dir"]
     if options["max_seq_len"] is None:
-        options["max_seq_len"] = 2048
-        with contextlib.suppress(CheckpointError):  # build raises it again, with more details
-            options["max_seq_len"] = min(2048, read_params(ckpt_dir).sliding_window or 2048)
+        options["max_seq_len"] = dialog_seq_len(ckpt_dir)
     llama = Llama.build(**build_arguments(options), max_batch_size=1)
     talk = Conversation(llama, system, stop=stop, **sampling_arguments(options))
     with session():

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import click
 
+from llama.checkpoint.errors import CheckpointError
+from llama.checkpoint.params_json import read_params
 from llama.console import in_one_line
 from llama.errors import is_out_of_memory
 from llama.interrupt import restore_interrupt
@@ -232,6 +234,13 @@ def build_arguments(values: dict[str, Any]) -> dict[str, Any]:
 def sampling_arguments(values: dict[str, Any]) -> dict[str, Any]:
     """The settings of sampling among a command's options, without `seed`: a command's --seed is that of the model."""
     return {name: value for name, value in pick(Settings, values).items() if name != "seed"}
+
+
+def dialog_seq_len(ckpt_dir: str) -> int:
+    """The default of --max_seq_len for commands that hold dialogs: 2048, or the model's sliding window if smaller."""
+    with contextlib.suppress(CheckpointError):  # build raises it again, with more details
+        return min(2048, read_params(ckpt_dir).sliding_window or 2048)
+    return 2048
 
 
 class Texts(click.ParamType):

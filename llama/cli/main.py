@@ -10,9 +10,10 @@ from llama.cli.inspect import inspect
 from llama.cli.lm_eval import lm_eval
 from llama.cli.perplexity import perplexity
 from llama.cli.plan import plan
+from llama.cli.serve import serve
 from llama.cli.verify import verify
 
-COMMANDS = [bench, chat, complete, conformance, convert, inspect, lm_eval, perplexity, plan, verify]
+COMMANDS = [bench, chat, complete, conformance, convert, inspect, lm_eval, perplexity, plan, serve, verify]
 
 app = Group("llama", commands=COMMANDS, context_settings=CONTEXT, help="Run Llama checkpoints in Meta's layout.")
 

@@ -38,7 +38,7 @@ class TextStream:
         self._window, self._window_start = 0, 0  # index of the first id that is decoded, and where its text starts
         self._taken = 0  # length of the text that `take` has returned
         self._from = 0  # the earliest position at which a stop text can begin
-        self._overhang = ""  # the part of the last id's text that belongs to the stop text
+        self.overhang = ""  # the part of the last id's text that belongs to the stop text
         for token in prompt:
             self._add(token)
         self._prompt, self._from = len(self._ids), len(self.text)
@@ -75,8 +75,8 @@ class TextStream:
     def pieces(self) -> list[str]:
         """The text of each id, including the prompt's. The last one is cut where the stop text begins."""
         pieces = [self._tokenizer.decode_token(token) for token in self._ids]
-        if self._overhang and pieces[-1].endswith(self._overhang):
-            pieces[-1] = pieces[-1].removesuffix(self._overhang)
+        if self.overhang and pieces[-1].endswith(self.overhang):
+            pieces[-1] = pieces[-1].removesuffix(self.overhang)
         return pieces
 
     def _add(self, token: int) -> None:
@@ -110,7 +110,7 @@ class TextStream:
         while n > self._prompt and decode(self._ids[: n - 1]).startswith(self.text):
             n -= 1
         del self._ids[n:]
-        self._overhang = decode(self._ids)[begin:]
+        self.overhang = decode(self._ids)[begin:]
 
 
 def read_stops(stop: Stop, count: int) -> list[list[str]]:

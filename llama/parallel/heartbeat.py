@@ -43,6 +43,7 @@ EXIT_DELAY = 2  # seconds; if another rank of this host failed first, torchrun e
 # Set when this process is about to exit because another rank is lost. The heartbeat then stops using the store, whose
 # host may be gone: torch logs a page for each operation that fails.
 _exiting = threading.Event()
+_terminated = threading.Event()  # set by `_terminate`
 
 
 class PeerError(RuntimeError):
@@ -247,8 +248,14 @@ def _start_thread(function: Callable[..., None], *arguments: Any) -> threading.T
     return thread
 
 
+def is_rank_lost() -> bool:
+    """Whether a SIGTERM comes from this process's own heartbeat. Then a rank is lost, and the reason is printed."""
+    return _terminated.is_set()
+
+
 def _terminate(message: str) -> None:
     """Print `message` and end this process, whatever its main thread is doing."""
+    _terminated.set()
     write_torchrun_error(message)
     print(f"error: {message}", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
