@@ -107,9 +107,8 @@ class Answer:
 
     def add(self, tokens: Sequence[Token]) -> list[Choice]:
         """Add what one step has generated -> the choices that have changed."""
-        for token in tokens:
-            self.choices[token.row].add(token)
-        return [self.choices[index] for index in sorted({token.row for token in tokens})]
+        changed = {token.row for token in tokens if self.choices[token.row].add(token)}
+        return [self.choices[index] for index in sorted(changed)]
 
     def body(self) -> dict[str, Any]:
         """The whole answer."""

@@ -20,27 +20,33 @@ class OffsetStream(TextStream):
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         self.starts: list[int] = []
         self._length = 0  # characters of the ids so far, without an incomplete one at the end
+        self._complete = 0  # number of ids when all characters were complete last
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         super().__init__(tokenizer, stop, prompt)
 
     def _add(self, token: int) -> None:
         data = self._tokenizer.token_bytes(token)
-        start = self._length
+        start, is_after_broken = self._length, False
         if self._decoder.getstate()[0] and data:
-            # A character is incomplete. If the first byte does not continue it, it has become U+FFFD, and the id begins
-            # after that.
+            # A character is incomplete. Either the first byte continues it, or it has become U+FFFD.
             decoded = self._decoder.decode(data[:1])
-            self._length += len(decoded)
-            is_new = bool(self._decoder.getstate()[0])
-            start += len(decoded) if is_new else max(len(decoded) - 1, 0)
-            data = data[1:]
-        self._length += len(self._decoder.decode(data))
+            begins = bool(self._decoder.getstate()[0])  # whether the first byte itself is not in `decoded`
+            start += len(decoded) if begins else max(len(decoded) - 1, 0)
+            is_after_broken = start > self._length
+            self._length += len(decoded) + len(self._decoder.decode(data[1:]))
+        else:
+            self._length += len(self._decoder.decode(data))
         self.starts.append(start)
         super()._add(token)
         if self.is_complete:
-            # Tokenizers may drop a space before the first id, or decode invalid bytes to more characters.
-            self._length = len(self.text)
+            # Tokenizers may drop a space before the first id, or write more than one U+FFFD for a broken character.
+            dropped = max(0, self._length - len(self.text))
+            for i in range(self._complete, len(self.starts)):
+                self.starts[i] = max(self.starts[self._complete], self.starts[i] - dropped)
+            self._length, self._complete = len(self.text), len(self.starts)
             self._decoder.reset()
+            if is_after_broken and self.text.endswith(own := data.decode(errors="replace")):
+                self.starts[-1] = self._length - len(own)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Choice:
         self._base = 0 if prompt else len(text.text)
         self._taken = 0 if prompt else len(text.take())
         self._prompt, self._hidden = prompt, hidden
-        self._ends: deque[int] = deque()  # for each of `scored` whose text is final: where it ends
+        self._needed: deque[int] = deque()  # for the first of `scored`: the length of text with which they are final
         self._taken_ids = 0
         self._has_started = False
 
@@ -92,10 +98,10 @@ class Choice:
     def completion_tokens(self) -> int:
         return len(self._text.tokens)
 
-    def add(self, token: Token) -> None:
-        """Add what one step has generated."""
+    def add(self, token: Token) -> bool:
+        """Add what one step has generated. Returns False for what comes after the end, because `cut` came later."""
         if self.finish_reason is not None:
-            return  # the scheduler was one step ahead of `cut`
+            return False
         self._start()
         if token.id is not None and token.id in self._stop_ids:
             self._cut(self.row, len(self._text.tokens))
@@ -104,10 +110,10 @@ class Choice:
             self._text.push(token.id)
             self._score(token)
             if self._text.stopped:
-                self._cut(self.row, len(self._text.tokens))
                 self._finish("stop")
         if token.finish_reason is not None and self.finish_reason is None:
             self._finish(token.finish_reason)
+        return True
 
     def take(self) -> tuple[str, list[Scored]]:
         """The text that has become final since the last call, and the ids whose text it completes."""
@@ -116,8 +122,8 @@ class Choice:
         count = len(self.scored)
         if self.finish_reason is None:
             count = 0
-            while self._ends and self._ends[0] <= self._taken:
-                self._ends.popleft()
+            while self._needed and self._needed[0] <= self._taken:
+                self._needed.popleft()
                 count += 1
         self._taken_ids += count
         return piece, [self.scored.popleft() for _ in range(count)]
@@ -142,12 +148,19 @@ class Choice:
             self._settle()
 
     def _settle(self) -> None:
+        """An id is final once its text is sent. Until then a stop text may drop it. One without text waits for more text,
+        as a stop text may begin right after it."""
         if self._text.is_complete:
-            self._ends += [len(self._text.text)] * (len(self.scored) - len(self._ends))
+            end = len(self._text.text)
+            new = list(self.scored)[len(self._needed) :]
+            self._needed += [end + (self._base + scored.start == end) for scored in new]
 
     def _finish(self, reason: str, stop: Token | None = None) -> None:
-        self.finish_reason = reason
         self._text.finish()
+        if self._text.stopped:  # by the last id, or in text that was held back until now
+            self._cut(self.row, len(self._text.tokens))
+            reason = "stop"
+        self.finish_reason = reason
         if not isinstance(self._text, OffsetStream):
             return
         if self._text.stopped:
