@@ -164,7 +164,8 @@ class DecodeLoop:
             # Prompts are padded on the right. The causal mask hides the padding from the ids before it. Later, each
             # padded cache position is overwritten by a generated id of its row before a query can attend to it.
             tokens = pad_sequence([torch.tensor(ids[start:]) for ids in group], True, pad_id).to(executor.device)
-            h = executor.hidden(tokens, start, len(group[0]), len(slots))  # [group, seqlen, dim]
+            rows_of_group = range(len(slots), len(slots) + len(group))
+            h = executor.hidden(tokens, start, len(group[0]), rows_of_group)  # [group, seqlen, dim]
             if k is not None:
                 # The hidden state of each id predicts the next id.
                 flat = [i * tokens.shape[1] + j for i, ids in enumerate(group) for j in range(len(ids) - 1)]
