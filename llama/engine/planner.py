@@ -124,7 +124,7 @@ class Planner:
     def _place(self, plan: Plan, task: Task, free: Sequence[Slot]) -> None:
         # User code in the model, such as hooks, sees whole prompts.
         prefix = None if self.executor.runs_user_code else find_prefix(self.slots, task)
-        slot = choose_slot(free, prefix)
+        slot = choose_slot(free, prefix, task.call.reuse)
         slot.task, task.served, task.source = task, self._step - 1, None
         if prefix is not None and prefix.slot is slot:
             slot.truncate(prefix.length, prefix.scores)

@@ -95,9 +95,10 @@ class Scheduler:
             self._open[call] = call.thread
             ended: list[Token] = []
             for row in rows:
+                if row.echo and row.k is not None and not row.is_scored:  # a single id, which nothing predicts
+                    row.prompt_logprobs, row.prompt_top = [0.0], [[]]
                 if row.finish_reason is None and row.length >= row.limit and not row.is_scored:
                     row.finish_reason = "length"
-                    row.prompt_logprobs, row.prompt_top = ([0.0], [[]]) if row.echo and row.k is not None else ([], [])
                     ended.append(Token(row.index, finish_reason="length"))
                 elif row.finish_reason is None:
                     call.tasks[row.index] = Task(row, call)
@@ -247,7 +248,7 @@ class Scheduler:
                 self._fail(task.call, not_finite(f"{outcome.problem}{at}, row {row.index}"))
                 new.setdefault(task.call, [])
                 continue
-            if chunk.scores and len(scores) >= len(row.prompt):
+            if task.scores_prompt and chunk.end >= len(row.prompt) - 1 and len(scores) >= len(row.prompt):
                 found = scores[: len(row.prompt)]
                 row.prompt_logprobs = [logprob for logprob, _ in found]
                 row.prompt_top = [top[: row.k] for _, top in found]

@@ -7,7 +7,7 @@ from llama.engine.calls import Slot, Task
 from llama.engine.requests import shared_prefix
 
 # A shorter prefix is computed again: to copy it, or to wait for the row that computes it, would not save time.
-MIN_SHARED = 32
+MIN_SHARED = 16
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,14 @@ def find_prefix(slots: Sequence[Slot], task: Task) -> Prefix | None:
     return found
 
 
-def choose_slot(free: Sequence[Slot], prefix: Prefix | None) -> Slot:
-    """The free slot for a new row: the one that holds its prefix, else the one that was used longest ago."""
+def choose_slot(free: Sequence[Slot], prefix: Prefix | None, reuse: bool) -> Slot:
+    """The free slot for a new row: the one that holds its prefix, else the one that was used longest ago. Without
+    `reuse` the first one, so that equal calls compute the same bits."""
     if prefix is not None and prefix.slot in free:
         is_most = 2 * prefix.length >= len(prefix.slot.ids)  # what else it holds is no loss
         if prefix.length >= MIN_SHARED or is_most or len(free) == 1:
             return prefix.slot
     others = [slot for slot in free if prefix is None or slot is not prefix.slot]
+    if not reuse:
+        return others[0] if others else free[0]
     return min(others or free, key=lambda slot: (bool(slot.ids), slot.used, slot.index))
