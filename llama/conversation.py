@@ -123,7 +123,7 @@ class Conversation:
         answer = self._format.answer("")
         dialog = [*messages, answer]
         for piece in self.llama._pieces([row], [text], reuse=True, is_read=True):
-            turn.reused, turn.new_tokens, turn.finish_reason = row.reused, len(row.tokens), piece.finish_reason
+            turn.reused, turn.new_tokens, turn.finish_reason = row.reused, len(text.tokens), piece.finish_reason
             answer["content"] += piece.text
             accepted = self._format.refusal(dialog) is None
             if accepted and not turn.kept:

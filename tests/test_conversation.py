@@ -58,7 +58,7 @@ def test_a_turn_computes_only_what_is_new(build: Callable[..., Llama], monkeypat
     hidden, passes = llama.executor.hidden, []
     cached: list[int] = []  # the ids whose keys and values are in the cache
 
-    def watched(tokens: torch.Tensor, start_pos: Any, *rest: int, **named: Any) -> torch.Tensor:
+    def watched(tokens: torch.Tensor, start_pos: Any, *rest: Any, **named: Any) -> torch.Tensor:
         passes.append((start_pos, tokens.shape[1]))
         cached[start_pos:] = tokens[0].tolist()
         return hidden(tokens, start_pos, *rest, **named)

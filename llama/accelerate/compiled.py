@@ -63,7 +63,7 @@ class CudaGraphDecoder:
 
         def step(h: torch.Tensor, start_pos: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
             mask = (torch.arange(ctx_len, device=h.device) <= start_pos[:, None])[:, None, None]  # [bsz, 1, 1, ctx_len]
-            positions = Positions(start_pos, ctx_len, torch.view_as_complex(angles), mask)
+            positions = Positions(start_pos, ctx_len, torch.view_as_complex(angles), mask, slice(0, len(h)))
             for layer in layers:
                 h = layer(h, positions)
             return rms_norm(final_norm, h)

@@ -16,7 +16,7 @@ from torch import nn
 from llama.accelerate.compiled import CudaGraphDecoder
 from llama.accelerate.fused import FusedLayer, Linear, Positions, merge_linears, rms_norm
 from llama.accelerate.native import NativeDecoder
-from llama.accelerate.snapshot import FORWARDS, Snapshot, is_hooked, is_patched
+from llama.accelerate.snapshot import FORWARDS, Snapshot, is_changed, is_hooked, is_patched
 from llama.cache import KVCache
 from llama.model import Attention, RMSNorm, Transformer, TransformerBlock
 from llama.parallel.groups import model_parallel
@@ -27,8 +27,7 @@ log = logging.getLogger(__name__)
 # Number of fp32 logits computed at a time when positions are scored: 64 MB. Chunks of less than 32 MB would cost more
 # memory, as glibc seldom reuses aligned blocks of that size.
 SCORING_CHUNK = 2**24
-# Positions of a prompt computed at a time, which bounds the memory of activations.
-PREFILL_CHUNK = 1024
+PREFILL_CHUNK = 1024  # the default of Executor's prefill_chunk
 # fp32 logits [n, vocab] and the ids that follow [n] -> fp32 [n, m].
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -38,14 +37,24 @@ class Executor:
 
     fused: use merged matmuls in layers that allow it. native: use native.c for few rows; it must be compiled.
     graph: run decode steps on CUDA as a CUDA graph of torch.compile's kernels.
+    prefill_chunk: positions of a prompt computed at a time, which bounds the memory of activations.
 
     A custom model (of another class, or with its own forward or hooks) is called as Meta's engine calls it:
     model(tokens, start_pos) -> logits. `hidden` then returns these logits, and `logits` leaves them unchanged.
     """
 
-    def __init__(self, model: nn.Module, *, fused: bool = True, native: bool = False, graph: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        fused: bool = True,
+        native: bool = False,
+        graph: bool = False,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ):
         self.model: Any = model
-        self.fused, self.native, self.graph = fused, native, graph
+        self.fused, self.native, self.graph, self.prefill_chunk = fused, native, graph, prefill_chunk
+        self.rebuilds = 0  # how often everything was derived from the model
         self._own_passes = 0  # for a custom model, which does not count its forwards
         self._snapshot: Snapshot | None = None
         self._decoder: NativeDecoder | CudaGraphDecoder | None = None
@@ -61,6 +70,12 @@ class Executor:
     def is_compiled(self) -> bool:
         """Whether one call of compiled code computes a complete decode step."""
         return self._decoder is not None
+
+    @property
+    def runs_user_code(self) -> bool:
+        """Whether a forward runs code or modules that the user has changed, which may depend on how prompts are divided
+        into forwards. As of the last `refresh`."""
+        return self._runs_user_code
 
     @property
     def device(self) -> torch.device:
@@ -79,6 +94,7 @@ class Executor:
 
     def _rebuild(self) -> None:
         model = self.model
+        self.rebuilds += 1
         self._snapshot = None  # frees weights that may have been replaced
         self._layers: list[tuple[nn.Module, FusedLayer | None]] = []
         patched = is_patched()
@@ -109,6 +125,8 @@ class Executor:
             and self._output is not None
             and not is_hooked(model.tok_embeddings)
         )
+        is_plain = not self.fused and not patched and not any(map(is_changed, model.modules()))
+        self._runs_user_code = self._is_custom or not (self._is_unchanged or is_plain)
         self._snapshot = Snapshot(model)
 
     def _output_linear(self) -> Linear | None:
@@ -144,7 +162,7 @@ class Executor:
         tokens: torch.Tensor,
         start_pos: int | torch.Tensor,
         ctx_len: int,
-        first_row: int = 0,
+        slots: Sequence[int] | None = None,
         *,
         refresh: bool = True,
     ) -> torch.Tensor:
@@ -152,7 +170,8 @@ class Executor:
 
         start_pos: position of each row's first id, one int for all rows or an int64 tensor [bsz].
         ctx_len: positions from 0 that queries may attend to; larger than every position of `tokens`.
-        first_row: the cache row of the first row of `tokens`.
+        slots: the cache row of each row of `tokens`, all different; None: rows 0, 1, 2, ... Any order is right.
+            Adjacent rows in ascending order are fastest.
         refresh: check whether the model was changed, which takes a millisecond. Not needed if no user code has run
             since the last step. A model with changed layers is always checked.
         Returns logits [bsz, seqlen, vocab] instead for a custom model, and if the output layer is hooked or replaced,
@@ -160,40 +179,47 @@ class Executor:
         """
         if refresh or not self._is_unchanged:
             self.refresh()
+        if slots is not None and list(slots) == list(range(len(tokens))):
+            slots = None
+        if self.is_aligned and not (isinstance(start_pos, int) and slots is None):
+            raise RuntimeError(
+                "this model needs all rows at one position, in the first rows of the cache: run prompts of one length, "
+                "or one at a time"
+            )
         if self._is_custom:
-            return self._call_model(tokens, start_pos, first_row)
-        h = self._hidden(tokens, start_pos, ctx_len, first_row)
+            return self._call_model(tokens, cast(int, start_pos))
+        h = self._hidden(tokens, start_pos, ctx_len, slots)
         return self.model.logits(h) if self._output_sees_all else h
 
-    def _call_model(self, tokens: torch.Tensor, start_pos: int | torch.Tensor, first_row: int) -> torch.Tensor:
-        if not isinstance(start_pos, int) or first_row:
-            raise RuntimeError("this model needs all rows at one position: run prompts of one length, or one at a time")
+    def _call_model(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
         self._own_passes += 1
         logits: torch.Tensor = self.model(tokens, start_pos)
         return logits.float()
 
     def _hidden(
-        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, first_row: int
+        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, slots: Sequence[int] | None
     ) -> torch.Tensor:
-        model, seqlen = self.model, tokens.shape[1]
-        runs_modules = any(layer is None for _, layer in self._layers) and self.fused
-        if isinstance(start_pos, int) and seqlen > PREFILL_CHUNK and not runs_modules:
-            starts = range(start_pos, start_pos + seqlen, PREFILL_CHUNK)
-            chunks = zip(tokens.split(PREFILL_CHUNK, dim=1), starts, strict=True)
-            return torch.cat([self._hidden(ids, at, at + ids.shape[1], first_row) for ids, at in chunks], dim=1)
-        caches = self._snapshot_caches() if first_row else ()
+        model, seqlen, chunk = self.model, tokens.shape[1], self.prefill_chunk
+        runs_modules = any(layer is None for _, layer in self._layers)
+        if seqlen > chunk and not (runs_modules and self.fused):
+            parts = []
+            for at, ids in zip(range(0, seqlen, chunk), tokens.split(chunk, dim=1), strict=True):
+                left = seqlen - at - ids.shape[1]
+                parts.append(self._hidden(ids, start_pos + at, ctx_len - left, slots))
+            return torch.cat(parts, dim=1)
+        caches = self._snapshot_caches() if runs_modules and slots is not None else ()
         for cache in caches:
-            cache.first_row = first_row
+            cache.slots = list(slots or ())
         try:
             if not any(layer for _, layer in self._layers):
                 return cast(torch.Tensor, model.hidden(tokens, start_pos, ctx_len))
             model.passes += 1
-            if seqlen == 1 and first_row == 0 and self._decoder is not None:
-                h = self._decoder(tokens, start_pos)  # float32 from native.c
+            if seqlen == 1 and (h := self._decoded(tokens, start_pos, slots)) is not None:
                 return h if self._output is not None else h.to(model.norm.weight.dtype)
             h = model.tok_embeddings(tokens)  # [bsz, seqlen, dim]
             model.freqs_cis = model.freqs_cis.to(h.device)
-            positions = Positions.of(tokens, start_pos, ctx_len, model.freqs_cis)
+            cache = next(layer.cache for _, layer in self._layers if layer is not None)
+            positions = Positions.of(tokens, start_pos, ctx_len, model.freqs_cis, cache, slots)
             arguments: Any = None
             for block, layer in self._layers:
                 if layer is not None:
@@ -204,7 +230,15 @@ class Executor:
             return rms_norm(model.norm, h) if self._norm_is_fused else model.norm(h)
         finally:
             for cache in caches:
-                cache.first_row = 0
+                cache.slots = None
+
+    def _decoded(
+        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, slots: Sequence[int] | None
+    ) -> torch.Tensor | None:
+        """A decode step by compiled code, float32 from native.c; None if that is not possible."""
+        if isinstance(self._decoder, NativeDecoder):
+            return self._decoder(tokens, start_pos, slots)
+        return self._decoder(tokens, start_pos) if self._decoder is not None and slots is None else None
 
     def _snapshot_caches(self) -> Iterable[KVCache]:
         assert self._snapshot is not None  # set by `_rebuild`
@@ -234,7 +268,7 @@ class Executor:
 
 
 def _takes_row_positions(layer: nn.Module) -> bool:
-    """Whether a layer runs this package's code, which takes start_pos as a tensor [bsz] and any first row."""
+    """Whether a layer runs this package's code, which takes start_pos as a tensor [bsz] and any cache rows."""
     attention = getattr(layer, "attention", None)
     return (
         isinstance(layer, TransformerBlock)

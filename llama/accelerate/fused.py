@@ -19,6 +19,7 @@ from llama.accelerate.linear import LARGEST_ROWS, MEASURED_ROWS, kernel, measure
 from llama.accelerate.quantize import MAX_GEMV_ROWS
 from llama.accelerate.quantized_weight import QuantizedWeight
 from llama.accelerate.snapshot import is_hooked
+from llama.cache import KVCache, Rows
 from llama.model import Attention, FeedForward, RMSNorm, TransformerBlock, apply_rope
 from llama.parallel.groups import model_parallel
 from llama.parallel.layers import ColumnLinear, RowLinear
@@ -107,23 +108,69 @@ class Positions:
     to, counted from 0. freqs_cis: rotary angles of the ids, [.., seqlen, head_dim / 2].
     mask: True where a query may attend, [.., seqlen, ctx_len]; None for a single query, and for a prefill from position
     0, which is causal.
+    rows: the cache rows. runs: those of a decode step, in parts that are adjacent and ascending, if they are not
+    altogether. Keys and values of a part are views of the cache; those of scattered rows would have to be copied.
     """
 
     start_pos: int | torch.Tensor
     ctx_len: int
     freqs_cis: torch.Tensor
     mask: torch.Tensor | None
+    rows: Rows
+    runs: "Sequence[Run]" = ()
 
     @staticmethod
-    def of(tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, freqs_cis: torch.Tensor) -> "Positions":
-        seqlen = tokens.shape[1]
+    def of(
+        tokens: torch.Tensor,
+        start_pos: int | torch.Tensor,
+        ctx_len: int,
+        freqs_cis: torch.Tensor,
+        cache: KVCache,
+        slots: Sequence[int] | None,
+    ) -> "Positions":
+        bsz, seqlen = tokens.shape
+        rows = cache.rows(slots, bsz)
         if isinstance(start_pos, int):
             mask = causal_mask(seqlen, ctx_len, tokens.device) if start_pos > 0 and seqlen > 1 else None
-            return Positions(start_pos, ctx_len, freqs_cis[start_pos : start_pos + seqlen], mask)
-        positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # [bsz, seqlen]
-        keys = torch.arange(ctx_len, device=tokens.device)
-        mask = (keys <= positions[..., None])[:, None]  # [bsz, 1, seqlen, ctx_len]
-        return Positions(start_pos, ctx_len, freqs_cis[positions], mask)
+            freqs_cis = freqs_cis[start_pos : start_pos + seqlen]
+        else:
+            positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # [bsz, seqlen]
+            keys = torch.arange(ctx_len, device=tokens.device)
+            mask = (keys <= positions[..., None])[:, None]  # [bsz, 1, seqlen, ctx_len]
+            freqs_cis = freqs_cis[positions]
+        is_scattered = seqlen == 1 and isinstance(rows, torch.Tensor)
+        runs = split_runs(slots or (), start_pos, ctx_len, mask) if is_scattered else ()
+        return Positions(start_pos, ctx_len, freqs_cis, mask, rows, runs)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A part of the rows of a decode step, in cache rows that are adjacent and ascending. ctx_len and mask: as in
+    `Positions`, for these rows."""
+
+    part: slice
+    rows: slice
+    ctx_len: int
+    mask: torch.Tensor | None
+
+
+def split_runs(
+    slots: Sequence[int], start_pos: int | torch.Tensor, ctx_len: int, mask: torch.Tensor | None
+) -> list[Run]:
+    """The runs of a decode step, as few as possible. On CPUs each ends at its own longest position; reading positions
+    from another device would wait for it."""
+    ends = [i for i in range(1, len(slots) + 1) if i == len(slots) or slots[i] != slots[i - 1] + 1]
+    positions: list[int] | None = None
+    if isinstance(start_pos, torch.Tensor) and start_pos.is_cpu:
+        positions = start_pos.tolist()
+    runs = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        length = max(positions[start:end]) + 1 if positions else ctx_len
+        part = slice(start, end)
+        is_even = positions is not None and len(set(positions[part])) == 1
+        own = None if mask is None or is_even else mask[part, ..., :length]
+        runs.append(Run(part, slice(slots[start], slots[start] + end - start), length, own))
+    return runs
 
 
 def causal_mask(seqlen: int, ctx_len: int, device: torch.device) -> torch.Tensor:
@@ -215,24 +262,33 @@ class FusedLayer:
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: Positions) -> torch.Tensor:
         """Store keys and values, then attend: [bsz, seqlen, heads, head_dim] each -> [bsz, seqlen, local width]."""
         bsz, seqlen, _, _ = q.shape
-        start_pos, ctx_len, mask = positions.start_pos, positions.ctx_len, positions.mask
-        keys, values = self.cache.update(k.transpose(1, 2), v.transpose(1, 2), start_pos, ctx_len)
+        start_pos, ctx_len, mask, rows = positions.start_pos, positions.ctx_len, positions.mask, positions.rows
+        cache = self.cache
+        cache.store(k.transpose(1, 2), v.transpose(1, 2), start_pos, ctx_len, rows)
         if self.is_native and q.dtype == torch.bfloat16:  # in float32 torch is faster
-            return native.attend(q, self.cache, start_pos).flatten(2)
+            return native.attend(q, cache, start_pos, rows).flatten(2)
         q = q.transpose(1, 2)  # [bsz, heads, seqlen, head_dim]
         if seqlen == 1:
             # The heads that share a KV head become its queries, so that keys and values need not be repeated.
             q = q.view(bsz, self.n_local_kv_heads, -1, self.head_dim)
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            if positions.runs:
+                out = torch.cat([self._attend_run(q, run) for run in positions.runs])
+            else:
+                keys, values = cache.k[rows, :, :ctx_len], cache.v[rows, :, :ctx_len]
+                out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         else:
             # is_causal aligns the first query with the first key, which is correct only if the cache was empty.
             out = F.scaled_dot_product_attention(
                 q,
-                keys,
-                values,
+                cache.k[rows, :, :ctx_len],
+                cache.v[rows, :, :ctx_len],
                 attn_mask=mask,
                 is_causal=mask is None,
                 enable_gqa=self.n_local_heads != self.n_local_kv_heads,
             )
         out = out.reshape(bsz, self.n_local_heads, seqlen, self.head_dim).transpose(1, 2)
         return out.reshape(bsz, seqlen, -1)
+
+    def _attend_run(self, q: torch.Tensor, run: Run) -> torch.Tensor:
+        keys, values = (buffer[run.rows, :, : run.ctx_len] for buffer in (self.cache.k, self.cache.v))
+        return F.scaled_dot_product_attention(q[run.part], keys, values, attn_mask=run.mask)

@@ -101,12 +101,12 @@ typedef struct {
 } Model;
 
 /* Arguments of attend_all. q, out: [bsz, seqlen, heads, head_dim]. keys, values: as in Layer. starts [bsz]: the
- * positions of the first queries. All data is bfloat16. */
+ * positions of the first queries. slots [bsz]: the cache rows. All data is bfloat16. */
 typedef struct {
     int64_t bsz, seqlen, heads, kv_heads, head_dim, max_seq_len;
     const uint16_t *q, *keys, *values;
     uint16_t *out;
-    const int64_t *starts;
+    const int64_t *starts, *slots;
 } AttentionArgs;
 
 /* Vectors: conversions, horizontal sums, load and store, exponential ------------------------------ */
@@ -670,7 +670,8 @@ INLINE void weighted_values(const int kind, const int m, const void *values, int
 }
 
 /* qkv -> attended [m, heads, head_dim]: apply RoPE to the new position of each row, store its key and value, attend. */
-INLINE void attend_step(const int kind, const Model *model, const Layer *layer, const int64_t *positions, int64_t m) {
+INLINE void attend_step(const int kind, const Model *model, const Layer *layer, const int64_t *positions,
+                        const int64_t *slots, int64_t m) {
     const int64_t heads = model->heads, kv_heads = model->kv_heads, head_dim = model->head_dim;
     const int64_t group = heads / kv_heads, stride = (heads + 2 * kv_heads) * head_dim, max_len = model->max_seq_len;
     const float scale = 1 / sqrtf(head_dim);
@@ -683,7 +684,7 @@ INLINE void attend_step(const int kind, const Model *model, const Layer *layer, 
         const int64_t r = i / (heads + 2 * kv_heads), head = i % (heads + 2 * kv_heads), at = positions[r];
         float *x = model->qkv + r * stride + head * head_dim;
         const int64_t kv_head = head < heads + kv_heads ? head - heads : head - heads - kv_heads;
-        const int64_t slot = ((r * kv_heads + kv_head) * max_len + at) * head_dim;
+        const int64_t place = ((slots[r] * kv_heads + kv_head) * max_len + at) * head_dim;
         for (int64_t j = 0; j < head_dim; j += 2) {
             const float even = x[j], odd = x[j + 1];
             if (head < heads + kv_heads) {
@@ -699,14 +700,14 @@ INLINE void attend_step(const int kind, const Model *model, const Layer *layer, 
         void *to = head < heads + kv_heads ? layer->keys : layer->values;
         int64_t j = 0;
         for (; head >= heads && j + LANES <= head_dim; j += LANES)
-            store_all(kind, to, slot + j, load(F32, x, j, LANES));
-        for (; head >= heads && j < head_dim; j++) store(kind, to, slot + j, x[j]);
+            store_all(kind, to, place + j, load(F32, x, j, LANES));
+        for (; head >= heads && j < head_dim; j++) store(kind, to, place + j, x[j]);
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * kv_heads * blocks; i++) {
         const int64_t r = i / (kv_heads * blocks), kv_head = i / blocks % kv_heads, from = i % blocks * KEY_BLOCK;
         const int64_t ctx_len = positions[r] + 1, to = from + KEY_BLOCK < ctx_len ? from + KEY_BLOCK : ctx_len;
-        const char *keys = (const char *)layer->keys + (r * kv_heads + kv_head) * max_len * head_dim * item;
+        const char *keys = (const char *)layer->keys + (slots[r] * kv_heads + kv_head) * max_len * head_dim * item;
         const Matrix w = {kind, ctx_len, head_dim, keys, 0, 0};
         multiply_keys(kind, &w, from, to, model->qkv + r * stride + kv_head * group * head_dim, head_dim,
                       model->scores + (r * heads + kv_head * group) * max_len, max_len, group);
@@ -717,7 +718,7 @@ INLINE void attend_step(const int kind, const Model *model, const Layer *layer, 
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * kv_heads * parts; i++) {
         const int64_t r = i / (kv_heads * parts), kv_head = i / parts % kv_heads, d = i % parts * 2 * LANES;
-        const char *values = (const char *)layer->values + (r * kv_heads + kv_head) * max_len * head_dim * item;
+        const char *values = (const char *)layer->values + (slots[r] * kv_heads + kv_head) * max_len * head_dim * item;
         const int64_t first = r * heads + kv_head * group, ctx_len = positions[r] + 1;
         for (int64_t g = 0; g < group; g += 4) {
             const float *p = model->scores + (first + g) * max_len;
@@ -733,13 +734,14 @@ INLINE void attend_step(const int kind, const Model *model, const Layer *layer, 
 }
 
 /* x [m, dim] -> out, before the residual is added. */
-static void attention(const Model *model, const Layer *layer, const float *x, const int64_t *positions, int64_t m) {
+static void attention(const Model *model, const Layer *layer, const float *x, const int64_t *positions,
+                      const int64_t *slots, int64_t m) {
     rms_norm(model, layer->attention_norm, x, model->h, m);
     matmul(&layer->wqkv, model->h, model->sums, model->rounded, model->qkv, m);
     if (model->cache_kind == F32)
-        attend_step(F32, model, layer, positions, m);
+        attend_step(F32, model, layer, positions, slots, m);
     else
-        attend_step(BF16, model, layer, positions, m);
+        attend_step(BF16, model, layer, positions, slots, m);
     matmul(&layer->wo, model->attended, model->sums, model->rounded, model->out, m);
 }
 
@@ -809,7 +811,7 @@ static void attend_block(const AttentionArgs *args, int64_t row, int64_t kv_head
     const int64_t head_dim = args->head_dim, group = args->heads / args->kv_heads, start = args->starts[row];
     const int64_t half = head_dim / 2, width = (head_dim + LANES - 1) / LANES * LANES;
     const int64_t used = group * count, rows = (used + 3) / 4 * 4;
-    const int64_t offset = (row * args->kv_heads + kv_head) * args->max_seq_len * head_dim;
+    const int64_t offset = (args->slots[row] * args->kv_heads + kv_head) * args->max_seq_len * head_dim;
     const float scale = 1 / sqrtf(head_dim);
     int32_t q[rows * half], keys[half * KEY_BLOCK], values[KEY_BLOCK / 2 * width], probs[rows * KEY_BLOCK / 2];
     float scores[rows * KEY_BLOCK], out[rows * width], highest[rows], total[rows];
@@ -870,13 +872,13 @@ static void attend_block(const AttentionArgs *args, int64_t row, int64_t kv_head
 
 /* Functions called from Python -------------------------------------------------------------------- */
 
-/* One decode step. x [m, dim]: the embeddings of the new ids, replaced by the normed hidden states. Returns nonzero if
- * a reduction over the ranks failed. */
-int decode(const Model *model, float *x, const int64_t *positions, int64_t m, int threads) {
+/* One decode step. x [m, dim]: the embeddings of the new ids, replaced by the normed hidden states. positions, slots
+ * [m]: the position of each new id, and the cache row. Returns nonzero if a reduction over the ranks failed. */
+int decode(const Model *model, float *x, const int64_t *positions, const int64_t *slots, int64_t m, int threads) {
     for (int64_t i = 0; i < model->n_layers; i++) {
         const Layer *layer = model->layers + i;
 #pragma omp parallel num_threads(threads)
-        attention(model, layer, x, positions, m);
+        attention(model, layer, x, positions, slots, m);
         if (reduce_and_add(model, x, m)) return 1;
 #pragma omp parallel num_threads(threads)
         feed_forward(model, layer, x, m);

@@ -25,7 +25,7 @@ from torch import nn
 
 from llama.accelerate.linear import linear
 from llama.accelerate.quantize import GROUP, MAX_GEMV_ROWS, Int4, QuantizedLinear
-from llama.cache import KVCache
+from llama.cache import KVCache, Rows, row_tensor
 from llama.parallel.device import cache_folder, processor
 from llama.parallel.groups import model_parallel
 
@@ -71,7 +71,7 @@ class Model(ctypes.Structure):
 class AttentionArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("bsz", "seqlen", "heads", "kv_heads", "head_dim", "max_seq_len")),
-        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "out", "starts")),
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "out", "starts", "slots")),
     ]
 
 
@@ -130,7 +130,7 @@ def _library_path() -> tuple[Path, str]:
 def library() -> ctypes.CDLL:
     """The library. `compile_library` must have compiled it."""
     lib = ctypes.CDLL(str(_library_path()[0]))
-    lib.decode.argtypes = [ctypes.POINTER(Model)] + [ctypes.c_void_p] * 2 + [ctypes.c_int64, ctypes.c_int]
+    lib.decode.argtypes = [ctypes.POINTER(Model)] + [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_int]
     lib.multiply.argtypes = [ctypes.POINTER(Matrix)] + [ctypes.c_void_p] * 4 + [ctypes.c_int64, ctypes.c_int]
     lib.attend_all.argtypes = [ctypes.POINTER(AttentionArgs), ctypes.c_int]
     lib.dequantize.argtypes = [ctypes.POINTER(Matrix), ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
@@ -183,18 +183,19 @@ def release_freed_memory() -> Iterator[None]:
 # Attention and matmuls ----------------------------------------------------------------------------
 
 
-def attend(q: torch.Tensor, kv_cache: KVCache, start_pos: int | torch.Tensor) -> torch.Tensor:
+def attend(q: torch.Tensor, kv_cache: KVCache, start_pos: int | torch.Tensor, rows: Rows) -> torch.Tensor:
     """Causal attention in bfloat16 over a cache that already holds the queries' own positions.
 
-    q and result: [bsz, seqlen, heads, head_dim]. start_pos: position of the first queries, one int or [bsz].
+    q and result: [bsz, seqlen, heads, head_dim]. start_pos: position of the first queries, one int or [bsz]. rows: the
+    cache rows, as `KVCache.rows` returns and checks them.
     """
     bsz, seqlen, heads, head_dim = q.shape
     q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
     starts = torch.as_tensor(start_pos).expand(bsz).contiguous()
     kv_heads, max_seq_len = kv_cache.k.shape[1:3]
     sizes = bsz, seqlen, heads, kv_heads, head_dim, max_seq_len
-    keys, values = kv_cache.k[kv_cache.first_row :], kv_cache.v[kv_cache.first_row :]
-    pointers = (tensor.data_ptr() for tensor in (q, keys, values, out, starts))
+    slots = row_tensor(rows, q.device)
+    pointers = (tensor.data_ptr() for tensor in (q, kv_cache.k, kv_cache.v, out, starts, slots))
     library().attend_all(AttentionArgs(*sizes, *pointers), torch.get_num_threads())
     return out
 
@@ -279,6 +280,7 @@ class NativeDecoder:
     """A decode step through all layers by native.c: ids [bsz, 1] -> hidden states [bsz, 1, dim], fp32.
 
     layers: `fused.FusedLayer`s of one shape. Weights and caches are read where the model stores them.
+    slots: the cache row of each row of the ids; None: the first rows.
     """
 
     def __init__(self, model: Any, layers: Sequence[Any]):
@@ -297,7 +299,7 @@ class NativeDecoder:
             "sums": widest // GROUP + 1,
             "out": dim,
         }
-        self.model = model
+        self.model, self.cache = model, first.cache
         self.buffers = {name: torch.zeros(max_rows, size) for name, size in widths.items()}
         self.rounded = torch.zeros(max_rows, widest, dtype=first.cache.k.dtype)
         self.failure: BaseException | None = None
@@ -316,8 +318,11 @@ class NativeDecoder:
             reduce=REDUCE(self._reduce) if model_parallel()[1] > 1 else REDUCE(),
         )
 
-    def __call__(self, tokens: torch.Tensor, start_pos: int | torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, slots: Sequence[int] | None = None
+    ) -> torch.Tensor:
         self.rows = len(tokens)
+        cache_rows = row_tensor(self.cache.rows(slots, self.rows), tokens.device)
         x = self.model.tok_embeddings(tokens).float().contiguous()  # [bsz, 1, dim]
         positions = torch.as_tensor(start_pos).expand(self.rows).contiguous()
         angles = self.model.freqs_cis.to(torch.complex64).contiguous()
@@ -331,7 +336,8 @@ class NativeDecoder:
             raise ValueError(f"freqs_cis has shape {tuple(angles.shape)}, expected [over {last}, {pairs}]")
         self.struct.freqs_cis = angles.data_ptr()
         threads = torch.get_num_threads()
-        if library().decode(self.struct, x.data_ptr(), positions.data_ptr(), self.rows, threads) and self.failure:
+        pointers = x.data_ptr(), positions.data_ptr(), cache_rows.data_ptr()
+        if library().decode(self.struct, *pointers, self.rows, threads) and self.failure:
             raise self.failure
         return x
 

@@ -11,7 +11,7 @@ from torch.nn.modules import module as global_hooks
 from llama import model as plain
 from llama.accelerate.quantized_weight import QuantizedWeight
 from llama.model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
-from llama.parallel.layers import ColumnLinear, RowLinear
+from llama.parallel.layers import ColumnLinear, DimEmbedding, RowLinear, VocabEmbedding
 
 # Functions of `llama.model` that programs replace to change a forward, and the originals.
 FUNCTIONS = ("apply_rotary_emb", "apply_rope", "reshape_for_broadcast", "repeat_kv", "causal_mask")
@@ -23,6 +23,11 @@ FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in CLASSES}
 def is_hooked(module: nn.Module) -> bool:
     """Whether the module has forward hooks or pre-hooks, or a forward of its own that replaces its class's."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether the module is hooked, or of a class that is not part of a model of this package."""
+    return is_hooked(module) or type(module) not in (*CLASSES, nn.ModuleList, VocabEmbedding, DimEmbedding)
 
 
 def is_patched() -> bool:

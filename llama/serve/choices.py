@@ -148,8 +148,8 @@ class Choice:
             self._settle()
 
     def _settle(self) -> None:
-        """An id is final once its text is sent. Until then a stop text may drop it. One without text waits for more text,
-        as a stop text may begin right after it."""
+        """An id is final once its text is sent. Until then a stop text may drop it. One without text waits for more
+        text, as a stop text may begin right after it."""
         if self._text.is_complete:
             end = len(self._text.text)
             new = list(self.scored)[len(self._needed) :]

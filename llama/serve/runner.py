@@ -152,7 +152,7 @@ class Runner:
 
     def _on_loaded(self, llama: Llama) -> None:
         self._service.load(llama)
-        slots, length = llama.scheduler.slots, llama.model.params.max_seq_len
+        slots, length = llama.model.params.max_batch_size, llama.model.params.max_seq_len
         log.info("serving %s on %s/v1: %d slots of %d positions", self._service.name, self._url, slots, length)
 
     def _on_signal(self, number: int, frame: object) -> None:

@@ -48,13 +48,13 @@ class Service:
     def load(self, llama: Llama) -> None:
         """Begin to answer requests with this model."""
         self._llama = llama
-        scheduler, gauge = llama.scheduler, self.metrics.gauge
-        gauge("llama_slots", "Slots of the KV cache: sequences that are computed together.", lambda: scheduler.slots)
-        gauge("llama_slots_in_use", "Slots that are in use.", lambda: scheduler.running)
-        gauge("llama_queue_length", "Sequences that wait for a slot.", lambda: scheduler.waiting)
+        usage, gauge = llama.scheduler.usage, self.metrics.gauge
+        gauge("llama_slots", "Slots of the KV cache: sequences that are computed together.", lambda: usage().slots)
+        gauge("llama_slots_in_use", "Slots that are in use.", lambda: usage().running)
+        gauge("llama_queue_length", "Sequences that wait for a slot.", lambda: usage().waiting)
         gauge("llama_requests_open", "Requests that are queued or computed.", lambda: len(self.jobs))
-        gauge("llama_cached_tokens", "Positions of the KV cache that are filled.", lambda: scheduler.cached_tokens)
-        size = scheduler.slots * llama.model.params.max_seq_len
+        gauge("llama_cached_tokens", "Positions of the KV cache that are filled.", lambda: usage().cached)
+        size = usage().slots * llama.model.params.max_seq_len
         gauge("llama_cache_size_tokens", "Positions of the KV cache.", lambda: size)
 
     def accepting_llama(self) -> Llama:
@@ -71,7 +71,7 @@ class Service:
 
     def admit(self) -> "Job":
         """A job without rows. Raises RequestError if the queue is full."""
-        limit = self.llama.scheduler.slots + self.max_queue
+        limit = self.llama.model.params.max_batch_size + self.max_queue
         if len(self.jobs) >= limit:
             raise RequestError(
                 f"{limit} requests are running or waiting, and the server admits no more: try again later",
@@ -114,7 +114,8 @@ class Job:
     def cut(self, row: Row, n: int) -> None:
         """End a row after its first n generated ids."""
         self._unfinished.discard(row.index)
-        self._scheduler.cut(self._call, row, n)
+        if self._call is not None:
+            self._scheduler.cut(self._call, row, n)
 
     async def steps(self) -> AsyncIterator[list[Token]]:
         """The tokens of the rows, as they are generated. Raises RequestError for a job that fails or is cancelled."""

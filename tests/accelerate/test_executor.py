@@ -77,18 +77,6 @@ def test_steps_of_heads_that_share_keys(heads: int, kv_heads: int, tmp_path: Pat
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=bound)
 
 
-def test_a_cache_writes_rows_from_its_first_row() -> None:
-    cache = KVCache((4, 2, 8, 4), torch.float32, torch.device("cpu"))
-    k, v = torch.randn(2, 2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
-    cache.first_row = 1
-    for start_pos in (2, torch.tensor([2, 2])):
-        cache.clear()
-        keys, values = cache.update(k, v, start_pos, 5)
-        for buffer, seen, new in ((cache.k, keys, k), (cache.v, values, v)):
-            assert torch.equal(buffer[1:3, :, 2:5], new) and torch.equal(seen[:, :, 2:], new)
-            assert buffer.count_nonzero() == new.numel()
-
-
 @pytest.mark.parametrize("form", [{}, {"compile": False}, {"quantize": "int8", "compile": False}, {"quantize": "int4"}])
 def test_a_batch_equals_its_rows_alone(form: dict[str, Any], build: Callable[..., Llama]) -> None:
     llama = build("gqa", max_seq_len=128, max_batch_size=6, **form)
@@ -224,18 +212,18 @@ def test_the_largest_integers(kind: type[Int8 | Int4]) -> None:
 def test_attention_over_a_cache(heads: int, kv_heads: int, head_dim: int, starts: list[int], seqlen: int) -> None:
     """Against torch's in float64. Old keys beyond a query's position, here NaN, must not affect it."""
     native.compile_library()
-    stream, first_row, end = torch.Generator().manual_seed(heads), 1, max(starts) + seqlen
+    stream, end = torch.Generator().manual_seed(heads), max(starts) + seqlen
+    slots = list(range(len(starts), 0, -1))
     cache = KVCache((len(starts) + 1, kv_heads, end + 9, head_dim), torch.bfloat16, torch.device("cpu"))
     for buffer in (cache.k, cache.v):
         buffer.copy_(torch.randn(buffer.shape, generator=stream))
         buffer[:, :, end:] = float("nan")
     q = torch.randn(len(starts), seqlen, heads, head_dim, generator=stream).mul(3).bfloat16()
     start_pos = starts[0] if len(starts) == 1 else torch.tensor(starts)
-    cache.first_row = first_row
-    found = native.attend(q, cache, start_pos)
-    for row, start in enumerate(starts):
+    found = native.attend(q, cache, start_pos, cache.rows(slots, len(slots)))
+    for row, (start, slot) in enumerate(zip(starts, slots, strict=True)):
         mask = torch.ones(seqlen, end, dtype=torch.bool).tril(start)
-        keys, values = (x[first_row + row, :, :end].double() for x in (cache.k, cache.v))
+        keys, values = (x[slot, :, :end].double() for x in (cache.k, cache.v))
         queries = q[row].transpose(0, 1).double()
         exact, size = (
             F.scaled_dot_product_attention(queries, keys, each, attn_mask=mask, enable_gqa=True).transpose(0, 1)
@@ -446,7 +434,7 @@ def graph(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiler(f, backend=counter, fullgraph=fullgraph))
     torch._dynamo.reset()
     llama = build("gqa", max_seq_len=64, max_batch_size=4)
-    llama._executor = executor.Executor(llama.model, graph=True)
+    llama.scheduler.executor = executor.Executor(llama.model, graph=True)
     yield llama, counter
     torch._dynamo.reset()
 
@@ -462,6 +450,17 @@ def test_graphs_are_compiled_once_per_number_of_rows(
         assert found == plain.generate(prompts[:rows], 30, temperature=0)
         assert counter.frame_count == compiled, f"{rows} rows"
     assert capfd.readouterr().err.count("compiled in") == 2
+
+
+def test_a_graph_is_not_used_for_other_cache_rows(graph: tuple[Llama, Any]) -> None:
+    """It is compiled for the first rows of the cache."""
+    llama, counter = graph
+    texts, found = ids(2, 9), []
+    for slots in (None, [0, 1], [3, 1]):
+        llama.executor.hidden(texts[:, :-1], 0, 8, slots)
+        found.append(llama.executor.hidden(texts[:, -1:], 8, 9, slots))
+        assert counter.frame_count == 1
+        torch.testing.assert_close(found[-1], found[0], rtol=0, atol=near(llama, found[0]))
 
 
 # Options ------------------------------------------------------------------------------------------
@@ -499,13 +498,13 @@ def logits(llama: Llama, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("form", [{}, {"compile": False}, {"plain": True}], ids=str)
-def test_a_prefill_in_parts(form: dict[str, Any], build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefill_in_parts(form: dict[str, Any], build: Callable[..., Llama]) -> None:
     llama = build("gqa", max_seq_len=128, max_batch_size=3, **form)
     prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 100, 65)]
     whole = logits(llama, ids(2, 100))
     expected, scores = llama.generate(prompts, 16, temperature=0, logprobs=True, echo=True)
     for part in (1, 7, 64):
-        monkeypatch.setattr(executor, "PREFILL_CHUNK", part)
+        llama.executor.prefill_chunk = part
         torch.testing.assert_close(logits(llama, ids(2, 100)), whole, rtol=0, atol=near(llama, whole))
         found, logprobs = llama.generate(prompts, 16, temperature=0, logprobs=True, echo=True)
         assert found == expected

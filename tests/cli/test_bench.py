@@ -59,10 +59,10 @@ def test_every_pair_runs_to_its_end(command: Callable[..., Ended], monkeypatch: 
         streams.append((prompts, settings, count))
 
     def watched_hidden(
-        self: Executor, tokens: torch.Tensor, start: Any, ctx_len: int, *row: int, **named: Any
+        self: Executor, tokens: torch.Tensor, start: Any, ctx_len: int, *slots: Any, **named: Any
     ) -> torch.Tensor:
         passes.append((tuple(tokens.shape), start, ctx_len))
-        return hidden(self, tokens, start, ctx_len, *row, **named)
+        return hidden(self, tokens, start, ctx_len, *slots, **named)
 
     monkeypatch.setattr(Llama, "build", staticmethod(with_every_id_a_stop_id))
     monkeypatch.setattr(Llama, "stream", watched_stream)
