@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import h11
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llama.serve.errors import RequestError
+from llama.serve.errors import RequestError, disconnected
 from llama.serve.service import Job
 
 MAX_CONNECTIONS = 1000
@@ -91,11 +91,14 @@ async def read_body(request: Request) -> bytes:
     size, parts = int(declared) if declared.isdecimal() else 0, []
     if size <= MAX_BODY:
         size = 0
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > MAX_BODY:
-                break
+        try:
+            async for part in request.stream():
+                parts.append(part)
+                size += len(part)
+                if size > MAX_BODY:
+                    break
+        except ClientDisconnect:
+            raise disconnected() from None
     if size > MAX_BODY:
         raise RequestError(
             f"the body has more than {MAX_BODY:,} bytes: send fewer prompts at once", 413, code="body_too_large"

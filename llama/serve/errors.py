@@ -33,3 +33,8 @@ class RequestError(Exception):
     def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def disconnected() -> RequestError:
+    """For a client that has gone away. Nobody gets it, but the metrics count its status, which is nginx's."""
+    return RequestError("the client has disconnected", 499)

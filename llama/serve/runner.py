@@ -118,17 +118,17 @@ class Runner:
             proxy_headers=False,
         )
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # bugs, not what clients do wrong
-        server = Server(config)
+        self.server = Server(config)
         self._loop = asyncio.get_running_loop()
         engine = threading.Thread(target=self._run_engine, args=(build,), name="engine", daemon=True)
         with _handlers(self._on_signal):
-            serving = asyncio.create_task(server.serve(sockets=[self._socket]))
+            serving = asyncio.create_task(self.server.serve(sockets=[self._socket]))
             engine.start()
             await _first(self._stop.wait(), self._engine_ended.wait())
             await self._drain()
-            for connection in list(server.server_state.connections):
+            for connection in list(self.server.server_state.connections):
                 connection.transport.abort()  # uvicorn would wait for them
-            server.should_exit = True
+            self.server.should_exit = True
             await serving
             await self._end_engine(engine)
         if self._failure is not None:

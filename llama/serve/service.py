@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from llama.engine.requests import Row, Token
 from llama.generation import Llama
-from llama.serve.errors import RequestError
+from llama.serve.errors import RequestError, disconnected
 from llama.serve.metrics import Metrics
 
 if TYPE_CHECKING:
     from llama.engine.scheduler import Call
 
 RETRY_AFTER = 1  # seconds
+MAX_TOKENS = 16  # that are sent at once to a client which reads slowly
 
 
 class Service:
@@ -126,8 +127,10 @@ class Job:
             error, tokens = self._call.error, self._call.take()
             if tokens:
                 self._service.metrics.generated_tokens.inc(sum(token.id is not None for token in tokens))
-                self._unfinished -= {token.row for token in tokens if token.finish_reason}
-                yield tokens
+                for start in range(0, len(tokens), MAX_TOKENS):
+                    part = tokens[start : start + MAX_TOKENS]
+                    self._unfinished -= {token.row for token in part if token.finish_reason}
+                    yield part
             elif error is not None:
                 raise RequestError(error, 500, code="computation_failed")
             else:
@@ -144,11 +147,13 @@ class Job:
     def cancel_for_disconnect(self) -> None:
         if self in self._service.jobs:
             self._service.metrics.cancelled.inc()
-        self.cancel(RequestError("the client has disconnected", 499))
+        self.cancel(disconnected())
 
     def close(self) -> None:
         """Count as open no longer. What is still to be computed is not."""
-        self._service.jobs.discard(self)
+        if self in self._service.jobs:
+            self._service.jobs.remove(self)
+            self._service.metrics.reused_tokens.inc(sum(row.reused for row in self.rows))
         if self._call is not None:
             self._scheduler.cancel(self._call)
 
