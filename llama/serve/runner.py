@@ -67,7 +67,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)  # IPv4, if the name has both
         return socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None) or 0  # those of getaddrinfo are negative
+        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
         raise ValueError(f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port") from None
 
 
@@ -106,7 +107,6 @@ class Runner:
     async def run(self, build: dict[str, Any]) -> None:
         host, port = self._socket.getsockname()[:2]
         self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        log.info("listening on %s, loading %s", self._url, self._service.name)
         config = uvicorn.Config(
             create_app(self._service),
             http=Connection,
@@ -124,6 +124,7 @@ class Runner:
         with _handlers(self._on_signal):
             serving = asyncio.create_task(self.server.serve(sockets=[self._socket]))
             engine.start()
+            log.info("listening on %s, loading %s", self._url, self._service.name)
             await _first(self._stop.wait(), self._engine_ended.wait())
             await self._drain()
             for connection in list(self.server.server_state.connections):
