@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import sys
@@ -99,39 +98,6 @@ def test_a_signal_while_the_model_is_loaded(checkpoint: Callable[..., Path]) -> 
         server.signal(signal.SIGTERM)
         assert server.wait(timeout=20) == 0
     assert "Traceback" not in server.err and url.startswith("http://127.0.0.1:")
-
-
-# Two ranks ------------------------------------------------------------------------------------------
-
-
-def test_two_ranks(checkpoint: Callable[..., Path]) -> None:
-    """The same ids and log-probabilities as on one rank, and the end of a rank ends the server, with status 1."""
-    torchrun = (str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2", "--master_port", "0")
-    program = (*torchrun, "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0")
-    body = {"prompt": ["The licence", "or"], "max_tokens": 12, "seed": 3, "n": 2, "logprobs": 2, "echo": True}
-    with (
-        ServerProcess(checkpoint("gqa")) as one,
-        ServerProcess(checkpoint("gqa"), program=program, OMP_NUM_THREADS="1") as two,
-    ):
-        answers = [httpx.post(f"{server.url()}/v1/completions", json=body, timeout=60).json() for server in (one, two)]
-        for ours, theirs in zip(*(answer["choices"] for answer in answers), strict=True):
-            values = [choice["logprobs"].pop("token_logprobs") for choice in (ours, theirs)]
-            assert max(abs(a - b) for a, b in zip(*values, strict=True) if a is not None) < 1e-4
-            for choice in (ours, theirs):
-                choice["logprobs"].pop("top_logprobs")
-            assert ours == theirs
-        one.signal(signal.SIGTERM)
-        assert one.wait() == 0
-        children = Path(f"/proc/{two.process.pid}/task/{two.process.pid}/children").read_text().split()
-        ranks = {rank_of(pid): int(pid) for pid in children}
-        os.kill(ranks["1"], signal.SIGKILL)
-        assert two.wait(timeout=60) == 1
-    assert "Traceback" not in two.err.split("torch/distributed")[0], two.err
-
-
-def rank_of(pid: str) -> str:
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next((one.partition(b"=")[2].decode() for one in variables if one.startswith(b"RANK=")), "")
 
 
 # Mistakes -------------------------------------------------------------------------------------------
