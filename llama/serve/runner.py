@@ -18,7 +18,7 @@ import uvicorn
 from llama.files import as_path
 from llama.generation import Llama
 from llama.parallel.groups import is_main_rank
-from llama.parallel.heartbeat import is_rank_lost
+from llama.parallel.heartbeat import is_rank_lost, lost_rank_message
 from llama.serve.app import create_app
 from llama.serve.connections import Connection
 from llama.serve.service import Service
@@ -54,11 +54,17 @@ def model_name(ckpt_dir: str | Path) -> str:
 
 
 def _follow(build: dict[str, Any]) -> None:
-    """The other ranks compute what rank 0 tells them. It gets the same signals as they, and decides when to stop."""
+    """The other ranks compute what rank 0 tells them. It gets the same signals, and decides when to stop."""
     llama = Llama.build(**build)
-    with _handlers(lambda *_: None):
+    with _handlers(_exit_if_rank_is_lost):
         llama.scheduler.run()
     llama.close()
+
+
+def _exit_if_rank_is_lost(*_: object) -> None:
+    """Ends the process if the signal is from its own heartbeat, which has printed the reason."""
+    if is_rank_lost():
+        os._exit(1)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -103,6 +109,7 @@ class Runner:
         self._stop, self._engine_ended = asyncio.Event(), asyncio.Event()
         self._llama: Llama | None = None
         self._failure: BaseException | None = None
+        self._signals = 0
 
     async def run(self, build: dict[str, Any]) -> None:
         host, port = self._socket.getsockname()[:2]
@@ -133,6 +140,8 @@ class Runner:
             await serving
             await self._end_engine(engine)
         if self._failure is not None:
+            if lost_rank_message(self._failure) and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, until the reason is printed
             raise self._failure
 
     def _run_engine(self, build: dict[str, Any]) -> None:
@@ -157,9 +166,11 @@ class Runner:
         log.info("serving %s on %s/v1: %d slots of %d positions", self._service.name, self._url, slots, length)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if is_rank_lost():  # the heartbeat has printed the reason, and ends this process
-            os._exit(1)
-        if self._service.is_stopping:
+        _exit_if_rank_is_lost()
+        if self._failure is not None:
+            return  # if a rank was lost, torchrun ends the others; this one is about to print the reason
+        self._signals += 1
+        if self._signals > 1:
             print("ended at once, after a second signal", file=sys.stderr, flush=True)
             os._exit(128 + number)
         self.stop()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llama.engine.requests import Row, Token
 from llama.generation import Llama
+from llama.parallel.heartbeat import lost_rank_message
 from llama.serve.errors import RequestError, disconnected
 from llama.serve.metrics import Metrics
 
@@ -132,7 +133,7 @@ class Job:
                     self._unfinished -= {token.row for token in part if token.finish_reason}
                     yield part
             elif error is not None:
-                raise RequestError(error, 500, code="computation_failed")
+                raise RequestError(lost_rank_message(error) or error, 500, code="computation_failed")
             else:
                 await self._news.wait()
         self.close()
