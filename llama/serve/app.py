@@ -25,6 +25,7 @@ from llama.serve.protocol import (
 from llama.serve.service import Service
 
 PUBLIC = {"/health"}  # paths that need no key
+MAX_HEADERS = 2**14  # bytes; h11 refuses larger ones only if they arrive in pieces
 SMALL_BODY = 2**16  # bytes; larger ones are parsed in a worker thread
 
 
@@ -179,6 +180,8 @@ class Guard:
             self._service.metrics.requests.labels(endpoint, status).inc()
 
     def _problem(self, scope: Scope) -> RequestError | None:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
+            return RequestError(f"the headers have more than {MAX_HEADERS:,} bytes", 431)
         headers = {name: value for name, value in scope["headers"] if name in (b"authorization", b"host")}
         if self._key is None:
             host = headers.get(b"host", b"").decode("latin-1")

@@ -1,7 +1,14 @@
 """Clients that others wrote: OpenAI's Python package, and lm-evaluation-harness."""
 
+import contextlib
+import io
+import itertools
 import os
+import re
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partialmethod
@@ -20,12 +27,15 @@ from lm_eval import evaluator, simple_evaluate
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
 
+from docs.test_docs import blocks_of
 from helpers.paths import ROOT
 from helpers.servers import Server, ServerProcess, serving
 from helpers.tolerance import logprob_sum
 from llama import Llama
 from llama.convert import convert
 from llama.evaluate.lm_eval_adapter import MetaLlama
+from llama.serve.metrics import Metrics
+from llama.serve.protocol import MAX_ALTERNATIVES, MAX_N, MAX_STOPS, ChatRequest, CompletionRequest
 
 FACTS, PROSE, COMPLETIONS = "meta_llama_facts", "meta_llama_prose", "meta_llama_completions"
 PROMPT = "The capital of France is"
@@ -96,6 +106,45 @@ def test_openai_errors(client: openai.OpenAI, demo_server: Server) -> None:
     tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     with pytest.raises(openai.BadRequestError, match="tools is not supported"):
         client.chat.completions.create(model=name, messages=MESSAGES, tools=tools)
+
+
+# The documentation ----------------------------------------------------------------------------------
+
+PAGE = ROOT / "docs" / "how-to" / "serve.md"
+
+
+def test_the_examples_of_the_documentation(demo_server: Server) -> None:
+    """The blocks that "need a server" run against this one, and print what the page says."""
+    blocks = blocks_of(PAGE)
+    ran = 0
+    for block, following in itertools.pairwise(blocks):
+        if "test_clients.py" not in (block.reason or ""):
+            continue
+        text = block.text.replace("http://127.0.0.1:8000", demo_server.url)
+        if block.language == "python":
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(text, str(PAGE), "exec"), {})
+            assert out.getvalue().strip() == following.text
+            ran += 1
+        elif shutil.which("curl"):
+            for command in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+                done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=60)
+                assert done.returncode == 0 and "Paris" in done.stdout, done
+                ran += 1
+    assert ran >= 1
+
+
+def test_the_documentation_has_every_field() -> None:
+    """In a table, and its values that ask for nothing. Other fields of OpenAI's are named in no table."""
+    text = PAGE.read_text(encoding="utf-8")
+    tables = "".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE))
+    for name in {*CompletionRequest.model_fields, *ChatRequest.model_fields}:
+        assert f"`{name}`" in tables, name
+    assert f"up to {MAX_STOPS} texts" in text and f"0 to {MAX_ALTERNATIVES}" in text and f"1 to {MAX_N}" in text
+    metrics = Metrics()
+    for family in metrics.registry.collect():
+        assert f"`{family.name}" in tables, family.name
 
 
 # lm-evaluation-harness ------------------------------------------------------------------------------

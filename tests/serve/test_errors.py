@@ -1,6 +1,7 @@
 """Errors in OpenAI's form: the status, the field in `param`, one line with the value."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -342,6 +343,18 @@ def test_loading_and_stopping() -> None:
     assert asyncio.run(statuses()) == [(503, "1", "loading")] * 4
     service.is_stopping = True
     assert asyncio.run(statuses())[:3] == [(503, "1", "shutting_down")] * 3
+
+
+def test_large_headers(server: Server) -> None:
+    error = error_of(server.client.get("/health", headers={"X": "x" * 20_000}), 431)
+    assert error["message"] == "the headers have more than 16,384 bytes"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        raw.sendall(b"GET /health HTTP/1.1\r\n")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(30):  # in pieces, without an end
+                raw.sendall(b"X: " + b"x" * 1000 + b"\r\n")
+                time.sleep(0.01)
+        assert raw.recv(1000).startswith(b"HTTP/1.1 400")
 
 
 def test_what_is_no_http_at_all(server: Server) -> None:
