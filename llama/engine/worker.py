@@ -16,7 +16,7 @@ from llama.engine.plan import Chunk, Plan
 from llama.engine.requests import Alternatives, Row, alternatives
 from llama.engine.sampling import Sampler, wide_dtype
 from llama.errors import explain_oom
-from llama.parallel.groups import broadcast, current_world
+from llama.parallel.groups import broadcast, current_world, is_main_rank
 
 Score = tuple[float, Alternatives]  # the log-probability of an id, and the alternatives to it
 NO_SCORE: Score = (0.0, [])  # of a first id, which nothing predicts
@@ -59,7 +59,7 @@ class Worker:
         rows, uniform: on rank 0, the rows whose next id is sampled, in the order of their chunks, and a random number
         from [0, 1) for each; empty on other ranks.
         """
-        if plan.refresh:
+        if plan.refresh and not is_main_rank():  # on rank 0 the planner has done it
             self.executor.refresh()
         self._prepare_cache(plan)
         states, problems = [], list[str | None]()
@@ -73,9 +73,10 @@ class Worker:
         chunks = plan.chunks
         sampling = [chunk for chunk in chunks if chunk.samples]
         sampled = iter(self._sample(sampling, torch.cat(states), rows, uniform) if states else ())
+        outcomes = [next(sampled) if chunk.samples else Outcome() for chunk in chunks]
         return [
-            next(sampled) if chunk.samples and not problem else Outcome(problem=problem)
-            for chunk, problem in zip(chunks, problems, strict=True)
+            Outcome(problem=problem) if problem else outcome
+            for outcome, problem in zip(outcomes, problems, strict=True)
         ]
 
     def _prepare_cache(self, plan: Plan) -> None:
