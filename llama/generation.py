@@ -327,7 +327,7 @@ class Llama(Engine):
         return rows, texts
 
     def _pieces(
-        self, rows: list[Row], texts: list[TextStream], reuse: bool = False, is_read: bool = False
+        self, rows: list[Row], texts: list[TextStream], reuse: object = None, is_read: bool = False
     ) -> Generator[TextPiece, None, None]:
         """Run any number of rows, and yield their texts as soon as they are final.
 

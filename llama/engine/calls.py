@@ -11,22 +11,25 @@ from llama.engine.requests import Row, Token
 class Call:
     """Rows that were submitted together, by one thread.
 
-    rows: with their results so far. error: why the call failed, None if it has not. Other attributes belong to the
-    scheduler.
+    rows: with their results so far. error: why the call failed, None if it has not. is_done: nothing more will be added
+    to what `take` returns. Other attributes belong to the scheduler.
     """
 
-    def __init__(self, rows: list[Row], reuse: bool, priority: int, is_read: bool, listener: Callable[[], None] | None):
+    def __init__(
+        self, rows: list[Row], reuse: object, priority: int, is_read: bool, listener: Callable[[], None] | None
+    ):
         self.rows, self.reuse, self.priority, self.is_read, self.listener = rows, reuse, priority, is_read, listener
         self.error: BaseException | None = None
+        self.is_done = False
         self.thread = threading.get_ident()  # the one that reads the results
         self.steps: deque[list[Token]] = deque()  # what is not read yet
         self.tasks: dict[int, Task] = {}  # unfinished rows by their index
         self.waiting: deque[Task] = deque()  # those of them that have no slot
         self.is_new, self.is_numbered = True, False
 
-    @property
-    def is_done(self) -> bool:
-        return self.error is not None or not self.tasks
+    def may_reuse(self, other: "Call | None") -> bool:
+        """Whether its rows may use the keys and values that a row of `other` has computed."""
+        return other is self or (other is not None and self.reuse is not None and self.reuse is other.reuse)
 
     def take(self) -> list[Token]:
         """What the steps since the last `take` have added to the rows, in order. From any thread."""

@@ -136,7 +136,7 @@ class Engine:
         """
         return self._run(self._one_batch(self._rows(prompt_tokens, logprobs=logprobs, **settings)), is_read=True)
 
-    def _run(self, rows: list[Row], reuse: bool = False, is_read: bool = False) -> Generator[list[Token], None, None]:
+    def _run(self, rows: list[Row], reuse: object = None, is_read: bool = False) -> Generator[list[Token], None, None]:
         """Submit the rows, and yield what each step has added to them. Arguments as in `Scheduler.submit`."""
         call = self.scheduler.submit(rows, reuse=reuse, is_read=is_read)
         try:

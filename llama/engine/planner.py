@@ -68,10 +68,13 @@ class Planner:
             if slot.task is task:
                 slot.task = None
 
-    def clear(self, index: int) -> None:
-        """The slot holds values that are not finite. They would spread even from positions that are masked."""
-        self.slots[index].truncate(0)
-        self._cleared.append(index)
+    def clear(self, call: Call) -> None:
+        """A row of this call got values that are not finite, which would spread even from positions that are masked.
+        The call's other slots may hold such values too, and slots that no row uses."""
+        for slot in self.slots:
+            if slot.call is call or slot.task is None:
+                slot.truncate(0)
+                self._cleared.append(slot.index)
 
     def evict_all(self) -> None:
         """Take the slots from all rows. They wait again, and are computed again."""
@@ -138,7 +141,7 @@ class Planner:
     def _place(self, plan: Plan, task: Task, free: Sequence[Slot]) -> None:
         # User code in the model, such as hooks, sees whole prompts.
         prefix = None if self.executor.runs_user_code else find_prefix(self.slots, task)
-        slot = choose_slot(free, prefix, task.call.reuse)
+        slot = choose_slot(free, prefix, task.call.reuse is not None)
         slot.task, task.served, task.source = task, self._step - 1, None
         if prefix is not None and prefix.slot is slot:
             slot.truncate(prefix.length, prefix.scores)

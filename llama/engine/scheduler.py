@@ -71,16 +71,15 @@ class Scheduler:
         self,
         rows: list[Row],
         *,
-        reuse: bool = False,
+        reuse: object = None,
         priority: int = 0,
         is_read: bool = False,
         listener: Callable[[], None] | None = None,
     ) -> Call:
-        """Queue rows, from any thread. Read their results with `steps`, or with a listener and `Call.take`. The call
-        must be cancelled unless it runs to its end.
+        """Queue rows, from any thread. Read the results with `steps`, or with a listener and `Call.take`.
 
-        reuse: use keys and values that earlier calls left in the cache, which are right only if nobody has written to
-            the model's weights since.
+        reuse: use keys and values that earlier calls with the same `reuse` left in the cache. They are right only if
+            nobody has written to the model's weights since.
         priority: calls with a lower number get slots first, those with the same number in order of submission.
         is_read: user code runs between the steps, and may change the model.
         listener: called without arguments, by the thread that runs the steps, when there is something to `take` or the
@@ -91,7 +90,8 @@ class Scheduler:
             _ = self.executor  # raises if the model is closed
             self._check_reentry()
             self._wait_for_other_threads()
-            self._open[call] = call.thread
+            if listener is None:
+                self._open[call] = call.thread
             ended: list[Token] = []
             for row in rows:
                 if row.echo and row.k is not None and not row.is_scored:  # a single id, which nothing predicts
@@ -104,10 +104,11 @@ class Scheduler:
             call.waiting.extend(call.tasks.values())
             if ended:
                 call.steps.append(ended)
+            call.is_done = not call.tasks
             if call.tasks:
                 self._calls.append(call)
             self._condition.notify_all()
-        if ended and listener is not None:
+        if listener is not None and call.steps:
             listener()
         return call
 
@@ -154,6 +155,7 @@ class Scheduler:
             row.cut(n)
             if row.index in call.tasks:
                 self._end(call.tasks[row.index])
+                call.is_done = not call.tasks
 
     def _end(self, task: Task) -> None:
         """The row has ended, or is dropped."""
@@ -171,6 +173,7 @@ class Scheduler:
         call.waiting.clear()
         for task in list(call.tasks.values()):
             self._end(task)
+        call.is_done = True
 
     def _fail(self, call: Call, error: BaseException) -> None:
         call.error = call.error or error
@@ -184,7 +187,8 @@ class Scheduler:
         calls = [] if driver is None else [driver]
         try:
             if driver is not None and not self._only_rank_0_calls:
-                self._take_turn(driver, [(task.row.prompt, len(task.row.tokens)) for task in driver.tasks.values()])
+                rows = [task.row for task in driver.tasks.values()] if driver is not self._last_turn else []
+                self._take_turn(driver, [(row.prompt, len(row.tokens)) for row in rows])
             plan, tasks = Plan(), list[Task]()
             with self._condition:
                 calls = self._participants(driver)
@@ -240,8 +244,6 @@ class Scheduler:
         for chunk, outcome in zip(plan.chunks, outcomes, strict=True):
             scores = self._worker.scores.get(chunk.slot, [])
             self._planner.computed(chunk, len(scores))
-            if outcome.problem:
-                self._planner.clear(chunk.slot)
             task = self._tasks.get(chunk.number)
             if task is None:
                 continue
@@ -249,6 +251,7 @@ class Scheduler:
             if outcome.problem:
                 at = f" {len(row.tokens)}" if outcome.problem == "at step" else ""
                 self._fail(task.call, not_finite(f"{outcome.problem}{at}, row {row.index}"))
+                self._planner.clear(task.call)
                 new.setdefault(task.call, [])
                 continue
             if task.scores_prompt and chunk.end >= len(row.prompt) - 1 and len(scores) >= len(row.prompt):
@@ -261,6 +264,7 @@ class Scheduler:
         for call, tokens in new.items():
             if tokens:
                 call.steps.append(sorted(tokens, key=lambda token: token.row))
+            call.is_done = not call.tasks  # last: a reader in another thread then takes the last tokens
         return list(new)
 
     def _advance(self, task: Task, chunk: Chunk, outcome: Outcome) -> Token | None:
@@ -340,9 +344,7 @@ class Scheduler:
 
     def _check_reentry(self) -> None:
         if self._runner == threading.get_ident():
-            raise RuntimeError(
-                "this call was made from within a forward pass, by a hook for instance: make it afterwards"
-            )
+            raise RuntimeError("this call was made within a forward pass, by a hook for instance: make it afterwards")
 
     def _take_turn(self, turn: object, ids: object) -> None:
         """Check that all ranks are about to run the same step, and wait for late ones. Skipped if the last step was of
@@ -390,11 +392,13 @@ class Scheduler:
 
     def _claim_for_calls(self, timeout: float | None) -> bool:
         """Wait until there is something to compute, and take the model for it. Returns False after `stop`."""
+
+        def can_start() -> bool:
+            return self._runner is None and bool(self._participants(None))
+
         with self._condition:
-            self._condition.wait_for(
-                lambda: self._is_stopping or (self._runner is None and self._participants(None)), timeout
-            )
-            if self._is_stopping or self._runner is not None or not self._participants(None):
+            self._condition.wait_for(lambda: self._is_stopping or can_start(), timeout)
+            if self._is_stopping or not can_start():
                 return False
             self._runner = threading.get_ident()
             return True

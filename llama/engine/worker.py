@@ -16,7 +16,7 @@ from llama.engine.plan import Chunk, Plan
 from llama.engine.requests import Alternatives, Row, alternatives
 from llama.engine.sampling import Sampler, wide_dtype
 from llama.errors import explain_oom
-from llama.parallel.groups import broadcast, current_world
+from llama.parallel.groups import broadcast, current_world, is_main_rank
 
 Score = tuple[float, Alternatives]  # the log-probability of an id, and the alternatives to it
 NO_SCORE: Score = (0.0, [])  # of a first id, which nothing predicts
@@ -59,7 +59,7 @@ class Worker:
         rows, uniform: on rank 0, the rows whose next id is sampled, in the order of their chunks, and a random number
         from [0, 1) for each; empty on other ranks.
         """
-        if plan.refresh:
+        if plan.refresh and not is_main_rank():  # on rank 0 the planner has done it
             self.executor.refresh()
         self._prepare_cache(plan)
         states, problems = [], list[str | None]()
@@ -72,10 +72,15 @@ class Worker:
                 states.append(h[:, 0] if whole else h[[i for i, _ in ends], [j for _, j in ends]])
         chunks = plan.chunks
         sampling = [chunk for chunk in chunks if chunk.samples]
-        sampled = iter(self._sample(sampling, torch.cat(states), rows, uniform) if states else ())
+        sampled = iter(
+            self._sample(sampling, states[0] if len(states) == 1 else torch.cat(states), rows, uniform)
+            if states
+            else ()
+        )
+        outcomes = [next(sampled) if chunk.samples else Outcome() for chunk in chunks]
         return [
-            next(sampled) if chunk.samples and not problem else Outcome(problem=problem)
-            for chunk, problem in zip(chunks, problems, strict=True)
+            Outcome(problem=problem) if problem else outcome
+            for outcome, problem in zip(outcomes, problems, strict=True)
         ]
 
     def _prepare_cache(self, plan: Plan) -> None:
@@ -106,17 +111,17 @@ class Worker:
     def _score_prompts(self, chunks: list[Chunk], h: torch.Tensor) -> list[str | None]:
         """Store the scores of the prompt ids that the hidden states [rows, seqlen, dim] predict. Returns for each chunk
         where values are not finite."""
-        flat, targets = list[int](), list[int]()
         scoring = [i for i, chunk in enumerate(chunks) if chunk.scores]
+        problems: list[str | None] = [None] * len(chunks)
+        if not scoring:
+            return problems
+        flat, targets = list[int](), list[int]()
         for i in scoring:
             # The hidden state of each id predicts the next id.
             chunk = chunks[i]
             following = chunk.ids[1:] + ([] if chunk.next_id is None else [chunk.next_id])
             flat += range(i * h.shape[1], i * h.shape[1] + len(following))
             targets += following
-        problems: list[str | None] = [None] * len(chunks)
-        if not flat:
-            return problems
         k = max(chunks[i].k or 0 for i in scoring)
         wanted = torch.tensor(targets, device=h.device)
         values = iter(read_back(self.executor.measured(h.flatten(0, 1)[flat], wanted, partial(score, k=k))))
@@ -137,9 +142,10 @@ class Worker:
     ) -> list[Outcome]:
         """Sample an id for each row from the hidden states [rows, dim]."""
         logits = self.executor.logits(h)  # [rows, vocab]
-        ids = torch.zeros(len(chunks), dtype=torch.int64, device=h.device)
         if rows:
             ids = self._sampler_of(rows).sample(logits, torch.tensor(uniform, dtype=wide_dtype(h.device)).to(h.device))
+        else:
+            ids = torch.empty(len(chunks), dtype=torch.int64, device=h.device)
         broadcast(ids)
         # max - min of a row is finite only if all its logits are. isfinite on every logit would take as long as a small
         # output layer.

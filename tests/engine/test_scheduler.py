@@ -107,10 +107,11 @@ def test_a_common_prefix_is_computed_once(build: Callable[..., Llama], monkeypat
     shapes.clear()
     llama.generate(prompts[:1], **arguments)
     assert shapes[0] == (1, 62)  # a call does not use what another one left: the weights may have been written since
-    rows = llama._rows(prompts[:1], **arguments)
-    for _ in llama._run(rows, reuse=True):
-        pass
-    assert rows[0].reused == 61 and rows[0].tokens == expected[0]
+    for key, reused in ((llama, 0), (llama, 61), (prompts, 0), (None, 0)):  # only of calls with the same key
+        rows = llama._rows(prompts[:1], **arguments)
+        for _ in llama._run(rows, reuse=key):
+            pass
+        assert rows[0].reused == reused and rows[0].tokens == expected[0]
 
 
 def test_a_long_prompt_delays_others_by_one_chunk(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +182,55 @@ def test_a_listener_on_an_engine_thread(build: Callable[..., Llama]) -> None:
     engine.join(timeout=10)
     assert not engine.is_alive()
     assert all(slot.task is None for slot in llama.scheduler._planner.slots)
+
+
+def run_together(llama: Llama, calls: list[Any]) -> list[Any]:
+    """Run calls [(rows, reuse)] in the same steps, by an engine thread."""
+    done = threading.Semaphore(0)
+    submitted = [llama.scheduler.submit(rows, reuse=reuse, listener=done.release) for rows, reuse in calls]
+    engine = threading.Thread(target=llama.scheduler.run)
+    engine.start()
+    while not all(call.is_done for call in submitted):
+        assert done.acquire(timeout=30)
+    llama.scheduler.stop()
+    engine.join(timeout=10)
+    return submitted
+
+
+def test_a_call_that_fails_does_not_touch_its_neighbours(build: Callable[..., Llama]) -> None:
+    llama = build("mha", max_seq_len=64, max_batch_size=4)
+    prompts = [[1, 5, 6], [1, 8], [3, 4, 7]]
+    expected = [llama.generate([prompt], 6, temperature=0)[0][0] for prompt in prompts]
+    llama.model.tok_embeddings.weight[9] = float("nan")
+    failing = llama._rows([[1, 9, 5]], max_gen_len=6, temperature=0, logprobs=True, echo=True)
+    healthy = [llama._rows([prompt], max_gen_len=6, temperature=0) for prompt in prompts]
+    calls = run_together(llama, [(failing, None), *((rows, None) for rows in healthy)])
+    assert isinstance(calls[0].error, FloatingPointError) and "in the prompt" in str(calls[0].error)
+    assert [rows[0].tokens for rows in healthy] == expected
+
+
+def test_a_call_that_fails_leaves_nothing_in_its_other_slots(build: Callable[..., Llama]) -> None:
+    llama = build("mha", max_seq_len=64, max_batch_size=2, plain=True)  # masks what other paths do not read
+    expected = llama.generate(PROMPTS[:2], 8, temperature=0)
+    weight = llama.model.tok_embeddings.weight[9].clone()
+    llama.model.tok_embeddings.weight[9] = float("nan")
+    llama.executor.prefill_chunk = 32
+    with pytest.raises(FloatingPointError, match="row 0"):  # while a part of row 1 is computed
+        llama.generate([[1, 9], [9] * 60], 4)
+    llama.model.tok_embeddings.weight[9] = weight
+    assert llama.generate(PROMPTS[:2], 8, temperature=0) == expected
+
+
+def test_scores_with_more_alternatives_are_computed_again(build: Callable[..., Llama]) -> None:
+    llama = build("mha", max_seq_len=96, max_batch_size=2)
+    prompt = list(range(3, 63))
+    alone = llama.generate([prompt], 0, logprobs=5, echo=True)
+    rows = [llama._rows([prompt], max_gen_len=0, logprobs=k, echo=True) for k in (2, 5)]
+    run_together(llama, [(each, llama) for each in rows])
+    for k, ((row,)) in zip((2, 5), rows, strict=True):
+        assert [[token for token, _ in top] for top in row.prompt_top] == [
+            [token for token, _ in top][:k] for top in alone.top[0]
+        ]
 
 
 def test_a_call_from_a_hook_raises(build: Callable[..., Llama]) -> None:
