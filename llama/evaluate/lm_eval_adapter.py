@@ -54,6 +54,8 @@ class MetaLlama(TemplateLM):
             raise ValueError(f"meta_llama has no argument {unknown[0]}; there are {', '.join(known)}")
         if ckpt_dir == "":
             raise ValueError("meta_llama needs a checkpoint folder: --model_args ckpt_dir=...")
+        if "prefill_chunk" in options:
+            options["prefill_chunk"] = _read_int("prefill_chunk", options["prefill_chunk"])
         rows = batch_size if max_batch_size is None else max_batch_size
         self.llama = Llama.build(
             str(ckpt_dir),  # the harness parses the name "7" as a number

@@ -321,13 +321,15 @@ def test_a_continuation_that_joins_the_context(ours: MetaLlama) -> None:
 
 @pytest.fixture(scope="module")
 def seeded(checkpoint: Callable[..., Path]) -> Iterator[MetaLlama]:
-    lm = MetaLlama(ckpt_dir=str(checkpoint("gqa")), max_seq_len="64", batch_size=3.0, max_batch_size=None)
+    given: dict[str, Any] = {"max_seq_len": "64", "batch_size": 3.0, "max_batch_size": None, "prefill_chunk": "16"}
+    lm = MetaLlama(ckpt_dir=str(checkpoint("gqa")), **given)
     yield lm
     lm.llama.close()
 
 
 def test_generation_settings(seeded: MetaLlama) -> None:
     assert seeded.llama.model.params.max_batch_size == 3 and seeded.max_length == 64
+    assert seeded.llama.executor.prefill_chunk == 16
 
     def generate(*settings: dict[str, Any], context: str = "The licence") -> list[str]:
         return seeded.generate_until(requests(*((context, {"max_gen_toks": 8} | each) for each in settings)))
@@ -475,6 +477,7 @@ def test_a_mistake_on_two_ranks_is_one_line(checkpoint: Callable[..., Path]) -> 
         ("max_seq_len=16", "error: meta_llama needs a checkpoint folder: --model_args ckpt_dir=..."),
         ("ckpt_dir=x,pretrained=y", "error: meta_llama has no argument pretrained; there are ckpt_dir, tokenizer_path"),
         ("ckpt_dir=x,max_seq_len=many", "error: max_seq_len is 'many', expected an integer"),
+        ("ckpt_dir=x,prefill_chunk=many", "error: prefill_chunk is 'many', expected an integer"),
         ("ckpt_dir=x,max_batch_size=1.5", "error: batch_size is 1.5, expected an integer"),
     ],
 )
