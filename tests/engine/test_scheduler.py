@@ -92,6 +92,19 @@ def test_rows_enter_as_others_leave(build: Callable[..., Llama], monkeypatch: py
     assert shapes.count((2, 1)) >= 5
 
 
+def test_a_stop_text_frees_its_slot_at_once(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = build("mha", max_seq_len=64, max_batch_size=1)
+    settings: dict[str, Any] = {"temperature": 0, "max_gen_len": 40}
+    (whole,) = llama.text_completion(["The licence"], **settings)
+    shapes, passes = watch(llama, monkeypatch), []
+    for n in (1, 3):
+        answers = llama.text_completion(["The licence"] * n, stop=whole["generation"][3:5], **settings)
+        assert answers == [{"generation": whole["generation"][:3], "finish_reason": "stop"}] * n
+        passes.append(len(shapes))
+        shapes.clear()
+    assert passes[0] < 20 and passes[1] == 3 * passes[0]
+
+
 def test_a_common_prefix_is_computed_once(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build("gqa", max_seq_len=96, max_batch_size=3)
     system = list(range(3, 63))

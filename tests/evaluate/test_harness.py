@@ -36,6 +36,8 @@ from llama.chat.formats import Message, find_chat_format
 from llama.cli.lm_eval import lm_eval as lm_eval_command
 from llama.cli.main import main
 from llama.convert import convert
+from llama.engine.requests import Row
+from llama.engine.scheduler import Scheduler
 from llama.evaluate import lm_eval_adapter
 from llama.evaluate.lm_eval_adapter import MetaLlama
 from llama.tokenizer import Tokenizer
@@ -368,6 +370,20 @@ def test_order_is_kept(seeded: MetaLlama) -> None:
     contexts = ["a" * n for n in (3, 30, 1, 12, 7)]
     instances = requests(*((context, {"max_gen_toks": 5}) for context in contexts))
     assert seeded.generate_until(instances) == [seeded.generate_until([each])[0] for each in instances]
+
+
+def test_many_requests_share_a_call(seeded: MetaLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a row that takes long does not keep the other rows of the cache empty."""
+    calls, submit = list[int](), Scheduler.submit
+
+    def watched(self: Scheduler, rows: list[Row], **options: Any) -> Any:
+        calls.append(len(rows))
+        return submit(self, rows, **options)
+
+    monkeypatch.setattr(Scheduler, "submit", watched)
+    settings = ({"max_gen_toks": 1 + i % 5} for i in range(50))
+    assert len(seeded.generate_until(requests(*(("a b", each) for each in settings)))) == 50
+    assert calls == [48, 2]
 
 
 def test_answers_reach_the_cache(seeded: MetaLlama, monkeypatch: pytest.MonkeyPatch) -> None:
