@@ -124,7 +124,8 @@ def _open(model: ModelOptions, build: BuildOptions, device: torch.device, world:
     chat_format = find_chat_format(tokenizer, build["chat_format"])
     dtype = pick_dtype(build["dtype"], checkpoint.dtype, device)
     tied = OUTPUT not in checkpoint.shapes
-    fit = check_memory(args, world.size, dtype, device, tied, checkpoint.embedding_axis, build["quantize"])
+    quantize, prefill_chunk = build["quantize"], build["prefill_chunk"]
+    fit = check_memory(args, world.size, dtype, device, tied, checkpoint.embedding_axis, quantize, prefill_chunk)
     faults, sums = check_before_loading(checkpoint, world.local_rank, world.local_size)
     if faults:
         more = f"; and {len(faults) - 1} more: python -m llama verify {model['ckpt_dir']}" if faults[1:] else ""
@@ -158,7 +159,11 @@ def _load_weights(files: Files, device: torch.device, compile: bool | None) -> t
             if quantize:
                 unquantized += quantize_part(model.output, quantize, is_native, OUTPUT)
         executor = Executor(
-            model, fused=compile is not None, native=is_native, graph=bool(compile) and device.type == "cuda"
+            model,
+            fused=compile is not None,
+            native=is_native,
+            graph=bool(compile) and device.type == "cuda",
+            prefill_chunk=files.fit.prefill_chunk,
         )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -23,6 +23,7 @@ StopIds: TypeAlias = Sequence[int] | Sequence[Sequence[int] | None] | None
 
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEMES = ("int8", "int4")
+PREFILL_CHUNK = 1024  # the default of prefill_chunk
 
 
 # Checks: (name, value) -> value. They raise TypeError for a wrong type, ValueError for a value out of range.
@@ -205,6 +206,15 @@ class BuildOptions(TypedDict, total=False):
             "run the layers as llama/model.py has them, none of them merged or compiled",
             bool,
             check=_switch,
+        ),
+    ]
+    prefill_chunk: Annotated[
+        int,
+        Option(
+            PREFILL_CHUNK,
+            "ids of prompts that a step computes beside running rows; fewer delay those less and need less memory",
+            int,
+            check=_integer(1),
         ),
     ]
     chat_format: Annotated[

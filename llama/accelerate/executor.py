@@ -19,6 +19,7 @@ from llama.accelerate.native import NativeDecoder
 from llama.accelerate.snapshot import FORWARDS, Snapshot, is_changed, is_hooked, is_patched
 from llama.cache import KVCache
 from llama.model import Attention, RMSNorm, Transformer, TransformerBlock
+from llama.options import PREFILL_CHUNK
 from llama.parallel.groups import model_parallel
 from llama.parallel.layers import ColumnLinear
 
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 # Number of fp32 logits computed at a time when positions are scored: 64 MB. Chunks of less than 32 MB would cost more
 # memory, as glibc seldom reuses aligned blocks of that size.
 SCORING_CHUNK = 2**24
-PREFILL_CHUNK = 1024  # the default of Executor's prefill_chunk
 # fp32 logits [n, vocab] and the ids that follow [n] -> fp32 [n, m].
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

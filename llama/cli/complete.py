@@ -7,9 +7,10 @@ import os
 import sys
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,18 +21,18 @@ from llama.chat.formats import Message
 from llama.cli.command import Command, build_arguments, model_options, sampling_arguments, sampling_options, stop_option
 from llama.cli.output import show
 from llama.console import in_one_line
+from llama.engine.requests import Row
+from llama.engine.streaming import TextStream
 from llama.files import as_path, read_pipe, run_on_rank_0
 from llama.generation import Llama
-from llama.options import check_int
 from llama.parallel.groups import is_main_rank, raise_on_all_ranks
-from llama.params import ModelArgs
 
 log = logging.getLogger(__name__)
 
 LINE_LIMIT = 2**22  # characters of a line; a prompt of a million tokens has about as many
 LINES_LIMIT = 2**24  # of a file; each costs 8 bytes of memory
 ANSWER_LIMIT = 8 * LINE_LIMIT  # bytes of a line of the answers
-# Limits of what is sorted and batched at once.
+# Limits of what is sorted and computed in one call.
 WINDOW_JOBS = 4096
 WINDOW_CHARACTERS = LINE_LIMIT
 
@@ -45,18 +46,10 @@ WINDOW_CHARACTERS = LINE_LIMIT
 )
 @click.option(
     "--out",
-    help='file for the answers, written after each batch: {"line": 7, "prompt": ..., "generation": ..., '
-    '"finish_reason": ...}. If it exists, only the missing answers are computed and appended',
+    help='file for the answers, {"line": 7, "prompt": ..., "generation": ..., "finish_reason": ...}, written each time '
+    "that --max_batch_size more are complete. If it exists, only the missing answers are computed and appended",
 )
 @click.option("--keep_going/--no_keep_going", help="with --file: skip lines that cannot be read or do not fit")
-@click.option(
-    "--batch_tokens",
-    type=int,
-    default=8192,
-    show_default=True,
-    help="with --file: limit for a batch's rows times the length of its longest prompt and answer; one row is always "
-    "allowed",
-)
 @stop_option
 @sampling_options(max_gen_len=128)
 @model_options(max_batch_size=16)
@@ -65,14 +58,13 @@ def complete(
     file: str | None,
     out: str | None,
     keep_going: bool,
-    batch_tokens: int,
     stop: list[str] | None,
     **options: Any,
 ) -> None:
     """Continue TEXT, or text from a pipe, or each line of --file.
 
-    Line N of a file is sampled with the seed --seed + N, whatever else is in its batch. Without --file there is one
-    row, and --max_batch_size has no effect.
+    Line N of a file is sampled with the seed --seed + N, whatever runs beside it. Without --file there is one row, and
+    --max_batch_size has no effect.
     """
     if (file is None) != (out is None):
         raise ValueError("--file and --out go together")
@@ -80,11 +72,9 @@ def complete(
         raise ValueError("give a text or --file, not both")
     if file is None and text is None and sys.stdin.isatty():
         raise ValueError('nothing to continue: give a text ("..."), pipe one in, or --file prompts.jsonl --out FILE')
-    check_int("batch_tokens", batch_tokens, 1)
-    for name in ("keep_going", "batch_tokens"):
-        if file is None and click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise ValueError(f"--{name} has no effect on one text: leave it out, or give --file and --out")
     if file is None:
+        if click.get_current_context().get_parameter_source("keep_going") is ParameterSource.COMMANDLINE:
+            raise ValueError("--keep_going has no effect on one text: leave it out, or give --file and --out")
         options["max_batch_size"] = 1
     llama = Llama.build(**build_arguments(options))
     settings, seed = sampling_arguments(options) | {"stop": stop}, options["seed"]
@@ -93,7 +83,7 @@ def complete(
             text = read_pipe()
         show(llama.stream_text([text], seed=seed, **settings), [""], "\n")
     else:
-        _complete_file(llama, as_path(file), as_path(out), keep_going, batch_tokens, seed, settings)
+        _complete_file(llama, as_path(file), as_path(out), keep_going, seed, settings)
     llama.close()
 
 
@@ -122,9 +112,7 @@ class Job:
         return self.length + WORK_OF_AN_ANSWER
 
 
-def _complete_file(
-    llama: Llama, file: Path, out: Path, keep_going: bool, batch_tokens: int, seed: int, settings: dict[str, Any]
-) -> None:
+def _complete_file(llama: Llama, file: Path, out: Path, keep_going: bool, seed: int, settings: dict[str, Any]) -> None:
     todo = array("Q")  # used on rank 0: for each line the digest of its prompt, or 0 if there is nothing to do
     with contextlib.ExitStack() as held:
 
@@ -143,17 +131,42 @@ def _complete_file(
         held.callback(progress.clear)
         windows = _windows(llama, file, todo)
         while window := run_on_rank_0(lambda: next(windows, [])):
-            for batch in batches(window, batch_tokens, settings["max_gen_len"], llama.model.params):
-                make: Any = llama._text_rows if batch[0].key == "prompt" else llama._chat_rows
-                rows, texts = make([job.given for job in batch], seed=[seed + job.line for job in batch], **settings)
-                for _ in llama._pieces(rows, texts):
-                    progress.show(sum(len(row.tokens) for row in rows))
-                answers = [(text.text, row.finish_reason) for row, text in zip(rows, texts, strict=True)]
-                with raise_on_all_ranks():
-                    if is_main_rank():
-                        _append(out, batch, answers)
-                progress.add(batch, sum(len(row.tokens) for row in rows))
+            # The longest come first: if memory does not suffice, this shows at once, and the estimate of the time left
+            # is good.
+            window.sort(key=lambda job: -job.length)
+            _complete_window(llama, window, out, seed, settings, progress)
     progress.report(out)
+
+
+def _complete_window(
+    llama: Llama, jobs: list[Job], out: Path, seed: int, settings: dict[str, Any], progress: "Progress"
+) -> None:
+    """Answer all jobs in one call. Append max_batch_size answers at a time to `out`, in the order in which they end."""
+    rows, texts = list[Row](), list[TextStream]()
+    for key, group in groupby(jobs, key=lambda job: job.key):
+        batch = list(group)
+        make: Any = llama._text_rows if key == "prompt" else llama._chat_rows
+        more = make([job.given for job in batch], seed=[seed + job.line for job in batch], **settings)
+        rows += more[0]
+        texts += more[1]
+    for i, row in enumerate(rows):
+        row.index = i
+    unwritten = set(range(len(rows)))
+    ended: list[int] = []
+    for piece in llama._pieces(rows, texts):
+        progress.show(lambda: sum(len(rows[i].tokens) for i in unwritten))
+        if piece.finish_reason is None:
+            continue
+        ended.append(piece.row)
+        # Every rank counts the same, so all enter raise_on_all_ranks together.
+        if len(ended) == min(llama.model.params.max_batch_size, len(unwritten)):
+            answers = [(jobs[i], texts[i].text, rows[i].finish_reason) for i in ended]
+            with raise_on_all_ranks():
+                if is_main_rank():
+                    _append(out, answers)
+            progress.add([jobs[i] for i in ended], sum(len(rows[i].tokens) for i in ended))
+            unwritten.difference_update(ended)
+            ended = []
 
 
 def _lock(out: Path) -> IO[bytes]:
@@ -293,24 +306,6 @@ def _windows(llama: Llama, file: Path, todo: "array[int]") -> Iterator[list[Job]
         yield window
 
 
-def batches(jobs: list[Job], batch_tokens: int, max_gen_len: int | None, args: ModelArgs) -> Iterator[list[Job]]:
-    """Batches of prompts only or dialogs only. The longest come first: if memory does not suffice, this shows at
-    once, and the estimate of the time left is good."""
-    answer = args.max_seq_len if max_gen_len is None else max_gen_len
-    batch: list[Job] = []
-    width = 0  # the longest prompt of the batch and its answer
-    for job in sorted(jobs, key=lambda job: (job.key, -job.length)):
-        full = len(batch) == args.max_batch_size or (len(batch) + 1) * width > batch_tokens
-        if batch and (full or job.key != batch[0].key):
-            yield batch
-            batch = []
-        if not batch:
-            width = min(job.length + answer, args.max_seq_len)
-        batch.append(job)
-    if batch:
-        yield batch
-
-
 def _head(job: Job) -> dict[str, Any]:
     return {"line": job.line, job.key: job.given}
 
@@ -324,9 +319,9 @@ def _encoded(answer: dict[str, Any]) -> bytes:
     return json.dumps(answer, ensure_ascii=False).encode(errors="backslashreplace")
 
 
-def _append(out: Path, batch: list[Job], answers: list[tuple[str, str | None]]) -> None:
+def _append(out: Path, answers: list[tuple[Job, str, str | None]]) -> None:
     lines = []
-    for job, (text, finish_reason) in zip(batch, answers, strict=True):
+    for job, text, finish_reason in answers:
         generation = text if job.key == "prompt" else {"role": "assistant", "content": text}
         lines.append(_encoded({**_head(job), "generation": generation, "finish_reason": finish_reason}) + b"\n")
     with out.open("ab") as file:
@@ -344,22 +339,22 @@ class Progress:
         self.done = self.done_work = self.tokens = 0
         self.visible = is_main_rank() and sys.stderr.isatty()
 
-    def show(self, new_tokens: int, at_least: float = 0.5) -> None:
+    def show(self, new_tokens: Callable[[], int], at_least: float = 0.5) -> None:
         now = time.perf_counter()
         if not self.visible or now - self.shown < at_least:
             return
         self.shown, seconds = now, now - self.started
-        line = f"{self.done}/{self.jobs} prompts, {(self.tokens + new_tokens) / seconds:.1f} tokens/s"
+        line = f"{self.done}/{self.jobs} prompts, {(self.tokens + new_tokens()) / seconds:.1f} tokens/s"
         if self.done_work:
             left = round(seconds / self.done_work * (self.work - self.done_work))
             line += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
-    def add(self, batch: list[Job], tokens: int) -> None:
-        self.done += len(batch)
-        self.done_work += sum(job.work for job in batch)
+    def add(self, jobs: list[Job], tokens: int) -> None:
+        self.done += len(jobs)
+        self.done_work += sum(job.work for job in jobs)
         self.tokens += tokens
-        self.show(0, 0)
+        self.show(lambda: 0, 0)
 
     def clear(self) -> None:
         if self.visible:

@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from llama.checkpoint.layout import check_world_size, legal_world_sizes
-from llama.cli.command import Command, options
+from llama.cli.command import Command, flag, options
 from llama.console import print_table
 from llama.files import as_path
 from llama.memory.sizes import count_parameters, read_model, sizes_per_rank
-from llama.options import DTYPES, SCHEMES, ModelOptions, check_int
+from llama.options import DTYPES, PREFILL_CHUNK, SCHEMES, BuildOptions, ModelOptions, check_int, declared
 from llama.params import ModelArgs
 
 UNITS = (
@@ -34,6 +34,7 @@ LEFT_OUT = (
     max_seq_len=2048,
     max_batch_size=1,
 )
+@flag("prefill_chunk", declared(BuildOptions)["prefill_chunk"], PREFILL_CHUNK)
 @click.option("--ranks", type=int, help="only this number of ranks")
 @click.option("--dtype", type=click.Choice(DTYPES), help="only this dtype")
 @click.option(
@@ -59,6 +60,7 @@ def plan(
     path: str,
     max_seq_len: int,
     max_batch_size: int,
+    prefill_chunk: int,
     ranks: int | None,
     dtype: str | None,
     quantize: str | None,
@@ -72,7 +74,8 @@ def plan(
     PATH is a checkpoint folder, or a params.json alone. No weights are read. The KV cache has --max_batch_size rows of
     --max_seq_len positions, and the sizes are for prompts that fill it.
     """
-    for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+    sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size, "prefill_chunk": prefill_chunk}
+    for name, value in sizes.items():
         check_int(name, value, 1)
     for name, number in (("ranks", ranks), ("vocab_size", vocab_size)):
         if number is not None:
@@ -87,8 +90,9 @@ def plan(
     kinds = [(dtype or "bfloat16", quantize)]
     if dtype is None and quantize is None:
         kinds = [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4")]
+    given: dict[str, Any] = {"device": device, "prefill_chunk": prefill_chunk}
     rows = [
-        sizes_per_rank(args, world_size, kind, scheme, available, tied=tied, embedding_axis=axis, device=device)
+        sizes_per_rank(args, world_size, kind, scheme, available, tied=tied, embedding_axis=axis, **given)
         for kind, scheme in kinds
         for world_size in ([ranks] if ranks else legal_world_sizes(args))
     ]

@@ -20,6 +20,9 @@ from llama.options import BuildOptions, declared, with_options
 from llama.parallel.groups import broadcast_object, is_main_rank
 
 AUTO_BATCH_SIZE = 8  # max_batch_size in `Llama.build`
+# Requests of one call, for each row of the cache: many, as the last rows of a call run alone; not all, as the harness's
+# cache gets the answers of a call when it ends.
+CALL_REQUESTS = 16
 PLACEHOLDER = "\0"  # the content of example messages; no format writes this character
 # The keys of a task's generation_kwargs that are supported in addition to `until` and `max_gen_toks`.
 GENERATION_KWARGS = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
@@ -54,6 +57,8 @@ class MetaLlama(TemplateLM):
             raise ValueError(f"meta_llama has no argument {unknown[0]}; there are {', '.join(known)}")
         if ckpt_dir == "":
             raise ValueError("meta_llama needs a checkpoint folder: --model_args ckpt_dir=...")
+        if "prefill_chunk" in options:
+            options["prefill_chunk"] = _read_int("prefill_chunk", options["prefill_chunk"])
         rows = batch_size if max_batch_size is None else max_batch_size
         self.llama = Llama.build(
             str(ckpt_dir),  # the harness parses the name "7" as a number
@@ -160,7 +165,7 @@ class MetaLlama(TemplateLM):
         """
         prepared = [self._read_generation(i, *request.args) for i, request in enumerate(progress(requests, "encoding"))]
         order = sorted(range(len(prepared)), key=lambda i: -len(prepared[i]["prompt"]))
-        size = self.llama.model.params.max_batch_size
+        size = CALL_REQUESTS * self.llama.model.params.max_batch_size
         answers = [""] * len(prepared)
         for batch in progress([order[start : start + size] for start in range(0, len(order), size)], "generating"):
             texts = self._on_all_ranks(_generate, [prepared[i] for i in batch])

@@ -32,6 +32,7 @@ class Choice:
     device: str
     tied: bool
     embedding_axis: int
+    prefill_chunk: int
 
     @property
     def sizes(self) -> Sizes:
@@ -43,6 +44,7 @@ class Choice:
             embedding_axis=self.embedding_axis,
             quantize=self.quantize,
             device=self.device,
+            prefill_chunk=self.prefill_chunk,
         )
 
     def resized(self, max_seq_len: int | None = None, max_batch_size: int | None = None) -> "Choice":
@@ -59,12 +61,13 @@ def check_memory(
     tied: bool,
     embedding_axis: int,
     quantize: str | None,
+    prefill_chunk: int,
 ) -> Choice:
     """Raise InsufficientMemoryError if this rank needs more memory than its device has free.
 
     Arguments are as in `sizes.sizes`. If the free memory is unknown, nothing is checked.
     """
-    choice = Choice(args, world_size, dtype, quantize, device.type, tied, embedding_axis)
+    choice = Choice(args, world_size, dtype, quantize, device.type, tied, embedding_axis, prefill_chunk)
     free = free_bytes(device)
     if free is None or choice.sizes.total <= free:
         return choice

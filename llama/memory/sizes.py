@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from llama.accelerate.executor import PREFILL_CHUNK
 from llama.accelerate.quantize import MAX_GEMV_ROWS, scheme_of, stored_bytes
 from llama.checkpoint.errors import CheckpointError
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.layout import EMBEDDING, OUTPUT, rank_slice, shard_axis, tensor_shapes, without_layer
 from llama.checkpoint.params_json import load_params
 from llama.checkpoint.paths import describe_path, list_shards
+from llama.options import PREFILL_CHUNK
 from llama.parallel.device import DTYPES
 from llama.params import ModelArgs
 
@@ -51,13 +51,14 @@ def sizes(
     embedding_axis: int = 0,
     quantize: str | None = None,
     device: str = "cpu",
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> Sizes:
     """Bytes on each of `world_size` ranks for args.max_batch_size rows of args.max_seq_len positions.
 
     tied: the embedding is also the output layer. A rank stores one copy if it needs the same part for both and the
     output layer is not quantized. embedding_axis: the axis on which the files split the embedding. It decides whether
     the two parts are the same.
-    device: "cpu", "cuda" or "mps".
+    device: "cpu", "cuda" or "mps". prefill_chunk: as in `Executor`.
     """
     local: dict[str, tuple[int, ...]] = {}  # shapes on this rank; layer 0 stands for all layers
     for key, shape in tensor_shapes(replace(args, n_layers=1)).items():
@@ -78,12 +79,17 @@ def sizes(
         cache=args.max_batch_size * args.max_seq_len * position,
         # Complex numbers [2 * max_seq_len, head_dim / 2], as many positions as in Meta's table.
         rope=2 * args.max_seq_len * args.head_dim * torch.float32.itemsize,
-        prefill=_prefill_bytes(args, local, dtype, quantize, device),
+        prefill=_prefill_bytes(args, local, dtype, quantize, device, prefill_chunk),
     )
 
 
 def _prefill_bytes(
-    args: ModelArgs, local: dict[str, tuple[int, ...]], dtype: torch.dtype, quantize: str | None, device: str
+    args: ModelArgs,
+    local: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    quantize: str | None,
+    device: str,
+    prefill_chunk: int,
 ) -> int:
     """Peak bytes of computing prompts that fill all rows, in addition to weights, cache and tables.
 
@@ -92,7 +98,7 @@ def _prefill_bytes(
     """
     size, dim = dtype.itemsize, args.dim
     q, kv, width = local[QUERIES][0], local[KEYS][0], local[GATES][0]
-    part = min(args.max_seq_len, PREFILL_CHUNK)
+    part = min(args.max_seq_len, prefill_chunk)
     n = args.max_batch_size * part  # positions computed at a time
     prompts = args.max_batch_size * args.max_seq_len * dim * size  # hidden states of all positions
 

@@ -503,8 +503,8 @@ def test_a_prefill_in_parts(form: dict[str, Any], build: Callable[..., Llama]) -
     prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 100, 65)]
     whole = logits(llama, ids(2, 100))
     expected, scores = llama.generate(prompts, 16, temperature=0, logprobs=True, echo=True)
-    for part in (1, 7, 64):
-        llama.executor.prefill_chunk = part
+    for part in (1, 7, 64, 1024):
+        llama = build("gqa", max_seq_len=128, max_batch_size=3, prefill_chunk=part, **form)
         torch.testing.assert_close(logits(llama, ids(2, 100)), whole, rtol=0, atol=near(llama, whole))
         found, logprobs = llama.generate(prompts, 16, temperature=0, logprobs=True, echo=True)
         assert found == expected

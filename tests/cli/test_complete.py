@@ -1,6 +1,5 @@
 """`python -m llama complete`: a text, or a file of prompts whose run can be interrupted and continued."""
 
-import itertools
 import json
 import os
 import pty
@@ -16,27 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from helpers.commands import Ended, Keyboard
 from helpers.paths import ROOT
 from helpers.ranks import CONTEXT
-from llama import Llama, ModelArgs
+from llama import Llama
 from llama.cli import main as cli
 from llama.cli.complete import (
     WORK_OF_AN_ANSWER,
     Job,
     Progress,
+    _append,
     _digest,
     _head,
     _lock,
     _read_todo,
     _remove_answered,
-    batches,
 )
 from llama.console import visible
+from llama.engine.plan import Plan
+from llama.engine.requests import Row
+from llama.engine.scheduler import Scheduler
 from llama.engine.streaming import TextPiece
+from llama.engine.worker import Worker
 
 # The settings of all runs here. Flags, text_completion and chat_completion have the same names for them.
 SETTINGS: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "max_gen_len": 16}
@@ -109,10 +110,6 @@ def test_stop_texts_end_the_answer(complete: Callable[..., Ended], build: Callab
         (["--out", "answers.jsonl", "text"], "--file and --out go together"),
         (["text", "--file", "prompts.jsonl", "--out", "answers.jsonl"], "give a text or --file, not both"),
         (["x", "--keep_going"], "--keep_going has no effect on one text: leave it out, or give --file and --out"),
-        (
-            ["x", "--batch-tokens", "9"],
-            "--batch_tokens has no effect on one text: leave it out, or give --file and --out",
-        ),
     ],
 )
 def test_a_mistake_is_reported_before_anything_is_loaded(
@@ -181,7 +178,7 @@ def alone(llama: Llama, number: int, entry: dict[str, Any], seed: int = 1, **set
     ("flags", "settings"),
     [
         (["--max_batch_size", "4"], {}),
-        (["--batch_tokens", "300"], {"temperature": 0}),
+        (["--max_batch_size", "3", "--prefill_chunk", "9"], {"temperature": 0}),
         (
             ["--max_batch_size", "32", "--seed", "40", "--repetition_penalty", "1.2", "--top_k", "40"],
             {"repetition_penalty": 1.2, "top_k": 40, "stop": ["e", "\n"], "temperature": 1.5, "max_gen_len": 30},
@@ -217,34 +214,39 @@ def test_each_answer_equals_that_to_its_line_alone(
     )
 
 
-kinds = st.sampled_from(["text", [user("dialog")]])
-
-
-@given(
-    st.lists(st.tuples(kinds, st.integers(1, 60)), max_size=40),
-    st.integers(1, 400),
-    st.integers(0, 40),
-    st.builds(ModelArgs, max_batch_size=st.integers(1, 9), max_seq_len=st.just(60)),
-)
-def test_batches_hold_each_job_once_and_respect_their_limits(
-    shapes: list[tuple[Any, int]], batch_tokens: int, max_gen_len: int, limits: ModelArgs
+def test_a_file_is_one_call_and_its_answers_are_written_as_rows_end(
+    complete: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = [Job(line, given, length) for line, (given, length) in enumerate(shapes, 1)]
+    """A row that ends makes room for the next one at once, also where a stop text ends it."""
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    write_lines(file, ENTRIES)
+    submitted, written, steps = list[int](), list[int](), list[int]()
+    submit, append, run = Scheduler.submit, _append, Worker.run
 
-    def positions(batch: list[Job]) -> int:
-        return len(batch) * max(min(job.length + max_gen_len, limits.max_seq_len) for job in batch)
+    def watched_submit(self: Scheduler, rows: list[Row], **options: Any) -> Any:
+        submitted.append(len(rows))
+        return submit(self, rows, **options)
 
-    made = list(batches(jobs, batch_tokens, max_gen_len, limits))
-    assert sorted(job.line for batch in made for job in batch) == [job.line for job in jobs]
-    for batch in made:
-        assert len({job.key for job in batch}) == 1
-        assert 1 <= len(batch) <= limits.max_batch_size
-        assert len(batch) == 1 or positions(batch) <= batch_tokens
-    for batch, following in itertools.pairwise(made):  # no batch could hold the next job, too
-        larger = [*batch, following[0]]
-        assert (
-            batch[0].key != following[0].key or len(larger) > limits.max_batch_size or positions(larger) > batch_tokens
-        )
+    def watched_append(out: Path, answers: list[Any]) -> None:
+        written.append(len(answers))
+        append(out, answers)
+
+    def watched_run(self: Worker, plan: Plan, *rest: Any) -> Any:
+        steps.append(len({chunk.slot for chunk in plan.chunks}))
+        return run(self, plan, *rest)
+
+    monkeypatch.setattr(Scheduler, "submit", watched_submit)
+    monkeypatch.setattr("llama.cli.complete._append", watched_append)
+    monkeypatch.setattr(Worker, "run", watched_run)
+    monkeypatch.setattr("llama.engine.planner.find_prefix", lambda *_: None)  # rows that wait for one skip a step
+    args = ["--file", str(file), "--out", str(out), "--max_seq_len", "128", "--max_batch_size", "4"]
+    assert complete(*args, *FLAGS, "--stop", "e", "--max_gen_len", "60").status == 0
+    assert submitted == [13] and written == [4, 4, 4, 1]
+    # All four slots are busy until fewer than four rows are left.
+    last_full = len(steps) - steps[::-1].index(4)
+    assert set(steps[:last_full]) == {4}
+    reasons = [answer["finish_reason"] for answer in read_answers(out).values()]
+    assert "stop" in reasons
 
 
 # Bad lines ----------------------------------------------------------------------------------------
@@ -574,10 +576,10 @@ def test_a_terminal_shows_the_progress_of_a_file(
     read = screen("stderr")
     assert complete(*args).status == 0
     *lines, last = read().split("\r\x1b[K")
-    # On a busy machine a line also shows the tokens of an unfinished batch. The time left is unknown during the first.
+    # On a busy machine a line also shows the tokens of unfinished rows. The time left is unknown at first.
     lines = [line for line in lines[1:] if not re.fullmatch(r"0/13 prompts, [\d.]+ tokens/s", line)]
     shown = [re.fullmatch(r"(\d+)/13 prompts, [\d.]+ tokens/s, \d+:\d\d:\d\d left", line) for line in lines]
-    assert all(shown) and list(dict.fromkeys(int(match[1]) for match in shown if match)) == [4, 5, 9, 13]
+    assert all(shown) and list(dict.fromkeys(int(match[1]) for match in shown if match)) == [4, 8, 12, 13]
     assert last.startswith(f"{out}: 13 answers in ")
 
 
@@ -594,12 +596,12 @@ def test_progress_counts_tokens_and_estimates_the_time_left(
         return capsys.readouterr().err.replace("\r\x1b[K", "")
 
     now += 0.4
-    progress.show(20)
+    progress.show(lambda: 20)
     assert shown() == ""  # shown at most twice a second
     now += 0.1
-    progress.show(20)
+    progress.show(lambda: 20)
     assert shown() == "0/4 prompts, 40.0 tokens/s"  # no prompt is complete, so the time left is unknown
-    progress.show(21)
+    progress.show(lambda: 21)
     assert shown() == ""
     now += 1999.5
     progress.add(jobs[:2], 5000)
@@ -607,7 +609,7 @@ def test_progress_counts_tokens_and_estimates_the_time_left(
     left = round(2000 * rest / first)
     assert shown() == f"2/4 prompts, 2.5 tokens/s, 0:{left // 60}:{left % 60:02} left"
     now += 4000
-    progress.show(1000)
+    progress.show(lambda: 1000)
     assert " 1.0 tokens/s, 1:15:00 left" in shown()
 
 

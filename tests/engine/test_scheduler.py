@@ -3,6 +3,7 @@
 import random
 import threading
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import pytest
@@ -91,6 +92,19 @@ def test_rows_enter_as_others_leave(build: Callable[..., Llama], monkeypatch: py
     assert shapes.count((2, 1)) >= 5
 
 
+def test_a_stop_text_frees_its_slot_at_once(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = build("mha", max_seq_len=64, max_batch_size=1)
+    settings: dict[str, Any] = {"temperature": 0, "max_gen_len": 40}
+    (whole,) = llama.text_completion(["The licence"], **settings)
+    shapes, passes = watch(llama, monkeypatch), []
+    for n in (1, 3):
+        answers = llama.text_completion(["The licence"] * n, stop=whole["generation"][3:5], **settings)
+        assert answers == [{"generation": whole["generation"][:3], "finish_reason": "stop"}] * n
+        passes.append(len(shapes))
+        shapes.clear()
+    assert passes[0] < 20 and passes[1] == 3 * passes[0]
+
+
 def test_a_common_prefix_is_computed_once(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     llama = build("gqa", max_seq_len=96, max_batch_size=3)
     system = list(range(3, 63))
@@ -115,8 +129,7 @@ def test_a_common_prefix_is_computed_once(build: Callable[..., Llama], monkeypat
 
 
 def test_a_long_prompt_delays_others_by_one_chunk(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
-    llama = build("mha", max_seq_len=256, max_batch_size=3)
-    llama.executor.prefill_chunk = 32
+    llama = build("mha", max_seq_len=256, max_batch_size=3, prefill_chunk=32)
     long = [1, *range(3, 200)]
     expected = [llama.generate([prompt], 6, temperature=0)[0][0] for prompt in (long, PROMPTS[0])]
     shapes = watch(llama, monkeypatch)
@@ -126,6 +139,24 @@ def test_a_long_prompt_delays_others_by_one_chunk(build: Callable[..., Llama], m
     assert max(seqlen for _, seqlen in shapes) == 32
     tokens, _ = llama.generate([long, PROMPTS[0]], 6, temperature=0)
     assert tokens == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": False}, {"plain": True}], ids=str)
+def test_ids_do_not_depend_on_the_prefill_chunk(
+    options: dict[str, Any], build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[1, *range(3, 3 + n)] for n in (100, 4, 70, 1, 33)]
+    settings: dict[str, Any] = {"max_gen_len": 12, "temperature": 0.8, "seed": 3}
+    found = {}
+    for chunk in (1, 7, 64, 1024):
+        llama = build("gqa", max_seq_len=128, max_batch_size=3, prefill_chunk=chunk, **options)
+        llama.model = copy(llama.model)  # another executor, with the same chunk
+        shapes, rows = watch(llama, monkeypatch), llama._rows(prompts, **settings)
+        for _ in llama._run(rows):
+            pass
+        found[chunk] = [row.tokens for row in rows]
+        assert max(seqlen for _, seqlen in shapes) == min(chunk, 101)
+    assert found[1] == found[7] == found[64] == found[1024]
 
 
 def test_a_paused_stream_gives_up_its_slot(build: Callable[..., Llama]) -> None:

@@ -36,6 +36,8 @@ from llama.chat.formats import Message, find_chat_format
 from llama.cli.lm_eval import lm_eval as lm_eval_command
 from llama.cli.main import main
 from llama.convert import convert
+from llama.engine.requests import Row
+from llama.engine.scheduler import Scheduler
 from llama.evaluate import lm_eval_adapter
 from llama.evaluate.lm_eval_adapter import MetaLlama
 from llama.tokenizer import Tokenizer
@@ -321,13 +323,15 @@ def test_a_continuation_that_joins_the_context(ours: MetaLlama) -> None:
 
 @pytest.fixture(scope="module")
 def seeded(checkpoint: Callable[..., Path]) -> Iterator[MetaLlama]:
-    lm = MetaLlama(ckpt_dir=str(checkpoint("gqa")), max_seq_len="64", batch_size=3.0, max_batch_size=None)
+    given: dict[str, Any] = {"max_seq_len": "64", "batch_size": 3.0, "max_batch_size": None, "prefill_chunk": "16"}
+    lm = MetaLlama(ckpt_dir=str(checkpoint("gqa")), **given)
     yield lm
     lm.llama.close()
 
 
 def test_generation_settings(seeded: MetaLlama) -> None:
     assert seeded.llama.model.params.max_batch_size == 3 and seeded.max_length == 64
+    assert seeded.llama.executor.prefill_chunk == 16
 
     def generate(*settings: dict[str, Any], context: str = "The licence") -> list[str]:
         return seeded.generate_until(requests(*((context, {"max_gen_toks": 8} | each) for each in settings)))
@@ -366,6 +370,20 @@ def test_order_is_kept(seeded: MetaLlama) -> None:
     contexts = ["a" * n for n in (3, 30, 1, 12, 7)]
     instances = requests(*((context, {"max_gen_toks": 5}) for context in contexts))
     assert seeded.generate_until(instances) == [seeded.generate_until([each])[0] for each in instances]
+
+
+def test_many_requests_share_a_call(seeded: MetaLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a row that takes long does not keep the other rows of the cache empty."""
+    calls, submit = list[int](), Scheduler.submit
+
+    def watched(self: Scheduler, rows: list[Row], **options: Any) -> Any:
+        calls.append(len(rows))
+        return submit(self, rows, **options)
+
+    monkeypatch.setattr(Scheduler, "submit", watched)
+    settings = ({"max_gen_toks": 1 + i % 5} for i in range(50))
+    assert len(seeded.generate_until(requests(*(("a b", each) for each in settings)))) == 50
+    assert calls == [48, 2]
 
 
 def test_answers_reach_the_cache(seeded: MetaLlama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,6 +493,7 @@ def test_a_mistake_on_two_ranks_is_one_line(checkpoint: Callable[..., Path]) -> 
         ("max_seq_len=16", "error: meta_llama needs a checkpoint folder: --model_args ckpt_dir=..."),
         ("ckpt_dir=x,pretrained=y", "error: meta_llama has no argument pretrained; there are ckpt_dir, tokenizer_path"),
         ("ckpt_dir=x,max_seq_len=many", "error: max_seq_len is 'many', expected an integer"),
+        ("ckpt_dir=x,prefill_chunk=many", "error: prefill_chunk is 'many', expected an integer"),
         ("ckpt_dir=x,max_batch_size=1.5", "error: batch_size is 1.5, expected an integer"),
     ],
 )

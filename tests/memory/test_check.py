@@ -29,10 +29,15 @@ CPU = torch.device("cpu")
 
 
 def seven_b(
-    length: int, rows: int, device: str = "cuda", quantize: str | None = None, dtype: torch.dtype = torch.float16
+    length: int,
+    rows: int,
+    device: str = "cuda",
+    quantize: str | None = None,
+    dtype: torch.dtype = torch.float16,
+    prefill_chunk: int = 1024,
 ) -> Choice:
     args = ModelArgs(**SEVEN_B, max_seq_len=length, max_batch_size=rows)
-    return Choice(args, 1, dtype, quantize, device, False, 1)
+    return Choice(args, 1, dtype, quantize, device, False, 1, prefill_chunk)
 
 
 def applied(flags: str, choice: Choice) -> Choice:
@@ -52,7 +57,9 @@ def refusal(choice: Choice, free: int, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(check, "free_bytes", lambda device: free)
     device = torch.device(choice.device)
     with pytest.raises(InsufficientMemoryError) as caught:
-        check_memory(choice.args, choice.world_size, choice.dtype, device, False, 1, choice.quantize)
+        check_memory(
+            choice.args, choice.world_size, choice.dtype, device, False, 1, choice.quantize, choice.prefill_chunk
+        )
     return str(caught.value)
 
 
@@ -113,6 +120,20 @@ def test_a_12_gb_gpu() -> None:
     assert seven_b(4096, 1, quantize="int8").sizes.total < 0.9 * available
 
 
+def test_a_smaller_prefill_chunk_needs_less(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = [seven_b(4096, 8, prefill_chunk=chunk).sizes for chunk in (64, 1024, 2**20)]
+    assert needs[0].prefill < needs[1].prefill < needs[2].prefill
+    assert needs[2] == seven_b(4096, 8, prefill_chunk=4096).sizes  # a prompt has no more positions
+    # `build` compares what the chosen chunk needs with the free memory.
+    sizes: dict[str, Any] = {"max_seq_len": 2048, "max_batch_size": 8}
+    args = replace(build("mha").model.params, **sizes)
+    small, default = (Choice(args, 1, torch.float32, None, "cpu", False, 0, chunk).sizes.total for chunk in (64, 1024))
+    monkeypatch.setattr(check, "free_bytes", lambda device: (small + default) // 2)
+    with pytest.raises(InsufficientMemoryError):
+        build("mha", **sizes)
+    assert build("mha", **sizes, prefill_chunk=64).executor.prefill_chunk == 64
+
+
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     message = refusal(seven_b(4096, 8, "cpu"), 3 * GIB, monkeypatch)
     assert "no flags make it fit, as --quantize int4 --max_seq_len 64 --max_batch_size 1 still needs 4." in message
@@ -122,7 +143,7 @@ def test_what_fits_or_is_unknown_passes(monkeypatch: pytest.MonkeyPatch) -> None
     args = ModelArgs(**SEVEN_B, max_seq_len=4096, max_batch_size=1)
     for free in (20 * GIB, None):
         monkeypatch.setattr(check, "free_bytes", lambda device, free=free: free)
-        check_memory(args, 1, torch.float16, CARD, False, 1, None)
+        check_memory(args, 1, torch.float16, CARD, False, 1, None, 1024)
     assert not issubclass(InsufficientMemoryError, CheckpointError) and issubclass(InsufficientMemoryError, ValueError)
 
 

@@ -264,6 +264,21 @@ def test_json_of_a_params_file_alone(name: str, tmp_path: Path, capsys: pytest.C
         assert "fits" not in row
 
 
+def test_the_prefill_chunk_changes_what_prompts_need(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = PUBLISHED["llama-3-8b"][0]
+    path = str(write_params(tmp_path, params))
+    args, peaks = ModelArgs(**params, max_seq_len=4096, max_batch_size=2), dict[int, int]()
+    for chunk in (64, 1024, 4096):
+        (row,) = answer(
+            capsys, path, max_seq_len=4096, max_batch_size=2, ranks=1, dtype="float32", prefill_chunk=chunk
+        )["per_rank"]
+        peaks[chunk] = row["prefill"]
+        assert row["prefill"] == sizes(args, 1, torch.float32, prefill_chunk=chunk).prefill
+    assert peaks[64] < peaks[1024] == sizes(args, 1, torch.float32).prefill < peaks[4096]
+    with pytest.raises(ValueError, match="prefill_chunk is 0, expected an integer from 1"):
+        call(plan, path, prefill_chunk=0)
+
+
 def test_a_vocabulary_left_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_params(tmp_path, SEVEN_B)
     found = answer(capsys, str(tmp_path))
