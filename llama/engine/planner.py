@@ -68,9 +68,10 @@ class Planner:
             if slot.task is task:
                 slot.task = None
 
-    def clear(self, call: Call) -> None:
-        """A row of this call got values that are not finite, which would spread even from positions that are masked.
-        The call's other slots may hold such values too, and slots that no row uses."""
+    def clear(self, index: int) -> None:
+        """A row in this slot got values that are not finite, which would spread even from positions that are masked.
+        Other slots of its call may hold such values too, and slots that no row uses."""
+        call = self.slots[index].call
         for slot in self.slots:
             if slot.call is call or slot.task is None:
                 slot.truncate(0)
@@ -85,7 +86,7 @@ class Planner:
 
     def _evict(self, task: Task) -> None:
         self.release(task)
-        if task.row.finish_reason is None:
+        if task.row.index in task.call.tasks:  # else the row has ended or was dropped
             task.source = None
             task.call.waiting.appendleft(task)
 

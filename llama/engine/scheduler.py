@@ -241,25 +241,17 @@ class Scheduler:
         """Add the results of a step to its rows. Returns the calls for which there is something new."""
         new: dict[Call, list[Token]] = {}
         self._planner.ran()
+        for chunk in plan.chunks:
+            self._planner.computed(chunk, len(self._worker.scores.get(chunk.slot, [])))
         for chunk, outcome in zip(plan.chunks, outcomes, strict=True):
-            scores = self._worker.scores.get(chunk.slot, [])
-            self._planner.computed(chunk, len(scores))
-            task = self._tasks.get(chunk.number)
-            if task is None:
-                continue
-            row = task.row
+            task = self._tasks.get(chunk.number)  # None for a row that was dropped during the step
             if outcome.problem:
-                at = f" {len(row.tokens)}" if outcome.problem == "at step" else ""
-                self._fail(task.call, not_finite(f"{outcome.problem}{at}, row {row.index}"))
-                self._planner.clear(task.call)
-                new.setdefault(task.call, [])
-                continue
-            if task.scores_prompt and chunk.end >= len(row.prompt) - 1 and len(scores) >= len(row.prompt):
-                found = scores[: len(row.prompt)]
-                row.prompt_logprobs = [logprob for logprob, _ in found]
-                row.prompt_top = [top[: row.k] for _, top in found]
-            token = self._advance(task, chunk, outcome)
-            if token is not None:
+                self._planner.clear(chunk.slot)
+                if task is not None:
+                    at = f" {len(task.row.tokens)}" if outcome.problem == "at step" else ""
+                    self._fail(task.call, not_finite(f"{outcome.problem}{at}, row {task.row.index}"))
+                    new.setdefault(task.call, [])
+            elif task is not None and (token := self._advance(task, chunk, outcome)) is not None:
                 new.setdefault(task.call, []).append(token)
         for call, tokens in new.items():
             if tokens:
@@ -269,7 +261,11 @@ class Scheduler:
 
     def _advance(self, task: Task, chunk: Chunk, outcome: Outcome) -> Token | None:
         """What a chunk adds to its row: an id, the row's end, both, or nothing yet."""
-        row = task.row
+        row, scores = task.row, self._worker.scores.get(chunk.slot, [])
+        if task.scores_prompt and chunk.end >= len(row.prompt) - 1 and len(scores) >= len(row.prompt):
+            found = scores[: len(row.prompt)]
+            row.prompt_logprobs = [logprob for logprob, _ in found]
+            row.prompt_top = [top[: row.k] for _, top in found]
         if outcome.id is None:
             if row.length < row.limit or not row.prompt_logprobs:
                 return None

@@ -35,7 +35,7 @@ def find_prefix(slots: Sequence[Slot], task: Task) -> Prefix | None:
             if slot.task.scores_prompt:
                 scores, k = len(ids), slot.task.row.k or 0
         # The last id is computed in any case: its hidden state is needed.
-        length = min(shared_prefix(ids, prompt), len(prompt) - 1)
+        length = min(shared_prefix(ids, prompt), task.needed - 1)
         if task.scores_prompt:
             # The score of the first id after the prefix is needed too: it is computed with the prefix's last id.
             length = min(length, shared_prefix(ids, prompt) - 1, scores - 1) if k >= (task.row.k or 0) else 0

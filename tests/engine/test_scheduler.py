@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.tolerance import LOGPROB
 from llama import Llama
 from llama.engine.calls import Slot
 from llama.engine.planner import group_by_length
@@ -250,6 +251,56 @@ def test_a_call_that_fails_leaves_nothing_in_its_other_slots(build: Callable[...
         llama.generate([[1, 9], [9] * 60], 4)
     llama.model.tok_embeddings.weight[9] = weight
     assert llama.generate(PROMPTS[:2], 8, temperature=0) == expected
+
+
+def test_values_that_are_not_finite_leave_nothing_to_reuse(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the other rows of the same pass, nor in a row that is cancelled during the step."""
+    llama = build("mha", max_seq_len=64, max_batch_size=2, plain=True)
+    prompts = [[1, 9, *range(20, 60)], [1, 8, *range(20, 60)]]
+    expected = llama.generate(prompts, 6, temperature=0)[0]
+    weight = llama.model.tok_embeddings.weight[9].clone()
+    for is_cancelled in (False, True):
+        llama.model.tok_embeddings.weight[9] = float("nan")
+        failing = llama._rows(prompts[: 1 if is_cancelled else 2], max_gen_len=6, temperature=0)
+        call = llama.scheduler.submit(failing, reuse=llama)
+        if is_cancelled:
+            run = llama.scheduler._worker.run
+
+            def cancelling(*args: Any, call: Any = call, run: Any = run) -> Any:
+                llama.scheduler.cancel(call)
+                return run(*args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(llama.scheduler._worker, "run", cancelling)
+                assert not list(llama.scheduler.steps(call))
+        else:
+            with pytest.raises(FloatingPointError):
+                list(llama.scheduler.steps(call))
+            llama.scheduler.cancel(call)
+        llama.model.tok_embeddings.weight[9] = weight
+        for prompt, tokens in zip(prompts, expected, strict=True):
+            rows = llama._rows([prompt], max_gen_len=6, temperature=0)
+            for _ in llama._run(rows, reuse=llama):
+                pass
+            assert rows[0].tokens == tokens
+
+
+def test_a_prompt_whose_scores_are_there_already(build: Callable[..., Llama]) -> None:
+    """Those of a row that is scored at the same time, and of one that ended."""
+    llama = build("mha", max_seq_len=64, max_batch_size=2)
+    prompt = list(range(20, 60))
+    alone = llama.generate([prompt], 0, logprobs=True, echo=True)[1]
+    both = llama.generate([prompt] * 2, 0, logprobs=True, echo=True)[1]
+    rows = [llama._rows([ids], max_gen_len=0, logprobs=True, echo=True)[0] for ids in ([*prompt, 5], prompt)]
+    for row in rows:
+        for _ in llama._run([row], reuse=llama):
+            pass
+    assert rows[1].reused == len(prompt) - 2
+    assert alone is not None and both is not None
+    for found in (*both, rows[1].prompt_logprobs):
+        assert found == pytest.approx(alone[0], abs=LOGPROB)
 
 
 def test_scores_with_more_alternatives_are_computed_again(build: Callable[..., Llama]) -> None:
