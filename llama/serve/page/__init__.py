@@ -14,7 +14,7 @@ FILES = {
     "/page.js": ("page.js", "text/javascript"),
     "/tokens.js": ("tokens.js", "text/javascript"),
 }
-# Should text of the model ever reach a place where the browser reads HTML, none of it runs and nothing is sent anywhere.
+# Should a text of the model ever be read as HTML, nothing in it runs or is sent anywhere.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"

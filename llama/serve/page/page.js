@@ -24,7 +24,7 @@ function say(text, isError = false) {
 /** The response to a request, once its status is 200. Asks for a key as long as the server does. */
 async function request(path, body = null, signal = null) {
   for (;;) {
-    const key = sessionStorage.getItem("key");
+    const key = sessionStorage.getItem("api_key");
     const headers = {};
     if (key) headers.Authorization = `Bearer ${key}`;
     if (body) headers["Content-Type"] = "application/json";
@@ -54,7 +54,7 @@ function askForKey(isWrong) {
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => {
-      if (dialog.returnValue === "ok") sessionStorage.setItem("key", $("key").value);
+      if (dialog.returnValue === "ok") sessionStorage.setItem("api_key", $("key").value);
       $("key").value = "";
       resolve(dialog.returnValue === "ok");
     }, { once: true });
@@ -111,8 +111,8 @@ async function answer(text, path, body, read, prepare = async () => {}) {
     await prepare(running.signal);
     const response = await request(path, { ...body, ...sampling(), stream: true }, running.signal);
     for await (const { choices: [choice] } of events(response)) {
-      say("Answering …");
       following(() => text.add(choice.delta?.content ?? choice.text ?? "", read(choice.logprobs)));
+      if (text.text) say("Answering …"); // the first event may come while the request waits for a slot
       reason = choice.finish_reason ?? reason;
     }
     say("Done.");
@@ -197,7 +197,10 @@ function setMode() {
   $("max_tokens").placeholder = mode === "chat" ? "No limit" : String(COMPLETION);
 }
 
-$("modes").addEventListener("change", setMode);
+$("modes").addEventListener("change", () => {
+  setMode();
+  say("");
+});
 $("colors").addEventListener("change", ({ target }) => document.body.classList.toggle("colors", target.checked));
 
 $("clear").addEventListener("click", () => {
