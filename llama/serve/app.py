@@ -15,6 +15,7 @@ from llama.serve.chat import ChatCompletion
 from llama.serve.completions import Completion
 from llama.serve.connections import EventStream, cancelled_by_disconnect, read_body
 from llama.serve.errors import RequestError
+from llama.serve.page import FILES, add_page
 from llama.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -24,7 +25,7 @@ from llama.serve.protocol import (
 )
 from llama.serve.service import Service
 
-PUBLIC = {"/health"}  # paths that need no key
+PUBLIC = {"/health", *FILES}  # paths that need no key
 MAX_HEADERS = 2**14  # bytes; h11 refuses larger ones only if they arrive in pieces
 SMALL_BODY = 2**16  # bytes; larger ones are parsed in a worker thread
 
@@ -37,6 +38,7 @@ def create_app(service: Service) -> ASGIApp:
     app.exception_handler(Exception)(_on_bug)
     _add_endpoints(app, service)
     _add_tools(app, service)
+    add_page(app)
     return Guard(app, service)
 
 

@@ -1,4 +1,4 @@
-"""Servers of seeded models, shared by the tests of a worker."""
+"""Servers of a seeded model, shared by the tests of a worker, and of the demo model."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,4 +11,10 @@ from helpers.servers import Server, serving
 @pytest.fixture(scope="session")
 def server(checkpoint: Callable[..., Path]) -> Iterator[Server]:
     with serving(checkpoint("mha"), max_seq_len=160, max_batch_size=4) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def demo_server(demo: Path) -> Iterator[Server]:
+    with serving(demo, dtype="float32", max_seq_len=512, max_batch_size=8) as running:
         yield running

@@ -29,7 +29,7 @@ from lm_eval.tasks import TaskManager
 
 from docs.test_docs import blocks_of
 from helpers.paths import ROOT
-from helpers.servers import Server, ServerProcess, serving
+from helpers.servers import Server, ServerProcess
 from helpers.tolerance import logprob_sum
 from llama import Llama
 from llama.convert import convert
@@ -40,12 +40,6 @@ from llama.serve.protocol import MAX_ALTERNATIVES, MAX_N, MAX_STOPS, ChatRequest
 FACTS, PROSE, COMPLETIONS = "meta_llama_facts", "meta_llama_prose", "meta_llama_completions"
 PROMPT = "The capital of France is"
 MESSAGES: Any = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-@pytest.fixture(scope="module")
-def demo_server(demo: Path) -> Iterator[Server]:
-    with serving(demo, dtype="float32", max_seq_len=512, max_batch_size=8) as server:
-        yield server
 
 
 @pytest.fixture
