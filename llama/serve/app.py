@@ -103,7 +103,7 @@ async def _answer(service: Service, request: Request, kind: type[Any], form: typ
     job = service.admit()
     try:
         answer = await asyncio.to_thread(form, llama, service.name, given, job)
-        job.submit([choice.row for choice in answer.choices])
+        job.submit([choice.row for choice in answer.choices], given.priority)
     except BaseException:
         job.close()
         raise

@@ -133,7 +133,8 @@ class StreamOptions(Strict):
 
 
 class Request(Strict):
-    """What both endpoints have. `n_alternatives` is this project's: log-probabilities with that many alternatives."""
+    """What both endpoints have. `n_alternatives` is this project's: log-probabilities with that many alternatives.
+    `priority` is vLLM's: requests with a lower number get slots first."""
 
     neutral: ClassVar[dict[str, Sequence[Any]]] = {}
 
@@ -152,6 +153,7 @@ class Request(Strict):
     repetition_penalty: Annotated[float, setting("repetition_penalty")] = 1.0
     stop_token_ids: list[int] = []
     n_alternatives: Annotated[int | None, integer(0, INT64)] = None
+    priority: Annotated[int, integer(-100, 100)] = 0
     user: str | None = None  # no effect
 
     @property

@@ -103,13 +103,13 @@ class Job:
         self._last_step, self._length, self._has_token = time.perf_counter(), 0, False
         service.jobs.add(self)
 
-    def submit(self, rows: list[Row]) -> None:
-        """Queue the rows. Those that have ended already are not run."""
+    def submit(self, rows: list[Row], priority: int = 0) -> None:
+        """Queue the rows. Those that have ended already are not run. priority: as in `Scheduler.submit`."""
         self.rows = [row for row in rows if row.finish_reason is None]
         self._unfinished = {row.index for row in self.rows}
         self._length = sum(row.length for row in self.rows)
         if self.rows:
-            self._call = self._scheduler.submit(self.rows, reuse=True, listener=self._listen)
+            self._call = self._scheduler.submit(self.rows, reuse=True, priority=priority, listener=self._listen)
         else:
             self.close()
 

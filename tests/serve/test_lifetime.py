@@ -263,23 +263,34 @@ def user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 
-def test_first_come_first_served(slow: Server) -> None:
-    """Four slots, and eight answers of the same length: none of the second four is done before one of the first."""
+def order_of_ends(slow: Server, priorities: list[int]) -> list[int]:
+    """Ask for one answer after the other, all of the same length -> in which order they are done. Four slots."""
     done: list[int] = []
 
     def ask(i: int) -> None:
-        slow.complete(f"text {i}", max_tokens=15, logit_bias={"9": 100})
+        slow.complete(f"text {i}", max_tokens=15, logit_bias={"9": 100}, priority=priorities[i])
         done.append(i)
 
     threads = []
-    for i in range(8):
+    for i in range(len(priorities)):
         threads.append(threading.Thread(target=ask, args=(i,)))
         threads[-1].start()
         while len(slow.service.jobs) + len(done) <= i:
             time.sleep(0.002)
     for thread in threads:
         thread.join(30)
+    return done
+
+
+def test_first_come_first_served(slow: Server) -> None:
+    done = order_of_ends(slow, [0] * 8)
     assert sorted(done[:4]) == [0, 1, 2, 3]
+
+
+def test_a_lower_priority_number_comes_first(slow: Server) -> None:
+    """It takes no slot from the four that have one."""
+    done = order_of_ends(slow, [0] * 4 + [5] * 4 + [-5] * 4)
+    assert [sorted(done[i : i + 4]) for i in (0, 4, 8)] == [[0, 1, 2, 3], [8, 9, 10, 11], [4, 5, 6, 7]]
 
 
 # Memory and metrics ---------------------------------------------------------------------------------
