@@ -190,7 +190,7 @@ class Planner:
             plan.copies.append((source.index, slot.index, task.shared))
             slot.ids = prefix
             self._count_reused(task, task.shared)
-            slot.scores, slot.k = min(source.scores, task.shared + 1), source.k
+            slot.scores, slot.k = min(source.scores, task.shared + task.scores_prompt), source.k
         elif source.task is not None and source.task.call in calls and source.task.ids(0, task.shared) == prefix:
             return True
         task.source = None

@@ -272,6 +272,22 @@ def test_a_prompt_whose_scores_are_there_already(build: Callable[..., Llama]) ->
         assert found == pytest.approx(alone[0], abs=LOGPROB)
 
 
+def test_a_row_that_is_not_scored_passes_on_only_the_scores_of_its_prefix(build: Callable[..., Llama]) -> None:
+    """Not the one of the id that follows in the row from which it copied the prefix."""
+    llama = build("mha", max_seq_len=64, max_batch_size=2)
+    first, second = [*range(20, 60), 5, 6], [*range(20, 60), 8, 9]
+    alone = llama.generate([second], 0, logprobs=True, echo=True)[1]
+    scored = llama._rows([first], max_gen_len=0, logprobs=True, echo=True)
+    unscored = llama._rows([second], max_gen_len=1)
+    run_together(llama, [(scored, llama), (unscored, llama)])
+    assert unscored[0].reused == 40
+    again = llama._rows([second], max_gen_len=0, logprobs=True, echo=True)
+    for _ in llama._run(again, reuse=llama):
+        pass
+    assert again[0].reused == 39 and alone is not None
+    assert again[0].prompt_logprobs == pytest.approx(alone[0], abs=LOGPROB)
+
+
 @pytest.mark.parametrize("is_same_key", [True, False])
 def test_the_row_that_computes_a_prefix_leaves(
     is_same_key: bool, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
