@@ -119,6 +119,9 @@ class Planner:
         if self.executor.is_aligned:
             tasks = self._plan_group(plan, calls[0])
         else:
+            for slot in self.slots:  # before new rows get the slots that hold the prefixes
+                if slot.task is not None and slot.task.call in calls:
+                    self._waits_for_prefix(plan, slot, slot.task, calls)
             self._admit(plan, calls)
             tasks = self._plan_passes(plan, calls)
         sampling = {chunk.number for chunk in plan.chunks if chunk.samples}
@@ -143,6 +146,9 @@ class Planner:
         # User code in the model, such as hooks, sees whole prompts.
         prefix = None if self.executor.runs_user_code else find_prefix(self.slots, task)
         slot = choose_slot(free, prefix, task.call.reuse is not None)
+        for other in self.slots:
+            if other.task is not None and other.task.source is slot:
+                other.task.source = None  # or this row might wait for that one, which waits for this slot
         slot.task, task.served, task.source = task, self._step - 1, None
         if prefix is not None and prefix.slot is slot:
             slot.truncate(prefix.length, prefix.scores)
@@ -184,7 +190,7 @@ class Planner:
             plan.copies.append((source.index, slot.index, task.shared))
             slot.ids = prefix
             self._count_reused(task, task.shared)
-            slot.scores, slot.k = min(source.scores, task.shared + 1), source.k
+            slot.scores, slot.k = min(source.scores, task.shared + task.scores_prompt), source.k
         elif source.task is not None and source.task.call in calls and source.task.ids(0, task.shared) == prefix:
             return True
         task.source = None

@@ -65,7 +65,7 @@ class Worker:
         states, problems = [], list[str | None]()
         for chunks in plan.passes:
             h = self._forward(chunks)  # [rows, seqlen, dim]
-            problems += self._score_prompts(chunks, h)
+            problems += self._check_parts(chunks, h, self._score_prompts(chunks, h))
             ends = [(i, len(chunk.ids) - 1) for i, chunk in enumerate(chunks) if chunk.samples]
             if ends:
                 whole = len(ends) == len(h) and h.shape[1] == 1
@@ -135,6 +135,16 @@ class Worker:
                 found.append((logprob, top[: chunk.k]))
                 if not math.isfinite(logprob):
                     problems[i] = "in the prompt"
+        return problems
+
+    def _check_parts(self, chunks: list[Chunk], h: torch.Tensor, problems: list[str | None]) -> list[str | None]:
+        """Add problems of the chunks that are neither scored nor sampled: parts of prompts. Their keys and values stay
+        in the cache even if the row is dropped before its end."""
+        parts = [i for i, chunk in enumerate(chunks) if not (chunk.samples or chunk.scores)]
+        if parts:
+            last = h[parts, [len(chunks[i].ids) - 1 for i in parts]]  # it attends to all ids before it
+            for i, is_finite in zip(parts, read_back(last.isfinite().all(-1)), strict=True):
+                problems[i] = None if is_finite else "in the prompt"
         return problems
 
     def _sample(

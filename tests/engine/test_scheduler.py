@@ -247,7 +247,7 @@ def test_a_call_that_fails_leaves_nothing_in_its_other_slots(build: Callable[...
     weight = llama.model.tok_embeddings.weight[9].clone()
     llama.model.tok_embeddings.weight[9] = float("nan")
     llama.executor.prefill_chunk = 32
-    with pytest.raises(FloatingPointError, match="row 0"):  # while a part of row 1 is computed
+    with pytest.raises(FloatingPointError, match="in the prompt, row 1"):  # in a part of it, in the step of row 0
         llama.generate([[1, 9], [9] * 60], 4)
     llama.model.tok_embeddings.weight[9] = weight
     assert llama.generate(PROMPTS[:2], 8, temperature=0) == expected
@@ -301,6 +301,81 @@ def test_a_prompt_whose_scores_are_there_already(build: Callable[..., Llama]) ->
     assert alone is not None and both is not None
     for found in (*both, rows[1].prompt_logprobs):
         assert found == pytest.approx(alone[0], abs=LOGPROB)
+
+
+def test_a_row_that_is_not_scored_passes_on_only_the_scores_of_its_prefix(build: Callable[..., Llama]) -> None:
+    """Not the one of the id that follows in the row from which it copied the prefix."""
+    llama = build("mha", max_seq_len=64, max_batch_size=2)
+    first, second = [*range(20, 60), 5, 6], [*range(20, 60), 8, 9]
+    alone = llama.generate([second], 0, logprobs=True, echo=True)[1]
+    scored = llama._rows([first], max_gen_len=0, logprobs=True, echo=True)
+    unscored = llama._rows([second], max_gen_len=1)
+    run_together(llama, [(scored, llama), (unscored, llama)])
+    assert unscored[0].reused == 40
+    again = llama._rows([second], max_gen_len=0, logprobs=True, echo=True)
+    for _ in llama._run(again, reuse=llama):
+        pass
+    assert again[0].reused == 39 and alone is not None
+    assert again[0].prompt_logprobs == pytest.approx(alone[0], abs=LOGPROB)
+
+
+@pytest.mark.parametrize("is_same_key", [True, False])
+def test_the_row_that_computes_a_prefix_leaves(
+    is_same_key: bool, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second row waits for the prefix that the first one computes. The first one is cancelled, and its slot goes to
+    a third row with this prefix. With the same key this row could wait for the second one, and both forever. With
+    another one the second row must use nothing that the third one computes, whose next id is another."""
+    llama = build("mha", max_seq_len=64, max_batch_size=2)
+    prefix = list(range(20, 60))
+    prompts = [[*prefix, 5, 6, 7], [*prefix, 5, 8], [*prefix, 9, 10]]
+    alone = [llama.generate([prompt], 0, logprobs=True, echo=True)[1] for prompt in prompts]
+    llama.executor.prefill_chunk = 16
+    rows = [llama._rows([prompt], max_gen_len=0, logprobs=True, echo=True) for prompt in prompts]
+    keys = (llama, llama, llama if is_same_key else None)
+    done = threading.Semaphore(0)
+    calls = [
+        llama.scheduler.submit(each, reuse=key, listener=done.release) for each, key in zip(rows, keys, strict=True)
+    ]
+    run, steps = llama.scheduler._worker.run, 0
+
+    def cancelling(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            llama.scheduler.cancel(calls[0])
+        if steps > 30:
+            llama.scheduler.stop()
+        return run(*args)
+
+    monkeypatch.setattr(llama.scheduler._worker, "run", cancelling)
+    engine = threading.Thread(target=llama.scheduler.run)
+    engine.start()
+    assert done.acquire(timeout=30) and done.acquire(timeout=30), "rows wait for each other"
+    llama.scheduler.stop()
+    engine.join(timeout=10)
+    for call, expected in zip(calls[1:], alone[1:], strict=True):
+        assert call.is_done and expected is not None
+        assert call.rows[0].prompt_logprobs == pytest.approx(expected[0], abs=LOGPROB)
+
+
+@pytest.mark.parametrize("options", [{"compile": False}, {"compile": True}, {"plain": True}])
+def test_a_part_of_a_prompt_leaves_no_values_that_are_not_finite(
+    options: dict[str, Any], build: Callable[..., Llama]
+) -> None:
+    """Its row is dropped before anything is sampled, and the next row in the slot is in a pass with longer ones."""
+    llama = build("mha", max_seq_len=64, max_batch_size=2, **options)
+    prompts = [[1, 5, 6], [1, *range(20, 60)]]
+    expected = llama.generate(prompts, 5, temperature=0)
+    llama.model.tok_embeddings.weight[9] = float("nan")
+    llama.executor.prefill_chunk = 16
+    stream = llama.scheduler.submit(llama._rows([[3, 9, *range(20, 60)]] * 2), is_read=True)
+    with llama.scheduler._condition:
+        llama.scheduler._runner = threading.get_ident()
+    llama.scheduler._step(stream)
+    llama.scheduler._release_model()
+    llama.scheduler.cancel(stream)
+    assert llama.generate(prompts, 5, temperature=0) == expected
 
 
 def test_scores_with_more_alternatives_are_computed_again(build: Callable[..., Llama]) -> None:
