@@ -1,19 +1,16 @@
-"""Takes the pictures of the server's page into docs/images: `python docs/screenshots.py`. Needs the demo model, Chromium
-and '.[test]'."""
+"""Takes the pictures of the server's page into docs/images: `python docs/screenshots.py`. Needs the demo model,
+Chromium and '.[test]'."""
 
 import io
 import sys
 from pathlib import Path
 
 from PIL import Image
-
-DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS.parent / "tests"))
-
 from playwright.sync_api import Browser, Page, expect
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.browser import started_browser
-from helpers.paths import DEMO
+from helpers.paths import DEMO, ROOT
 from helpers.servers import ServerProcess
 
 TIME = 300_000  # ms for an answer
@@ -33,7 +30,7 @@ def ask(page: Page, url: str, mode: str, text: str, max_tokens: int) -> None:
 
 def save(page: Page, name: str) -> None:
     image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    image.quantize(128, dither=Image.Dither.NONE).save(DOCS / "images" / name, optimize=True)
+    image.quantize(128, dither=Image.Dither.NONE).save(ROOT / "docs" / "images" / name, optimize=True)
 
 
 def desktop(browser: Browser, url: str) -> None:
