@@ -222,7 +222,9 @@ def test_an_answer_appears_as_it_is_generated(server: Server, gate: Gate, visit:
     expect(page).to_have_title(f"{server.service.name} · llama serve")
     expect(page.get_by_role("heading", name=server.service.name)).to_be_visible()
     set_fields(page, temperature=0, max_tokens=40)
-    send(page, QUESTION)
+    with page.expect_response("**/v1/chat/completions"):
+        send(page, QUESTION)
+    time.sleep(0.3)  # the first event, which has no text
     say_status(page, "Waiting for the server …")
     counts = [0]
     for _ in range(3):
