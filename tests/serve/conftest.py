@@ -1,4 +1,7 @@
-"""Servers of a seeded model, shared by the tests of a worker, and of the demo model."""
+"""Servers of a seeded model and of the demo model, for the tests of a module.
+
+Not for a session: an open model has a process group, by which tests elsewhere would know their rank.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +11,7 @@ import pytest
 from helpers.servers import Server, serving
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(checkpoint: Callable[..., Path]) -> Iterator[Server]:
     with serving(checkpoint("mha"), max_seq_len=160, max_batch_size=4) as running:
         yield running
