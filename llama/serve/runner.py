@@ -199,16 +199,21 @@ class Runner:
     async def _drain(self) -> None:
         """Wait until all requests have been answered, or until the time is over, and end the rest."""
         self._service.is_stopping = True
-        if self._failure is None and self._service.responding:
-            log.info("finishing %d requests, for up to %g s", self._service.responding, self._grace)
+        if self._failure is None and (count := self._unfinished()):
+            log.info("finishing %d requests, for up to %g s", count, self._grace)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(_first(self._idle(), self._engine_ended.wait()), self._grace)
         self._service.cancel_all("the server is shutting down")
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._idle(), CLOSE_TIME)
 
+    def _unfinished(self) -> int:
+        """The number of requests whose answer is computed, or has not been sent completely."""
+        unsent = [one for one in self.server.server_state.connections if one.transport.get_write_buffer_size()]
+        return max(self._service.responding, len(unsent))
+
     async def _idle(self) -> None:
-        while self._service.responding:
+        while self._unfinished():
             await asyncio.sleep(0.05)
 
     async def _end_engine(self, engine: threading.Thread) -> None:
