@@ -42,10 +42,17 @@ def _integer(least: int, limit: float = math.inf, optional: bool = False) -> Cal
     return lambda name, value: None if optional and value is None else check_int(name, value, least, limit)
 
 
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer that is too large
+        return math.inf if value > 0 else -math.inf
+
+
 def _number(name: str, value: Any) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}, expected a number")
-    if not 0 <= float(value) < math.inf:
+    if not 0 <= _as_float(value) < math.inf:
         raise ValueError(f"{name} is {value!r}, expected a number from 0")
     return float(value)
 
@@ -54,7 +61,7 @@ def _between(low: float, high: float) -> Callable[[str, Any], float]:
     def check(name: str, value: Any) -> float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}, expected a number")
-        if not low <= float(value) <= high:
+        if not low <= _as_float(value) <= high:
             raise ValueError(f"{name} is {value!r}, expected a number from {low:g} to {high:g}")
         return float(value)
 
@@ -330,7 +337,7 @@ def read_options(group: type[T], given: Mapping[str, Any], caller: str) -> T:
 
 def suggestion(name: str, names: Mapping[str, Any]) -> str:
     """The end of an error message about an unknown name: the most similar known name, or all of them."""
-    near = difflib.get_close_matches(name, names, 1)
+    near = difflib.get_close_matches(name[:100], names, 1)  # of a name of megabytes it would take seconds
     return f": did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
 
 

@@ -123,7 +123,7 @@ def read_rows(
                     limit,
                     one["temperature"],
                     one["top_p"],
-                    one["top_k"] or 0,
+                    min(one["top_k"] or 0, args.vocab_size),
                     one["repetition_penalty"],
                     one["stop_token_ids"].union(model_stop),
                     stream,

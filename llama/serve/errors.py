@@ -24,7 +24,8 @@ class RequestError(Exception):
         retry_after: int | None = None,
     ):
         super().__init__(in_one_line(message))
-        self.status, self.param, self.code = status, param, code
+        self.param = None if param is None else in_one_line(param)  # an unknown field may have any name
+        self.status, self.code = status, code
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"

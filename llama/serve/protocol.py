@@ -5,6 +5,7 @@ unless its value asks for nothing (`NEUTRAL`).
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -309,8 +310,8 @@ def read_json(body: bytes) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+            ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"the key {name!r} is there twice")
         return found
 
     if not body.strip():

@@ -20,11 +20,12 @@ from llama.generation import Llama
 from llama.parallel.groups import is_main_rank
 from llama.parallel.heartbeat import is_rank_lost, lost_rank_message
 from llama.serve.app import create_app
-from llama.serve.connections import Connection
+from llama.serve.connections import MAX_CONNECTIONS, Connection
 from llama.serve.service import Service
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 1024  # connections that the system accepts for a server that is busy
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CLOSE_TIME = 2  # seconds for the last bytes of responses, after their jobs have ended
 ENGINE_TIME = 30  # seconds for the engine to finish its step and to close the model
@@ -39,6 +40,7 @@ def serve(
     """
     if not is_main_rank():
         return _follow(build)
+    _allow_connections()
     with _listen(host, port) as sock:
         is_loopback = ipaddress.ip_address(sock.getsockname()[0]).is_loopback
         if not is_loopback and api_key is None:
@@ -71,11 +73,23 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)  # IPv4, if the name has both
-        return socket.create_server(address[:2], family=family, backlog=1024)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", None) or 0  # those of getaddrinfo are negative
         reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
         raise ValueError(f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port") from None
+
+
+def _allow_connections() -> None:
+    """Each connection is an open file. Many systems allow a process 1,024 unless it asks for more."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * (MAX_CONNECTIONS + BACKLOG)  # those beyond the limit are accepted before they are closed
+    if 0 <= soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
 @contextlib.contextmanager
@@ -117,6 +131,7 @@ class Runner:
         config = uvicorn.Config(
             create_app(self._service),
             http=Connection,
+            backlog=BACKLOG,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -124,7 +139,8 @@ class Runner:
             server_header=False,
             proxy_headers=False,
         )
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # bugs, not what clients do wrong
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # bugs, not what clients do wrong
         self.server = Server(config)
         self._loop = asyncio.get_running_loop()
         engine = threading.Thread(target=self._run_engine, args=(build,), name="engine", daemon=True)
@@ -183,16 +199,21 @@ class Runner:
     async def _drain(self) -> None:
         """Wait until all requests have been answered, or until the time is over, and end the rest."""
         self._service.is_stopping = True
-        if self._failure is None and self._service.responding:
-            log.info("finishing %d requests, for up to %g s", self._service.responding, self._grace)
+        if self._failure is None and (count := self._unfinished()):
+            log.info("finishing %d requests, for up to %g s", count, self._grace)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(_first(self._idle(), self._engine_ended.wait()), self._grace)
         self._service.cancel_all("the server is shutting down")
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._idle(), CLOSE_TIME)
 
+    def _unfinished(self) -> int:
+        """The number of requests whose answer is computed, or has not been sent completely."""
+        unsent = [one for one in self.server.server_state.connections if one.transport.get_write_buffer_size()]
+        return max(self._service.responding, len(unsent))
+
     async def _idle(self) -> None:
-        while self._service.responding:
+        while self._unfinished():
             await asyncio.sleep(0.05)
 
     async def _end_engine(self, engine: threading.Thread) -> None:

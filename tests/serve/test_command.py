@@ -100,6 +100,34 @@ def test_a_signal_while_the_model_is_loaded(checkpoint: Callable[..., Path]) -> 
     assert "Traceback" not in server.err and url.startswith("http://127.0.0.1:")
 
 
+def test_more_connections_than_open_files(checkpoint: Callable[..., Path]) -> None:
+    """A process may open 1,024 files on many systems. Connections beyond the server's own limit are closed."""
+    import resource  # Windows has no such module
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < 4096:
+        pytest.skip("this system allows too few open files")
+    program = ("sh", "-c", 'ulimit -Sn 1024; exec "$0" "$@"', sys.executable)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
+        with ServerProcess(checkpoint("mha"), program=program) as server, contextlib.ExitStack() as held:
+            url = server.url()
+            for _ in range(1300):
+                held.enter_context(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10))
+            held.close()
+            until = time.monotonic() + 10
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    assert httpx.get(f"{url}/health").status_code == 200
+                    break
+                assert time.monotonic() < until
+            server.signal(signal.SIGTERM)
+            assert server.wait() == 0
+        assert len(server.err.splitlines()) == 3, server.err
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 # Mistakes -------------------------------------------------------------------------------------------
 
 

@@ -58,16 +58,20 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"temperature": "hot"}, "temperature", 'temperature is "hot", expected a number'),
         ({"temperature": True}, "temperature", "temperature is true, expected a number"),
         ({"top_p": 1.5}, "top_p", "top_p is 1.5, expected a number from 0 to 1"),
+        ({"top_p": 10**400}, "top_p", f"top_p is {10**400}, expected a number from 0"),
         ({"top_p": []}, "top_p", "top_p is [], expected a number"),
         ({"top_k": 0}, "top_k", "top_k is 0, expected an integer from 1"),
         ({"top_k": 1.0}, "top_k", "top_k is 1.0, expected an integer"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty", "expected a number from 0"),
         ({"repetition_penalty": 0}, "repetition_penalty", "repetition_penalty is 0, expected a number above 0"),
+        ({"frequency_penalty": -(10**400)}, "frequency_penalty", "expected a number from -2 to 2"),
         ({"frequency_penalty": 3}, "frequency_penalty", "frequency_penalty is 3, expected a number from -2 to 2"),
         ({"presence_penalty": "x"}, "presence_penalty", "presence_penalty is 'x', expected a number"),
         ({"presence_penalty": False}, "presence_penalty", "presence_penalty is false, expected a number"),
         ({"logit_bias": [1]}, "logit_bias", "logit_bias is '[1]', expected a mapping"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "logit_bias has the key 'a', expected an id"),
         ({"logit_bias": {"3": 101}}, "logit_bias", "logit_bias of id 3 is 101, expected a number from -100 to 100"),
+        ({"logit_bias": {"3": 10**400}}, "logit_bias", "expected a number from -100 to 100"),
         ({"logit_bias": {"3": True}}, "logit_bias", "logit_bias of id 3 is True, expected a number"),
         ({"logit_bias": {"512": 1}}, "logit_bias", "logit_bias holds id 512, outside the vocabulary of 512"),
         ({"n": 0}, "n", "n is 0, expected an integer from 1 to 128"),
@@ -100,6 +104,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"model": 3}, "model", "model is 3, expected a valid string"),
         ({"max_tokenz": 3}, "max_tokenz", "unknown field 'max_tokenz': did you mean max_tokens?"),
         ({"zzzzz": None}, "zzzzz", "unknown field 'zzzzz'; there are model, n, stop"),
+        ({"\ud800": 1}, "<U+D800>", "unknown field '\\ud800'"),
         ({"messages": MESSAGES}, "messages", "unknown field 'messages'"),
         ({"tools": []}, "tools", "unknown field 'tools'"),
     ],
@@ -202,6 +207,25 @@ def test_quoted_values_are_short_and_harmless(server: Server) -> None:
     body = {"prompt": "x", "stop": ["\x1b[31m" + "y" * 10_000]}
     message = error_of(server.client.post("/v1/completions", json=body), 400)["message"]
     assert len(message) < 250 and "\x1b" not in message
+
+
+def test_long_names_and_many_keys_take_no_time(server: Server) -> None:
+    headers = {"Content-Type": "application/json"}
+    keys = ",".join(f'"{i:x}":0' for i in range(100_000))
+    for body, message in (
+        (f'{{"{"a" * 3_000_000}":0}}', "unknown field 'aaa"),
+        (f'{{{keys},"x":0,"x":0}}', "the key 'x' is there twice"),
+    ):
+        start = time.monotonic()
+        error = error_of(server.client.post("/v1/completions", content=body, headers=headers), 400)
+        assert time.monotonic() - start < 5, "comparing each key with each other one takes minutes"
+        assert error["message"].startswith(("the body is not JSON", "unknown field")) and message in error["message"]
+        assert len(error["message"]) < 5000 and len(error["param"] or "") < 5000
+
+
+def test_a_huge_top_k_is_no_limit(server: Server) -> None:
+    expected = server.complete("x", seed=1)["choices"]
+    assert server.complete("x", seed=1, top_k=10**400)["choices"] == expected
 
 
 def test_bodies_that_are_not_declared_as_json(server: Server) -> None:

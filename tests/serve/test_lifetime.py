@@ -193,6 +193,24 @@ def test_a_slow_but_steady_reader_is_served(server: Server, monkeypatch: pytest.
     sock.close()
 
 
+def test_an_answer_is_sent_completely_before_the_server_ends(checkpoint: Callable[..., Path]) -> None:
+    with serving(checkpoint("mha"), max_seq_len=160, max_batch_size=4) as server:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(30)
+        sock.connect(("127.0.0.1", server.port))
+        sock.sendall(raw_request(server, LONG | {"n_alternatives": 512, "n": 4}))  # 7 MB
+        head = sock.recv(200)
+        while server.service.responding:  # until it is in the buffers
+            time.sleep(0.01)
+        server.runner.stop()
+        time.sleep(0.3)
+        received = head + b"".join(iter(lambda: sock.recv(2**20), b""))
+        sock.close()
+    length = re.search(rb"content-length: (\d+)", received)
+    assert length is not None and len(received.partition(b"\r\n\r\n")[2]) == int(length[1]) > 7_000_000
+
+
 def test_headers_and_bodies_that_never_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEADER_TIME", 0.3)
     monkeypatch.setattr(connections, "BODY_TIME", 0.3)
