@@ -148,7 +148,7 @@ def test_every_command_compiles_by_default() -> None:
     assert signature(Llama.build).parameters["compile"].default == "auto"
     assert signature(MetaLlama.__init__).parameters["compile"].default == "auto"
     flags = [p for each in cli.app.commands.values() for p in each.params if p.name == "compile"]
-    assert len(flags) == 5 and all(flag.get_default(click.Context(cli.app)) is None for flag in flags)
+    assert len(flags) == 6 and all(flag.get_default(click.Context(cli.app)) is None for flag in flags)
 
 
 @pytest.mark.parametrize("error", [ValueError("no such shard"), TypeError("no number"), FileNotFoundError("nothing")])
