@@ -17,7 +17,7 @@ from llama.accelerate.executor import Executor
 from llama.engine.calls import Call, Task
 from llama.engine.plan import Chunk, Plan, share
 from llama.engine.planner import Planner, Usage
-from llama.engine.requests import Row, Token
+from llama.engine.requests import Row, Token, alternatives
 from llama.engine.worker import Outcome, Worker, not_finite
 from llama.parallel.groups import all_gather_object, broadcast_object, is_main_rank, model_parallel
 from llama.parallel.heartbeat import lost_rank_message
@@ -263,7 +263,7 @@ class Scheduler:
         """What a chunk adds to its row: an id, the row's end, both, or nothing yet."""
         row, scores = task.row, self._worker.scores.get(chunk.slot, [])
         if task.scores_prompt and chunk.end >= len(row.prompt) - 1 and len(scores) >= len(row.prompt):
-            found = scores[: len(row.prompt)]
+            found = [alternatives(values, (len(values) - 1) // 2) for values in scores[: len(row.prompt)]]
             row.prompt_logprobs = [logprob for logprob, _ in found]
             row.prompt_top = [top[: row.k] for _, top in found]
         if outcome.id is None:

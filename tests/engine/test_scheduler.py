@@ -1,7 +1,9 @@
 """The scheduler: results do not depend on other calls, and what is shared is computed once."""
 
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -357,6 +359,19 @@ def test_scores_with_more_alternatives_are_computed_again(build: Callable[..., L
         assert [[token for token, _ in top] for top in row.prompt_top] == [
             [token for token, _ in top][:k] for top in alone.top[0]
         ]
+
+
+def test_nothing_of_a_call_stays_except_for_its_ids(build: Callable[..., Llama]) -> None:
+    """Its results may be large: their alternatives take a hundred bytes each."""
+    llama = build("mha", max_seq_len=64, max_batch_size=2)
+    for settings in ({"logprobs": 512, "echo": True}, {"repetition_penalty": 1.2}):
+        rows = llama._rows(PROMPTS[:2], max_gen_len=4, **settings)
+        for _ in llama._run(rows, reuse=llama):
+            pass
+        alive = [weakref.ref(row) for row in rows]
+        del rows
+        gc.collect()
+        assert [row() for row in alive] == [None, None]
 
 
 def test_a_call_from_a_hook_raises(build: Callable[..., Llama]) -> None:
