@@ -65,6 +65,12 @@ class Task:
         """Number of ids whose keys and values the next step needs. A row that generates nothing needs no last id."""
         return self.row.length if self.row.length < self.row.limit else len(self.row.prompt) - 1
 
+    def draw(self) -> float:
+        """The random number for its next id. It stays the same until the id is sampled, also if a step fails."""
+        if self.uniform is None:
+            self.uniform = self.row.stream.random()
+        return self.uniform
+
     def ids(self, start: int, end: int) -> list[int]:
         """The ids at these positions, of the prompt and the answer."""
         row, n = self.row, len(self.row.prompt)

@@ -195,18 +195,18 @@ class Scheduler:
                 self._number(calls)
                 if is_main_rank():
                     plan, tasks = self._planner.plan(calls)
-            for task in tasks:
-                task.uniform = task.row.stream.random() if task.uniform is None else task.uniform
             plan = share(plan) or plan
-            outcomes = self._worker.run(plan, [task.row for task in tasks], [task.uniform or 0.0 for task in tasks])
+            outcomes = self._worker.run(plan, [task.row for task in tasks], [task.draw() for task in tasks])
             with self._condition:
                 calls = self._store(plan, outcomes)
         except BaseException as error:
             with self._condition:
                 self._planner.forget()
+                self._worker.forget()
                 for call in calls if isinstance(error, Exception) else ():
                     self._fail(call, error)
-            if not isinstance(error, Exception) or lost_rank_message(error):
+            leads = self._only_rank_0_calls and model_parallel()[1] > 1  # the other ranks are in the middle of the step
+            if not isinstance(error, Exception) or lost_rank_message(error) or leads:
                 raise
         finally:
             for call in calls:

@@ -53,6 +53,10 @@ class Worker:
     def model(self) -> Any:
         return self.executor.model
 
+    def forget(self) -> None:
+        """A step has failed. The sampler may have counted ids that were not added to their rows."""
+        self._sampler = None
+
     @explain_oom
     @torch.inference_mode()
     def run(self, plan: Plan, rows: Sequence[Row], uniform: Sequence[float]) -> list[Outcome]:
