@@ -18,7 +18,10 @@ class Call:
     def __init__(
         self, rows: list[Row], reuse: object, priority: int, is_read: bool, listener: Callable[[], None] | None
     ):
-        self.rows, self.reuse, self.priority, self.is_read, self.listener = rows, reuse, priority, is_read, listener
+        self.rows, self.priority, self.is_read, self.listener = rows, priority, is_read, listener
+        self.reuses = reuse is not None
+        # Rows may use the keys and values that rows of calls with the same key have computed.
+        self.key = object() if reuse is None else reuse
         self.error: BaseException | None = None
         self.is_done = False
         self.thread = threading.get_ident()  # the one that reads the results
@@ -26,10 +29,6 @@ class Call:
         self.tasks: dict[int, Task] = {}  # unfinished rows by their index
         self.waiting: deque[Task] = deque()  # those of them that have no slot
         self.is_new, self.is_numbered = True, False
-
-    def may_reuse(self, other: "Call | None") -> bool:
-        """Whether its rows may use the keys and values that a row of `other` has computed."""
-        return other is self or (other is not None and self.reuse is not None and self.reuse is other.reuse)
 
     def take(self) -> list[Token]:
         """What the steps since the last `take` have added to the rows, in order. From any thread."""
@@ -66,6 +65,12 @@ class Task:
         """Number of ids whose keys and values the next step needs. A row that generates nothing needs no last id."""
         return self.row.length if self.row.length < self.row.limit else len(self.row.prompt) - 1
 
+    def draw(self) -> float:
+        """The random number for its next id. It stays the same until the id is sampled, also if a step fails."""
+        if self.uniform is None:
+            self.uniform = self.row.stream.random()
+        return self.uniform
+
     def ids(self, start: int, end: int) -> list[int]:
         """The ids at these positions, of the prompt and the answer."""
         row, n = self.row, len(self.row.prompt)
@@ -76,14 +81,15 @@ class Task:
 class Slot:
     """A row of the cache.
 
-    ids: the ids whose keys and values it holds. task: the row that uses it. call: the call that computed the ids.
-    used: the last step in which it was used. scores, k: how many of the ids have been scored, with k alternatives.
+    ids: the ids whose keys and values it holds. task: the row that uses it. key: that of the call that computed the
+    ids; the call itself is not kept, as its results may be large. used: the last step in which it was used. scores, k:
+    how many of the ids have been scored, with k alternatives.
     """
 
     index: int
     ids: list[int] = field(default_factory=list)
     task: Task | None = None
-    call: "Call | None" = None
+    key: object = None
     used: int = 0
     scores: int = 0
     k: int = 0

@@ -70,10 +70,9 @@ class Planner:
 
     def clear(self, index: int) -> None:
         """A row in this slot got values that are not finite, which would spread even from positions that are masked.
-        Other slots of its call may hold such values too, and slots that no row uses."""
-        call = self.slots[index].call
+        Slots that no row uses may hold such values too, from other forwards of the model."""
         for slot in self.slots:
-            if slot.call is call or slot.task is None:
+            if slot.index == index or slot.task is None:
                 slot.truncate(0)
                 self._cleared.append(slot.index)
 
@@ -145,7 +144,7 @@ class Planner:
     def _place(self, plan: Plan, task: Task, free: Sequence[Slot]) -> None:
         # User code in the model, such as hooks, sees whole prompts.
         prefix = None if self.executor.runs_user_code else find_prefix(self.slots, task)
-        slot = choose_slot(free, prefix, task.call.reuse is not None)
+        slot = choose_slot(free, prefix, task.call.reuses)
         for other in self.slots:
             if other.task is not None and other.task.source is slot:
                 other.task.source = None  # or this row might wait for that one, which waits for this slot
@@ -157,7 +156,7 @@ class Planner:
             slot.truncate(0)
             if prefix is not None and prefix.length >= MIN_SHARED:
                 task.source, task.shared = prefix.slot, prefix.length
-        slot.call = task.call
+        slot.key = task.call.key
 
     def _plan_passes(self, plan: Plan, calls: Sequence[Call]) -> list[Task]:
         """Fill `plan.passes`: one pass for all rows of which one id is missing, others for parts of prompts."""
@@ -259,7 +258,7 @@ class Planner:
         self._group = [task for task in call.waiting if task.row.length == length][: len(self.slots)]
         for slot, task in zip(self.slots, self._group, strict=False):
             call.waiting.remove(task)
-            slot.task, slot.call = task, call
+            slot.task, slot.key = task, call.key
         plan.passes.append(
             [
                 Chunk(

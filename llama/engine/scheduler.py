@@ -17,7 +17,7 @@ from llama.accelerate.executor import Executor
 from llama.engine.calls import Call, Task
 from llama.engine.plan import Chunk, Plan, share
 from llama.engine.planner import Planner, Usage
-from llama.engine.requests import Row, Token
+from llama.engine.requests import Row, Token, alternatives
 from llama.engine.worker import Outcome, Worker, not_finite
 from llama.parallel.groups import all_gather_object, broadcast_object, is_main_rank, model_parallel
 from llama.parallel.heartbeat import lost_rank_message
@@ -195,18 +195,18 @@ class Scheduler:
                 self._number(calls)
                 if is_main_rank():
                     plan, tasks = self._planner.plan(calls)
-            for task in tasks:
-                task.uniform = task.row.stream.random() if task.uniform is None else task.uniform
             plan = share(plan) or plan
-            outcomes = self._worker.run(plan, [task.row for task in tasks], [task.uniform or 0.0 for task in tasks])
+            outcomes = self._worker.run(plan, [task.row for task in tasks], [task.draw() for task in tasks])
             with self._condition:
                 calls = self._store(plan, outcomes)
         except BaseException as error:
             with self._condition:
                 self._planner.forget()
+                self._worker.forget()
                 for call in calls if isinstance(error, Exception) else ():
                     self._fail(call, error)
-            if not isinstance(error, Exception) or lost_rank_message(error):
+            leads = self._only_rank_0_calls and model_parallel()[1] > 1  # the other ranks are in the middle of the step
+            if not isinstance(error, Exception) or lost_rank_message(error) or leads:
                 raise
         finally:
             for call in calls:
@@ -263,7 +263,7 @@ class Scheduler:
         """What a chunk adds to its row: an id, the row's end, both, or nothing yet."""
         row, scores = task.row, self._worker.scores.get(chunk.slot, [])
         if task.scores_prompt and chunk.end >= len(row.prompt) - 1 and len(scores) >= len(row.prompt):
-            found = scores[: len(row.prompt)]
+            found = [alternatives(values, (len(values) - 1) // 2) for values in scores[: len(row.prompt)]]
             row.prompt_logprobs = [logprob for logprob, _ in found]
             row.prompt_top = [top[: row.k] for _, top in found]
         if outcome.id is None:

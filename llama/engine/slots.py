@@ -22,12 +22,12 @@ class Prefix:
 def find_prefix(slots: Sequence[Slot], task: Task) -> Prefix | None:
     """The longest prefix of the task's prompt that a slot holds, or will hold when its row's prompt is computed.
 
-    Only slots of calls that the task's call `may_reuse` count: between calls the user may have written to the weights.
+    Only slots with the key of the task's call count: between calls the user may have written to the weights.
     """
     found: Prefix | None = None
     prompt = task.ids(0, task.row.length)
     for slot in slots:
-        if not task.call.may_reuse(slot.call):
+        if slot.key is not task.call.key:
             continue
         ids, scores, k = slot.ids, slot.scores, slot.k
         if slot.task is not None and len(slot.task.row.prompt) > len(ids):

@@ -2,6 +2,8 @@
 compute the same."""
 
 import math
+import weakref
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +21,6 @@ from llama.errors import explain_oom
 from llama.parallel.groups import broadcast, current_world, is_main_rank
 
 Score = tuple[float, Alternatives]  # the log-probability of an id, and the alternatives to it
-NO_SCORE: Score = (0.0, [])  # of a first id, which nothing predicts
 
 
 @dataclass(frozen=True)
@@ -30,26 +31,31 @@ class Outcome:
     """
 
     id: int | None = None
-    score: Score = NO_SCORE
+    score: Score = (0.0, [])
     problem: str | None = None
 
 
 class Worker:
     """Runs plans on an executor.
 
-    scores: for each slot, those of the prompt ids that it holds, as far as they were requested.
+    scores: for each slot, those of the prompt ids that it holds, as far as they were requested: rows of
+        `logprobs.score`. They stay with the ids, so they are stored compactly.
     """
 
     def __init__(self, executor: Executor, pad_id: int):
         self.executor = executor
-        self.scores: dict[int, list[Score]] = {}
+        self.scores: dict[int, list[array[float]]] = {}
         self._pad_id = max(pad_id, 0)  # -1 (no pad id) is not a row of the embedding
         self._sampler: Sampler | None = None
-        self._sampler_rows: list[Row] = []
+        self._sampler_rows: list[weakref.ref[Row]] = []
 
     @property
     def model(self) -> Any:
         return self.executor.model
+
+    def forget(self) -> None:
+        """A step has failed. The sampler may have counted ids that were not added to their rows."""
+        self._sampler = None
 
     @explain_oom
     @torch.inference_mode()
@@ -129,10 +135,11 @@ class Worker:
             chunk = chunks[i]
             found = self.scores.setdefault(chunk.slot, [])
             del found[chunk.start + 1 :]
-            found[:1] = [NO_SCORE]
+            found[:1] = [array("f", [0.0])]  # nothing predicts the first id
+            own = chunk.k or 0
             for _ in range(len(chunk.ids) - (chunk.next_id is None)):
-                logprob, top = alternatives(next(values), k)
-                found.append((logprob, top[: chunk.k]))
+                logprob, *best = next(values)
+                found.append(array("f", [logprob, *best[:own], *best[k : k + own]]))
                 if not math.isfinite(logprob):
                     problems[i] = "in the prompt"
         return problems
@@ -177,10 +184,10 @@ class Worker:
     def _sampler_of(self, rows: Sequence[Row]) -> Sampler:
         """The sampler of these rows. It is kept while the same rows sample, as it tracks the ids that they contain."""
         before = self._sampler_rows
-        is_same = len(rows) == len(before) and all(a is b for a, b in zip(rows, before, strict=True))
+        is_same = len(rows) == len(before) and all(a is b() for a, b in zip(rows, before, strict=True))
         if self._sampler is None or not is_same:
             self._sampler = Sampler(rows, self.model.params.vocab_size, self.executor.device)
-            self._sampler_rows = list(rows)
+            self._sampler_rows = [weakref.ref(row) for row in rows]
         return self._sampler
 
 

@@ -1,19 +1,24 @@
 """The scheduler: results do not depend on other calls, and what is shared is computed once."""
 
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.ranks import run_ranks
 from helpers.tolerance import LOGPROB
 from llama import Llama
 from llama.engine.calls import Slot
 from llama.engine.planner import group_by_length
 from llama.engine.requests import shared_prefix
+from llama.parallel.groups import is_main_rank
 
 PROMPTS = [[1, 450, 319, 352, 499], [1, 278], [1, *range(3, 60)], [7], [1, 205, 8, 26, 508, 468, 143, 185]]
 
@@ -388,6 +393,64 @@ def test_scores_with_more_alternatives_are_computed_again(build: Callable[..., L
         assert [[token for token, _ in top] for top in row.prompt_top] == [
             [token for token, _ in top][:k] for top in alone.top[0]
         ]
+
+
+def test_nothing_of_a_call_stays_except_for_its_ids(build: Callable[..., Llama]) -> None:
+    """Its results may be large: their alternatives take a hundred bytes each."""
+    llama = build("mha", max_seq_len=64, max_batch_size=2)
+    for settings in ({"logprobs": 512, "echo": True}, {"repetition_penalty": 1.2}):
+        rows = llama._rows(PROMPTS[:2], max_gen_len=4, **settings)
+        for _ in llama._run(rows, reuse=llama):
+            pass
+        alive = [weakref.ref(row) for row in rows]
+        del rows
+        gc.collect()
+        assert [row() for row in alive] == [None, None]
+
+
+def test_an_interrupted_step_counts_no_ids_twice(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends the call of the thread that runs the step. Another one in the step goes on, with its penalties."""
+    llama = build("mha", max_seq_len=64, max_batch_size=2)
+    settings: dict[str, Any] = {"max_gen_len": 12, "temperature": 0, "repetition_penalty": 1.5}
+    expected = llama.generate([[1, 5, 6]], **settings)[0][0]
+    llama.executor.prefill_chunk = 16
+    other = llama.scheduler.submit(llama._rows([[1, 5, 6]], **settings), reuse=llama, listener=lambda: None)
+    run, steps = llama.scheduler._worker.run, 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        outcomes = run(*args)
+        if steps == 3:
+            raise KeyboardInterrupt
+        return outcomes
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.scheduler._worker, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llama.generate([list(range(60))], 3)
+    assert len(other.rows[0].tokens) == 2
+    for _ in llama.scheduler.steps(other):
+        pass
+    assert other.rows[0].tokens == expected
+
+
+def fail_on_rank_0(folder: Path) -> str:
+    """What `run` raises."""
+    llama = Llama.build(folder, max_seq_len=64, max_batch_size=2)
+    if is_main_rank():
+        llama.scheduler._worker._sampler_of = lambda rows: 1 / 0  # type: ignore
+        llama.scheduler.submit(llama._rows([[1, 5]]), listener=lambda: None)
+    try:
+        llama.scheduler.run()
+    except Exception as error:
+        return type(error).__name__
+    return ""
+
+
+def test_an_error_on_rank_0_ends_run(checkpoint: Callable[..., Path]) -> None:
+    """The other rank is in the middle of the step, and would take the next plan for sampled ids."""
+    assert run_ranks(2, fail_on_rank_0, checkpoint("gqa"), timeout=60) == ["ZeroDivisionError", "RuntimeError"]
 
 
 def test_a_call_from_a_hook_raises(build: Callable[..., Llama]) -> None:
