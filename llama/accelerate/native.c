@@ -41,6 +41,8 @@
 #define KEY_BLOCK 256       /* keys that one thread processes at a time */
 #define PREFETCH_BYTES 8192 /* how far ahead of the current address memory is prefetched */
 #define QUERIES 64          /* queries times heads that one thread processes at a time */
+#define X_ROWS 4            /* rows of x, and */
+#define BLOCK_COLUMNS 1024  /* columns of x, that are multiplied by several rows of a matrix before the next ones */
 
 /* LANES: 32-bit numbers in a vector register. ROWS: rows of x that are multiplied by four rows of a matrix at a time;
  * all sums of these fit into the registers. KEEP: keeps an operand in its register; GCC 12 would otherwise load it
@@ -48,15 +50,25 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LANES 16
 #define ROWS 4
+#define W_ROWS 4
 #define KEEP(v) __asm__("" : "+v"(v))
 #elif defined(__AVX2__)
 #define LANES 8
 #define ROWS 2
+#define W_ROWS 2
 #define KEEP(v) __asm__("" : "+x"(v))
 #else
 #define LANES 4
 #define ROWS 4
+#define W_ROWS 2
 #define KEEP(v)
+#endif
+
+/* Whether one instruction multiplies pairs of bfloat16 and adds. */
+#if LANES == 16 && defined(__AVX512BF16__)
+#define DOT_BF16 1
+#else
+#define DOT_BF16 0
 #endif
 
 /* The vectors hold LANES 32-bit numbers, LANES smaller ones (u16_lanes), or 2 * LANES smaller ones, two to a lane. */
@@ -257,10 +269,13 @@ INLINE floats exponential(floats x) {
     return (floats)((ints)p + ((ints)shifted << 23));
 }
 
-/* Prefetch `count` bytes, PREFETCH_BYTES ahead of data. An address beyond the matrix does no harm. */
-INLINE void prefetch(const void *data, int64_t count) {
-    for (int64_t j = 0; j < count; j += 64) __builtin_prefetch((const char *)data + PREFETCH_BYTES + j, 0, 2);
+/* Prefetch `count` bytes. An address beyond the matrix does no harm. */
+INLINE void prefetch_at(const char *data, int64_t count) {
+    for (int64_t j = 0; j < count; j += 64) __builtin_prefetch(data + j, 0, 2);
 }
+
+/* Prefetch `count` bytes, PREFETCH_BYTES ahead of data. */
+INLINE void prefetch(const void *data, int64_t count) { prefetch_at((const char *)data + PREFETCH_BYTES, count); }
 
 /* Matmul with F32 and BF16 weights ---------------------------------------------------------------- */
 
@@ -312,21 +327,11 @@ INLINE void multiply_tile(const int kind, const int rows, const int m, const Mat
     }
 }
 
-/* Rows [from, to) of an F32 or BF16 matrix, for m rows of x. */
+/* Rows [from, to) of an F32 or BF16 matrix, for each row of x alone. */
 INLINE void multiply_rows(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride,
                           float *y, int64_t y_stride, int64_t m) {
-    const int64_t shared = m / ROWS * ROWS, k = w->k, item = kind == F32 ? 4 : 2;
-    int64_t i = from;
-    for (; shared && i + 4 <= to; i += 4) {
-        prefetch((const char *)w->data + i * k * item, 4 * k * item);
-        for (int64_t r = 0; r < shared; r += ROWS)
-            multiply_tile(kind, 4, ROWS, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
-    }
-    for (; shared && i < to; i++)
-        for (int64_t r = 0; r < shared; r += ROWS)
-            multiply_tile(kind, 1, ROWS, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
-    for (i = from; shared < m && i < to; i++)
-        for (int64_t r = shared; r < m; r++)
+    for (int64_t i = from; i < to; i++)
+        for (int64_t r = 0; r < m; r++)
             multiply_tile(kind, 1, 1, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
 }
 
@@ -348,59 +353,135 @@ INLINE void multiply_keys(const int kind, const Matrix *w, int64_t from, int64_t
     multiply_rows(kind, w, i, to, x, x_stride, y, y_stride, m);
 }
 
-/* acc[a][r] += W[a, 0..count) x[r, 0..count), for bfloat16. */
-INLINE void tile_step_bf16(const int rows, const int m, const uint16_t *w, const uint16_t *x, int64_t k, int64_t count,
-                           floats acc[4][4]) {
-    ints left[4];
+/* Several rows of x, for a BF16 matrix: bfloat16 if DOT_BF16. Otherwise float32, of every 2 * LANES columns first the
+ * even and then the odd ones: a vector of the matrix is split in the same way, by one instruction for each half. Padded
+ * with zeros to `padded` columns. */
+#if DOT_BF16
+typedef uint16_t operand;
+#else
+typedef float operand;
+#endif
+
+INLINE int64_t padded(int64_t k) { return (k + 2 * LANES - 1) / (2 * LANES) * 2 * LANES; }
+
+static void to_operands(const float *x, int64_t k, operand *out) {
+    for (int64_t j = 0; j < padded(k); j += LANES)
+        if (DOT_BF16) {
+            store_all(BF16, out, j, load(F32, x, j, j < k ? lane_count(k - j) : 0));
+        } else {
+            const int64_t first = j / (2 * LANES) * 2 * LANES + j / LANES % 2;
+            for (int64_t l = 0; l < LANES; l++) out[j + l] = first + 2 * l < k ? x[first + 2 * l] : 0;
+        }
+}
+
+/* acc[a][r] += W[a, 0..count) x[r, 0..count), for one vector of each row of the matrix. */
+INLINE void block_step(const int kind, const int rows, const int m, const void *w, int64_t w_stride, const void *x,
+                       int64_t x_stride, int64_t count, floats acc[W_ROWS][X_ROWS]) {
+    const int uses_pairs = kind == BF16 && DOT_BF16, parts = kind == BF16 && !DOT_BF16 ? 2 : 1;
+    floats whole[W_ROWS];
 #pragma GCC unroll 4
     for (int a = 0; a < rows; a++) {
-        ints v = load_pairs(w + a * k, count);
+        floats v = kind == F32 ? load(F32, w, a * w_stride, count)
+                               : (floats)load_pairs((const uint16_t *)w + a * w_stride, count);
         KEEP(v);
-        left[a] = v;
+        whole[a] = v;
     }
+#pragma GCC unroll 2
+    for (int part = 0; part < parts; part++) {
+        floats left[W_ROWS];
 #pragma GCC unroll 4
-    for (int r = 0; r < m; r++) {
-        ints right = load_pairs(x + r * k, count);
-        KEEP(right);
+        for (int a = 0; a < rows; a++) {
+            const ints pairs = (ints)whole[a];
+            floats v = parts == 1 ? whole[a] : (floats)(part ? pairs & (int32_t)0xffff0000 : pairs << 16);
+            KEEP(v);
+            left[a] = v;
+        }
 #pragma GCC unroll 4
-        for (int a = 0; a < rows; a++) acc[a][r] = dot_bf16(acc[a][r], left[a], right);
+        for (int r = 0; r < m; r++) {
+            floats right = uses_pairs ? (floats)load_pairs((const uint16_t *)x + r * x_stride, 2 * LANES)
+                                      : load(F32, x, r * x_stride + part * LANES, kind == F32 ? count : LANES);
+            KEEP(right);
+#pragma GCC unroll 4
+            for (int a = 0; a < rows; a++)
+                acc[a][r] = uses_pairs ? dot_bf16(acc[a][r], (ints)left[a], (ints)right) : acc[a][r] + left[a] * right;
+        }
     }
 }
 
-/* y[r, 0..rows) = W[0..rows, :] x[r, :] for r in 0..m, for bfloat16, summed in registers. */
-INLINE void multiply_tile_bf16(const int rows, const int m, const uint16_t *w, const uint16_t *x, int64_t k, float *y,
-                               int64_t y_stride) {
-    const int64_t full = k / (2 * LANES) * 2 * LANES;
-    floats acc[4][4];
+/* y[r, 0..rows) += W[0..rows, 0..k) x[r, 0..k) for r in 0..m, summed in registers; = instead of += if `first`. */
+INLINE void block_tile(const int kind, const int rows, const int m, const void *w, int64_t w_stride, const void *x,
+                       int64_t x_stride, int64_t k, int first, float *y, int64_t y_stride) {
+    const int64_t each = kind == F32 ? LANES : 2 * LANES, full = k / each * each;
+    const int64_t item = kind == F32 ? 4 : 2, x_item = kind == F32 ? 4 : sizeof(operand);
+    const char *left = w, *right = x;
+    floats acc[W_ROWS][X_ROWS];
 #pragma GCC unroll 4
     for (int a = 0; a < rows; a++)
 #pragma GCC unroll 4
         for (int r = 0; r < m; r++) acc[a][r] = (floats){0};
-    for (int64_t j = 0; j < full; j += 2 * LANES) tile_step_bf16(rows, m, w + j, x + j, k, 2 * LANES, acc);
-    if (full < k) tile_step_bf16(rows, m, w + full, x + full, k, k - full, acc);
+    for (int64_t j = 0; j < full; j += each)
+        block_step(kind, rows, m, left + j * item, w_stride, right + j * x_item, x_stride, each, acc);
+    if (full < k)
+        block_step(kind, rows, m, left + full * item, w_stride, right + full * x_item, x_stride, k - full, acc);
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
-        const quad totals =
+        quad before = {0}, totals =
             reduce_add4(acc[0][r], acc[rows > 1][r], acc[rows > 2 ? 2 : 0][r], acc[rows > 3 ? 3 : 0][r]);
+        if (!first) memcpy(&before, y + r * y_stride, rows * sizeof(float));
+        totals += before;
         memcpy(y + r * y_stride, &totals, rows * sizeof(float));
     }
 }
 
-/* Rows [from, to) of a BF16 matrix, for m bfloat16 rows of x, which stay in the CPU's cache. Multiplies four rows of
- * the matrix while later ones are prefetched. */
-static void multiply_rows_bf16(const Matrix *w, int64_t from, int64_t to, const uint16_t *x, float *y, int64_t m) {
-    const int64_t k = w->k, n = w->n;
-    const uint16_t *data = w->data;
-    for (int64_t i = from; i < to; i += 4) {
-        const int64_t rows = to - i < 4 ? to - i : 4;
-        int64_t r = 0;
-        prefetch(data + i * k, 8 * k);
-        for (; rows == 4 && r + ROWS <= m; r += ROWS)
-            multiply_tile_bf16(4, ROWS, data + i * k, x + r * k, k, y + r * n + i, n);
-        for (; rows == 4 && r < m; r++) multiply_tile_bf16(4, 1, data + i * k, x + r * k, k, y + r * n + i, n);
-        for (; r < m; r++)
-            for (int64_t a = 0; a < rows; a++)
-                multiply_tile_bf16(1, 1, data + (i + a) * k, x + r * k, k, y + r * n + i + a, n);
+/* Instances of block_tile. They are functions so that all registers are theirs: inlined into a larger function, GCC 12
+ * keeps some of the sums in memory. */
+typedef void Tile(const void *w, int64_t w_stride, const void *x, int64_t x_stride, int64_t k, int first, float *y,
+                  int64_t y_stride);
+#define TILE(name, kind, rows, m) \
+    static __attribute__((noinline)) void name(const void *w, int64_t w_stride, const void *x, int64_t x_stride, \
+                                               int64_t k, int first, float *y, int64_t y_stride) { \
+        block_tile(kind, rows, m, w, w_stride, x, x_stride, k, first, y, y_stride); \
+    }
+TILE(tile_f32, F32, 1, 1)
+TILE(tile_f32_1, F32, W_ROWS, 1)
+TILE(tile_f32_2, F32, W_ROWS, 2)
+TILE(tile_f32_3, F32, W_ROWS, 3)
+TILE(tile_f32_4, F32, W_ROWS, 4)
+TILE(tile_bf16, BF16, 1, 1)
+TILE(tile_bf16_1, BF16, W_ROWS, 1)
+TILE(tile_bf16_2, BF16, W_ROWS, 2)
+TILE(tile_bf16_3, BF16, W_ROWS, 3)
+TILE(tile_bf16_4, BF16, W_ROWS, 4)
+/* For kinds F32 and BF16: for one row of the matrix and of x; for W_ROWS of the matrix and 1 to X_ROWS of x. */
+static Tile *const TILES[2][1 + X_ROWS] = {{tile_f32, tile_f32_1, tile_f32_2, tile_f32_3, tile_f32_4},
+                                           {tile_bf16, tile_bf16_1, tile_bf16_2, tile_bf16_3, tile_bf16_4}};
+
+/* Rows [from, to) of an F32 or BF16 matrix, for m rows of x: `operand`s for BF16.
+ *
+ * Up to X_ROWS rows of x at a time stay in the CPU's smallest cache, for BLOCK_COLUMNS columns, and the rows of the
+ * matrix in the next larger one. Meanwhile the numbers that are needed next are prefetched. */
+static void multiply_block(const Matrix *w, int64_t from, int64_t to, const void *x, float *y, int64_t m) {
+    const int64_t k = w->k, n = w->n, item = w->kind == F32 ? 4 : 2;
+    const int64_t x_stride = w->kind == F32 ? k : padded(k), x_item = w->kind == F32 ? 4 : sizeof(operand);
+    const int64_t groups = (m + X_ROWS - 1) / X_ROWS, size = (m + groups - 1) / groups;
+    for (int64_t j = 0; j < k; j += BLOCK_COLUMNS) {
+        const int64_t count = k - j < BLOCK_COLUMNS ? k - j : BLOCK_COLUMNS, share = count * item / groups;
+        const char *block = (const char *)w->data + (from * k + j) * item;
+        const char *next = j + count < k ? block + count * item : block + ((to - from) * k - j) * item;
+        for (int64_t r = 0; r < m; r += size) {
+            const int64_t rows = m - r < size ? m - r : size;
+            const char *right = (const char *)x + (r * x_stride + j) * x_item;
+            for (int64_t i = 0; i < to - from;) {
+                const int64_t each = from + i + W_ROWS <= to ? W_ROWS : 1;
+                for (int64_t a = 0; a < each; a++) prefetch_at(next + (i + a) * k * item + r / size * share, share);
+                if (each == W_ROWS)
+                    TILES[w->kind][rows](block + i * k * item, k, right, x_stride, count, !j, y + r * n + from + i, n);
+                for (int64_t b = 0; each == 1 && b < rows; b++)
+                    TILES[w->kind][0](block + i * k * item, k, right + b * x_stride * x_item, x_stride, count, !j,
+                                      y + (r + b) * n + from + i, n);
+                i += each;
+            }
+        }
     }
 }
 
@@ -573,16 +654,13 @@ INLINE void dequantize_panel(const int from, const int to, const Matrix *w, int6
  * numbers in each lane. */
 static void matmul(const Matrix *w, const float *x, float *sums, uint16_t *rounded, float *y, int64_t m) {
     const int64_t k = w->k;
-    const int is_quantized = w->kind == INT8 || w->kind == INT4, to_bf16 = rounded && m > 1 && w->kind == BF16;
-    if (is_quantized || to_bf16) {
+    const int is_quantized = w->kind == INT8 || w->kind == INT4, is_bf16 = m > 1 && w->kind == BF16;
+    if (is_quantized || is_bf16) {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < m; r++) {
-            int64_t j = 0;
             if (is_quantized)
                 quantize_row(x + r * k, k, rounded ? (int16_t *)rounded + r * k : 0, sums + r * (k / GROUP + 1));
-            for (; to_bf16 && j + LANES <= k; j += LANES)
-                store_all(BF16, rounded, r * k + j, load(F32, x, r * k + j, LANES));
-            for (; to_bf16 && j < k; j++) store(BF16, rounded, r * k + j, x[r * k + j]);
+            if (is_bf16) to_operands(x + r * k, k, (operand *)rounded + r * padded(k));
         }
     }
     const int64_t step = is_quantized ? LANES : 16;
@@ -597,8 +675,8 @@ static void matmul(const Matrix *w, const float *x, float *sums, uint16_t *round
             multiply_panel_rows(INT4, 0, w, i, rounded, sums, y, m);
         else if (w->kind == INT4)
             multiply_panel_rows(INT4, 1, w, i, x, sums, y, m);
-        else if (to_bf16)
-            multiply_rows_bf16(w, i, to, rounded, y, m);
+        else if (m > 1)
+            multiply_block(w, i, to, is_bf16 ? (const void *)rounded : x, y, m);
         else if (w->kind == BF16)
             multiply_rows(BF16, w, i, to, x, k, y, w->n, m);
         else
