@@ -41,8 +41,7 @@
 #define KEY_BLOCK 256       /* keys that one thread processes at a time */
 #define PREFETCH_BYTES 8192 /* how far ahead of the current address memory is prefetched */
 #define QUERIES 64          /* queries times heads that one thread processes at a time */
-#define X_ROWS 4            /* rows of x, and */
-#define BLOCK_COLUMNS 1024  /* columns of x, that are multiplied by several rows of a matrix before the next ones */
+#define X_ROWS 4            /* rows of x that are multiplied at a time by W_ROWS rows of an F32 or BF16 matrix */
 
 /* LANES: 32-bit numbers in a vector register. ROWS: rows of x that are multiplied by four rows of a matrix at a time;
  * all sums of these fit into the registers. KEEP: keeps an operand in its register; GCC 12 would otherwise load it
@@ -56,7 +55,7 @@
 #define LANES 8
 #define ROWS 2
 #define W_ROWS 2
-#define KEEP(v) __asm__("" : "+x"(v))
+#define KEEP(v) __asm__ volatile("" : "+x"(v))
 #else
 #define LANES 4
 #define ROWS 4
@@ -108,7 +107,7 @@ typedef struct {
     const void *norm; /* of kind cache_kind */
     const float *freqs_cis; /* cosine and sine: [max_seq_len, head_dim / 2, 2] */
     float *h, *qkv, *scores, *attended, *gate_up, *activations, *sums, *out; /* buffers for all rows */
-    uint16_t *rounded; /* a buffer for x in 16 bits; NULL in float32 */
+    void *operands; /* a buffer, see matmul; NULL in float32 */
     int (*reduce)(void); /* sums `out` over the ranks, nonzero if that failed; NULL with one rank */
 } Model;
 
@@ -269,13 +268,10 @@ INLINE floats exponential(floats x) {
     return (floats)((ints)p + ((ints)shifted << 23));
 }
 
-/* Prefetch `count` bytes. An address beyond the matrix does no harm. */
-INLINE void prefetch_at(const char *data, int64_t count) {
-    for (int64_t j = 0; j < count; j += 64) __builtin_prefetch(data + j, 0, 2);
+/* Prefetch `count` bytes, PREFETCH_BYTES ahead of data. An address beyond the matrix does no harm. */
+INLINE void prefetch(const void *data, int64_t count) {
+    for (int64_t j = 0; j < count; j += 64) __builtin_prefetch((const char *)data + PREFETCH_BYTES + j, 0, 2);
 }
-
-/* Prefetch `count` bytes, PREFETCH_BYTES ahead of data. */
-INLINE void prefetch(const void *data, int64_t count) { prefetch_at((const char *)data + PREFETCH_BYTES, count); }
 
 /* Matmul with F32 and BF16 weights ---------------------------------------------------------------- */
 
@@ -408,11 +404,12 @@ INLINE void block_step(const int kind, const int rows, const int m, const void *
     }
 }
 
-/* y[r, 0..rows) += W[0..rows, 0..k) x[r, 0..k) for r in 0..m, summed in registers; = instead of += if `first`. */
-INLINE void block_tile(const int kind, const int rows, const int m, const void *w, int64_t w_stride, const void *x,
-                       int64_t x_stride, int64_t k, int first, float *y, int64_t y_stride) {
+/* y[r, 0..rows) = W[0..rows, :] x[r, :] for r in 0..m, summed in registers. */
+INLINE void block_tile(const int kind, const int rows, const int m, const void *w, const void *x, int64_t k, float *y,
+                       int64_t y_stride) {
     const int64_t each = kind == F32 ? LANES : 2 * LANES, full = k / each * each;
     const int64_t item = kind == F32 ? 4 : 2, x_item = kind == F32 ? 4 : sizeof(operand);
+    const int64_t x_stride = kind == F32 ? k : padded(k);
     const char *left = w, *right = x;
     floats acc[W_ROWS][X_ROWS];
 #pragma GCC unroll 4
@@ -420,27 +417,22 @@ INLINE void block_tile(const int kind, const int rows, const int m, const void *
 #pragma GCC unroll 4
         for (int r = 0; r < m; r++) acc[a][r] = (floats){0};
     for (int64_t j = 0; j < full; j += each)
-        block_step(kind, rows, m, left + j * item, w_stride, right + j * x_item, x_stride, each, acc);
-    if (full < k)
-        block_step(kind, rows, m, left + full * item, w_stride, right + full * x_item, x_stride, k - full, acc);
+        block_step(kind, rows, m, left + j * item, k, right + j * x_item, x_stride, each, acc);
+    if (full < k) block_step(kind, rows, m, left + full * item, k, right + full * x_item, x_stride, k - full, acc);
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
-        quad before = {0}, totals =
+        const quad totals =
             reduce_add4(acc[0][r], acc[rows > 1][r], acc[rows > 2 ? 2 : 0][r], acc[rows > 3 ? 3 : 0][r]);
-        if (!first) memcpy(&before, y + r * y_stride, rows * sizeof(float));
-        totals += before;
         memcpy(y + r * y_stride, &totals, rows * sizeof(float));
     }
 }
 
 /* Instances of block_tile. They are functions so that all registers are theirs: inlined into a larger function, GCC 12
  * keeps some of the sums in memory. */
-typedef void Tile(const void *w, int64_t w_stride, const void *x, int64_t x_stride, int64_t k, int first, float *y,
-                  int64_t y_stride);
+typedef void Tile(const void *w, const void *x, int64_t k, float *y, int64_t y_stride);
 #define TILE(name, kind, rows, m) \
-    static __attribute__((noinline)) void name(const void *w, int64_t w_stride, const void *x, int64_t x_stride, \
-                                               int64_t k, int first, float *y, int64_t y_stride) { \
-        block_tile(kind, rows, m, w, w_stride, x, x_stride, k, first, y, y_stride); \
+    static __attribute__((noinline)) void name(const void *w, const void *x, int64_t k, float *y, int64_t y_stride) { \
+        block_tile(kind, rows, m, w, x, k, y, y_stride); \
     }
 TILE(tile_f32, F32, 1, 1)
 TILE(tile_f32_1, F32, W_ROWS, 1)
@@ -456,32 +448,24 @@ TILE(tile_bf16_4, BF16, W_ROWS, 4)
 static Tile *const TILES[2][1 + X_ROWS] = {{tile_f32, tile_f32_1, tile_f32_2, tile_f32_3, tile_f32_4},
                                            {tile_bf16, tile_bf16_1, tile_bf16_2, tile_bf16_3, tile_bf16_4}};
 
-/* Rows [from, to) of an F32 or BF16 matrix, for m rows of x: `operand`s for BF16.
- *
- * Up to X_ROWS rows of x at a time stay in the CPU's smallest cache, for BLOCK_COLUMNS columns, and the rows of the
- * matrix in the next larger one. Meanwhile the numbers that are needed next are prefetched. */
+/* Rows [from, to) of an F32 or BF16 matrix, for m rows of x: `operand`s for BF16. Up to X_ROWS rows of x at a time stay
+ * in the CPU's smallest cache. The rows of the matrix come from memory the first time, while later ones are prefetched,
+ * and then from the CPU's next larger cache. */
 static void multiply_block(const Matrix *w, int64_t from, int64_t to, const void *x, float *y, int64_t m) {
-    const int64_t k = w->k, n = w->n, item = w->kind == F32 ? 4 : 2;
-    const int64_t x_stride = w->kind == F32 ? k : padded(k), x_item = w->kind == F32 ? 4 : sizeof(operand);
-    const int64_t groups = (m + X_ROWS - 1) / X_ROWS, size = (m + groups - 1) / groups;
-    for (int64_t j = 0; j < k; j += BLOCK_COLUMNS) {
-        const int64_t count = k - j < BLOCK_COLUMNS ? k - j : BLOCK_COLUMNS, share = count * item / groups;
-        const char *block = (const char *)w->data + (from * k + j) * item;
-        const char *next = j + count < k ? block + count * item : block + ((to - from) * k - j) * item;
-        for (int64_t r = 0; r < m; r += size) {
-            const int64_t rows = m - r < size ? m - r : size;
-            const char *right = (const char *)x + (r * x_stride + j) * x_item;
-            for (int64_t i = 0; i < to - from;) {
-                const int64_t each = from + i + W_ROWS <= to ? W_ROWS : 1;
-                for (int64_t a = 0; a < each; a++) prefetch_at(next + (i + a) * k * item + r / size * share, share);
-                if (each == W_ROWS)
-                    TILES[w->kind][rows](block + i * k * item, k, right, x_stride, count, !j, y + r * n + from + i, n);
-                for (int64_t b = 0; each == 1 && b < rows; b++)
-                    TILES[w->kind][0](block + i * k * item, k, right + b * x_stride * x_item, x_stride, count, !j,
-                                      y + (r + b) * n + from + i, n);
-                i += each;
-            }
+    const int64_t k = w->k, n = w->n, item = w->kind == F32 ? 4 : 2, groups = (m + X_ROWS - 1) / X_ROWS;
+    const int64_t x_row = w->kind == F32 ? 4 * k : sizeof(operand) * padded(k);
+    for (int64_t g = 0; g < groups; g++) { /* groups of equal size, or nearly */
+        const int64_t first = g * m / groups, rows = (g + 1) * m / groups - first;
+        const char *right = (const char *)x + first * x_row;
+        int64_t i = from;
+        for (; i + W_ROWS <= to; i += W_ROWS) {
+            const char *left = (const char *)w->data + i * k * item;
+            if (g == 0) prefetch(left, W_ROWS * k * item);
+            TILES[w->kind][rows](left, right, k, y + first * n + i, n);
         }
+        for (; i < to; i++)
+            for (int64_t r = 0; r < rows; r++)
+                TILES[w->kind][0]((const char *)w->data + i * k * item, right + r * x_row, k, y + (first + r) * n + i, n);
     }
 }
 
@@ -649,34 +633,33 @@ INLINE void dequantize_panel(const int from, const int to, const Matrix *w, int6
 
 /* y [m, n] = x [m, k] W^T. sums: a buffer of m * (k / 32 + 1) floats.
  *
- * rounded: NULL in float32 models. In bfloat16 models a buffer of m * k numbers of 16 bits for the rounded x: integers
- * for INT8 and INT4 weights, bfloat16 for BF16 weights if m > 1, as in torch. One instruction then multiplies two
- * numbers in each lane. */
-static void matmul(const Matrix *w, const float *x, float *sums, uint16_t *rounded, float *y, int64_t m) {
+ * operands: NULL in float32 models. In bfloat16 models a buffer of m * padded(k) floats: x is written there as integers of
+ * 16 bits for INT8 and INT4 weights, and by to_operands for BF16 weights if m > 1. */
+static void matmul(const Matrix *w, const float *x, float *sums, void *operands, float *y, int64_t m) {
     const int64_t k = w->k;
     const int is_quantized = w->kind == INT8 || w->kind == INT4, is_bf16 = m > 1 && w->kind == BF16;
     if (is_quantized || is_bf16) {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < m; r++) {
             if (is_quantized)
-                quantize_row(x + r * k, k, rounded ? (int16_t *)rounded + r * k : 0, sums + r * (k / GROUP + 1));
-            if (is_bf16) to_operands(x + r * k, k, (operand *)rounded + r * padded(k));
+                quantize_row(x + r * k, k, operands ? (int16_t *)operands + r * k : 0, sums + r * (k / GROUP + 1));
+            if (is_bf16) to_operands(x + r * k, k, (operand *)operands + r * padded(k));
         }
     }
     const int64_t step = is_quantized ? LANES : 16;
 #pragma omp for schedule(guided)
     for (int64_t i = 0; i < w->n; i += step) {
         const int64_t to = i + step < w->n ? i + step : w->n;
-        if (w->kind == INT8 && rounded)
-            multiply_panel_rows(INT8, 0, w, i, rounded, sums, y, m);
+        if (w->kind == INT8 && operands)
+            multiply_panel_rows(INT8, 0, w, i, operands, sums, y, m);
         else if (w->kind == INT8)
             multiply_panel_rows(INT8, 1, w, i, x, sums, y, m);
-        else if (w->kind == INT4 && rounded)
-            multiply_panel_rows(INT4, 0, w, i, rounded, sums, y, m);
+        else if (w->kind == INT4 && operands)
+            multiply_panel_rows(INT4, 0, w, i, operands, sums, y, m);
         else if (w->kind == INT4)
             multiply_panel_rows(INT4, 1, w, i, x, sums, y, m);
         else if (m > 1)
-            multiply_block(w, i, to, is_bf16 ? (const void *)rounded : x, y, m);
+            multiply_block(w, i, to, is_bf16 ? operands : (const void *)x, y, m);
         else if (w->kind == BF16)
             multiply_rows(BF16, w, i, to, x, k, y, w->n, m);
         else
@@ -815,19 +798,19 @@ INLINE void attend_step(const int kind, const Model *model, const Layer *layer, 
 static void attention(const Model *model, const Layer *layer, const float *x, const int64_t *positions,
                       const int64_t *slots, int64_t m) {
     rms_norm(model, layer->attention_norm, x, model->h, m);
-    matmul(&layer->wqkv, model->h, model->sums, model->rounded, model->qkv, m);
+    matmul(&layer->wqkv, model->h, model->sums, model->operands, model->qkv, m);
     if (model->cache_kind == F32)
         attend_step(F32, model, layer, positions, slots, m);
     else
         attend_step(BF16, model, layer, positions, slots, m);
-    matmul(&layer->wo, model->attended, model->sums, model->rounded, model->out, m);
+    matmul(&layer->wo, model->attended, model->sums, model->operands, model->out, m);
 }
 
 /* x [m, dim] -> out, before the residual is added. */
 static void feed_forward(const Model *model, const Layer *layer, const float *x, int64_t m) {
     const int64_t width = model->width;
     rms_norm(model, layer->ffn_norm, x, model->h, m);
-    matmul(&layer->w13, model->h, model->sums, model->rounded, model->gate_up, m);
+    matmul(&layer->w13, model->h, model->sums, model->operands, model->gate_up, m);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * width; i += LANES) {
         /* A vector may start in one row and end in the next. */
@@ -843,7 +826,7 @@ static void feed_forward(const Model *model, const Layer *layer, const float *x,
         const floats product = gate / (1 + exponential(-gate)) * up;
         COPY(model->activations + i, &product, count, LANES, 4);
     }
-    matmul(&layer->w2, model->activations, model->sums, model->rounded, model->out, m);
+    matmul(&layer->w2, model->activations, model->sums, model->operands, model->out, m);
 }
 
 /* Sum `out` over the ranks and add it to x. Returns nonzero if the reduction failed. */
@@ -969,9 +952,9 @@ int decode(const Model *model, float *x, const int64_t *positions, const int64_t
 }
 
 /* y [m, n] = x [m, k] W^T; arguments as in matmul. */
-void multiply(const Matrix *w, const float *x, float *sums, uint16_t *rounded, float *y, int64_t m, int threads) {
+void multiply(const Matrix *w, const float *x, float *sums, void *operands, float *y, int64_t m, int threads) {
 #pragma omp parallel num_threads(threads)
-    matmul(w, x, sums, rounded, y, m);
+    matmul(w, x, sums, operands, y, m);
 }
 
 /* Causal attention of all queries. */
