@@ -50,8 +50,9 @@ class Conversation:
     A quarter of max_seq_len, or max_gen_len if that is less, is reserved for the answer. If the dialog does not fit the
     remaining positions, its oldest turns are dropped. The system message is always kept.
 
-    Other calls of `llama` are allowed between turns; the next turn then computes the dialog again. Under torchrun every
-    rank has a conversation and makes the same calls.
+    Other calls of `llama` are allowed between turns. If you write to the model's weights, start a new conversation, as
+    this one continues with keys and values of the old weights. Under torchrun every rank has a conversation and makes
+    the same calls.
 
     Raises ValueError or TypeError for wrong settings, and ValueError for a model without a chat format.
     """
@@ -122,8 +123,8 @@ class Conversation:
     def _answer(self, messages: list[Message], row: Row, text: TextStream, turn: Turn) -> Generator[str, None, None]:
         answer = self._format.answer("")
         dialog = [*messages, answer]
-        for piece in self.llama._pieces([row], [text], reuse=True, is_read=True):
-            turn.reused, turn.new_tokens, turn.finish_reason = row.reused, len(row.tokens), piece.finish_reason
+        for piece in self.llama._pieces([row], [text], reuse=self, is_read=True):
+            turn.reused, turn.new_tokens, turn.finish_reason = row.reused, len(text.tokens), piece.finish_reason
             answer["content"] += piece.text
             accepted = self._format.refusal(dialog) is None
             if accepted and not turn.kept:

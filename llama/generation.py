@@ -177,15 +177,15 @@ class Llama(Engine):
             temperature=temperature,
             top_p=top_p,
             max_gen_len=max_gen_len,
+            logprobs=logprobs,
             **settings,
         )
-        k = self._alternatives(logprobs)
-        for _ in self._pieces(rows, texts, k, echo):
+        for _ in self._pieces(rows, texts):
             pass
         answers: list[CompletionPrediction] = []
         for row, text in zip(rows, texts, strict=True):
             answers.append({"generation": text.text})
-            self._add_details(answers[-1], row, text, k)
+            self._add_details(answers[-1], row, text)
         return answers
 
     @with_options(Settings)
@@ -197,7 +197,7 @@ class Llama(Engine):
 
         Bytes of an incomplete character, and text that may be the beginning of a stop text, are held back.
         """
-        return self._pieces(*self._text_rows(prompts, stop, echo, **settings), echo=echo, is_read=True)
+        return self._pieces(*self._text_rows(prompts, stop, echo, **settings), is_read=True)
 
     @with_options(SamplingOptions)
     def chat_completion(
@@ -224,15 +224,15 @@ class Llama(Engine):
             temperature=temperature,
             top_p=top_p,
             max_gen_len=max_gen_len,
+            logprobs=logprobs,
             **settings,
         )
-        k = self._alternatives(logprobs)
-        for _ in self._pieces(rows, texts, k):
+        for _ in self._pieces(rows, texts):
             pass
         answers: list[ChatPrediction] = []
         for row, text in zip(rows, texts, strict=True):
             answers.append({"generation": self.dialogs.answer(text.text)})
-            self._add_details(answers[-1], row, text, k)
+            self._add_details(answers[-1], row, text)
         return answers
 
     def text_infilling(
@@ -266,17 +266,17 @@ class Llama(Engine):
             temperature=temperature,
             top_p=top_p,
             max_gen_len=max_gen_len,
+            logprobs=logprobs,
         )
         texts = [TextStream(self.tokenizer) for _ in rows]
-        k = self._alternatives(logprobs)
-        for _ in self._pieces(rows, texts, k):
+        for _ in self._pieces(rows, texts):
             pass
         answers: list[InfillingPrediction] = []
         for row, text, (prefix, suffix) in zip(rows, texts, pairs, strict=True):
             middle = self.tokenizer.decode_infilling(row.tokens)
             answers.append({"generation": middle, "full_text": prefix + middle + suffix})
-            self._add_details(answers[-1], row, text, k)
-            if k is not None:
+            self._add_details(answers[-1], row, text)
+            if logprobs:
                 answers[-1]["tokens"] = [self.tokenizer.token_piece(token) for token in row.tokens]
         return answers
 
@@ -288,25 +288,33 @@ class Llama(Engine):
         return self._pieces(*self._chat_rows(dialogs, stop, **settings), is_read=True)
 
     def _text_rows(
-        self, prompts: Sequence[str], stop: Stop, echo: bool = False, **settings: Unpack[Settings]
+        self,
+        prompts: Sequence[str],
+        stop: Stop,
+        echo: bool = False,
+        logprobs: bool | int = False,
+        **settings: Unpack[Settings],
     ) -> tuple[list[Row], list[TextStream]]:
         check_list("prompts", "texts", prompts)
         rows = self._rows(
-            [self.tokenizer.encode(p, bos=self.tokenizer.adds_bos, eos=False) for p in prompts], **settings
+            [self.tokenizer.encode(p, bos=self.tokenizer.adds_bos, eos=False) for p in prompts],
+            logprobs=logprobs,
+            echo=echo,
+            **settings,
         )
         stops = read_stops(stop, len(prompts))
         n = len(rows) // max(1, len(prompts))
         return rows, [TextStream(self.tokenizer, stops[row.index // n], row.prompt * echo) for row in rows]
 
     def _chat_rows(
-        self, dialogs: Sequence[Dialog], stop: Stop, **settings: Unpack[Settings]
+        self, dialogs: Sequence[Dialog], stop: Stop, logprobs: bool | int = False, **settings: Unpack[Settings]
     ) -> tuple[list[Row], list[TextStream]]:
         check_list("dialogs", "dialogs", dialogs)
         for dialog in dialogs:
             self.dialogs.dialect.split(dialog)  # raises for a malformed dialog, even if its texts would be refused
         refusals = [self.dialogs.refusal(dialog) for dialog in dialogs]
         ids = [[0] if refused else self.dialogs.encode(d) for d, refused in zip(dialogs, refusals, strict=True)]
-        rows = self._rows(ids, **settings)
+        rows = self._rows(ids, logprobs=logprobs, **settings)
         stops = read_stops(stop, len(dialogs))
         n = len(rows) // max(1, len(dialogs))
         texts = []
@@ -319,42 +327,37 @@ class Llama(Engine):
         return rows, texts
 
     def _pieces(
-        self,
-        rows: list[Row],
-        texts: list[TextStream],
-        k: int | None = None,
-        echo: bool = False,
-        reuse: bool = False,
-        is_read: bool = False,
+        self, rows: list[Row], texts: list[TextStream], reuse: object = None, is_read: bool = False
     ) -> Generator[TextPiece, None, None]:
-        """Run any number of rows, max_batch_size at a time, and yield their texts as soon as they are final."""
+        """Run any number of rows, and yield their texts as soon as they are final.
+
+        Arguments as in `Scheduler.submit`.
+        """
         for row in rows:
             if row.finish_reason:
                 yield TextPiece(row.index, texts[row.index].take(), row.finish_reason)
-        waiting, size = [row for row in rows if not row.finish_reason], self.model.params.max_batch_size
-        for at in range(0, len(waiting), size):
-            chunk = waiting[at : at + size]
-            # If this chunk and the one before are samples of one prompt, the cache still has it and can be reused.
-            samples = at > 0 and all(row.prompt == waiting[at - size].prompt for row in waiting[at - size : at + size])
-            for step in self._run(chunk, k, echo, reuse or samples, is_read):
+        call = self.scheduler.submit(rows, reuse=reuse, is_read=is_read)
+        try:
+            for step in self.scheduler.steps(call):
                 for token in step:
-                    row, text = rows[token.row], texts[token.row]
-                    if token.id is not None:
-                        text.push(token.id)
-                    if token.finish_reason:
-                        text.finish()
+                    text = texts[token.row]
+                    if text.stopped:  # the row was cut, and the scheduler was ahead
+                        continue
+                    finish_reason = text.add(token)
                     if text.stopped:
-                        row.cut(len(text.tokens))
+                        self.scheduler.cut(call, rows[token.row], len(text.tokens))
                     piece = text.take()
-                    if piece or row.finish_reason:
-                        yield TextPiece(row.index, piece, row.finish_reason)
+                    if piece or finish_reason:
+                        yield TextPiece(token.row, piece, finish_reason)
+        finally:
+            self.scheduler.cancel(call)
 
-    def _add_details(self, answer: Details, row: Row, text: TextStream, k: int | None) -> None:
+    def _add_details(self, answer: Details, row: Row, text: TextStream) -> None:
         answer["finish_reason"] = row.finish_reason or "length"
-        if k is not None:
+        if row.k is not None:
             answer["tokens"] = text.pieces()
             answer["logprobs"] = row.prompt_logprobs + row.logprobs
-        if k:
+        if row.k:
             decode = self.tokenizer.decode_token
             answer["top_logprobs"] = [[(decode(i), p) for i, p in top] for top in row.prompt_top + row.top]
 

@@ -54,6 +54,7 @@ class Executor:
     ):
         self.model: Any = model
         self.fused, self.native, self.graph, self.prefill_chunk = fused, native, graph, prefill_chunk
+        self.rebuilds = 0  # how often everything was derived from the model
         self._own_passes = 0  # for a custom model, which does not count its forwards
         self._snapshot: Snapshot | None = None
         self._decoder: NativeDecoder | CudaGraphDecoder | None = None
@@ -93,6 +94,7 @@ class Executor:
 
     def _rebuild(self) -> None:
         model = self.model
+        self.rebuilds += 1
         self._snapshot = None  # frees weights that may have been replaced
         self._layers: list[tuple[nn.Module, FusedLayer | None]] = []
         patched = is_patched()

@@ -27,7 +27,7 @@ from llama.accelerate.quantized_weight import held_bytes
 from llama.checkpoint.folder import Checkpoint
 from llama.cli.command import Command, build_arguments, model_options
 from llama.console import print_table, progress
-from llama.engine.decode_loop import read_back
+from llama.engine.worker import read_back
 from llama.files import as_path
 from llama.generation import Llama
 from llama.model import Transformer

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from llama.errors import is_out_of_memory
 from llama.interrupt import restore_interrupt
 from llama.options import BuildOptions, ModelOptions, Option, Settings, declared, suggestion
 from llama.parallel.groups import current_world, is_main_rank
-from llama.parallel.heartbeat import PeerError, prepare_lost_rank_exit, write_torchrun_error
+from llama.parallel.heartbeat import EXIT_DELAY, PeerError, prepare_lost_rank_exit, write_torchrun_error
 
 F = TypeVar("F", bound=Callable[..., Any])
 FLAG = re.compile(r"--?([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
@@ -288,7 +289,10 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(1)
     except (ValueError, TypeError, OSError, FloatingPointError, PeerError) as error:
         write_torchrun_error(in_one_line(error))
-        sys.exit(f"error: {in_one_line(error)}" if _prints(error) else 1)
+        if not _prints(error):
+            time.sleep(EXIT_DELAY)  # torchrun ends all ranks when one exits: first the other rank prints its line
+            sys.exit(1)
+        sys.exit(f"error: {in_one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:

@@ -7,7 +7,6 @@ import torch
 from typing_extensions import Self, Unpack
 
 from llama.accelerate.executor import Executor
-from llama.engine.decode_loop import DecodeLoop
 from llama.engine.requests import (
     Generation,
     Prompts,
@@ -16,6 +15,7 @@ from llama.engine.requests import (
     check_alternatives,
     read_rows,
 )
+from llama.engine.scheduler import Scheduler
 from llama.errors import OOM_EXPLAINERS
 from llama.model import Transformer
 from llama.options import Each, SamplingOptions, Settings, check_int, with_options
@@ -23,12 +23,22 @@ from llama.parallel.groups import shutdown
 from llama.tokenizer import Tokenizer
 
 
-class Engine(DecodeLoop):
-    """Generates continuations of lists of ids. The tokenizer is used only for its stop ids and its pad id."""
+class Engine:
+    """Generates continuations of lists of ids. The tokenizer is used only for its stop ids and its pad id.
+
+    Any thread may call its methods. With several ranks, every rank makes the same calls.
+    """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, executor: Executor | None = None):
-        super().__init__(executor or Executor(_checked(model)), tokenizer)
+        self.tokenizer = tokenizer
+        self.scheduler = Scheduler(executor or Executor(_checked(model)), tokenizer.pad_id)
         self._owns_process_group = executor is not None  # then `build` created the group, and `close` ends it
+        self._is_closed = False
+
+    @property
+    def executor(self) -> Executor:
+        """The executor that runs `model`. Raises ValueError after `close`."""
+        return self.scheduler.executor
 
     @property
     def model(self) -> Transformer:
@@ -40,13 +50,17 @@ class Engine(DecodeLoop):
     @model.setter
     def model(self, model: Transformer) -> None:
         old = self.executor
-        with self.lock:
-            if model is old.model:
-                return
-            if isinstance(model, torch.nn.Module) and (explain := OOM_EXPLAINERS.get(old.model)):
-                OOM_EXPLAINERS[model] = explain
-            self._executor = Executor(_checked(model), fused=old.fused, native=old.native, graph=old.graph)
-            self._cached_at = -1
+        if model is old.model:
+            return
+        if isinstance(model, torch.nn.Module) and (explain := OOM_EXPLAINERS.get(old.model)):
+            OOM_EXPLAINERS[model] = explain
+        self.scheduler.executor = Executor(
+            _checked(model),
+            fused=old.fused,
+            native=old.native,
+            graph=old.graph,
+            prefill_chunk=old.prefill_chunk,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -58,10 +72,9 @@ class Engine(DecodeLoop):
         """Free the model's memory. The last open model also destroys the process group. Closing twice is harmless."""
         if self._is_closed:
             return
-        with self.lock:
-            on_gpu = self._executor.device.type == "cuda"
-            self._is_closed = True
-            del self._executor
+        on_gpu = self.executor.device.type == "cuda"
+        self.scheduler.close()
+        self._is_closed = True
         if on_gpu:
             torch.cuda.empty_cache()
         if self._owns_process_group:
@@ -79,7 +92,7 @@ class Engine(DecodeLoop):
         stop_token: int | None = None,
         **settings: Unpack[SamplingOptions],
     ) -> Generation:
-        """Continue each prompt, all rows in one batch.
+        """Continue each prompt.
 
         prompt_tokens: lists of ids, or an integer tensor [bsz, seqlen], each row a prompt.
         A row ends before its first stop id, after `max_gen_len` ids, or where prompt and answer fill max_seq_len.
@@ -101,12 +114,13 @@ class Engine(DecodeLoop):
             max_gen_len=max_gen_len,
             temperature=temperature,
             top_p=top_p,
+            logprobs=logprobs,
+            echo=echo,
             **settings,
         )
-        k = self._alternatives(logprobs)
-        for _ in self._run(self._one_batch(rows), k, echo):
+        for _ in self._run(self._one_batch(rows)):
             pass
-        scores = None if k is None else [row.prompt_logprobs + row.logprobs for row in rows]
+        scores = None if logprobs is False else [row.prompt_logprobs + row.logprobs for row in rows]
         result = Generation(([row.prompt * echo + row.tokens for row in rows], scores))
         result.top = [row.prompt_top + row.top for row in rows]
         return result
@@ -115,21 +129,34 @@ class Engine(DecodeLoop):
     def stream(
         self, prompt_tokens: Prompts, *, logprobs: bool | int = True, **settings: Unpack[Settings]
     ) -> Generator[list[Token], None, None]:
-        """`generate` step by step: yields, at each step, a `Token` for every row that was still running.
+        """`generate` step by step: yields, at each step, a `Token` for every row to which the step has added something.
 
         Other calls may run between two steps, and the generator may be closed early: neither changes what any call
         returns. Arguments and errors are those of `generate`; errors are raised by the call, not by the first step.
         """
-        rows = self._one_batch(self._rows(prompt_tokens, **settings))
-        return self._run(rows, self._alternatives(logprobs), is_read=True)
+        return self._run(self._one_batch(self._rows(prompt_tokens, logprobs=logprobs, **settings)), is_read=True)
 
-    def _rows(self, prompts: Prompts, **settings: Any) -> list[Row]:
+    def _run(self, rows: list[Row], reuse: object = None, is_read: bool = False) -> Generator[list[Token], None, None]:
+        """Submit the rows, and yield what each step has added to them. Arguments as in `Scheduler.submit`."""
+        call = self.scheduler.submit(rows, reuse=reuse, is_read=is_read)
+        try:
+            yield from self.scheduler.steps(call)
+        finally:
+            self.scheduler.cancel(call)
+
+    def _rows(
+        self, prompts: Prompts, *, logprobs: bool | int = False, echo: bool = False, **settings: Any
+    ) -> list[Row]:
         """Check all arguments and create the rows. `stop_token` replaces the tokenizer's stop ids."""
         stop_token, stop = settings.pop("stop_token", None), self.tokenizer.stop_tokens
         if stop_token is not None:
             check_int("stop_token", stop_token, 0)
             stop = {int(stop_token)}
-        return read_rows(self.model.params, draw_seed, stop, prompts, **settings)
+        k = self._alternatives(logprobs)  # before seeds are drawn
+        rows = read_rows(self.model.params, draw_seed, stop, prompts, **settings)
+        for row in rows:
+            row.k, row.echo = k, echo
+        return rows
 
     def _one_batch(self, rows: list[Row]) -> list[Row]:
         limit = self.model.params.max_batch_size

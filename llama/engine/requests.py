@@ -12,10 +12,7 @@ from typing_extensions import Unpack
 from llama.options import Settings, check_int, declared, suggestion
 from llama.params import ModelArgs
 
-Ids: TypeAlias = tuple[int, ...]
 Prompts: TypeAlias = Sequence[Sequence[int]] | torch.Tensor  # lists of ids, or an integer tensor [bsz, seqlen]
-# One more pass reads all weights again. It takes about as long as this number of additional ids in an existing pass.
-PASS_COST = 64
 
 
 Alternatives = list[tuple[int, float]]  # (id, log-probability), best first
@@ -26,7 +23,8 @@ class Row:
     """One sample of a prompt: its settings and its results so far.
 
     index: index in the results. limit: length, prompt included, at which generation ends. stop: ids that end it.
-    stream: the row's own random generator. reused: number of leading ids that the cache already held.
+    stream: the row's own random generator. k: number of alternatives; None: no log-probabilities.
+    echo: whether the prompt is scored too. reused: number of leading ids that the cache already held.
     prompt_top, top: alternatives at each position.
     """
 
@@ -39,6 +37,8 @@ class Row:
     repetition_penalty: float
     stop: set[int]
     stream: random.Random
+    k: int | None = None
+    echo: bool = False
     reused: int = 0
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top: list[Alternatives] = field(default_factory=list)
@@ -50,6 +50,11 @@ class Row:
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.tokens)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the model must compute log-probabilities of the prompt."""
+        return self.echo and self.k is not None and len(self.prompt) > 1
 
     def cut(self, n: int) -> None:
         """Keep the first `n` generated ids and end here."""
@@ -202,19 +207,10 @@ def alternatives(values: Sequence[float], k: int) -> tuple[float, Alternatives]:
     return values[0], [(int(token), logprob) for logprob, token in zip(values[1 : k + 1], values[k + 1 :], strict=True)]
 
 
-def bucket_by_length(texts: Sequence[Ids]) -> list[list[Ids]]:
-    """Group the distinct texts, longest first. Each group runs in one pass.
-
-    A text is padded by up to PASS_COST ids, which takes less time than another pass.
-    """
-    groups: list[list[Ids]] = []
-    for text in sorted(dict.fromkeys(texts), key=len, reverse=True):
-        if not groups or len(groups[-1][0]) - len(text) > PASS_COST:
-            groups.append([])
-        groups[-1].append(text)
-    return groups
-
-
-def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def shared_prefix(a: list[int], b: list[int]) -> int:
     """The length of the longest common prefix of two lists."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    n, block = min(len(a), len(b)), 64
+    for start in range(0, n, block):
+        if a[start : start + block] != b[start : start + block]:
+            return next((i for i in range(start, min(start + block, n)) if a[i] != b[i]), n)
+    return n

@@ -4,7 +4,7 @@ back."""
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llama.engine.requests import check_list, per_prompt
+from llama.engine.requests import Token, check_list, per_prompt
 from llama.tokenizer import Tokenizer
 
 Stop = str | Sequence[str] | Sequence[Sequence[str] | None] | None
@@ -41,6 +41,14 @@ class TextStream:
         for token in prompt:
             self._add(token)
         self._prompt, self._from = len(self._ids), len(self.text)
+
+    def add(self, token: Token) -> str | None:
+        """Add what a step has added to the row. Returns why the row ends, or None."""
+        if token.id is not None:
+            self.push(token.id)
+        if token.finish_reason:
+            self.finish()
+        return "stop" if self.stopped else token.finish_reason
 
     def push(self, token: int) -> None:
         """Add an id. Sets `stopped` if it completes a stop text; no id may be added after that."""

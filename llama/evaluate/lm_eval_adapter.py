@@ -313,7 +313,7 @@ def _rolling_loglikelihood(llama: Llama, lists: list[list[int]]) -> list[float]:
 
 
 def _generate(llama: Llama, requests: list[dict[str, Any]]) -> list[str]:
-    settings = {name: [request[name] for request in requests] for name in requests[0]}
+    settings: dict[str, Any] = {name: [request[name] for request in requests] for name in requests[0]}
     prompts, stops = settings.pop("prompt"), settings.pop("until")
     rows = llama._rows(prompts, **settings)
     texts = [TextStream(llama.tokenizer, stop) for stop in stops]

@@ -19,10 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llama.accelerate.executor import Executor, Measure
 from llama.console import progress
-from llama.engine.decode_loop import read_back
 from llama.engine.engine import Engine
 from llama.engine.logprobs import log_norm, score
 from llama.engine.requests import Alternatives, alternatives, check_alternatives, check_list, read_ids
+from llama.engine.worker import not_finite, read_back
 from llama.errors import explain_oom
 from llama.options import check_int
 from llama.params import ModelArgs
@@ -180,8 +180,7 @@ def hidden_states(llama: Engine, ids: Sequence[int]) -> torch.Tensor:
     `llama.executor.logits(hidden_states(llama, ids))`. Raises as `top_logprobs` does.
     """
     text = read_ids("the text", ids, llama.model.params)
-    with llama.call(), llama.lock:
-        llama.take_turn(text, text)
+    with llama.scheduler.one_call(), llama.scheduler.exclusive(text):
         return llama.executor.hidden(torch.tensor([text], device=llama.executor.device), 0, len(text))
 
 
@@ -270,16 +269,17 @@ def measure_texts(llama: Engine, texts: Sequence[Text], measure: Measure) -> lis
     measured = [text for text in results if text.start < len(text.ids)]
     llama.executor.refresh()
     groups = [Group(text.ids[:-1], [text]) for text in measured] if llama.executor.is_aligned else _groups(measured)
-    with llama.call():
+    with llama.scheduler.one_call():
         for batch in progress(list(_batches(groups, llama.model.params)), "scoring"):
-            with llama.lock:
-                llama.take_turn(batch, batch)  # also waits for late ranks
+            with llama.scheduler.exclusive(batch):  # also waits for late ranks
                 batch_results = _measure_batch(llama, batch, measure)
             for text, values in batch_results:
                 results[text] = values
                 if not all(math.isfinite(number) for row in values for number in row):
                     begin = ", ".join(map(str, text.ids[:8]))
-                    raise llama.damaged(f"in a text that begins with ids {begin}")
+                    for cache in llama.executor.caches:
+                        cache.clear()
+                    raise not_finite(f"in a text that begins with ids {begin}")
     return [results[text] for text in texts]
 
 

@@ -61,6 +61,8 @@ def is_main_rank() -> bool:
     return current_world().rank == 0
 
 
+MESSAGE_BYTES = 4096  # of `broadcast_bytes`
+
 # Process group ------------------------------------------------------------------------------------
 
 _open_models = 0  # models that use the groups
@@ -184,6 +186,22 @@ def broadcast(ids: torch.Tensor) -> torch.Tensor:
     if model_parallel()[1] > 1:
         dist.broadcast(ids, src=0, group=process_group())
     return ids
+
+
+def broadcast_bytes(content: bytes) -> bytes:
+    """Rank 0's `content`, on every rank: one collective for up to MESSAGE_BYTES, two for more."""
+    if model_parallel()[1] == 1:
+        return content
+    device = torch.device("cuda") if dist.get_backend(process_group()) == "nccl" else torch.device("cpu")
+    first = len(content).to_bytes(8, "little") + content[:MESSAGE_BYTES]
+    message = torch.frombuffer(bytearray(first.ljust(8 + MESSAGE_BYTES, b"\0")), dtype=torch.uint8).to(device)
+    received = broadcast(message).cpu().numpy().tobytes()
+    length = int.from_bytes(received[:8], "little")
+    if length <= MESSAGE_BYTES:
+        return received[8 : 8 + length]
+    rest = bytearray(content[MESSAGE_BYTES:] or length - MESSAGE_BYTES)
+    message = torch.frombuffer(rest, dtype=torch.uint8).to(device)
+    return received[8:] + broadcast(message).cpu().numpy().tobytes()
 
 
 def all_gather_object(value: Any) -> list[Any]:

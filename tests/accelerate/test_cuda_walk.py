@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llama import Llama, loading
 from llama.accelerate import executor, fused
-from llama.engine import decode_loop, engine, sampling
+from llama.engine import engine, sampling, scheduler, worker
 from llama.evaluate import scoring
 from llama.parallel import groups
 from llama.parallel.device import pick_device
@@ -115,7 +115,10 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     patch.setattr(dist, "init_process_group", init_fake)
     patch.setattr(dist, "get_backend", lambda *group: "nccl")
     patch.setattr(loading, "check_before_loading", lambda *arguments: ([], {}))  # it would search the files for NaN
-    for module in (decode_loop, scoring):
+    # Collectives move nothing here, so every rank plans and samples as rank 0 does.
+    patch.setattr(scheduler, "is_main_rank", lambda: True)
+    patch.setattr(scheduler, "share", lambda plan: plan)
+    for module in (worker, scoring):
         patch.setattr(module, "read_back", lambda values: np.ones(values.shape).tolist())
     patch.setattr(engine, "draw_seed", lambda: 1)  # it would read a number from a tensor on the CPU
     here = torch.device("cuda", rank % hosts_gpus)  # torch.device cannot be called in the mode
@@ -171,7 +174,7 @@ def test_build_and_generate(
     device = torch.device("cuda", rank % 2)
     with walk(monkeypatch, rank, size, capability) as chosen:
         hidden, logits, scores = (spy(monkeypatch, executor.Executor, n) for n in ("hidden", "logits", "measured"))
-        read, drawn = (spy(monkeypatch, decode_loop, n) for n in ("read_back", "broadcast"))
+        read, drawn = (spy(monkeypatch, worker, n) for n in ("read_back", "broadcast"))
         sampled = spy(monkeypatch, sampling.Sampler, "sample")
         llama = Llama.build(tmp_path, max_seq_len=32)
         model = llama.model
@@ -193,7 +196,7 @@ def test_build_and_generate(
     # the two passes of scoring.
     starts = [start if isinstance(start, int) else start.device for _, _, start, *_ in hidden]
     assert starts == [0, device, device, 0, 2, 3, 0, device]
-    assert (len(scores), len(drawn), len(sampled)) == (2, 6, 6 if rank == 0 else 0)
+    assert (len(scores), len(drawn), len(sampled)) == (2, 6, 6)
     assert total == (2.0, True)
     assert (ragged, uniform) == ([[5, 6, 7, 1, 1, 1], [8, 1, 1, 1]], [[1, 1, 1], [1, 1, 1]])
 

@@ -434,7 +434,7 @@ def graph(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiler(f, backend=counter, fullgraph=fullgraph))
     torch._dynamo.reset()
     llama = build("gqa", max_seq_len=64, max_batch_size=4)
-    llama._executor = executor.Executor(llama.model, graph=True)
+    llama.scheduler.executor = executor.Executor(llama.model, graph=True)
     yield llama, counter
     torch._dynamo.reset()
 

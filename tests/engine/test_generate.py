@@ -276,7 +276,7 @@ def test_a_batch_is_prefilled_in_passes_of_about_one_length(
     expected = llama.generate(PROMPTS, 4, temperature=0, logprobs=True, echo=True)
     for cost, passes in ((2, [(1, 58), (1, 8), (1, 5), (2, 2)]), (0, [(1, 58), (1, 8), (1, 5), (1, 2), (1, 1)])):
         shapes.clear()
-        monkeypatch.setattr("llama.engine.requests.PASS_COST", cost)
+        monkeypatch.setattr("llama.engine.planner.PASS_COST", cost)
         found = llama.generate(PROMPTS, 4, temperature=0, logprobs=True, echo=True)
         assert shapes == [*passes, (5, 1), (5, 1), (5, 1)]
         assert found[0] == expected[0] and found[1] is not None and expected[1] is not None
@@ -319,7 +319,7 @@ def test_any_ragged_batch_equals_its_rows_alone(
     stream = random.Random(seed)
     prompts = [[stream.randrange(512) for _ in range(n)] for n in lengths]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama.engine.requests.PASS_COST", pass_cost)  # prompts in one pass, or in several
+        patch.setattr("llama.engine.planner.PASS_COST", pass_cost)  # prompts in one pass, or in several
         batch, logprobs = llama.generate(prompts, max_gen_len, temperature, top_p, True, True, seed=seed)
     assert logprobs is not None
     for prompt, tokens, scores in zip(prompts, batch, logprobs, strict=True):

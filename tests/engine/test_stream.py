@@ -25,6 +25,7 @@ from llama.tokenizer import Tokenizer
 TOK512 = Tokenizer(GOLDEN / "tok512.model")
 PROMPTS = [[1, 450, 319, 352, 499], [1, 278], [1, *range(3, 60)], [7], [1, 205, 8, 26, 508, 468, 143, 185]]
 TEXTS = ["The licence", "the software is", "", "copyright notice and this permission notice", "or"]
+LONG = "The licence and the copyright notice of the software, and of its copies"
 MIXED: dict[str, Any] = {
     "max_gen_len": [12, 3, 0, None, 7],
     "temperature": [0, 0.7, 1.0, 1.3, 0.9],
@@ -440,7 +441,8 @@ def test_samples_of_a_prompt_share_its_prefill(build: Callable[..., Llama], monk
 
     monkeypatch.setattr(llama.executor, "hidden", watched)
     ids, logprobs = llama.generate([PROMPTS[0], PROMPTS[2]], 8, seed=[4, 9], n=3, **hot)
-    assert shapes == [(2, 58), *[(6, 1)] * 7]
+    # The prompt of 5 ids is computed for each sample, that of 58 once, and its last id for each other sample.
+    assert shapes == [(4, 58), *[(6, 1)] * 7, (2, 1)]
     assert logprobs is not None
     for i, ((alone,), scores) in enumerate(expected):
         assert ids[i] == alone and scores is not None
@@ -453,7 +455,7 @@ def test_samples_share_their_prefill_across_chunks(
 ) -> None:
     large, llama = build("mha", max_batch_size=8), build("mha", max_batch_size=2)
     arguments: dict[str, Any] = {"max_gen_len": 6, "temperature": 1.0, "seed": 3}
-    expected = large.text_completion(TEXTS[:1], n=5, **arguments)
+    expected = large.text_completion([LONG], n=5, **arguments)
     expected += large.text_completion(TEXTS[1:2], n=2, **arguments)
     hidden, shapes = llama.executor.hidden, []
 
@@ -462,13 +464,14 @@ def test_samples_share_their_prefill_across_chunks(
         return hidden(tokens, start_pos, *rest, **named)
 
     monkeypatch.setattr(llama.executor, "hidden", watched)
-    found = llama.text_completion(TEXTS[:1], n=5, **arguments)
-    length = len(llama.tokenizer.encode(TEXTS[0], bos=True, eos=False))
-    # Each chunk begins with a prefill of one row: the first of the whole prompt, the others of its last id.
-    assert shapes[::6] == [(1, length, 0), (1, 1, length - 1), (1, 1, length - 1)]
+    found = llama.text_completion([LONG], n=5, **arguments)
+    length = len(llama.tokenizer.encode(LONG, bos=True, eos=False))
+    prefills = [shape for shape in shapes if shape[1] > 1]
+    assert prefills == [(1, length, 0)]  # the other samples compute its last id only
     found += llama.text_completion(TEXTS[1:2], n=2, **arguments)
-    assert found == expected
-    assert shapes[18][2] == 0  # another call prefills the prompt again
+    found += llama.text_completion([LONG], **arguments)
+    assert found == [*expected, expected[0]]
+    assert shapes[-6] == (1, length, 0)  # another call prefills the prompt again
 
 
 def test_equal_prompts_anywhere_in_a_batch(build: Callable[..., Llama]) -> None:

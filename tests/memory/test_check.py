@@ -265,12 +265,14 @@ def limited(folder: Path) -> list[str]:
     llama = Llama.build(folder, max_seq_len=4096, max_batch_size=64, plain=True)
     prompts = [[3 + i] * 4000 for i in range(64)]
     before, _ = llama.generate(prompts[:1], 4, temperature=0)
+    llama.executor.prefill_chunk, chunk = 2**20, llama.executor.prefill_chunk  # all prompts in one pass
     limit(8 * 2**20)
     try:
         llama.generate(prompts, 4, temperature=0)
     except InsufficientMemoryError as error:
         errors.append(str(error))
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    llama.executor.prefill_chunk = chunk
     after, _ = llama.generate(prompts[:1], 4, temperature=0)
     llama.close()
     return [*errors, str(before == after)]

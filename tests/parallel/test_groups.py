@@ -280,6 +280,28 @@ def test_a_users_mistake_is_one_line_on_one_rank(checkpoint: Callable[..., Path]
     ]
 
 
+SLOW_TO_PRINT = """
+import os, sys, time
+from llama import Llama
+from llama.cli.command import one_line_errors
+
+with one_line_errors():
+    try:
+        Llama.build(sys.argv[1])
+    finally:
+        time.sleep(1 if os.environ["RANK"] == "0" else 0)
+"""
+
+
+def test_the_rank_that_prints_is_not_ended_before_it_has_printed(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SLOW_TO_PRINT)
+    done = torchrun(3, str(script), str(checkpoint("mha")), PYTHONPATH=str(ROOT))
+    assert done.returncode != 0 and "\nerror: 3 ranks cannot share this model" in "\n" + done.stderr
+
+
 FAILING = """
 import os, sys, time
 from llama import Llama
