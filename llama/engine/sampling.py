@@ -5,8 +5,10 @@ Order: repetition penalty, top-k, temperature, top-p, then the draw. A setting i
 depend only on its own random stream, and are the same on every device.
 """
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from llama.engine.requests import Row
@@ -22,13 +24,14 @@ class Sampler:
         sampled = [row for row in rows if row.temperature > 0]
         self.temperature = self.top_k = self.top_p = self.penalty = None
         self.max_top_k = max((row.top_k for row in rows), default=0)
+        self.is_all_sampled = len(sampled) == len(rows)
         if sampled:
             self.temperature = _column([row.temperature for row in rows], device)
         if self.max_top_k:
             self.top_k = _column([row.top_k for row in rows], device).long()
         if any(row.top_p < 1 for row in sampled):
             # At 1, rounding could push a cumulative sum above top_p and drop an id.
-            self.top_p = _column([row.top_p if row.top_p < 1 else 2.0 for row in rows], device)
+            self.top_p = _column([row.top_p if row.top_p < 1 else math.inf for row in rows], device)
         if any(row.repetition_penalty != 1 for row in rows):
             self.penalty = _column([row.repetition_penalty for row in rows], device)
             seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool)
@@ -40,18 +43,20 @@ class Sampler:
         """The next id of each row: logits [bsz, vocab], uniform [bsz] in [0, 1) -> int64 [bsz]."""
         if self.penalty is not None:
             logits = penalize(logits, self.seen, self.penalty)
-        ids = logits.argmax(dim=-1)  # the first of equal ones
-        if self.temperature is not None:
-            if self.top_k is not None:
-                logits = keep_top_k(logits, self.top_k, self.max_top_k)
-            greedy = self.temperature == 0
-            probs = probabilities(logits, self.temperature.masked_fill(greedy, 1))
-            if self.top_p is not None:
-                probs = keep_top_p(probs, self.top_p)
-            ids = ids.where(greedy[:, 0], draw(probs, uniform))
+        ids = logits.argmax(dim=-1) if self.temperature is None else self._draw(logits, self.temperature, uniform)
         if self.penalty is not None:
             self.seen.scatter_(1, ids[:, None], True)
         return ids
+
+    def _draw(self, logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        if self.top_k is not None:
+            logits = keep_top_k(logits, self.top_k, self.max_top_k)
+        probs = probabilities(logits, temperature.masked_fill(temperature == 0, 1))
+        if self.top_p is not None:
+            probs = keep_top_p(probs, self.top_p)
+        ids = draw(probs, uniform)
+        # argmax is the first of equal ones
+        return ids if self.is_all_sampled else ids.where(temperature[:, 0] > 0, logits.argmax(dim=-1))
 
 
 def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
@@ -81,20 +86,56 @@ def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> tor
 
 def probabilities(logits: torch.Tensor, temperature: Setting) -> torch.Tensor:
     """softmax(logits / temperature) for any temperature > 0, [bsz, vocab] in `wide_dtype`."""
-    logits = logits.to(wide_dtype(logits.device))
+    logits = logits.to(wide_dtype(logits.device), copy=True)
     # The maximum is subtracted before dividing: a small temperature then gives exp(-inf) = 0 and never inf - inf.
-    return torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+    logits -= logits.amax(dim=-1, keepdim=True)
+    logits /= temperature
+    return torch.softmax(logits, dim=-1)
 
 
 def keep_top_p(probs: torch.Tensor, top_p: Setting) -> torch.Tensor:
     """Zero each id if the ids more probable than it sum to over top_p (nucleus sampling, arXiv:1904.09751).
 
-    Not renormalized. Equal probabilities rank by id. The most probable id always stays.
+    Not renormalized. Equal probabilities rank by id. The most probable id always stays. inf keeps every id.
     """
+    if not probs.is_cpu or probs.dtype != torch.float64:
+        return keep_top_p_by_rank(probs, top_p)
+    kept = torch.zeros_like(probs)
+    limits: list[float] = torch.as_tensor(top_p, dtype=probs.dtype).expand(len(probs), 1).flatten().tolist()
+    for row, out, limit in zip(probs.numpy(), kept.numpy(), limits, strict=True):
+        ids = _nucleus(row, limit)
+        out[ids] = row[ids]
+    return kept
+
+
+def keep_top_p_by_rank(probs: torch.Tensor, top_p: Setting) -> torch.Tensor:
+    """`keep_top_p` on any device, without waiting for it. Sorting all ids takes milliseconds a row on CPUs."""
     ranked, ids = probs.sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(dim=-1).roll(1, dims=-1)  # sum of the more probable ids
     before[:, 0] = 0
     return torch.zeros_like(probs).scatter(-1, ids, ranked.where(before <= top_p, 0))
+
+
+def _nucleus(probs: np.ndarray, top_p: float) -> np.ndarray | slice:
+    """The index of the ids that `keep_top_p` keeps of one row, float64 [vocab]. numpy sorts and selects several times
+    as fast as torch."""
+    if top_p == math.inf:
+        return slice(None)
+    # Ids below (1 - top_p) / vocab sum to less than 1 - top_p, so they are dropped. Eight times that nearly always
+    # leaves enough, and much less to sort. Otherwise all ids are sorted. NaNs are below no bound.
+    for bound in (8 * (1 - top_p) / len(probs), 0.0):
+        ids = np.flatnonzero(~(probs < bound))
+        weights = probs[ids]
+        ranked = np.sort(weights)[::-1]
+        # The place of the last id that is kept. If it is not among `ranked`, less probable ids may be kept, too.
+        last = int(np.searchsorted(ranked.cumsum(), top_p, side="right"))
+        if last < len(ranked):
+            break
+    lowest = ranked[min(last, len(ranked) - 1)]
+    is_kept = weights > lowest
+    is_equal = ~is_kept & ~(weights < lowest)  # also for NaN
+    is_kept[np.flatnonzero(is_equal)[: last + 1 - np.count_nonzero(is_kept)]] = True
+    return ids[is_kept]
 
 
 def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from llama import ModelArgs
 from llama.engine.requests import read_rows
-from llama.engine.sampling import Sampler, draw, keep_top_k, keep_top_p, penalize, probabilities
+from llama.engine.sampling import (
+    Sampler,
+    draw,
+    keep_top_k,
+    keep_top_p,
+    keep_top_p_by_rank,
+    penalize,
+    probabilities,
+)
 
 FOUR = [0.5, 0.25, 0.125, 0.125]
 
@@ -61,6 +69,53 @@ def test_rows_are_filtered_apart() -> None:
 
 def test_kept_weights_are_unchanged() -> None:
     assert keep_top_p(torch.tensor([FOUR]), 0.5).tolist() == [[0.5, 0.25, 0, 0]]
+
+
+def row_logits(kind: str, vocab: int) -> torch.Tensor:
+    logits = 4 * torch.randn(vocab, generator=torch.Generator().manual_seed(vocab))
+    if kind == "bfloat16":  # many ids with the same logit
+        logits = logits.bfloat16().float()
+    elif kind == "flat":
+        logits.zero_()
+    elif kind == "two values":
+        logits = (logits > 0).float()
+    elif kind == "peaked":
+        logits[vocab // 2] = 60
+    elif kind == "few":
+        logits[vocab // 8 :] = -torch.inf
+    elif kind == "one":
+        logits[1:] = -torch.inf
+    elif kind == "NaN":
+        logits[vocab // 3] = torch.nan
+    elif kind == "inf":
+        logits[vocab // 3] = torch.inf
+    elif kind == "only -inf":
+        logits.fill_(-torch.inf)
+    return logits
+
+
+KINDS = ["random", "bfloat16", "flat", "two values", "peaked", "few", "one", "NaN", "inf", "only -inf"]
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.1, 0.9, 0.9999, 1 - 2**-53, 1.0])
+@pytest.mark.parametrize("vocab", [2, 100, 49_152])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_top_p_on_cpus_equals_the_full_sort(temperature: float, vocab: int, top_p: float) -> None:
+    """Bit by bit, with NaN rows too: what these draw is an error, but the same on every device."""
+    probs = probabilities(torch.stack([row_logits(kind, vocab) for kind in KINDS]), temperature)
+    found, expected = keep_top_p(probs, top_p), keep_top_p_by_rank(probs, top_p)
+    for kind, row, other in zip(KINDS, found, expected, strict=True):
+        assert torch.equal(row.view(torch.int64), other.view(torch.int64)), kind
+    mixed = torch.tensor([[top_p], [0.5], [math.inf], [top_p]], dtype=torch.float64)
+    assert torch.equal(keep_top_p(probs[:4], mixed), keep_top_p_by_rank(probs[:4], mixed))
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.floats(0, 1), st.integers(0, 40))
+def test_top_p_of_tied_weights_equals_the_full_sort(levels: list[int], top_p: float, step: int) -> None:
+    probs = torch.softmax(-torch.tensor([levels], dtype=torch.float64) * step / 8, dim=-1)
+    assert torch.equal(keep_top_p(probs, top_p), keep_top_p_by_rank(probs, top_p))
+    total = probs.sort(descending=True).values.cumsum(dim=-1)[0, len(levels) // 2].item()  # exactly on a boundary
+    assert torch.equal(keep_top_p(probs, total), keep_top_p_by_rank(probs, total))
 
 
 @pytest.mark.parametrize(
