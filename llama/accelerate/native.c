@@ -361,13 +361,15 @@ typedef float operand;
 INLINE int64_t padded(int64_t k) { return (k + 2 * LANES - 1) / (2 * LANES) * 2 * LANES; }
 
 static void to_operands(const float *x, int64_t k, operand *out) {
-    for (int64_t j = 0; j < padded(k); j += LANES)
-        if (DOT_BF16) {
-            store_all(BF16, out, j, load(F32, x, j, j < k ? lane_count(k - j) : 0));
-        } else {
-            const int64_t first = j / (2 * LANES) * 2 * LANES + j / LANES % 2;
-            for (int64_t l = 0; l < LANES; l++) out[j + l] = first + 2 * l < k ? x[first + 2 * l] : 0;
+    int64_t j = 0;
+    for (; DOT_BF16 && j < padded(k); j += LANES)
+        store_all(BF16, out, j, load(F32, x, j, j < k ? lane_count(k - j) : 0));
+    for (; j + 2 * LANES <= k; j += 2 * LANES)
+        for (int l = 0; l < LANES; l++) {
+            out[j + l] = x[j + 2 * l];
+            out[j + LANES + l] = x[j + 2 * l + 1];
         }
+    for (int l = 0; j < padded(k) && l < 2 * LANES; l++) out[j + l / 2 + l % 2 * LANES] = j + l < k ? x[j + l] : 0;
 }
 
 /* acc[a][r] += W[a, 0..count) x[r, 0..count), for one vector of each row of the matrix. */
@@ -404,9 +406,12 @@ INLINE void block_step(const int kind, const int rows, const int m, const void *
     }
 }
 
-/* y[r, 0..rows) = W[0..rows, :] x[r, :] for r in 0..m, summed in registers. */
+/* y[r, 0..rows) = W[0..rows, :] x[r, :] for r in 0..m, summed in registers.
+ *
+ * ahead: rows of the matrix that are needed later. In each step of the loop, `ahead_bytes` of them are prefetched. If
+ * that were done at once, the CPU would wait for memory without computing. */
 INLINE void block_tile(const int kind, const int rows, const int m, const void *w, const void *x, int64_t k, float *y,
-                       int64_t y_stride) {
+                       int64_t y_stride, const char *ahead, int64_t ahead_bytes) {
     const int64_t each = kind == F32 ? LANES : 2 * LANES, full = k / each * each;
     const int64_t item = kind == F32 ? 4 : 2, x_item = kind == F32 ? 4 : sizeof(operand);
     const int64_t x_stride = kind == F32 ? k : padded(k);
@@ -416,8 +421,13 @@ INLINE void block_tile(const int kind, const int rows, const int m, const void *
     for (int a = 0; a < rows; a++)
 #pragma GCC unroll 4
         for (int r = 0; r < m; r++) acc[a][r] = (floats){0};
-    for (int64_t j = 0; j < full; j += each)
+    for (int64_t j = 0; j < full; j += each) {
+        __builtin_prefetch(ahead, 0, 2);
+        for (int64_t line = 64; line < rows * each * item; line += 64)
+            if (line < ahead_bytes) __builtin_prefetch(ahead + line, 0, 2);
+        ahead += ahead_bytes;
         block_step(kind, rows, m, left + j * item, k, right + j * x_item, x_stride, each, acc);
+    }
     if (full < k) block_step(kind, rows, m, left + full * item, k, right + full * x_item, x_stride, k - full, acc);
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
@@ -429,43 +439,42 @@ INLINE void block_tile(const int kind, const int rows, const int m, const void *
 
 /* Instances of block_tile. They are functions so that all registers are theirs: inlined into a larger function, GCC 12
  * keeps some of the sums in memory. */
-typedef void Tile(const void *w, const void *x, int64_t k, float *y, int64_t y_stride);
+typedef void Tile(const void *w, const void *x, int64_t k, float *y, int64_t y_stride, const char *ahead,
+                  int64_t ahead_bytes);
 #define TILE(name, kind, rows, m) \
-    static __attribute__((noinline)) void name(const void *w, const void *x, int64_t k, float *y, int64_t y_stride) { \
-        block_tile(kind, rows, m, w, x, k, y, y_stride); \
+    static __attribute__((noinline)) void name(const void *w, const void *x, int64_t k, float *y, int64_t y_stride, \
+                                               const char *ahead, int64_t ahead_bytes) { \
+        block_tile(kind, rows, m, w, x, k, y, y_stride, ahead, ahead_bytes); \
     }
-TILE(tile_f32, F32, 1, 1)
-TILE(tile_f32_1, F32, W_ROWS, 1)
+TILE(tile_f32_1, F32, 1, 1)
 TILE(tile_f32_2, F32, W_ROWS, 2)
 TILE(tile_f32_3, F32, W_ROWS, 3)
 TILE(tile_f32_4, F32, W_ROWS, 4)
-TILE(tile_bf16, BF16, 1, 1)
-TILE(tile_bf16_1, BF16, W_ROWS, 1)
+TILE(tile_bf16_1, BF16, 1, 1)
 TILE(tile_bf16_2, BF16, W_ROWS, 2)
 TILE(tile_bf16_3, BF16, W_ROWS, 3)
 TILE(tile_bf16_4, BF16, W_ROWS, 4)
-/* For kinds F32 and BF16: for one row of the matrix and of x; for W_ROWS of the matrix and 1 to X_ROWS of x. */
-static Tile *const TILES[2][1 + X_ROWS] = {{tile_f32, tile_f32_1, tile_f32_2, tile_f32_3, tile_f32_4},
-                                           {tile_bf16, tile_bf16_1, tile_bf16_2, tile_bf16_3, tile_bf16_4}};
+/* For kinds F32 and BF16: one row of the matrix and one of x, then W_ROWS of the matrix and 2 to X_ROWS of x. */
+static Tile *const TILES[2][X_ROWS] = {{tile_f32_1, tile_f32_2, tile_f32_3, tile_f32_4},
+                                       {tile_bf16_1, tile_bf16_2, tile_bf16_3, tile_bf16_4}};
 
-/* Rows [from, to) of an F32 or BF16 matrix, for m rows of x: `operand`s for BF16. Up to X_ROWS rows of x at a time stay
- * in the CPU's smallest cache. The rows of the matrix come from memory the first time, while later ones are prefetched,
- * and then from the CPU's next larger cache. */
+/* Rows [from, to) of an F32 or BF16 matrix, for m > 1 rows of x: `operand`s for BF16. 2 to X_ROWS rows of x at a time
+ * stay in the CPU's smallest cache. The rows of the matrix come from memory the first time, and then from the CPU's
+ * next larger cache. All the while, as many rows behind them are prefetched. */
 static void multiply_block(const Matrix *w, int64_t from, int64_t to, const void *x, float *y, int64_t m) {
     const int64_t k = w->k, n = w->n, item = w->kind == F32 ? 4 : 2, groups = (m + X_ROWS - 1) / X_ROWS;
-    const int64_t x_row = w->kind == F32 ? 4 * k : sizeof(operand) * padded(k);
+    const int64_t x_row = w->kind == F32 ? 4 * k : (int64_t)sizeof(operand) * padded(k);
+    const char *data = w->data, *ahead = data + to * k * item;
+    Tile *const *tiles = TILES[w->kind];
     for (int64_t g = 0; g < groups; g++) { /* groups of equal size, or nearly */
         const int64_t first = g * m / groups, rows = (g + 1) * m / groups - first;
         const char *right = (const char *)x + first * x_row;
         int64_t i = from;
-        for (; i + W_ROWS <= to; i += W_ROWS) {
-            const char *left = (const char *)w->data + i * k * item;
-            if (g == 0) prefetch(left, W_ROWS * k * item);
-            TILES[w->kind][rows](left, right, k, y + first * n + i, n);
-        }
+        for (; i + W_ROWS <= to; i += W_ROWS, ahead += W_ROWS * k * item / groups)
+            tiles[rows - 1](data + i * k * item, right, k, y + first * n + i, n, ahead, W_ROWS * LANES * 4 / groups);
         for (; i < to; i++)
             for (int64_t r = 0; r < rows; r++)
-                TILES[w->kind][0]((const char *)w->data + i * k * item, right + r * x_row, k, y + (first + r) * n + i, n);
+                tiles[0](data + i * k * item, right + r * x_row, k, y + (first + r) * n + i, n, ahead, 0);
     }
 }
 
@@ -633,8 +642,8 @@ INLINE void dequantize_panel(const int from, const int to, const Matrix *w, int6
 
 /* y [m, n] = x [m, k] W^T. sums: a buffer of m * (k / 32 + 1) floats.
  *
- * operands: NULL in float32 models. In bfloat16 models a buffer of m * padded(k) floats: x is written there as integers of
- * 16 bits for INT8 and INT4 weights, and by to_operands for BF16 weights if m > 1. */
+ * operands: NULL in float32 models. In bfloat16 models a buffer of m * padded(k) floats: x is written there as integers
+ * of 16 bits for INT8 and INT4 weights, and by to_operands for BF16 weights if m > 1. */
 static void matmul(const Matrix *w, const float *x, float *sums, void *operands, float *y, int64_t m) {
     const int64_t k = w->k;
     const int is_quantized = w->kind == INT8 || w->kind == INT4, is_bf16 = m > 1 && w->kind == BF16;
@@ -706,13 +715,13 @@ static void softmax(float *p, int64_t n) {
     for (int64_t t = 0; t < n; t++) p[t] *= inverse_sum;
 }
 
-/* out[d..d+2*LANES) = sum over t of p[t] * values[t, d..d+2*LANES), for m heads that share the values. */
-INLINE void weighted_values(const int kind, const int m, const void *values, int64_t head_dim, int64_t d,
-                            const float *p, int64_t p_stride, int64_t ctx_len, float *out) {
+/* out[d..d+first+second) = sum over t of p[t] * values[t, d..d+first+second), for m heads that share the values.
+ * first, second: LANES or fewer each. */
+INLINE void weighted_part(const int kind, const int m, const void *values, int64_t head_dim, int64_t d, int64_t first,
+                          int64_t second, const float *p, int64_t p_stride, int64_t ctx_len, float *out) {
     floats acc[4][2];
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) acc[r][0] = acc[r][1] = (floats){0};
-    const int64_t first = lane_count(head_dim - d), second = lane_count(head_dim - d - first);
     for (int64_t t = 0; t < ctx_len; t++) {
         prefetch((const char *)values + (t * head_dim + d) * (kind == F32 ? 4 : 2), 1);
         const floats a = load(kind, values, t * head_dim + d, first);
@@ -729,6 +738,30 @@ INLINE void weighted_values(const int kind, const int m, const void *values, int
         COPY(out + r * head_dim + d + first, &acc[r][1], second, LANES, 4);
     }
 }
+
+/* weighted_part for 2 * LANES columns, or as many as there are. Functions for the reason given at TILE. */
+typedef void Weighted(const void *values, int64_t head_dim, int64_t d, const float *p, int64_t p_stride,
+                      int64_t ctx_len, float *out);
+#define WEIGHTED(name, kind, m) \
+    static __attribute__((noinline)) void name(const void *values, int64_t head_dim, int64_t d, const float *p, \
+                                               int64_t p_stride, int64_t ctx_len, float *out) { \
+        const int64_t left = head_dim - d, first = lane_count(left), second = lane_count(left - first); \
+        if (second == LANES) \
+            weighted_part(kind, m, values, head_dim, d, LANES, LANES, p, p_stride, ctx_len, out); \
+        else \
+            weighted_part(kind, m, values, head_dim, d, first, second, p, p_stride, ctx_len, out); \
+    }
+WEIGHTED(weighted_f32_1, F32, 1)
+WEIGHTED(weighted_f32_2, F32, 2)
+WEIGHTED(weighted_f32_3, F32, 3)
+WEIGHTED(weighted_f32_4, F32, 4)
+WEIGHTED(weighted_bf16_1, BF16, 1)
+WEIGHTED(weighted_bf16_2, BF16, 2)
+WEIGHTED(weighted_bf16_3, BF16, 3)
+WEIGHTED(weighted_bf16_4, BF16, 4)
+/* For kinds F32 and BF16, and 1 to 4 heads. */
+static Weighted *const weighted_values[2][4] = {{weighted_f32_1, weighted_f32_2, weighted_f32_3, weighted_f32_4},
+                                                {weighted_bf16_1, weighted_bf16_2, weighted_bf16_3, weighted_bf16_4}};
 
 /* qkv -> attended [m, heads, head_dim]: apply RoPE to the new position of each row, store its key and value, attend. */
 INLINE void attend_step(const int kind, const Model *model, const Layer *layer, const int64_t *positions,
@@ -784,12 +817,8 @@ INLINE void attend_step(const int kind, const Model *model, const Layer *layer, 
         for (int64_t g = 0; g < group; g += 4) {
             const float *p = model->scores + (first + g) * max_len;
             float *out = model->attended + (first + g) * head_dim;
-            switch (group - g) {
-                case 1: weighted_values(kind, 1, values, head_dim, d, p, max_len, ctx_len, out); break;
-                case 2: weighted_values(kind, 2, values, head_dim, d, p, max_len, ctx_len, out); break;
-                case 3: weighted_values(kind, 3, values, head_dim, d, p, max_len, ctx_len, out); break;
-                default: weighted_values(kind, 4, values, head_dim, d, p, max_len, ctx_len, out);
-            }
+            const int64_t count = group - g < 4 ? group - g : 4;
+            weighted_values[kind][count - 1](values, head_dim, d, p, max_len, ctx_len, out);
         }
     }
 }
