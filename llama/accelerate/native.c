@@ -41,6 +41,7 @@
 #define KEY_BLOCK 256       /* keys that one thread processes at a time */
 #define PREFETCH_BYTES 8192 /* how far ahead of the current address memory is prefetched */
 #define QUERIES 64          /* queries times heads that one thread processes at a time */
+#define X_ROWS 4            /* rows of x that are multiplied at a time by W_ROWS rows of an F32 or BF16 matrix */
 
 /* LANES: 32-bit numbers in a vector register. ROWS: rows of x that are multiplied by four rows of a matrix at a time;
  * all sums of these fit into the registers. KEEP: keeps an operand in its register; GCC 12 would otherwise load it
@@ -48,15 +49,25 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LANES 16
 #define ROWS 4
+#define W_ROWS 4
 #define KEEP(v) __asm__("" : "+v"(v))
 #elif defined(__AVX2__)
 #define LANES 8
 #define ROWS 2
-#define KEEP(v) __asm__("" : "+x"(v))
+#define W_ROWS 2
+#define KEEP(v) __asm__ volatile("" : "+x"(v))
 #else
 #define LANES 4
 #define ROWS 4
+#define W_ROWS 2
 #define KEEP(v)
+#endif
+
+/* Whether one instruction multiplies pairs of bfloat16 and adds. */
+#if LANES == 16 && defined(__AVX512BF16__)
+#define DOT_BF16 1
+#else
+#define DOT_BF16 0
 #endif
 
 /* The vectors hold LANES 32-bit numbers, LANES smaller ones (u16_lanes), or 2 * LANES smaller ones, two to a lane. */
@@ -96,7 +107,7 @@ typedef struct {
     const void *norm; /* of kind cache_kind */
     const float *freqs_cis; /* cosine and sine: [max_seq_len, head_dim / 2, 2] */
     float *h, *qkv, *scores, *attended, *gate_up, *activations, *sums, *out; /* buffers for all rows */
-    uint16_t *rounded; /* a buffer for x in 16 bits; NULL in float32 */
+    void *operands; /* a buffer, see matmul; NULL in float32 */
     int (*reduce)(void); /* sums `out` over the ranks, nonzero if that failed; NULL with one rank */
 } Model;
 
@@ -312,21 +323,11 @@ INLINE void multiply_tile(const int kind, const int rows, const int m, const Mat
     }
 }
 
-/* Rows [from, to) of an F32 or BF16 matrix, for m rows of x. */
+/* Rows [from, to) of an F32 or BF16 matrix, for each row of x alone. */
 INLINE void multiply_rows(const int kind, const Matrix *w, int64_t from, int64_t to, const float *x, int64_t x_stride,
                           float *y, int64_t y_stride, int64_t m) {
-    const int64_t shared = m / ROWS * ROWS, k = w->k, item = kind == F32 ? 4 : 2;
-    int64_t i = from;
-    for (; shared && i + 4 <= to; i += 4) {
-        prefetch((const char *)w->data + i * k * item, 4 * k * item);
-        for (int64_t r = 0; r < shared; r += ROWS)
-            multiply_tile(kind, 4, ROWS, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
-    }
-    for (; shared && i < to; i++)
-        for (int64_t r = 0; r < shared; r += ROWS)
-            multiply_tile(kind, 1, ROWS, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
-    for (i = from; shared < m && i < to; i++)
-        for (int64_t r = shared; r < m; r++)
+    for (int64_t i = from; i < to; i++)
+        for (int64_t r = 0; r < m; r++)
             multiply_tile(kind, 1, 1, w, i, x + r * x_stride, x_stride, y + r * y_stride, y_stride);
 }
 
@@ -348,36 +349,86 @@ INLINE void multiply_keys(const int kind, const Matrix *w, int64_t from, int64_t
     multiply_rows(kind, w, i, to, x, x_stride, y, y_stride, m);
 }
 
-/* acc[a][r] += W[a, 0..count) x[r, 0..count), for bfloat16. */
-INLINE void tile_step_bf16(const int rows, const int m, const uint16_t *w, const uint16_t *x, int64_t k, int64_t count,
-                           floats acc[4][4]) {
-    ints left[4];
+/* Several rows of x, for a BF16 matrix: bfloat16 if DOT_BF16. Otherwise float32, of every 2 * LANES columns first the
+ * even and then the odd ones: a vector of the matrix is split in the same way, by one instruction for each half. Padded
+ * with zeros to `padded` columns. */
+#if DOT_BF16
+typedef uint16_t operand;
+#else
+typedef float operand;
+#endif
+
+INLINE int64_t padded(int64_t k) { return (k + 2 * LANES - 1) / (2 * LANES) * 2 * LANES; }
+
+static void to_operands(const float *x, int64_t k, operand *out) {
+    int64_t j = 0;
+    for (; DOT_BF16 && j < padded(k); j += LANES)
+        store_all(BF16, out, j, load(F32, x, j, j < k ? lane_count(k - j) : 0));
+    for (; j + 2 * LANES <= k; j += 2 * LANES)
+        for (int l = 0; l < LANES; l++) {
+            out[j + l] = x[j + 2 * l];
+            out[j + LANES + l] = x[j + 2 * l + 1];
+        }
+    for (int l = 0; j < padded(k) && l < 2 * LANES; l++) out[j + l / 2 + l % 2 * LANES] = j + l < k ? x[j + l] : 0;
+}
+
+/* acc[a][r] += W[a, 0..count) x[r, 0..count), for one vector of each row of the matrix. */
+INLINE void block_step(const int kind, const int rows, const int m, const void *w, int64_t w_stride, const void *x,
+                       int64_t x_stride, int64_t count, floats acc[W_ROWS][X_ROWS]) {
+    const int uses_pairs = kind == BF16 && DOT_BF16, parts = kind == BF16 && !DOT_BF16 ? 2 : 1;
+    floats whole[W_ROWS];
 #pragma GCC unroll 4
     for (int a = 0; a < rows; a++) {
-        ints v = load_pairs(w + a * k, count);
+        floats v = kind == F32 ? load(F32, w, a * w_stride, count)
+                               : (floats)load_pairs((const uint16_t *)w + a * w_stride, count);
         KEEP(v);
-        left[a] = v;
+        whole[a] = v;
     }
+#pragma GCC unroll 2
+    for (int part = 0; part < parts; part++) {
+        floats left[W_ROWS];
 #pragma GCC unroll 4
-    for (int r = 0; r < m; r++) {
-        ints right = load_pairs(x + r * k, count);
-        KEEP(right);
+        for (int a = 0; a < rows; a++) {
+            const ints pairs = (ints)whole[a];
+            floats v = parts == 1 ? whole[a] : (floats)(part ? pairs & (int32_t)0xffff0000 : pairs << 16);
+            KEEP(v);
+            left[a] = v;
+        }
 #pragma GCC unroll 4
-        for (int a = 0; a < rows; a++) acc[a][r] = dot_bf16(acc[a][r], left[a], right);
+        for (int r = 0; r < m; r++) {
+            floats right = uses_pairs ? (floats)load_pairs((const uint16_t *)x + r * x_stride, 2 * LANES)
+                                      : load(F32, x, r * x_stride + part * LANES, kind == F32 ? count : LANES);
+            KEEP(right);
+#pragma GCC unroll 4
+            for (int a = 0; a < rows; a++)
+                acc[a][r] = uses_pairs ? dot_bf16(acc[a][r], (ints)left[a], (ints)right) : acc[a][r] + left[a] * right;
+        }
     }
 }
 
-/* y[r, 0..rows) = W[0..rows, :] x[r, :] for r in 0..m, for bfloat16, summed in registers. */
-INLINE void multiply_tile_bf16(const int rows, const int m, const uint16_t *w, const uint16_t *x, int64_t k, float *y,
-                               int64_t y_stride) {
-    const int64_t full = k / (2 * LANES) * 2 * LANES;
-    floats acc[4][4];
+/* y[r, 0..rows) = W[0..rows, :] x[r, :] for r in 0..m, summed in registers.
+ *
+ * ahead: rows of the matrix that are needed later. In each step of the loop, `ahead_bytes` of them are prefetched. If
+ * that were done at once, the CPU would wait for memory without computing. */
+INLINE void block_tile(const int kind, const int rows, const int m, const void *w, const void *x, int64_t k, float *y,
+                       int64_t y_stride, const char *ahead, int64_t ahead_bytes) {
+    const int64_t each = kind == F32 ? LANES : 2 * LANES, full = k / each * each;
+    const int64_t item = kind == F32 ? 4 : 2, x_item = kind == F32 ? 4 : sizeof(operand);
+    const int64_t x_stride = kind == F32 ? k : padded(k);
+    const char *left = w, *right = x;
+    floats acc[W_ROWS][X_ROWS];
 #pragma GCC unroll 4
     for (int a = 0; a < rows; a++)
 #pragma GCC unroll 4
         for (int r = 0; r < m; r++) acc[a][r] = (floats){0};
-    for (int64_t j = 0; j < full; j += 2 * LANES) tile_step_bf16(rows, m, w + j, x + j, k, 2 * LANES, acc);
-    if (full < k) tile_step_bf16(rows, m, w + full, x + full, k, k - full, acc);
+    for (int64_t j = 0; j < full; j += each) {
+        __builtin_prefetch(ahead, 0, 2);
+        for (int64_t line = 64; line < rows * each * item; line += 64)
+            if (line < ahead_bytes) __builtin_prefetch(ahead + line, 0, 2);
+        ahead += ahead_bytes;
+        block_step(kind, rows, m, left + j * item, k, right + j * x_item, x_stride, each, acc);
+    }
+    if (full < k) block_step(kind, rows, m, left + full * item, k, right + full * x_item, x_stride, k - full, acc);
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
         const quad totals =
@@ -386,21 +437,44 @@ INLINE void multiply_tile_bf16(const int rows, const int m, const uint16_t *w, c
     }
 }
 
-/* Rows [from, to) of a BF16 matrix, for m bfloat16 rows of x, which stay in the CPU's cache. Multiplies four rows of
- * the matrix while later ones are prefetched. */
-static void multiply_rows_bf16(const Matrix *w, int64_t from, int64_t to, const uint16_t *x, float *y, int64_t m) {
-    const int64_t k = w->k, n = w->n;
-    const uint16_t *data = w->data;
-    for (int64_t i = from; i < to; i += 4) {
-        const int64_t rows = to - i < 4 ? to - i : 4;
-        int64_t r = 0;
-        prefetch(data + i * k, 8 * k);
-        for (; rows == 4 && r + ROWS <= m; r += ROWS)
-            multiply_tile_bf16(4, ROWS, data + i * k, x + r * k, k, y + r * n + i, n);
-        for (; rows == 4 && r < m; r++) multiply_tile_bf16(4, 1, data + i * k, x + r * k, k, y + r * n + i, n);
-        for (; r < m; r++)
-            for (int64_t a = 0; a < rows; a++)
-                multiply_tile_bf16(1, 1, data + (i + a) * k, x + r * k, k, y + r * n + i + a, n);
+/* Instances of block_tile. They are functions so that all registers are theirs: inlined into a larger function, GCC 12
+ * keeps some of the sums in memory. */
+typedef void Tile(const void *w, const void *x, int64_t k, float *y, int64_t y_stride, const char *ahead,
+                  int64_t ahead_bytes);
+#define TILE(name, kind, rows, m) \
+    static __attribute__((noinline)) void name(const void *w, const void *x, int64_t k, float *y, int64_t y_stride, \
+                                               const char *ahead, int64_t ahead_bytes) { \
+        block_tile(kind, rows, m, w, x, k, y, y_stride, ahead, ahead_bytes); \
+    }
+TILE(tile_f32_1, F32, 1, 1)
+TILE(tile_f32_2, F32, W_ROWS, 2)
+TILE(tile_f32_3, F32, W_ROWS, 3)
+TILE(tile_f32_4, F32, W_ROWS, 4)
+TILE(tile_bf16_1, BF16, 1, 1)
+TILE(tile_bf16_2, BF16, W_ROWS, 2)
+TILE(tile_bf16_3, BF16, W_ROWS, 3)
+TILE(tile_bf16_4, BF16, W_ROWS, 4)
+/* For kinds F32 and BF16: one row of the matrix and one of x, then W_ROWS of the matrix and 2 to X_ROWS of x. */
+static Tile *const TILES[2][X_ROWS] = {{tile_f32_1, tile_f32_2, tile_f32_3, tile_f32_4},
+                                       {tile_bf16_1, tile_bf16_2, tile_bf16_3, tile_bf16_4}};
+
+/* Rows [from, to) of an F32 or BF16 matrix, for m > 1 rows of x: `operand`s for BF16. 2 to X_ROWS rows of x at a time
+ * stay in the CPU's smallest cache. The rows of the matrix come from memory the first time, and then from the CPU's
+ * next larger cache. All the while, as many rows behind them are prefetched. */
+static void multiply_block(const Matrix *w, int64_t from, int64_t to, const void *x, float *y, int64_t m) {
+    const int64_t k = w->k, n = w->n, item = w->kind == F32 ? 4 : 2, groups = (m + X_ROWS - 1) / X_ROWS;
+    const int64_t x_row = w->kind == F32 ? 4 * k : (int64_t)sizeof(operand) * padded(k);
+    const char *data = w->data, *ahead = data + to * k * item;
+    Tile *const *tiles = TILES[w->kind];
+    for (int64_t g = 0; g < groups; g++) { /* groups of equal size, or nearly */
+        const int64_t first = g * m / groups, rows = (g + 1) * m / groups - first;
+        const char *right = (const char *)x + first * x_row;
+        int64_t i = from;
+        for (; i + W_ROWS <= to; i += W_ROWS, ahead += W_ROWS * k * item / groups)
+            tiles[rows - 1](data + i * k * item, right, k, y + first * n + i, n, ahead, W_ROWS * LANES * 4 / groups);
+        for (; i < to; i++)
+            for (int64_t r = 0; r < rows; r++)
+                tiles[0](data + i * k * item, right + r * x_row, k, y + (first + r) * n + i, n, ahead, 0);
     }
 }
 
@@ -568,37 +642,33 @@ INLINE void dequantize_panel(const int from, const int to, const Matrix *w, int6
 
 /* y [m, n] = x [m, k] W^T. sums: a buffer of m * (k / 32 + 1) floats.
  *
- * rounded: NULL in float32 models. In bfloat16 models a buffer of m * k numbers of 16 bits for the rounded x: integers
- * for INT8 and INT4 weights, bfloat16 for BF16 weights if m > 1, as in torch. One instruction then multiplies two
- * numbers in each lane. */
-static void matmul(const Matrix *w, const float *x, float *sums, uint16_t *rounded, float *y, int64_t m) {
+ * operands: NULL in float32 models. In bfloat16 models a buffer of m * padded(k) floats: x is written there as integers
+ * of 16 bits for INT8 and INT4 weights, and by to_operands for BF16 weights if m > 1. */
+static void matmul(const Matrix *w, const float *x, float *sums, void *operands, float *y, int64_t m) {
     const int64_t k = w->k;
-    const int is_quantized = w->kind == INT8 || w->kind == INT4, to_bf16 = rounded && m > 1 && w->kind == BF16;
-    if (is_quantized || to_bf16) {
+    const int is_quantized = w->kind == INT8 || w->kind == INT4, is_bf16 = m > 1 && w->kind == BF16;
+    if (is_quantized || is_bf16) {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < m; r++) {
-            int64_t j = 0;
             if (is_quantized)
-                quantize_row(x + r * k, k, rounded ? (int16_t *)rounded + r * k : 0, sums + r * (k / GROUP + 1));
-            for (; to_bf16 && j + LANES <= k; j += LANES)
-                store_all(BF16, rounded, r * k + j, load(F32, x, r * k + j, LANES));
-            for (; to_bf16 && j < k; j++) store(BF16, rounded, r * k + j, x[r * k + j]);
+                quantize_row(x + r * k, k, operands ? (int16_t *)operands + r * k : 0, sums + r * (k / GROUP + 1));
+            if (is_bf16) to_operands(x + r * k, k, (operand *)operands + r * padded(k));
         }
     }
     const int64_t step = is_quantized ? LANES : 16;
 #pragma omp for schedule(guided)
     for (int64_t i = 0; i < w->n; i += step) {
         const int64_t to = i + step < w->n ? i + step : w->n;
-        if (w->kind == INT8 && rounded)
-            multiply_panel_rows(INT8, 0, w, i, rounded, sums, y, m);
+        if (w->kind == INT8 && operands)
+            multiply_panel_rows(INT8, 0, w, i, operands, sums, y, m);
         else if (w->kind == INT8)
             multiply_panel_rows(INT8, 1, w, i, x, sums, y, m);
-        else if (w->kind == INT4 && rounded)
-            multiply_panel_rows(INT4, 0, w, i, rounded, sums, y, m);
+        else if (w->kind == INT4 && operands)
+            multiply_panel_rows(INT4, 0, w, i, operands, sums, y, m);
         else if (w->kind == INT4)
             multiply_panel_rows(INT4, 1, w, i, x, sums, y, m);
-        else if (to_bf16)
-            multiply_rows_bf16(w, i, to, rounded, y, m);
+        else if (m > 1)
+            multiply_block(w, i, to, is_bf16 ? operands : (const void *)x, y, m);
         else if (w->kind == BF16)
             multiply_rows(BF16, w, i, to, x, k, y, w->n, m);
         else
@@ -645,13 +715,13 @@ static void softmax(float *p, int64_t n) {
     for (int64_t t = 0; t < n; t++) p[t] *= inverse_sum;
 }
 
-/* out[d..d+2*LANES) = sum over t of p[t] * values[t, d..d+2*LANES), for m heads that share the values. */
-INLINE void weighted_values(const int kind, const int m, const void *values, int64_t head_dim, int64_t d,
-                            const float *p, int64_t p_stride, int64_t ctx_len, float *out) {
+/* out[d..d+first+second) = sum over t of p[t] * values[t, d..d+first+second), for m heads that share the values.
+ * first, second: LANES or fewer each. */
+INLINE void weighted_part(const int kind, const int m, const void *values, int64_t head_dim, int64_t d, int64_t first,
+                          int64_t second, const float *p, int64_t p_stride, int64_t ctx_len, float *out) {
     floats acc[4][2];
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) acc[r][0] = acc[r][1] = (floats){0};
-    const int64_t first = lane_count(head_dim - d), second = lane_count(head_dim - d - first);
     for (int64_t t = 0; t < ctx_len; t++) {
         prefetch((const char *)values + (t * head_dim + d) * (kind == F32 ? 4 : 2), 1);
         const floats a = load(kind, values, t * head_dim + d, first);
@@ -668,6 +738,30 @@ INLINE void weighted_values(const int kind, const int m, const void *values, int
         COPY(out + r * head_dim + d + first, &acc[r][1], second, LANES, 4);
     }
 }
+
+/* weighted_part for 2 * LANES columns, or as many as there are. Functions for the reason given at TILE. */
+typedef void Weighted(const void *values, int64_t head_dim, int64_t d, const float *p, int64_t p_stride,
+                      int64_t ctx_len, float *out);
+#define WEIGHTED(name, kind, m) \
+    static __attribute__((noinline)) void name(const void *values, int64_t head_dim, int64_t d, const float *p, \
+                                               int64_t p_stride, int64_t ctx_len, float *out) { \
+        const int64_t left = head_dim - d, first = lane_count(left), second = lane_count(left - first); \
+        if (second == LANES) \
+            weighted_part(kind, m, values, head_dim, d, LANES, LANES, p, p_stride, ctx_len, out); \
+        else \
+            weighted_part(kind, m, values, head_dim, d, first, second, p, p_stride, ctx_len, out); \
+    }
+WEIGHTED(weighted_f32_1, F32, 1)
+WEIGHTED(weighted_f32_2, F32, 2)
+WEIGHTED(weighted_f32_3, F32, 3)
+WEIGHTED(weighted_f32_4, F32, 4)
+WEIGHTED(weighted_bf16_1, BF16, 1)
+WEIGHTED(weighted_bf16_2, BF16, 2)
+WEIGHTED(weighted_bf16_3, BF16, 3)
+WEIGHTED(weighted_bf16_4, BF16, 4)
+/* For kinds F32 and BF16, and 1 to 4 heads. */
+static Weighted *const weighted_values[2][4] = {{weighted_f32_1, weighted_f32_2, weighted_f32_3, weighted_f32_4},
+                                                {weighted_bf16_1, weighted_bf16_2, weighted_bf16_3, weighted_bf16_4}};
 
 /* qkv -> attended [m, heads, head_dim]: apply RoPE to the new position of each row, store its key and value, attend. */
 INLINE void attend_step(const int kind, const Model *model, const Layer *layer, const int64_t *positions,
@@ -723,12 +817,8 @@ INLINE void attend_step(const int kind, const Model *model, const Layer *layer, 
         for (int64_t g = 0; g < group; g += 4) {
             const float *p = model->scores + (first + g) * max_len;
             float *out = model->attended + (first + g) * head_dim;
-            switch (group - g) {
-                case 1: weighted_values(kind, 1, values, head_dim, d, p, max_len, ctx_len, out); break;
-                case 2: weighted_values(kind, 2, values, head_dim, d, p, max_len, ctx_len, out); break;
-                case 3: weighted_values(kind, 3, values, head_dim, d, p, max_len, ctx_len, out); break;
-                default: weighted_values(kind, 4, values, head_dim, d, p, max_len, ctx_len, out);
-            }
+            const int64_t count = group - g < 4 ? group - g : 4;
+            weighted_values[kind][count - 1](values, head_dim, d, p, max_len, ctx_len, out);
         }
     }
 }
@@ -737,19 +827,19 @@ INLINE void attend_step(const int kind, const Model *model, const Layer *layer, 
 static void attention(const Model *model, const Layer *layer, const float *x, const int64_t *positions,
                       const int64_t *slots, int64_t m) {
     rms_norm(model, layer->attention_norm, x, model->h, m);
-    matmul(&layer->wqkv, model->h, model->sums, model->rounded, model->qkv, m);
+    matmul(&layer->wqkv, model->h, model->sums, model->operands, model->qkv, m);
     if (model->cache_kind == F32)
         attend_step(F32, model, layer, positions, slots, m);
     else
         attend_step(BF16, model, layer, positions, slots, m);
-    matmul(&layer->wo, model->attended, model->sums, model->rounded, model->out, m);
+    matmul(&layer->wo, model->attended, model->sums, model->operands, model->out, m);
 }
 
 /* x [m, dim] -> out, before the residual is added. */
 static void feed_forward(const Model *model, const Layer *layer, const float *x, int64_t m) {
     const int64_t width = model->width;
     rms_norm(model, layer->ffn_norm, x, model->h, m);
-    matmul(&layer->w13, model->h, model->sums, model->rounded, model->gate_up, m);
+    matmul(&layer->w13, model->h, model->sums, model->operands, model->gate_up, m);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * width; i += LANES) {
         /* A vector may start in one row and end in the next. */
@@ -765,7 +855,7 @@ static void feed_forward(const Model *model, const Layer *layer, const float *x,
         const floats product = gate / (1 + exponential(-gate)) * up;
         COPY(model->activations + i, &product, count, LANES, 4);
     }
-    matmul(&layer->w2, model->activations, model->sums, model->rounded, model->out, m);
+    matmul(&layer->w2, model->activations, model->sums, model->operands, model->out, m);
 }
 
 /* Sum `out` over the ranks and add it to x. Returns nonzero if the reduction failed. */
@@ -891,9 +981,9 @@ int decode(const Model *model, float *x, const int64_t *positions, const int64_t
 }
 
 /* y [m, n] = x [m, k] W^T; arguments as in matmul. */
-void multiply(const Matrix *w, const float *x, float *sums, uint16_t *rounded, float *y, int64_t m, int threads) {
+void multiply(const Matrix *w, const float *x, float *sums, void *operands, float *y, int64_t m, int threads) {
 #pragma omp parallel num_threads(threads)
-    matmul(w, x, sums, rounded, y, m);
+    matmul(w, x, sums, operands, y, m);
 }
 
 /* Causal attention of all queries. */

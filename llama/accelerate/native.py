@@ -32,6 +32,7 @@ from llama.parallel.groups import model_parallel
 SOURCE = Path(__file__).with_name("native.c")
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # the enum of native.c
 INT8, INT4 = 2, 3
+PADDING = 32  # the columns that native.c may add to a row of `operands`, twice its LANES or less
 # Tried in this order until one compiles. Without OpenMP (Apple's clang) the code runs in one thread.
 FLAGS = (["-O3", "-march=native", "-fopenmp"], ["-O3", "-mcpu=native", "-fopenmp"], ["-O3", "-march=native"], ["-O3"])
 
@@ -63,7 +64,7 @@ class Model(ctypes.Structure):
         *((name, ctypes.c_int64) for name in SIZES),
         ("norm_eps", ctypes.c_float),
         ("layers", ctypes.POINTER(Layer)),
-        *((name, ctypes.c_void_p) for name in ("norm", "freqs_cis", *BUFFERS, "rounded")),
+        *((name, ctypes.c_void_p) for name in ("norm", "freqs_cis", *BUFFERS, "operands")),
         ("reduce", REDUCE),
     ]
 
@@ -208,21 +209,21 @@ def matrix(weight: torch.Tensor) -> Matrix:
 def multiply(w: Matrix, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x [.., k] -> [.., n] in x's dtype, for few rows.
 
-    dtype: the model's. If it is bfloat16, x is rounded: to int16 for a quantized weight, else to bfloat16 if x has
-    several rows.
+    dtype: the model's. If it is bfloat16, x is rounded to int16 for a quantized weight. For a bfloat16 weight, several
+    rows of x are rounded to bfloat16 if the CPU multiplies such numbers.
     """
     rows = x.reshape(-1, w.k).float().contiguous()
     m = len(rows)
     y = torch.empty(m, w.n)
     sums = torch.empty(m * (w.k // GROUP + 1))
-    rounded = torch.empty_like(rows, dtype=dtype)
-    pointers = rows.data_ptr(), sums.data_ptr(), _pointer_if_bfloat16(rounded), y.data_ptr()
+    operands = torch.empty(m * (w.k + PADDING)) if dtype == torch.bfloat16 else None
+    pointers = rows.data_ptr(), sums.data_ptr(), _pointer(operands), y.data_ptr()
     library().multiply(w, *pointers, m, torch.get_num_threads())
     return y.view(*x.shape[:-1], w.n).to(x.dtype)
 
 
-def _pointer_if_bfloat16(buffer: torch.Tensor) -> int | None:
-    return buffer.data_ptr() if buffer.dtype == torch.bfloat16 else None
+def _pointer(buffer: torch.Tensor | None) -> int | None:
+    return None if buffer is None else buffer.data_ptr()
 
 
 class NativeQuantizedLinear(nn.Module):
@@ -301,7 +302,8 @@ class NativeDecoder:
         }
         self.model, self.cache = model, first.cache
         self.buffers = {name: torch.zeros(max_rows, size) for name, size in widths.items()}
-        self.rounded = torch.zeros(max_rows, widest, dtype=first.cache.k.dtype)
+        is_bfloat16 = first.cache.k.dtype == torch.bfloat16
+        self.operands = torch.zeros(max_rows, widest + PADDING) if is_bfloat16 else None
         self.failure: BaseException | None = None
         self.rows = 0
         self.layers = (Layer * len(layers))(*map(self._layer, layers))
@@ -314,7 +316,7 @@ class NativeDecoder:
             model.norm.weight.data_ptr(),
             None,
             **pointers,
-            rounded=_pointer_if_bfloat16(self.rounded),
+            operands=_pointer(self.operands),
             reduce=REDUCE(self._reduce) if model_parallel()[1] > 1 else REDUCE(),
         )
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from llama.engine.requests import Row
 
@@ -71,9 +72,7 @@ class Sampler:
         if self.top_k is not None:
             logits = keep_top_k(logits, self.top_k, self.max_top_k)
         probs = probabilities(logits, temperature.masked_fill(temperature == 0, 1))
-        if self.top_p is not None:
-            probs = keep_top_p(probs, self.top_p)
-        ids = draw(probs, uniform)
+        ids = draw(probs, uniform) if self.top_p is None else draw_top_p(probs, self.top_p, uniform)
         # argmax is the first of equal ones
         return ids if self.is_all_sampled else ids.where(temperature[:, 0] > 0, logits.argmax(dim=-1))
 
@@ -125,44 +124,48 @@ def keep_top_p(probs: torch.Tensor, top_p: Setting) -> torch.Tensor:
 
     Not renormalized. Equal probabilities rank by id. The most probable id always stays. inf keeps every id.
     """
-    if not probs.is_cpu or probs.dtype != torch.float64:
-        return keep_top_p_by_rank(probs, top_p)
-    kept = torch.zeros_like(probs)
-    limits: list[float] = torch.as_tensor(top_p, dtype=probs.dtype).expand(len(probs), 1).flatten().tolist()
-    for row, out, limit in zip(probs.numpy(), kept.numpy(), limits, strict=True):
-        ids = _nucleus(row, limit)
-        out[ids] = row[ids]
-    return kept
-
-
-def keep_top_p_by_rank(probs: torch.Tensor, top_p: Setting) -> torch.Tensor:
-    """`keep_top_p` on any device, without waiting for it. Sorting all ids takes milliseconds a row on CPUs."""
     ranked, ids = probs.sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(dim=-1).roll(1, dims=-1)  # sum of the more probable ids
     before[:, 0] = 0
     return torch.zeros_like(probs).scatter(-1, ids, ranked.where(before <= top_p, 0))
 
 
-def _nucleus(probs: np.ndarray, top_p: float) -> np.ndarray | slice:
-    """The index of the ids that `keep_top_p` keeps of one row, float64 [vocab]. numpy sorts and selects several times
-    as fast as torch."""
+def draw_top_p(probs: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """draw(keep_top_p(probs, top_p), uniform), bit by bit. On a CPU that would take milliseconds a row, for sorting."""
+    if not probs.is_cpu:
+        return draw(keep_top_p(probs, top_p), uniform)
+    limits = top_p.flatten().tolist()
+    kept = [torch.from_numpy(nucleus(row, limit)) for row, limit in zip(probs.numpy(), limits, strict=True)]
+    # Weights of 0, those of ids that are dropped and those of the padding, do not change a sum.
+    weights = pad_sequence([row[ids] for row, ids in zip(probs, kept, strict=True)], batch_first=True)
+    return pad_sequence(kept, batch_first=True).gather(1, draw(weights, uniform)[:, None]).squeeze(1)
+
+
+def nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
+    """The ids, ascending, that `keep_top_p` keeps of a row, float64 [vocab]; all ids if the row has NaNs."""
     if top_p == math.inf:
-        return slice(None)
+        return np.arange(len(probs))
     # Ids below (1 - top_p) / vocab sum to less than 1 - top_p, so they are dropped. Eight times that nearly always
-    # leaves enough, and much less to sort. Otherwise all ids are sorted. NaNs are below no bound.
-    for bound in (8 * (1 - top_p) / len(probs), 0.0):
-        ids = np.flatnonzero(~(probs < bound))
-        weights = probs[ids]
-        ranked = np.sort(weights)[::-1]
-        # The place of the last id that is kept. If it is not among `ranked`, less probable ids may be kept, too.
-        last = int(np.searchsorted(ranked.cumsum(), top_p, side="right"))
-        if last < len(ranked):
-            break
-    lowest = ranked[min(last, len(ranked) - 1)]
-    is_kept = weights > lowest
-    is_equal = ~is_kept & ~(weights < lowest)  # also for NaN
-    is_kept[np.flatnonzero(is_equal)[: last + 1 - np.count_nonzero(is_kept)]] = True
-    return ids[is_kept]
+    # leaves enough ids, and few to sort.
+    ids = np.flatnonzero(probs >= 8 * (1 - top_p) / len(probs))
+    is_kept = _keep_first(probs[ids], top_p)
+    if is_kept is None:
+        ids = np.arange(len(probs))
+        is_kept = _keep_first(probs, top_p)
+    return ids if is_kept is None else ids[is_kept]
+
+
+def _keep_first(weights: np.ndarray, top_p: float) -> np.ndarray | None:
+    """Which of the weights [n] `keep_top_p` keeps, bool [n]; None if they sum to top_p or less, or to NaN."""
+    ranked = np.sort(weights)[::-1]
+    total = ranked.cumsum()
+    if not len(total) or not total[-1] > top_p:
+        return None
+    last = np.searchsorted(total, top_p, side="right")  # of those that are kept
+    is_kept = weights > ranked[last]
+    equal = np.flatnonzero(weights == ranked[last])
+    is_kept[equal[: last + 1 - np.count_nonzero(is_kept)]] = True
+    return is_kept
 
 
 def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:

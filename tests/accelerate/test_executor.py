@@ -123,7 +123,7 @@ def test_a_rank_that_fails_in_the_middle_of_a_step(
 # Matrices of native.c -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m", [1, 3, 4, 9, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 9, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 def test_products(kind: str, m: int) -> None:
     native.compile_library()

@@ -1,5 +1,6 @@
 """Kernels for dense weights: all give the same result, the fastest is kept in a file, and a damaged file is ignored."""
 
+import itertools
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,22 @@ def test_the_fastest_is_kept_in_a_file(folder: Path, monkeypatch: pytest.MonkeyP
     linear._choices.cache_clear()
     assert linear.kernel(weight, 16) is slow and linear.kernel(torch.ones(9, 8), 1) is kernel
     assert len(json.loads(file.read_text())) == 2
+
+
+def test_other_programs_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They delay two of three runs of the faster kernel."""
+    runs = itertools.count()
+
+    def steady(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.004)
+        return F.linear(x, weight)
+
+    def delayed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.012 if next(runs) % 3 else 0)
+        return F.linear(x, weight)
+
+    monkeypatch.setattr(linear, "candidates", lambda dtype: {"torch": steady, "other": delayed})
+    assert linear.measure(torch.ones(8, 8), 16) == "other"
 
 
 def test_a_kernel_is_chosen_per_range_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:

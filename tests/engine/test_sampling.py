@@ -16,9 +16,10 @@ from llama.engine.requests import read_rows
 from llama.engine.sampling import (
     Sampler,
     draw,
+    draw_top_p,
     keep_top_k,
     keep_top_p,
-    keep_top_p_by_rank,
+    nucleus,
     penalize,
     probabilities,
 )
@@ -97,25 +98,36 @@ def row_logits(kind: str, vocab: int) -> torch.Tensor:
 KINDS = ["random", "bfloat16", "flat", "two values", "peaked", "few", "one", "NaN", "inf", "only -inf"]
 
 
-@pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.1, 0.9, 0.9999, 1 - 2**-53, 1.0])
+@pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.1, 0.9, 0.9999, 1 - 2**-53, 1.0, math.inf])
 @pytest.mark.parametrize("vocab", [2, 100, 49_152])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
-def test_top_p_on_cpus_equals_the_full_sort(temperature: float, vocab: int, top_p: float) -> None:
-    """Bit by bit, with NaN rows too: what these draw is an error, but the same on every device."""
+def test_top_p_on_cpus_draws_as_after_a_full_sort(temperature: float, vocab: int, top_p: float) -> None:
+    """With NaN rows too: what these draw is an error, but the same one on every device."""
     probs = probabilities(torch.stack([row_logits(kind, vocab) for kind in KINDS]), temperature)
-    found, expected = keep_top_p(probs, top_p), keep_top_p_by_rank(probs, top_p)
-    for kind, row, other in zip(KINDS, found, expected, strict=True):
-        assert torch.equal(row.view(torch.int64), other.view(torch.int64)), kind
-    mixed = torch.tensor([[top_p], [0.5], [math.inf], [top_p]], dtype=torch.float64)
-    assert torch.equal(keep_top_p(probs[:4], mixed), keep_top_p_by_rank(probs[:4], mixed))
+    limits = torch.full((len(KINDS), 1), top_p, dtype=torch.float64)
+    kept = keep_top_p(probs, limits)
+    for kind, row, expected in zip(KINDS, probs, kept, strict=True):
+        ids = torch.from_numpy(nucleus(row.numpy(), top_p))
+        if not row.isnan().any():
+            assert torch.equal(torch.zeros_like(row).index_copy(0, ids, row[ids]), expected), kind
+    stream = torch.Generator().manual_seed(vocab)
+    for _ in range(10):
+        uniform = torch.rand(len(KINDS), generator=stream, dtype=torch.float64)
+        assert torch.equal(draw_top_p(probs, limits, uniform), draw(kept, uniform))
+    limits[::2] = 0.5
+    assert torch.equal(draw_top_p(probs, limits, uniform), draw(keep_top_p(probs, limits), uniform))
+    for point in (0.0, 1 - 2**-53):
+        uniform.fill_(point)
+        assert torch.equal(draw_top_p(probs, limits, uniform), draw(keep_top_p(probs, limits), uniform))
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.floats(0, 1), st.integers(0, 40))
-def test_top_p_of_tied_weights_equals_the_full_sort(levels: list[int], top_p: float, step: int) -> None:
-    probs = torch.softmax(-torch.tensor([levels], dtype=torch.float64) * step / 8, dim=-1)
-    assert torch.equal(keep_top_p(probs, top_p), keep_top_p_by_rank(probs, top_p))
-    total = probs.sort(descending=True).values.cumsum(dim=-1)[0, len(levels) // 2].item()  # exactly on a boundary
-    assert torch.equal(keep_top_p(probs, total), keep_top_p_by_rank(probs, total))
+def test_top_p_of_tied_weights_on_cpus(levels: list[int], top_p: float, step: int) -> None:
+    probs = torch.softmax(-torch.tensor(levels, dtype=torch.float64) * step / 8, dim=-1)
+    boundary = probs.sort(descending=True).values.cumsum(dim=-1)[len(levels) // 2].item()
+    for limit in (top_p, boundary):
+        expected = keep_top_p(probs[None], limit)[0].nonzero()[:, 0]
+        assert [i for i in nucleus(probs.numpy(), limit) if probs[i] > 0] == expected.tolist()
 
 
 @pytest.mark.parametrize(
