@@ -79,7 +79,7 @@ def test_100_continue(server: Server) -> None:
         (b"OPTIONS /v1/completions", 405),
         (b"OPTIONS *", 404),
         (b"DELETE /v1/models", 405),
-        (b"TRACE /", 404),
+        (b"TRACE /", 405),
         (b"GET /../../etc/passwd", 404),
         (b"GET /v1/models/..%2f..%2fetc%2fpasswd", 404),
         (b"GET /v1/models/%ff%ed%a0%80%00%0d%0a", 404),
