@@ -18,6 +18,7 @@ import asyncio
 import json
 import math
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -197,6 +198,7 @@ def report(loads: Sequence[Load]) -> str:
             ratios = [many.rate / few.rate for many, few in zip(rounds, least, strict=True)]
             what = f"{name}, temperature {temperature:g}, {users} users compared to {least[0].users}, tokens/s"
             lines.append(f"- {what}: {median(ratios):.2f}x, {min(ratios):.2f} to {max(ratios):.2f}")
+    lines.append(f"- this client: at most {max(load.client for load in loads):.0%} of a processor")
     return "\n".join(lines)
 
 
@@ -257,7 +259,10 @@ def compare(options: argparse.Namespace) -> None:
                 except (RequestFailed, httpx.HTTPError) as error:
                     failed[name] = f"{type(error).__name__}: {error}"
                     print(f"{name} failed: {failed[name]}", file=sys.stderr, flush=True)
-    finish([load for load in loads if load.server not in failed], options, failed)
+    loads = [load for load in loads if load.server not in failed]
+    if not loads:
+        raise RequestFailed(f"no server was measured: {failed}")
+    finish(loads, options, failed)
 
 
 def parse() -> argparse.Namespace:
@@ -300,6 +305,7 @@ def numbers(kind: type[int] | type[float]) -> Any:
 
 def main() -> None:
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped
     try:
         options.run(options)
     except (RequestFailed, httpx.HTTPError, OSError, subprocess.CalledProcessError) as error:
