@@ -42,9 +42,10 @@ class Dense:
 
     def __init__(self, weight: torch.Tensor, is_native: bool):
         self.weight, self.is_native = weight, is_native and weight.dtype in native.KINDS
-        # With native.c for few rows, only prompts use a measured kernel.
+        # With native.c for few rows, only prompts use a measured kernel, which may be that of native.c.
         rows = (LARGEST_ROWS,) if self.is_native else MEASURED_ROWS
-        self.kernels = {m: kernel(weight, m) for m in rows}
+        others = {"native": native.linear_blocks} if self.is_native else {}
+        self.kernels = {m: kernel(weight, m, others) for m in rows}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         m = x.numel() // x.shape[-1]

@@ -10,9 +10,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -80,30 +81,34 @@ def measured_rows(m: int) -> int:
     return next((rows for rows in MEASURED_ROWS if m <= rows), LARGEST_ROWS)
 
 
-def kernel(weight: torch.Tensor, rows: int) -> Kernel:
-    """The fastest kernel for weights of this dtype and shape. rows: one of MEASURED_ROWS."""
-    kernels = candidates(weight.dtype)
+def kernel(weight: torch.Tensor, rows: int, others: Mapping[str, Kernel] = MappingProxyType({})) -> Kernel:
+    """The fastest kernel for weights of this dtype and shape.
+
+    rows: one of MEASURED_ROWS. others: kernels by name, in addition to `candidates`.
+    """
+    kernels = candidates(weight.dtype) | dict(others)
     if not weight.is_cpu or len(kernels) == 1:
         return F.linear
-    threads, key = torch.get_num_threads(), f"{weight.dtype} {len(weight)}x{weight.shape[1]} {rows}"
+    threads = torch.get_num_threads()
+    key = " ".join([f"{weight.dtype} {len(weight)}x{weight.shape[1]} {rows}", *others])
     with _lock:
         choices = _choices(threads)
         name = choices.get(key)
         if not isinstance(name, str) or name not in kernels:
-            choices[key] = name = measure(weight, rows)
+            choices[key] = name = measure(weight, rows, kernels)
             _save(choices, threads)
     return kernels[name]
 
 
 @torch.inference_mode()
-def measure(weight: torch.Tensor, rows: int) -> str:
+def measure(weight: torch.Tensor, rows: int, kernels: Mapping[str, Kernel]) -> str:
     """Time the kernels for this number of rows. Returns the fastest: "torch" unless another is clearly faster."""
     if rows > 1:  # with one row memory bandwidth is the limit, but a part of the weight could fit into the CPU's cache
         weight = weight[: max(1, MEASURED_NUMEL // weight.shape[1])]
     x = torch.ones(rows, weight.shape[1], dtype=weight.dtype)
-    seconds: dict[str, list[float]] = {name: [] for name in candidates(x.dtype)}
+    seconds: dict[str, list[float]] = {name: [] for name in kernels}
     for i in range(REPEATS):
-        for name, compute in candidates(x.dtype).items():
+        for name, compute in kernels.items():
             started = time.perf_counter()
             compute(x, weight)
             seconds[name].append(time.perf_counter() - started)

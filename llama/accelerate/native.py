@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from torch import nn
 
-from llama.accelerate.linear import linear
+from llama.accelerate.linear import BLOCK_ROWS, linear
 from llama.accelerate.quantize import GROUP, MAX_GEMV_ROWS, Int4, QuantizedLinear
 from llama.cache import KVCache, Rows, row_tensor
 from llama.parallel.device import cache_folder, processor
@@ -220,6 +220,13 @@ def multiply(w: Matrix, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     pointers = rows.data_ptr(), sums.data_ptr(), _pointer(operands), y.data_ptr()
     library().multiply(w, *pointers, m, torch.get_num_threads())
     return y.view(*x.shape[:-1], w.n).to(x.dtype)
+
+
+def linear_blocks(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """F.linear for many rows, in blocks that fit into the CPU's cache: x [.., k], weight [n, k] -> [.., n]."""
+    w = matrix(weight)
+    parts = [multiply(w, rows, weight.dtype) for rows in x.reshape(-1, w.k).split(BLOCK_ROWS)]
+    return torch.cat(parts).view(*x.shape[:-1], w.n)
 
 
 def _pointer(buffer: torch.Tensor | None) -> int | None:

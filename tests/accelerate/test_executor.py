@@ -21,6 +21,7 @@ from helpers.tolerance import BFLOAT16, LOGPROB, gamma, near
 from llama import Llama, ModelArgs, loading, model
 from llama.accelerate import executor, fused, native
 from llama.accelerate.fused import Dense
+from llama.accelerate.linear import BLOCK_ROWS
 from llama.accelerate.quantize import MAX_GEMV_ROWS, Int4, Int8, QuantizedLinear
 from llama.cache import KVCache
 from llama.checkpoint.layout import tensor_shapes
@@ -143,6 +144,20 @@ def test_products(kind: str, m: int) -> None:
         if kind == "bfloat16":  # the result is rounded to it
             bound += BFLOAT16 * (exact.abs() + bound)
         assert ((found.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [1, 17, BLOCK_ROWS + 3])
+def test_products_in_blocks(m: int, dtype: torch.dtype) -> None:
+    native.compile_library()
+    weight = torch.randn(50, 99, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(1, m, 99, generator=torch.Generator().manual_seed(m)).to(dtype)
+    found, exact = native.linear_blocks(x, weight), x.double() @ weight.double().T
+    assert found.shape == (1, m, 50) and found.dtype == dtype
+    bound = gamma(99) * (x.double().abs() @ weight.double().abs().T)
+    if dtype == torch.bfloat16:
+        bound += BFLOAT16 * (exact.abs() + bound)
+    assert ((found.double() - exact).abs() <= bound).all()
 
 
 # Roundings of a term besides those of additions. int8: the scale and that of x. int4: these, that of the weight, and

@@ -57,7 +57,7 @@ def test_the_fastest_is_kept_in_a_file(folder: Path, monkeypatch: pytest.MonkeyP
     assert len(json.loads(file.read_text())) == 2
 
 
-def test_other_programs_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_programs_do_not_change_the_choice() -> None:
     """They delay two of three runs of the faster kernel."""
     runs = itertools.count()
 
@@ -69,8 +69,25 @@ def test_other_programs_do_not_change_the_choice(monkeypatch: pytest.MonkeyPatch
         time.sleep(0.012 if next(runs) % 3 else 0)
         return F.linear(x, weight)
 
-    monkeypatch.setattr(linear, "candidates", lambda dtype: {"torch": steady, "other": delayed})
-    assert linear.measure(torch.ones(8, 8), 16) == "other"
+    assert linear.measure(torch.ones(8, 8), 16, {"torch": steady, "other": delayed}) == "other"
+
+
+def test_a_kernel_of_the_caller_is_measured_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice with it is another one, because a model that is not compiled has no such kernel."""
+
+    def slow(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.002)
+        return F.linear(x, weight)
+
+    def own(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight)
+
+    monkeypatch.setattr(linear, "candidates", lambda dtype: {"torch": slow, "other": slow})
+    weight = torch.ones(8, 8)
+    assert linear.kernel(weight, 128, {"own": own}) is own
+    assert linear.kernel(weight, 128) is slow
+    (file,) = folder.iterdir()
+    assert set(json.loads(file.read_text())) == {"torch.float32 8x8 128 own", "torch.float32 8x8 128"}
 
 
 def test_a_kernel_is_chosen_per_range_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +117,7 @@ def test_a_file_that_holds_something_else_is_replaced(text: str, folder: Path) -
 def test_threads_measure_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     active, peak = 0, 0
 
-    def measure(weight: torch.Tensor, rows: int) -> str:
+    def measure(weight: torch.Tensor, rows: int, kernels: object) -> str:
         nonlocal active, peak
         active += 1
         peak = max(peak, active)
