@@ -68,11 +68,11 @@ class Answer:
         return self.times[0] - self.started
 
 
-def prompts(n: int, seed: int) -> list[str]:
-    """Different texts of about 100 tokens. They begin differently, so a cache of prefixes does not help."""
+def prompts(n: int, seed: int, sentences: int) -> list[str]:
+    """Different texts of about 20 tokens a sentence. They begin differently, so a cache of prefixes does not help."""
     drawn = random.Random(seed)
     starts = drawn.sample(range(10**6, 10**7), n)
-    return [" ".join([f"{start} notes.", *drawn.sample(SENTENCES, 5)]) for start in starts]
+    return [" ".join([f"{start} notes.", *drawn.sample(SENTENCES, sentences)]) for start in starts]
 
 
 def completion(prompt: str | list[int], new: int, seed: int = 1, **fields: Any) -> dict[str, Any]:
@@ -110,7 +110,9 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
 
 
 def connect(base_url: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=base_url, timeout=None, limits=httpx.Limits(max_connections=None))
+    # A connection each: llama-server closes kept ones at a moment when the client may be sending its next request.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=base_url, timeout=None, limits=limits)
 
 
 # Load -----------------------------------------------------------------------------------------------
@@ -157,11 +159,11 @@ async def measure(base_url: str, name: str, options: argparse.Namespace, seed: i
     """One round at a server: every number of users at every temperature, after a warm-up."""
     found = list[Load]()
     async with connect(base_url) as client:
-        warm = [completion(text, 4, **fields) for text in prompts(max(options.users), 1000 + seed)]
+        warm = [completion(text, 4, **fields) for text in prompts(max(options.users), 1000 + seed, options.sentences)]
         await put_load(client, Load(name, max(options.users), 0), warm)
         for users in options.users:
             for temperature in options.temperatures:
-                texts = prompts(max(options.requests, 2 * users), 10 * seed + len(found))
+                texts = prompts(max(options.requests, 2 * users), 10 * seed + len(found), options.sentences)
                 sampling = {"temperature": temperature, "top_p": TOP_P if temperature else 1}
                 bodies = [completion(text, options.new, i, **sampling, **fields) for i, text in enumerate(texts)]
                 found.append(Load(name, users, temperature))
@@ -226,7 +228,8 @@ def plot(loads: Sequence[Load], path: Path, title: str) -> None:
 
 
 def finish(loads: Sequence[Load], options: argparse.Namespace, failed: dict[str, str]) -> None:
-    title = f"{processor()}, {THREADS} threads; {date.today()}; {options.new} new tokens after about 100"
+    lengths = f"{options.new} new tokens after about {20 * options.sentences}"
+    title = f"{processor()}, {THREADS} threads; {date.today()}; {lengths}"
     print(f"{title}\n\n{report(loads)}")
     for name, reason in failed.items():
         print(f"- {name}: {reason}")
@@ -271,6 +274,7 @@ def parse() -> argparse.Namespace:
     load = argparse.ArgumentParser(add_help=False)
     load.add_argument("--users", type=numbers(int), default=[1, 4, 16], help="concurrent users; default: 1,4,16")
     load.add_argument("--requests", type=int, default=6, help="of all users, at least; each user sends 2 or more")
+    load.add_argument("--sentences", type=int, default=5, help="of each prompt, about 20 tokens each; default: 5")
     load.add_argument("--new", type=int, default=64, help="new tokens of each answer; default: 64")
     load.add_argument("--temperatures", type=numbers(float), default=[0.0], help=f"where not 0, top_p is {TOP_P}")
     load.add_argument("--chat", action="store_true", help="/chat/completions instead of /completions")
@@ -289,9 +293,10 @@ def parse() -> argparse.Namespace:
     command = commands.add_parser("compare", parents=[load, model])
     command.set_defaults(run=compare)
     command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--dtype", default="bfloat16", help="of the weights; default: bfloat16")
     command.add_argument("--llama_cpp", type=Path, help="llama-server, with llama-quantize beside it")
     command.add_argument("--gguf", type=Path, default=ROOT / "checkpoints/smollm2-135m-instruct.gguf")
-    command.add_argument("--gguf_type", default="BF16", help="to which --gguf is converted; default: BF16")
+    command.add_argument("--gguf_type", default="BF16", help="as --dtype, for llama.cpp; default: BF16")
     command.add_argument("--transformers", type=Path, help="the program transformers, installed with its extra serving")
     return parser.parse_args()
 

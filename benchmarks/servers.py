@@ -75,7 +75,7 @@ def servers(options: argparse.Namespace, folder: Path) -> dict[str, tuple[list[s
     """Name -> command, and fields of all requests. The weights of the others are written to `folder`."""
     ckpt_dir, slots = options.ckpt_dir, max(options.users)
     bias = {"logit_bias": {str(id): -100 for id in sorted(Tokenizer(find_tokenizer(ckpt_dir)).stop_tokens)}}
-    kind = ("--dtype", "bfloat16")
+    kind = ("--dtype", options.dtype)
     found: dict[str, tuple[list[str], dict[str, Any]]] = {
         "llama serve": (ours(ckpt_dir, *kind, slots=slots), bias),
         "llama serve --no-compile": (ours(ckpt_dir, *kind, "--no-compile", slots=slots), bias),
@@ -88,7 +88,7 @@ def servers(options: argparse.Namespace, folder: Path) -> dict[str, tuple[list[s
         found[f"llama.cpp, {options.gguf_type}"] = ([str(options.llama_cpp), "--model", str(gguf), *sizes], bias)
     if options.transformers:
         copy = folder / "hf"
-        convert(ckpt_dir, copy, dtype="bfloat16", to="hf")
+        convert(ckpt_dir, copy, dtype=options.dtype, to="hf")
         for name in ("config.json", "generation_config.json"):
             (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | {"eos_token_id": None}))
         # By default it allocates most of the machine's memory for its cache, in blocks of 256 positions.

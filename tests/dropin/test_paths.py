@@ -19,11 +19,13 @@ from llama.cli.main import main
 from llama.cli.plan import plan
 from llama.cli.verify import verify
 from llama.convert import convert
+from llama.parallel.device import cache_folder
 
 
 @pytest.fixture
 def home(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(checkpoint("mha"), tmp_path / "x")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_folder().parent))  # native.c is compiled only once
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 

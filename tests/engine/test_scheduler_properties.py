@@ -2,7 +2,7 @@
 
 In the first test the test itself is the engine's thread. Events happen at ticks, of which there are two a step: one
 between the steps, and one while a step is computed, in another thread as in a server. So a failing example can be
-repeated and made smaller. In the others threads submit calls whenever they like, on one rank and on two.
+repeated and made smaller. In the others threads submit calls whenever they like, on one rank and on several.
 """
 
 import dataclasses
@@ -405,5 +405,8 @@ def test_calls_of_threads_equal_those_alone(options: dict[str, Any], checkpoint:
     answer(checkpoint("gqa"), 150, options)
 
 
-def test_calls_on_two_ranks_equal_those_alone(checkpoint: Callable[..., Path]) -> None:
-    run_ranks(2, answer, checkpoint("gqa"), 70, {})
+@pytest.mark.parametrize(("world_size", "count"), [(2, 70), (4, 25)])
+def test_calls_on_several_ranks_equal_those_alone(
+    world_size: int, count: int, checkpoint: Callable[..., Path]
+) -> None:
+    run_ranks(world_size, answer, checkpoint("gqa"), count, {})

@@ -21,7 +21,7 @@ import serve
 import serve_prompts
 from servers import RequestFailed
 
-OPTIONS = argparse.Namespace(users=[1, 3], temperatures=[0, 1], requests=4, new=8, chat=False)
+OPTIONS = argparse.Namespace(users=[1, 3], temperatures=[0, 1], requests=4, new=8, sentences=5, chat=False)
 
 
 @pytest.fixture(scope="module")
