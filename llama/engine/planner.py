@@ -148,7 +148,8 @@ class Planner:
         for other in self.slots:
             if other.task is not None and other.task.source is slot:
                 other.task.source = None  # or this row might wait for that one, which waits for this slot
-        slot.task, task.served, task.source = task, self._step - 1, None
+        slot.task, task.source = task, None
+        task.served = self._step - 2  # its first part comes before the next parts of rows that were served last
         if prefix is not None and prefix.slot is slot:
             slot.truncate(prefix.length, prefix.scores)
             self._count_reused(task, prefix.length)
@@ -207,8 +208,10 @@ class Planner:
         for slot in sorted(slots, key=lambda slot: (self._task(slot.index).served, self._task(slot.index).number)):
             task = self._task(slot.index)
             n = task.needed - len(slot.ids)
-            # A small part of a prompt would take a pass of its own.
-            if not whole and n > left and left < chunk // 2:
+            # A small part of a prompt would take a pass of its own. The next part of a long one, which had its turn in
+            # the last step, would delay the first tokens of prompts that are new.
+            is_early = parts and task.served == self._step - 1
+            if not whole and n > left and (left < chunk // 2 or is_early):
                 continue
             if not whole:
                 n = min(n, left)

@@ -15,7 +15,7 @@ import torch
 from helpers.ranks import run_ranks
 from helpers.tolerance import LOGPROB
 from llama import Llama
-from llama.engine.calls import Slot
+from llama.engine.calls import Call, Slot
 from llama.engine.planner import group_by_length
 from llama.engine.requests import shared_prefix
 from llama.parallel.groups import is_main_rank
@@ -145,6 +145,35 @@ def test_a_long_prompt_delays_others_by_one_chunk(build: Callable[..., Llama], m
     assert max(seqlen for _, seqlen in shapes) == 32
     tokens, _ = llama.generate([long, PROMPTS[0]], 6, temperature=0)
     assert tokens == expected
+
+
+def test_a_short_prompt_does_not_wait_for_another_chunk(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first id comes one step after the chunk that is computed when it arrives. The long prompt goes on then."""
+    llama = build("mha", max_seq_len=256, max_batch_size=3, prefill_chunk=32)
+    shapes = watch(llama, monkeypatch)
+    scheduler = llama.scheduler
+
+    def submit(prompt: list[int]) -> Call:
+        return scheduler.submit(llama._rows([prompt], max_gen_len=6), listener=lambda: None)
+
+    def step() -> list[tuple[int, ...]]:
+        shapes.clear()
+        assert scheduler._claim_for_calls(timeout=0)
+        scheduler._step(None)
+        scheduler._release_model()
+        return list(shapes)
+
+    long = submit([1, *range(3, 200)])
+    assert step() == [(1, 32)]
+    others = [submit([1, 5, 6, 7, 8])]
+    assert step() == [(1, 5)] and len(others[0].rows[0].tokens) == 1
+    others.append(submit([1, 9, 10]))
+    assert step() == [(1, 1), (1, 32)]  # the long one had waited for a step
+    assert step() == [(1, 1), (1, 3)] and len(others[1].rows[0].tokens) == 1
+    for call in (long, *others):
+        scheduler.cancel(call)
 
 
 @pytest.mark.parametrize("options", [{}, {"compile": False}, {"plain": True}], ids=str)

@@ -406,7 +406,5 @@ def test_calls_of_threads_equal_those_alone(options: dict[str, Any], checkpoint:
 
 
 @pytest.mark.parametrize(("world_size", "count"), [(2, 70), (4, 25)])
-def test_calls_on_several_ranks_equal_those_alone(
-    world_size: int, count: int, checkpoint: Callable[..., Path]
-) -> None:
+def test_calls_on_several_ranks_equal_those_alone(world_size: int, count: int, checkpoint: Callable[..., Path]) -> None:
     run_ranks(world_size, answer, checkpoint("gqa"), count, {})

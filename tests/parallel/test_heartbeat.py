@@ -510,7 +510,7 @@ def test_both_hosts_exit_when_the_network_is_cut(
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a b c"}\n' * 10_000)
     args = ["-m", "llama", "complete", "--ckpt_dir", str(checkpoint("mha", 2)), "--file",
-             str(tmp_path / "prompts.jsonl"), "--max_gen_len", "400", "--out"]  # fmt: skip
+             str(tmp_path / "prompts.jsonl"), "--max_gen_len", "20", "--out"]  # fmt: skip
     running = [hosts.start(n, 1, *args, str(tmp_path / f"out{n}.jsonl"), LLAMA_TIMEOUT="24") for n in range(2)]
     until = time.monotonic() + 60
     while not (tmp_path / "out0.jsonl").exists() or not (tmp_path / "out0.jsonl").read_text():
