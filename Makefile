@@ -45,7 +45,7 @@ docs: $(VENV)/.installed-docs
 $(VENV)/.installed-%: pyproject.toml requirements.txt | $(VENV)/.created
 	@rm -f $@
 	@echo "Installing llama-runner[$*] into $(VENV): about 2 minutes, longer the first time where torch must be downloaded"
-	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c requirements.txt -e '.[$*]' || \
+	@$(BIN)/python -m pip install -qq --no-compile --no-input --disable-pip-version-check -c requirements.txt -e '.[$*]' || \
 		{ echo "make: the install failed, the reason is above; fix it, then run make again" >&2; exit 1; }
 	@touch $@
 
