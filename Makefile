@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := checkpoints/smollm2-135m-instruct
 
-.PHONY: help demo test test-gpu docs clean
+.PHONY: help demo test test-slow test-gpu docs clean
 # `make -j demo test` would run two pips in one environment.
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    chat with a small real model: installs into $(VENV), fetches the model (93 MB)"
 	@echo "make test    ruff, mypy, shellcheck and pytest: installs into $(VENV), no other download"
+	@echo "make test-slow  tests of memory, of two hosts and of other CPUs that take minutes"
 	@echo "make test-gpu BIN=/path/to/env/bin"
 	@echo "             tests on your GPUs, in an environment whose torch has CUDA; writes gpu-report.json"
 	@echo "make docs    the documentation as a web site in site/: installs into $(VENV)"
@@ -31,7 +32,11 @@ test: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck download.sh .ci/run
-	$(BIN)/python -m pytest -n 4 --dist worksteal
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m 'not slow'
+
+# Alone: two processes at a time, as most of these tests measure memory or time.
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # Installs nothing, because the user must choose a CUDA build of torch.
 test-gpu:

@@ -563,6 +563,7 @@ def test_lists_in_other_layouts(bench: Callable[..., Bench]) -> None:
 # ---- cuts
 
 
+@pytest.mark.slow
 def test_a_hundred_cuts(fetching: Bench, measured: Callable[[str, object], None]) -> None:
     """Cuts at random bytes: the server closes or resets the connection, or the test sends SIGKILL or Ctrl-C. The next
     run continues. In the end the file is correct, and it never has its final name before.

@@ -300,6 +300,7 @@ def test_dequantize(kind: type[Int8 | Int4], to: torch.dtype) -> None:
     assert torch.equal(found, layer.dequantize().to(to))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are vectors of x86")
 @pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx2"])
 def test_narrower_vectors(flags: str, tmp_path: Path) -> None:

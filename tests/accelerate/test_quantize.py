@@ -212,14 +212,14 @@ def perplexity(llama: Llama, ids: list[int]) -> float:
 
 
 def test_perplexity_of_the_demo(demo: Path, measured: Callable[[str, object], None]) -> None:
-    """1,024 tokens, in float32: bfloat16 alone would change the perplexity of so few by half a percent. docs/ has
+    """512 tokens, in float32: bfloat16 alone would change the perplexity of so few by half a percent. docs/ has
     that of all 20,097, by benchmarks/accuracy.py."""
     text = (GOLDEN / "text.txt").read_text()
     build: Callable[..., Llama] = lambda **form: Llama.build(demo, max_seq_len=512, dtype="float32", **form)  # noqa: E731
     llama = build()
-    ids = llama.tokenizer.encode(text, bos=False, eos=False)[:1024]
+    ids = llama.tokenizer.encode(text, bos=False, eos=False)[:512]
     exact = perplexity(llama, ids)
     for scheme, bound in (("int8", 0.005), ("int4", 0.06)):
         ratio = perplexity(build(quantize=scheme), ids) / exact - 1
-        measured(f"perplexity of 1,024 tokens in {scheme}, relative to float32", ratio)
+        measured(f"perplexity of 512 tokens in {scheme}, relative to float32", ratio)
         assert abs(ratio) < bound

@@ -124,6 +124,7 @@ def expected_pages(shards: int, ranks: int, rank: int) -> dict[str, tuple[int, i
     return pages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rank_holds_its_own_weights_and_reads_its_own_slices(
     shards: int,
@@ -153,6 +154,7 @@ def test_a_rank_holds_its_own_weights_and_reads_its_own_slices(
             assert used_bytes / 2 <= touched[name] <= limit_bytes, f"{name}: {used_bytes} to {limit_bytes}; {figures}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1], indirect=True, ids=["1-shard"])
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_a_rank_that_quantizes_never_holds_the_whole_model(

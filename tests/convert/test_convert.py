@@ -223,6 +223,7 @@ def test_a_killed_conversion_leaves_no_folder(checkpoint: Callable[..., Path], t
     assert (tmp_path / "out" / "params.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("to", ["meta", "hf"])
 def test_memory_is_a_few_tensors(tmp_path: Path, to: str, measured: Callable[[str, object], None]) -> None:

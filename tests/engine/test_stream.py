@@ -594,6 +594,7 @@ def request(stream: random.Random) -> tuple[list[int], dict[str, Any]]:
     }
 
 
+@pytest.mark.slow
 def test_2000_random_requests_are_independent_and_leak_no_memory(
     build: Callable[..., Llama], measured: Callable[[str, object], None]
 ) -> None:

@@ -42,7 +42,7 @@ def test_thousands_of_tokens_of_the_demo_model(
         command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "2"}
     )
     ours, theirs = json.loads(done.stdout), golden["first_lines"]
-    assert ours["tokens"] == theirs["tokens"] > 5_000
+    assert ours["tokens"] == theirs["tokens"] > 2_000
     apart = abs(ours["perplexity"] / theirs["perplexity"] - 1)
     measured(f"perplexity of {ours['tokens']:,} tokens of the demo model to transformers', relative", apart)
     within = logprob_sum(ours["tokens"])

@@ -19,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
-LENGTH, LINES = 512, 250
+LENGTH, LINES = 512, 110
 
 
 def figures(model: torch.nn.Module, ids: list[int]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from llama.evaluate.scoring import hidden_states, token_logprobs
 from llama.parallel.device import DTYPES
 from llama.parallel.groups import connect_ranks, current_world, init_process_groups
 
-ROWS, LENGTH = 4, 4096
+ROWS, LENGTH = 2, 4096
 
 
 def peak() -> int:

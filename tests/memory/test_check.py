@@ -344,6 +344,7 @@ def test_a_gpu_that_others_have_filled(step: str, build: Callable[..., Llama], m
     assert llama.generate(prompts, 8, temperature=0)[0] == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_long_running_process_needs_no_more_memory(
     checkpoint: Callable[..., Path], measured: Callable[[str, object], None]

@@ -186,6 +186,7 @@ def test_bytes_of_the_quantized_7b() -> None:
 # The peak of a prefill ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID/status, which Linux has")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_prefill_grows_the_process_as_planned(dtype: str, measured: Callable[[str, object], None]) -> None:

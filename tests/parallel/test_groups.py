@@ -368,6 +368,7 @@ if is_rank:
 """
 
 
+@pytest.mark.slow
 def test_ranks_exit_cleanly_20_times_of_20(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """A gloo rank that exits without destroying its process group sometimes aborts."""
     script = tmp_path / "ending.py"

@@ -78,6 +78,7 @@ def test_the_other_rank_exits_and_names_the_cause(checkpoint: Callable[..., Path
         assert re.fullmatch(f"error: {report}.*", result["lines"][-1]), result
 
 
+@pytest.mark.slow
 def test_20_kills_at_random_moments(checkpoint: Callable[..., Path], measured: Callable[[str, object], None]) -> None:
     rng = random.Random(7)
     scenarios = [f"{rng.uniform(0, 4):.3f}:{rng.randrange(2)}:kill" for _ in range(20)]
@@ -489,6 +490,7 @@ def hosts() -> Iterator[Hosts]:
     made.__exit__()
 
 
+@pytest.mark.slow
 def test_two_hosts_generate_the_same_as_one_rank(hosts: Hosts, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Two ranks on each, with a copy of the checkpoint on each."""
     folders = [str(shutil.copytree(checkpoint("mha", 2), tmp_path / host)) for host in "ab"]
@@ -505,6 +507,7 @@ def test_two_hosts_generate_the_same_as_one_rank(hosts: Hosts, checkpoint: Calla
     assert "2 shards -> 4 ranks over gloo" in results[0][1]
 
 
+@pytest.mark.slow
 def test_both_hosts_exit_when_the_network_is_cut(
     hosts: Hosts, checkpoint: Callable[..., Path], tmp_path: Path, measured: Callable[[str, object], None]
 ) -> None:
