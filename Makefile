@@ -34,7 +34,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/shellcheck download.sh .ci/run
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m 'not slow'
 
-# Alone: two processes at a time, as most of these tests measure memory or time.
+# Most of these tests measure memory or time, so nothing else should run.
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 

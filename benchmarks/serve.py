@@ -160,7 +160,7 @@ async def measure(base_url: str, name: str, options: argparse.Namespace, seed: i
     found = list[Load]()
     async with connect(base_url) as client:
         warm = [completion(text, 4, **fields) for text in prompts(max(options.users), 1000 + seed, options.sentences)]
-        await put_load(client, Load(name, max(options.users), 0), warm)
+        await put_load(client, Load(name, max(options.users), 0), list(map(as_chat, warm)) if options.chat else warm)
         for users in options.users:
             for temperature in options.temperatures:
                 texts = prompts(max(options.requests, 2 * users), 10 * seed + len(found), options.sentences)
@@ -189,9 +189,10 @@ def report(loads: Sequence[Load]) -> str:
         rates = [load.rate for load in rounds]
         first = [seconds for load in rounds for seconds in load.first]
         gaps = [1000 * seconds for load in rounds for seconds in load.between]
+        between = f"{median(gaps):.0f}, {quantile(gaps, 0.99):.0f}" if gaps else "-"  # answers of one event have none
         lines.append(
             f"| {name} | {temperature:g} | {users} | {median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f}) "
-            f"| {median(first):.2f}, {quantile(first, 0.9):.2f} | {median(gaps):.0f}, {quantile(gaps, 0.99):.0f} |"
+            f"| {median(first):.2f}, {quantile(first, 0.9):.2f} | {between} |"
         )
     lines.append("")
     for (name, temperature, users), rounds in cells.items():
@@ -209,9 +210,9 @@ def plot(loads: Sequence[Load], path: Path, title: str) -> None:
 
     pyplot.rcParams["svg.hashsalt"] = "llama-runner"  # the same file from the same figures
     figure, axes = pyplot.subplots(figsize=(7, 3.6))
-    users = sorted({load.users for load in loads})
+    users, temperature = sorted({load.users for load in loads}), min(load.temperature for load in loads)
     for name in dict.fromkeys(load.server for load in loads):
-        shown = [load for load in loads if load.server == name and load.temperature == 0]
+        shown = [load for load in loads if load.server == name and load.temperature == temperature]
         rates = [median(load.rate for load in shown if load.users == n) for n in users]
         axes.plot(users, rates, "-" if name.startswith("llama serve") else "--", marker="o", label=name)
     axes.set_xscale("log", base=2)
@@ -230,13 +231,13 @@ def plot(loads: Sequence[Load], path: Path, title: str) -> None:
 def finish(loads: Sequence[Load], options: argparse.Namespace, failed: dict[str, str]) -> None:
     lengths = f"{options.new} new tokens after about {20 * options.sentences}"
     title = f"{processor()}, {THREADS} threads; {date.today()}; {lengths}"
+    if options.out:
+        asked = {name: str(value) for name, value in vars(options).items() if name != "run"}
+        found = {"machine": processor(), "threads": THREADS, "date": str(date.today()), "options": asked}
+        options.out.write_text(json.dumps(found | {"failed": failed, "loads": list(map(asdict, loads))}) + "\n")
     print(f"{title}\n\n{report(loads)}")
     for name, reason in failed.items():
         print(f"- {name}: {reason}")
-    if options.out:
-        asked = {name: str(value) for name, value in vars(options).items()}
-        found = {"machine": processor(), "threads": THREADS, "date": str(date.today()), "options": asked}
-        options.out.write_text(json.dumps(found | {"failed": failed, "loads": list(map(asdict, loads))}) + "\n")
     if options.plot:
         plot(loads, options.plot, title)
 
@@ -259,7 +260,7 @@ def compare(options: argparse.Namespace) -> None:
                 try:
                     with started(command) as base_url:
                         loads += asyncio.run(measure(base_url, name, options, n, **fields))
-                except (RequestFailed, httpx.HTTPError) as error:
+                except (RequestFailed, httpx.HTTPError, OSError) as error:
                     failed[name] = f"{type(error).__name__}: {error}"
                     print(f"{name} failed: {failed[name]}", file=sys.stderr, flush=True)
     loads = [load for load in loads if load.server not in failed]
@@ -273,13 +274,16 @@ def parse() -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
     load = argparse.ArgumentParser(add_help=False)
     load.add_argument("--users", type=numbers(int), default=[1, 4, 16], help="concurrent users; default: 1,4,16")
-    load.add_argument("--requests", type=int, default=6, help="of all users, at least; each user sends 2 or more")
-    load.add_argument("--sentences", type=int, default=5, help="of each prompt, about 20 tokens each; default: 5")
+    load.add_argument("--requests", type=int, default=6, help="of all users, at least; at least 2 for each user")
+    counts = range(1, len(SENTENCES) + 1)
+    load.add_argument(
+        "--sentences", type=int, choices=counts, default=5, help="of each prompt, about 20 tokens each; default: 5"
+    )
     load.add_argument("--new", type=int, default=64, help="new tokens of each answer; default: 64")
     load.add_argument("--temperatures", type=numbers(float), default=[0.0], help=f"where not 0, top_p is {TOP_P}")
     load.add_argument("--chat", action="store_true", help="/chat/completions instead of /completions")
     load.add_argument("--out", type=Path, help="JSON with every round")
-    load.add_argument("--plot", type=Path, help="tokens/s at temperature 0 for each number of users")
+    load.add_argument("--plot", type=Path, help="tokens/s at the lowest temperature for each number of users")
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--ckpt_dir", type=Path, default=ROOT / "checkpoints/smollm2-135m-instruct")
 

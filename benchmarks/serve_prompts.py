@@ -12,6 +12,8 @@ time. Prompts are random ids. Run it on an otherwise idle machine.
 import argparse
 import asyncio
 import random
+import signal
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 from llama.accelerate.executor import PREFILL_CHUNK
 from llama.tokenizer import Tokenizer, find_tokenizer
 from serve import Load, ask, completion, connect, put_load
-from servers import ROOT, SLOT, RequestFailed, ours, started
+from servers import ROOT, SLOT, RequestFailed, no_ends, ours, started
 
 
 def random_ids(n: int, length: int, vocab: int, seed: int) -> list[list[int]]:
@@ -28,7 +30,9 @@ def random_ids(n: int, length: int, vocab: int, seed: int) -> list[list[int]]:
     return [[lowest + i, *drawn.choices(range(lowest, vocab), k=length - 1)] for i in range(n)]
 
 
-async def measure_wait(base_url: str, vocab: int, chunk: int, length: int, rounds: int) -> dict[str, Any]:
+async def measure_wait(
+    base_url: str, vocab: int, chunk: int, length: int, rounds: int, **fields: Any
+) -> dict[str, Any]:
     """Seconds to the first token: of a prompt of one chunk and of a short one on the idle server, and of short ones
     that come while a prompt of `length` ids is computed, at moments spread over the first third of that time."""
     ids = iter(random_ids(4 + 3 * rounds, length, vocab, seed=1))
@@ -36,7 +40,7 @@ async def measure_wait(base_url: str, vocab: int, chunk: int, length: int, round
     async with connect(base_url) as client:
 
         async def first(n: int) -> float:
-            return (await ask(client, completion(next(ids)[:n], 1))).first
+            return (await ask(client, completion(next(ids)[:n], 1, **fields))).first
 
         await first(chunk)  # warm-up
         found: dict[str, Any] = {"chunk": [], "idle": await first(16), "long": await first(length), "wait": []}
@@ -52,9 +56,10 @@ async def measure_wait(base_url: str, vocab: int, chunk: int, length: int, round
 
 
 def chunks(options: argparse.Namespace) -> None:
-    vocab = Tokenizer(find_tokenizer(options.ckpt_dir)).n_words
+    tokenizer = Tokenizer(find_tokenizer(options.ckpt_dir))
+    vocab, fields = tokenizer.n_words, no_ends(tokenizer)
     with started(ours(options.ckpt_dir, "--dtype", "bfloat16", length=8192)) as base_url:
-        found = asyncio.run(measure_wait(base_url, vocab, PREFILL_CHUNK, 4000, options.rounds))
+        found = asyncio.run(measure_wait(base_url, vocab, PREFILL_CHUNK, 4000, options.rounds, **fields))
     chunk, waits = median(found["chunk"]), sorted(found["wait"])
     print(
         f"first token on the idle server: {found['idle']:.2f} s after 16 ids, {chunk:.2f} s after one chunk "
@@ -64,16 +69,18 @@ def chunks(options: argparse.Namespace) -> None:
     )
 
 
-async def measure_prefix(base_url: str, vocab: int, requests: int, shared: int, new: int, users: int) -> list[Load]:
+async def measure_prefix(
+    base_url: str, vocab: int, requests: int, shared: int, new: int, users: int, **fields: Any
+) -> list[Load]:
     """The same number of requests of the same lengths, first with a common prefix of `shared` ids, then without."""
     system, *others = random_ids(1 + 2 * requests, shared + 24, vocab, seed=1)
     sets = {"shared": [system[:shared] + other[:24] for other in others[:requests]], "not shared": others[requests:]}
     found = []
     async with connect(base_url) as client:
-        await ask(client, completion(random_ids(1, shared, vocab, seed=2)[0], 4))  # warm-up
+        await ask(client, completion(random_ids(1, shared, vocab, seed=2)[0], 4, **fields))  # warm-up
         for name, asked in sets.items():
             found.append(Load(name, users, 0))
-            answers = await put_load(client, found[-1], [completion(ids, new) for ids in asked])
+            answers = await put_load(client, found[-1], [completion(ids, new, **fields) for ids in asked])
             reused = sum(answer.usage["prompt_tokens_details"]["cached_tokens"] for answer in answers)
             print(
                 f"{name}: {found[-1].seconds:.1f} s for {requests} requests, {reused:,} prompt ids reused", flush=True
@@ -83,8 +90,9 @@ async def measure_prefix(base_url: str, vocab: int, requests: int, shared: int, 
 
 def prefix(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer(find_tokenizer(options.ckpt_dir))
+    sizes = tokenizer.n_words, options.requests, 1000, options.new, 16
     with started(ours(options.ckpt_dir, "--dtype", "bfloat16", length=SLOT + 64)) as base_url:
-        found = asyncio.run(measure_prefix(base_url, tokenizer.n_words, options.requests, 1000, options.new, 16))
+        found = asyncio.run(measure_prefix(base_url, *sizes, **no_ends(tokenizer)))
     print(f"{found[1].seconds / found[0].seconds:.1f} times faster (expected: at least 4)")
 
 
@@ -100,6 +108,7 @@ def main() -> None:
     command.add_argument("--requests", type=int, default=200, help="with the prefix, and without")
     command.add_argument("--new", type=int, default=32, help="new tokens of each answer; default: 32")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped
     options.run(options)
 
 

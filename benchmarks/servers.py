@@ -71,21 +71,27 @@ def ours(ckpt_dir: Path, *flags: str, slots: int = 16, length: int = SLOT) -> li
     return [sys.executable, "-m", "llama", "serve", "--ckpt_dir", str(ckpt_dir.resolve()), *sizes, *flags]
 
 
+def no_ends(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The field of a request whose answer no id may end."""
+    return {"logit_bias": {str(id): -100 for id in sorted(tokenizer.stop_tokens)}}
+
+
 def servers(options: argparse.Namespace, folder: Path) -> dict[str, tuple[list[str], dict[str, Any]]]:
     """Name -> command, and fields of all requests. The weights of the others are written to `folder`."""
     ckpt_dir, slots = options.ckpt_dir, max(options.users)
-    bias = {"logit_bias": {str(id): -100 for id in sorted(Tokenizer(find_tokenizer(ckpt_dir)).stop_tokens)}}
+    bias = no_ends(Tokenizer(find_tokenizer(ckpt_dir)))
     kind = ("--dtype", options.dtype)
     found: dict[str, tuple[list[str], dict[str, Any]]] = {
         "llama serve": (ours(ckpt_dir, *kind, slots=slots), bias),
         "llama serve --no-compile": (ours(ckpt_dir, *kind, "--no-compile", slots=slots), bias),
     }
     if options.llama_cpp:
-        gguf, quantize = folder / "weights.gguf", options.llama_cpp.with_name("llama-quantize")
+        program, gguf = options.llama_cpp.absolute(), folder / "weights.gguf"
+        quantize = program.with_name("llama-quantize")
         command = [quantize, "--allow-requantize", options.gguf, gguf, options.gguf_type, str(THREADS)]
         subprocess.run(command, check=True, capture_output=True)
         sizes = ["--parallel", str(slots), "--ctx-size", str(slots * SLOT), "--threads", str(THREADS)]
-        found[f"llama.cpp, {options.gguf_type}"] = ([str(options.llama_cpp), "--model", str(gguf), *sizes], bias)
+        found[f"llama.cpp, {options.gguf_type}"] = ([str(program), "--model", str(gguf), *sizes], bias)
     if options.transformers:
         copy = folder / "hf"
         convert(ckpt_dir, copy, dtype=options.dtype, to="hf")
@@ -93,6 +99,6 @@ def servers(options: argparse.Namespace, folder: Path) -> dict[str, tuple[list[s
             (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | {"eos_token_id": None}))
         # By default it allocates most of the machine's memory for its cache, in blocks of 256 positions.
         batching = ["--continuous-batching", "--cb-num-blocks", str(slots * SLOT // 256)]
-        command = [str(options.transformers), "serve", str(copy), "--device", "cpu", *kind, *batching]
+        command = [str(options.transformers.absolute()), "serve", str(copy), "--device", "cpu", *kind, *batching]
         found["transformers serve"] = (command, {"model": str(copy)})
     return found

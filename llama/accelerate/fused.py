@@ -44,7 +44,7 @@ class Dense:
         self.weight, self.is_native = weight, is_native and weight.dtype in native.KINDS
         # With native.c for few rows, only prompts use a measured kernel, which may be that of native.c.
         rows = (LARGEST_ROWS,) if self.is_native else MEASURED_ROWS
-        others = {"native": native.linear_blocks} if self.is_native else {}
+        others = {native.library_name(): native.linear_blocks} if self.is_native else {}
         self.kernels = {m: kernel(weight, m, others) for m in rows}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

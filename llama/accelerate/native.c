@@ -1,7 +1,7 @@
 /* Kernels for CPUs, compiled and called by native.py, which has the same structs:
  *
  * - decode: one decode step through all layers, for a few rows, with weights in F32, BF16, INT8 or INT4;
- * - multiply: one matmul of few rows, for the output layer;
+ * - multiply: one matmul, for the output layer and for prompts;
  * - attend_all: causal attention of a prompt, in bfloat16;
  * - dequantize: a quantized weight in full.
  *
@@ -43,9 +43,9 @@
 #define QUERIES 64          /* queries times heads that one thread processes at a time */
 #define X_ROWS 4            /* rows of x that are multiplied at a time by W_ROWS rows of an F32 or BF16 matrix */
 
-/* LANES: 32-bit numbers in a vector register. ROWS: rows of x that are multiplied by four rows of a matrix at a time;
- * all sums of these fit into the registers. KEEP: keeps an operand in its register; GCC 12 would otherwise load it
- * again for each use. */
+/* LANES: 32-bit numbers in a vector register. ROWS: rows of x that are multiplied by a panel of a quantized matrix at a
+ * time. W_ROWS: rows of an F32 or BF16 matrix that are multiplied by up to X_ROWS rows of x at a time. All sums of these
+ * fit into the registers. KEEP: keeps an operand in its register; GCC 12 would otherwise load it again for each use. */
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LANES 16
 #define ROWS 4
@@ -202,7 +202,7 @@ INLINE void store(const int kind, void *data, int64_t j, float value) {
 }
 
 INLINE u16_lanes floats_to_bf16(floats v) { /* rounds as `store` does */
-#if LANES == 16 && defined(__AVX512BF16__)
+#if DOT_BF16
     return (u16_lanes)_mm512_cvtneps_pbh((__m512)v);
 #else
     const ints bits = (ints)v;
@@ -221,7 +221,7 @@ INLINE void store_all(const int kind, void *data, int64_t j, floats v) {
 
 /* Each lane of a and b holds two bfloat16: add both products to the lane of total. */
 INLINE floats dot_bf16(floats total, ints a, ints b) {
-#if LANES == 16 && defined(__AVX512BF16__)
+#if DOT_BF16
     return (floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
 #else
     const int32_t high = 0xffff0000;

@@ -128,6 +128,12 @@ def _library_path() -> tuple[Path, str]:
 
 
 @cache
+def library_name() -> str:
+    """ "native-" and a hash of what the library was compiled from. Raises NoCompilerError, FileNotFoundError."""
+    return _library_path()[0].stem
+
+
+@cache
 def library() -> ctypes.CDLL:
     """The library. `compile_library` must have compiled it."""
     lib = ctypes.CDLL(str(_library_path()[0]))
@@ -207,7 +213,7 @@ def matrix(weight: torch.Tensor) -> Matrix:
 
 
 def multiply(w: Matrix, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x [.., k] -> [.., n] in x's dtype, for few rows.
+    """x [.., k] -> [.., n] in x's dtype.
 
     dtype: the model's. If it is bfloat16, x is rounded to int16 for a quantized weight. For a bfloat16 weight, several
     rows of x are rounded to bfloat16 if the CPU multiplies such numbers.
@@ -225,8 +231,10 @@ def multiply(w: Matrix, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def linear_blocks(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """F.linear for many rows, in blocks that fit into the CPU's cache: x [.., k], weight [n, k] -> [.., n]."""
     w = matrix(weight)
-    parts = [multiply(w, rows, weight.dtype) for rows in x.reshape(-1, w.k).split(BLOCK_ROWS)]
-    return torch.cat(parts).view(*x.shape[:-1], w.n)
+    y = x.new_empty(*x.shape[:-1], w.n)
+    for rows, out in zip(x.reshape(-1, w.k).split(BLOCK_ROWS), y.view(-1, w.n).split(BLOCK_ROWS), strict=True):
+        out.copy_(multiply(w, rows, weight.dtype))
+    return y
 
 
 def _pointer(buffer: torch.Tensor | None) -> int | None:

@@ -42,7 +42,8 @@ class Call:
 class Task:
     """A row that is waiting for a slot or has one.
 
-    number: the row's number, the same on all ranks. served: the last step that computed a part of its prompt.
+    number: the row's number, the same on all ranks. served: the last step that computed a part of its prompt; for a
+        new row, the step before the last.
     source, shared: another slot, which will hold the first `shared` ids of this row; they are copied then.
     uniform: the random number for its next id.
     """

@@ -205,13 +205,13 @@ class Planner:
         whole = self.executor.runs_user_code
         chunk = left = self.executor.prefill_chunk
         parts: list[tuple[Slot, int]] = []
+        oldest = min((self._task(slot.index).served for slot in slots), default=0)
         for slot in sorted(slots, key=lambda slot: (self._task(slot.index).served, self._task(slot.index).number)):
             task = self._task(slot.index)
             n = task.needed - len(slot.ids)
-            # A small part of a prompt would take a pass of its own. The next part of a long one, which had its turn in
-            # the last step, would delay the first tokens of prompts that are new.
-            is_early = parts and task.served == self._step - 1
-            if not whole and n > left and (left < chunk // 2 or is_early):
+            # A small part of a prompt would take a pass of its own. A part of a long one that was served later would
+            # delay the first tokens of prompts that this step completes.
+            if not whole and n > left and (left < chunk // 2 or task.served > oldest):
                 continue
             if not whole:
                 n = min(n, left)

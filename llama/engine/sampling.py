@@ -142,7 +142,7 @@ def draw_top_p(probs: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor) 
 
 
 def nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
-    """The ids, ascending, that `keep_top_p` keeps of a row, float64 [vocab]; all ids if the row has NaNs."""
+    """The ids, ascending, that `keep_top_p` keeps of a row, float64 [vocab]; all ids if the row is NaN."""
     if top_p == math.inf:
         return np.arange(len(probs))
     # Ids below (1 - top_p) / vocab sum to less than 1 - top_p, so they are dropped. Eight times that nearly always
@@ -171,7 +171,7 @@ def _keep_first(weights: np.ndarray, top_p: float) -> np.ndarray | None:
 def sample_top_p(probs: torch.Tensor, p: float) -> torch.Tensor:
     """Nucleus sampling as in Meta's modules: probs [bsz, vocab] -> next ids, int64 [bsz, 1].
 
-    Draws from torch's global generator, which `torch.manual_seed` sets. The engine itself uses `keep_top_p` and `draw`.
+    Draws from torch's global generator, which `torch.manual_seed` sets. The engine itself uses `draw_top_p` and `draw`.
     """
     ranked, ids = probs.sort(dim=-1, descending=True)  # [bsz, vocab]
     ranked = ranked.masked_fill(ranked.cumsum(dim=-1) - ranked > p, 0)

@@ -205,7 +205,7 @@ class Scheduler:
                 self._worker.forget()
                 for call in calls if isinstance(error, Exception) else ():
                     self._fail(call, error)
-            leads = self._only_rank_0_calls and model_parallel()[1] > 1  # the other ranks are in the middle of the step
+            leads = self._only_rank_0_calls and model_parallel()[1] > 1  # the other ranks cannot skip this step
             if not isinstance(error, Exception) or lost_rank_message(error) or leads:
                 raise
         finally:

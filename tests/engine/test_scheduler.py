@@ -175,6 +175,14 @@ def test_a_short_prompt_does_not_wait_for_another_chunk(
     for call in (long, *others):
         scheduler.cancel(call)
 
+    two = [submit([start, *range(3, 200)]) for start in (300, 301)]
+    assert [step(), step(), step()] == [[(1, 32)]] * 3  # the first, the second, the first
+    late = submit([1, 5, 6, 7, 8])
+    assert step() == [(1, 32)]  # the second, which has waited as long as the new one
+    assert step() == [(1, 5)] and len(late.rows[0].tokens) == 1
+    for call in (*two, late):
+        scheduler.cancel(call)
+
 
 @pytest.mark.parametrize("options", [{}, {"compile": False}, {"plain": True}], ids=str)
 def test_ids_do_not_depend_on_the_prefill_chunk(
