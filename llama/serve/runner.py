@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 BACKLOG = 1024  # connections that the system accepts for a server that is busy
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CLOSE_TIME = 2  # seconds for the last bytes of responses, after their jobs have ended
-ENGINE_TIME = 30  # seconds for the engine to finish its step and to close the model
+ENGINE_TIME = 20  # seconds for the engine to finish its step and to close the model; torchrun kills after 30
 
 
 def serve(
@@ -224,7 +224,8 @@ class Runner:
         try:
             await asyncio.wait_for(self._engine_ended.wait(), ENGINE_TIME)
         except asyncio.TimeoutError:
-            print(f"error: the engine has not ended within {ENGINE_TIME} s", file=sys.stderr, flush=True)
+            reason = f"the engine has not ended within {ENGINE_TIME} s: it hangs, or another rank was lost"
+            print(f"error: {reason}", file=sys.stderr, flush=True)
             os._exit(1)
         engine.join()
 

@@ -224,7 +224,7 @@ def test_two_ranks(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     program = (*torchrun, "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0")
     flags = ("--max_seq_len", "256", "--max_batch_size", "4")
     with (
-        ServerProcess(folder, *flags, program=program, OMP_NUM_THREADS="1") as server,
+        ServerProcess(folder, *flags, program=program, OMP_NUM_THREADS="1", LLAMA_TIMEOUT="20") as server,
         Llama.build(folder, max_seq_len=256) as llama,
     ):
         url = f"{server.url()}/v1/completions"
@@ -244,8 +244,10 @@ def test_two_ranks(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
         ranks = {rank_of(pid): int(pid) for pid in children}
         os.kill(ranks["1"], signal.SIGKILL)
         assert server.wait(timeout=60) == 1
-        line = "error: rank 0 lost a rank on 127.0.0.1: it was killed, or ended with an error"
-        assert server.err.splitlines().count(line) == 1
+        # The second if rank 1 was killed before it waited for the next request: then only its silence tells.
+        closed = r"lost a rank on 127\.0\.0\.1: it was killed, or ended with an error"
+        silent = r"has not heard from rank 1 for \d+ s: it was killed or is suspended, or the network is down"
+        assert len(re.findall(f"^error: rank 0 (?:{closed}|{silent})$", server.err, re.M)) == 1, server.err
 
 
 def rank_of(pid: str) -> str:
