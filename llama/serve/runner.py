@@ -224,7 +224,7 @@ class Runner:
         try:
             await asyncio.wait_for(self._engine_ended.wait(), ENGINE_TIME)
         except asyncio.TimeoutError:
-            reason = f"the engine has not ended within {ENGINE_TIME} s: it hangs, or another rank was lost"
+            reason = f"the engine has not ended within {ENGINE_TIME} s: its step takes long, or another rank was lost"
             print(f"error: {reason}", file=sys.stderr, flush=True)
             os._exit(1)
         engine.join()

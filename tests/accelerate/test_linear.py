@@ -37,23 +37,25 @@ def test_every_kernel_gives_the_product(dtype: torch.dtype, rows: int) -> None:
         assert ((found.double() - exact).abs() <= bound).all()
 
 
+def slow(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.002)
+    return F.linear(x, weight)
+
+
+def fast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weight)
+
+
 def test_the_fastest_is_kept_in_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.002)
-        return F.linear(x, weight)
-
-    def kernel(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight)
-
-    monkeypatch.setattr(linear, "candidates", lambda dtype: {"torch": slow, "other": kernel})
+    monkeypatch.setattr(linear, "candidates", lambda dtype: {"torch": slow, "other": fast})
     weight = torch.ones(8, 8)
-    assert linear.kernel(weight, 16) is kernel
+    assert linear.kernel(weight, 16) is fast
     (file,) = folder.iterdir()
     assert json.loads(file.read_text()) == {"torch.float32 8x8 16": "other"}
     # The file is read, not measured again; other shapes are added.
     file.write_text('{"torch.float32 8x8 16": "torch"}')
     linear._choices.cache_clear()
-    assert linear.kernel(weight, 16) is slow and linear.kernel(torch.ones(9, 8), 1) is kernel
+    assert linear.kernel(weight, 16) is slow and linear.kernel(torch.ones(9, 8), 1) is fast
     assert len(json.loads(file.read_text())) == 2
 
 
@@ -75,16 +77,9 @@ def test_other_programs_do_not_change_the_choice() -> None:
 def test_a_kernel_of_the_caller_is_measured_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice with it is another one, because a model that is not compiled has no such kernel."""
 
-    def slow(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.002)
-        return F.linear(x, weight)
-
-    def own(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight)
-
     monkeypatch.setattr(linear, "candidates", lambda dtype: {"torch": slow, "other": slow})
     weight = torch.ones(8, 8)
-    assert linear.kernel(weight, 128, {"own": own}) is own
+    assert linear.kernel(weight, 128, {"own": fast}) is fast
     assert linear.kernel(weight, 128) is slow
     (file,) = folder.iterdir()
     assert set(json.loads(file.read_text())) == {"torch.float32 8x8 128 own", "torch.float32 8x8 128"}
