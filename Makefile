@@ -29,7 +29,7 @@ demo: $(VENV)/.installed-convert
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck download.sh .ci/run
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m 'not slow'
@@ -46,11 +46,13 @@ test-gpu:
 docs: $(VENV)/.installed-docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+# Python compiles modules when they are first imported, unless it may not write bytecode. pip would compile all 20,000.
+NO_COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 # The stamp of an extra is written last, so a failed or interrupted install is repeated.
 $(VENV)/.installed-%: pyproject.toml requirements.txt | $(VENV)/.created
 	@rm -f $@
 	@echo "Installing llama-runner[$*] into $(VENV): about 2 minutes, longer the first time where torch must be downloaded"
-	@$(BIN)/python -m pip install -qq --no-compile --no-input --disable-pip-version-check -c requirements.txt -e '.[$*]' || \
+	@$(BIN)/python -m pip install -qq $(NO_COMPILE) --no-input --disable-pip-version-check -c requirements.txt -e '.[$*]' || \
 		{ echo "make: the install failed, the reason is above; fix it, then run make again" >&2; exit 1; }
 	@touch $@
 

@@ -34,6 +34,7 @@ def forkserver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("forkserver")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_all_sides_hold_the_same_model(tmp_path: Path, kind: str) -> None:
     """Meta, transformers, llama.cpp if installed, and our variants give the same ids, alone and in a ragged batch."""

@@ -235,6 +235,7 @@ def test_mistakes(build: Callable[..., Llama]) -> None:
         Conversation(llama).say("Hi")
 
 
+@pytest.mark.slow
 def test_the_first_token_of_turn_10_comes_as_soon_as_of_turn_2(
     demo: Path, measured: Callable[[str, object], None]
 ) -> None:

@@ -120,7 +120,9 @@ def their_hidden(weights: dict[str, torch.Tensor], folder: Callable[..., Path]) 
     return torch.cat(parts, dim=1)[0, POSITIONS]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    "world_size", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_logits_equal_llama_models(
     folder: Callable[..., Path],
     weights: dict[str, torch.Tensor],

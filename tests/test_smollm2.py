@@ -24,7 +24,7 @@ def answers(folder: Path, cases: list[dict[str, Any]], new: int = 48) -> Any:
     return list(zip(tokens, logprobs, texts, strict=True))
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_golden_answers_in_float32(world_size: int, demo_float32: Path, smollm2: dict[str, Any]) -> None:
     cases = smollm2["completions"] + smollm2["chats"]
     assert len(cases) == 8

@@ -211,6 +211,7 @@ def perplexity(llama: Llama, ids: list[int]) -> float:
     return float(torch.tensor(-total / len(ids)).exp())
 
 
+@pytest.mark.slow
 def test_perplexity_of_the_demo(demo: Path, measured: Callable[[str, object], None]) -> None:
     """512 tokens, in float32: bfloat16 alone would change the perplexity of so few by half a percent. docs/ has
     that of all 20,097, by benchmarks/accuracy.py."""

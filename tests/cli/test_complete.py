@@ -362,6 +362,7 @@ def run_command_line(args: list[str], stderr: str) -> None:
         cli.main()
 
 
+@pytest.mark.slow
 def test_a_run_killed_repeatedly_answers_each_line_once(
     complete: Callable[..., Ended], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -208,7 +208,7 @@ def test_single_ids_keep_their_space_where_the_decoder_strips_one(tmp_path: Path
         assert read.decode_token(i) == own.decode_token(i)
 
 
-@pytest.mark.parametrize("use_scaled_rope", [False, True])
+@pytest.mark.parametrize("use_scaled_rope", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_llama3_in_transformers(tmp_path: Path, use_scaled_rope: bool) -> None:
     peer, read = written(tmp_path / "hf", LLAMA3, use_scaled_rope)
     own = Tokenizer(LLAMA3, use_scaled_rope=use_scaled_rope)

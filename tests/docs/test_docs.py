@@ -136,9 +136,14 @@ def commands_of(block: Block) -> Iterator[tuple[list[str], str, str]]:
 RUNNABLE = [
     page for page in PAGES if any(b.language in ("console", "python") and not b.reason for b in blocks_of(page))
 ]
+SLOW = ("command-line.md", "embed.md", "evaluate.md", "hugging-face.md")  # 7 to 18 s of computing
 
 
-@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else []) for page in RUNNABLE],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_commands_and_programs_run(
     page: Path, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -405,6 +405,8 @@ def test_calls_of_threads_equal_those_alone(options: dict[str, Any], checkpoint:
     answer(checkpoint("gqa"), 150, options)
 
 
-@pytest.mark.parametrize(("world_size", "count"), [(2, 70), (4, 25)])
+@pytest.mark.parametrize(
+    ("world_size", "count"), [(2, 30), (4, 10), *(pytest.param(n, 70, marks=pytest.mark.slow) for n in (2, 4))]
+)
 def test_calls_on_several_ranks_equal_those_alone(world_size: int, count: int, checkpoint: Callable[..., Path]) -> None:
     run_ranks(world_size, answer, checkpoint("gqa"), count, {})

@@ -234,6 +234,7 @@ def test_llama_models_agrees(
     assert worst <= 1
 
 
+@pytest.mark.slow
 def test_the_demo_model_through_the_example_as_a_script(
     demo: Path,
     conformance: Callable[..., Ended],

@@ -433,6 +433,7 @@ def results(folder: Path) -> tuple[dict[str, Any], list[Any]]:
     }, found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("built")  # the harness closes nothing
 def test_the_command_on_one_rank_and_two(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

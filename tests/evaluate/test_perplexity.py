@@ -25,6 +25,7 @@ TEXT = "The first sentence.\nA second one,\r\n with an é. \n"
 KEYS = ["file", "tokens", "nll", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"]
 
 
+@pytest.mark.slow
 def test_thousands_of_tokens_of_the_demo_model(
     demo_float32: Path, tmp_path: Path, measured: Callable[[str, object], None]
 ) -> None:

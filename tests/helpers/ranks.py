@@ -1,4 +1,4 @@
-"""Run a test's function on several ranks, in processes that already have torch imported."""
+"""Run a test's function on several ranks, in processes that already have torch and transformers imported."""
 
 import contextlib
 import multiprocessing
@@ -16,7 +16,8 @@ from typing import Any
 from helpers.paths import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["llama"])
+# What test modules import. Importing transformers' model takes 4 s, and each rank imports its function's module.
+CONTEXT.set_forkserver_preload(["llama", "pytest", "hypothesis", "transformers.models.llama.modeling_llama"])
 
 
 def free_port() -> int:

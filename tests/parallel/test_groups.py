@@ -293,6 +293,7 @@ with one_line_errors():
 """
 
 
+@pytest.mark.slow
 def test_the_rank_that_prints_is_not_ended_before_it_has_printed(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -108,6 +108,7 @@ def chatting(folder: Path, port: int) -> Iterator[tuple[subprocess.Popen[str], l
     ranks.stdin.close()
 
 
+@pytest.mark.slow
 def test_torchrun_names_the_rank_that_was_killed(checkpoint: Callable[..., Path]) -> None:
     with chatting(checkpoint("mha"), free_port()) as (ranks, children):
         os.kill(children[1], signal.SIGKILL)

@@ -74,6 +74,7 @@ def test_answers_that_end_early_and_refused_requests_are_errors(long_server: Ser
         asyncio.run(serve.measure(url, "small", OPTIONS, model="other"))
 
 
+@pytest.mark.slow
 def test_servers_are_compared_without_one_that_does_not_start(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     out, picture = tmp_path / "out.json", tmp_path / "out.svg"
     flags = ["--users", "1,2", "--requests", "2", "--new", "4", "--rounds", "1", "--out", out, "--plot", picture]

@@ -314,6 +314,7 @@ def test_a_lower_priority_number_comes_first(slow: Server) -> None:
 # Memory and metrics ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_stays_flat(server: Server, measured: Callable[[str, object], None]) -> None:
     """500 requests of all kinds, after 200 to warm up."""
 
