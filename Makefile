@@ -12,7 +12,7 @@ DEMO := checkpoints/smollm2-135m-instruct
 help:
 	@echo "make demo    chat with a small real model: installs into $(VENV), fetches the model (93 MB)"
 	@echo "make test    ruff, mypy, shellcheck and pytest: installs into $(VENV), no other download"
-	@echo "make test-slow  tests of memory, of two hosts and of other CPUs that take minutes"
+	@echo "make test-slow  tests of memory, of two hosts, of other CPUs and long computations: about six minutes"
 	@echo "make test-gpu BIN=/path/to/env/bin"
 	@echo "             tests on your GPUs, in an environment whose torch has CUDA; writes gpu-report.json"
 	@echo "make docs    the documentation as a web site in site/: installs into $(VENV)"
@@ -34,7 +34,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/shellcheck download.sh .ci/run
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m 'not slow'
 
-# Most of these tests measure memory or time, so nothing else should run.
+# Many of these tests measure memory or time, so nothing else should run.
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 

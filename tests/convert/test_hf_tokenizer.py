@@ -51,7 +51,10 @@ def tiny(folder: Path, rows: int, tokenizer: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("rows", "tokenizer", "dialect"), [(512, TOKENIZER, "llama2"), (128256, LLAMA3, "llama3")])
+@pytest.mark.parametrize(
+    ("rows", "tokenizer", "dialect"),
+    [(512, TOKENIZER, "llama2"), pytest.param(128256, LLAMA3, "llama3", marks=pytest.mark.slow)],
+)
 def test_transformers_reads_the_same_ids(tmp_path: Path, rows: int, tokenizer: Path, dialect: str) -> None:
     shutil.copy(tokenizer, tmp_path / "tokenizer.model")
     folder = tiny(tmp_path / "meta", rows, tmp_path / "tokenizer.model")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from helpers.paths import ROOT
@@ -59,6 +60,7 @@ answer().close()
 """
 
 
+@pytest.mark.slow
 def test_print_prints_once(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(PRINTING)
