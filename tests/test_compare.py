@@ -119,6 +119,7 @@ def test_after_an_exception_a_peer_answers_and_after_a_crash_not(
         crashes.time_prefill([1, 2, 3])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forkserver", "built")  # built closes our own models
 def test_a_crash_is_in_the_table_and_the_others_are_measured(
     tmp_path: Path,

@@ -42,8 +42,14 @@ def answers(
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+SLOW = [(1, 4), (4, 4)]
+COMBINATIONS = [(shards, ranks) for shards in (1, 2, 4, 8) for ranks in (1, 2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("shards", "world_size"),
+    [pytest.param(*sizes, marks=[pytest.mark.slow] if sizes in SLOW else []) for sizes in COMBINATIONS],
+)
 def test_golden_cases(shards: int, world_size: int, checkpoint: Callable[..., Path], golden: dict[str, Any]) -> None:
     # gqa has 2 KV heads: of 4 ranks, two hold the same one.
     folders = {name: checkpoint(name, shards) for name in MODELS}
