@@ -97,8 +97,8 @@ def read_rows(
     draw_seed: called once for each sampled row without a seed. model_stop: the tokenizer's stop ids; a row stops at
         these and at its `stop_token_ids`.
 
-    Raises ValueError or TypeError for settings out of range and for prompts that are empty, longer than max_seq_len,
-    or hold ids outside the vocabulary.
+    Raises ValueError or TypeError for settings out of range, for prompts that are empty or longer than max_seq_len, and
+    for ids outside the vocabulary.
     """
     if isinstance(prompts, torch.Tensor):
         prompts = _rows_of(prompts)
@@ -107,8 +107,9 @@ def read_rows(
     n, each = _read_settings(settings, len(prompts))
     rows: list[Row] = []
     for ids, one in zip(checked, each, strict=True):
-        if outside := [token for token in one["logit_bias"] if token >= args.vocab_size]:
-            raise ValueError(f"logit_bias holds id {outside[0]}, outside the vocabulary of {args.vocab_size}")
+        for name in ("logit_bias", "stop_token_ids"):
+            if outside := [token for token in one[name] if not 0 <= token < args.vocab_size]:
+                raise ValueError(f"{name} holds id {outside[0]}, outside the vocabulary of {args.vocab_size}")
         length = one["max_gen_len"]
         limit = args.max_seq_len if length is None else min(len(ids) + length, args.max_seq_len)
         for j in range(n):

@@ -88,7 +88,8 @@ class Answer:
         try:
             return self.llama._rows(prompts, logprobs=k, echo=echo and request.k is not None, **settings)
         except (ValueError, TypeError) as error:
-            raise RequestError(error, param="logit_bias" if "logit_bias" in str(error) else param) from None
+            name = str(error).partition(" ")[0]  # messages about a setting begin with its name
+            raise RequestError(error, param=name if name in type(request).model_fields else param) from None
 
     def _check_alternatives(self, k: int, prompts: list[list[int]], new: int, echo: bool) -> None:
         args = self.llama.model.params

@@ -208,6 +208,8 @@ def test_a_seed_repeats_and_calls_without_one_continue_the_stream(build: Callabl
         ({"logit_bias": {-1: 1}}, ValueError, "logit_bias has the key -1, expected an id"),
         ({"logit_bias": {3: 101}}, ValueError, "logit_bias of id 3 is 101, expected a number from -100 to 100"),
         ({"logit_bias": {512: 1}}, ValueError, "logit_bias holds id 512, outside the vocabulary of 512"),
+        ({"stop_token_ids": [2, 512]}, ValueError, "stop_token_ids holds id 512, outside the vocabulary of 512"),
+        ({"stop_token_ids": [-1]}, ValueError, "stop_token_ids holds id -1, outside the vocabulary of 512"),
         ({"n": 0}, ValueError, "n is 0"),
         ({"n": 3}, ValueError, "3 rows, but max_batch_size is 2"),
         ({"n": True}, TypeError, "n is True"),

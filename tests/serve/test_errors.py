@@ -74,6 +74,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"logit_bias": {"3": 10**400}}, "logit_bias", "expected a number from -100 to 100"),
         ({"logit_bias": {"3": True}}, "logit_bias", "logit_bias of id 3 is True, expected a number"),
         ({"logit_bias": {"512": 1}}, "logit_bias", "logit_bias holds id 512, outside the vocabulary of 512"),
+        ({"stop_token_ids": [512]}, "stop_token_ids", "stop_token_ids holds id 512, outside the vocabulary of 512"),
         ({"n": 0}, "n", "n is 0, expected an integer from 1 to 128"),
         ({"n": 129}, "n", "n is 129, expected an integer from 1 to 128"),
         ({"prompt": ["a"] * 100, "n": 30}, "prompt", "100 prompts times n = 30: expected up to 2048 answers"),
