@@ -281,33 +281,48 @@ def user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 
-def order_of_ends(slow: Server, priorities: list[int]) -> list[int]:
-    """Ask for one answer after the other, all of the same length -> in which order they are done. Four slots."""
-    done: list[int] = []
+@pytest.fixture
+def order_of_ends(slow: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], list[int]]:
+    """order_of_ends(priorities): ask for answers of the same length, one after the other -> in which order they are
+    done. The first four have the four slots when the others come."""
+    worker, calls = slow.llama.scheduler._worker, slow.llama.scheduler._calls
+    run, gate, done = worker.run, threading.Event(), list[int]()
+    # While requests come, a step waits, so that they come in this order and none is done.
+    monkeypatch.setattr(worker, "run", lambda *args: (gate.wait(30), run(*args))[1])
 
-    def ask(i: int) -> None:
-        slow.complete(f"text {i}", max_tokens=15, logit_bias={"9": 100}, priority=priorities[i])
+    def ask(i: int, priority: int) -> None:
+        slow.complete(f"text {i}", max_tokens=40, logit_bias={"9": 100}, priority=priority)
         done.append(i)
 
-    threads = []
-    for i in range(len(priorities)):
-        threads.append(threading.Thread(target=ask, args=(i,)))
-        threads[-1].start()
-        while len(slow.service.jobs) + len(done) <= i:
+    def wait_for(condition: Callable[[], bool]) -> None:
+        until = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < until
             time.sleep(0.002)
-    for thread in threads:
-        thread.join(30)
-    return done
+
+    def order(priorities: list[int]) -> list[int]:
+        with ThreadPoolExecutor(len(priorities)) as pool:
+            for i, priority in enumerate(priorities):
+                pool.submit(ask, i, priority)
+                wait_for(lambda i=i: len(calls) == i + 1)  # type: ignore[misc]
+                if i == 3:
+                    gate.set()
+                    wait_for(lambda: slow.metric("llama_slots_in_use") == 4)
+                    gate.clear()
+            gate.set()
+        return done
+
+    return order
 
 
-def test_first_come_first_served(slow: Server) -> None:
-    done = order_of_ends(slow, [0] * 8)
-    assert sorted(done[:4]) == [0, 1, 2, 3]
+def test_first_come_first_served(order_of_ends: Callable[[list[int]], list[int]]) -> None:
+    done = order_of_ends([0] * 8)
+    assert sorted(done[:4]) == [0, 1, 2, 3] and sorted(done[4:]) == [4, 5, 6, 7]
 
 
-def test_a_lower_priority_number_comes_first(slow: Server) -> None:
+def test_a_lower_priority_number_comes_first(order_of_ends: Callable[[list[int]], list[int]]) -> None:
     """It takes no slot from the four that have one."""
-    done = order_of_ends(slow, [0] * 4 + [5] * 4 + [-5] * 4)
+    done = order_of_ends([0] * 4 + [5] * 4 + [-5] * 4)
     assert [sorted(done[i : i + 4]) for i in (0, 4, 8)] == [[0, 1, 2, 3], [8, 9, 10, 11], [4, 5, 6, 7]]
 
 
