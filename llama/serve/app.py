@@ -177,9 +177,9 @@ class Guard:
             else:
                 await self._app(scope, receive, counting_send)
         finally:
-            self._service.responding -= 1
             endpoint = getattr(scope.get("route"), "path", "other")
             self._service.metrics.requests.labels(endpoint, status).inc()
+            self._service.responding -= 1
 
     def _problem(self, scope: Scope) -> RequestError | None:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
