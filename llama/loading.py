@@ -13,6 +13,7 @@ import torch
 
 from llama.accelerate.compiled import can_compile
 from llama.accelerate.executor import Executor
+from llama.accelerate.gpu import has_fp8
 from llama.accelerate.native import release_freed_memory
 from llama.accelerate.quantized_weight import held_bytes, quantize_part
 from llama.chat.formats import ChatFormat, find_chat_format
@@ -52,6 +53,8 @@ def load(model: ModelOptions, build: BuildOptions) -> tuple[Executor, Tokenizer,
         with raise_on_all_ranks():
             model, build = _check_options(model, build, world)
             device = pick_device(build["device"], world)
+            if build["quantize"] == "fp8" and not has_fp8(device):
+                raise ValueError("quantize 'fp8' needs a GPU of compute capability 8.9 or higher: use int8")
         per_host = ("ckpt_dir", "tokenizer_path", "model_parallel_size")
         same = {f"--{name}": value for name, value in (model | build).items() if name not in per_host}
         check_same(same | {"--device": device.type}, "start all ranks with the same arguments")
@@ -64,7 +67,7 @@ def load(model: ModelOptions, build: BuildOptions) -> tuple[Executor, Tokenizer,
         check_same(files.sums, "these are checksums: give all hosts the same files")
         is_compiled = can_compile(False if build["plain"] else build["compile"], device, files.dtype)
         with raise_on_all_ranks():
-            executor, note = _load_weights(files, device, None if build["plain"] else is_compiled)
+            executor, note = _load_weights(files, device, None if build["plain"] else is_compiled and build["compile"])
     except BaseException:
         shutdown()
         raise
@@ -135,8 +138,11 @@ def _open(model: ModelOptions, build: BuildOptions, device: torch.device, world:
     return Files(checkpoint, tokenizer, chat_format, dtype, fit, sums)
 
 
-def _load_weights(files: Files, device: torch.device, compile: bool | None) -> tuple[Executor, str]:
-    """The executor, and a note for the log about the form of the weights. compile: None means plain layers."""
+def _load_weights(files: Files, device: torch.device, compile: bool | str | None) -> tuple[Executor, str]:
+    """The executor, and a note for the log about the form of the weights.
+
+    compile: False if decode steps are neither compiled nor CUDA graphs, else as in `Llama.build`; None: plain layers.
+    """
     checkpoint, dtype, quantize = files.checkpoint, files.dtype, files.fit.quantize
     model: Transformer | None = None
     is_native = bool(compile) and device.type == "cpu"
@@ -163,6 +169,7 @@ def _load_weights(files: Files, device: torch.device, compile: bool | None) -> t
             fused=compile is not None,
             native=is_native,
             graph=bool(compile) and device.type == "cuda",
+            torch_compile=compile is True and device.type == "cuda",
             prefill_chunk=files.fit.prefill_chunk,
         )
     except (RuntimeError, MemoryError) as error:

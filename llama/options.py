@@ -22,7 +22,7 @@ Each: TypeAlias = T | Sequence[T]  # one value for all prompts, or a list with o
 StopIds: TypeAlias = Sequence[int] | Sequence[Sequence[int] | None] | None
 
 DTYPES = ("float32", "bfloat16", "float16")
-SCHEMES = ("int8", "int4")
+SCHEMES = ("int8", "int4", "fp8")
 PREFILL_CHUNK = 1024  # the default of prefill_chunk
 
 
@@ -195,13 +195,19 @@ class BuildOptions(TypedDict, total=False):
     ]
     quantize: Annotated[
         str | None,
-        Option(None, "store the weights in 8 or 4 bits", choices=SCHEMES, check=_one_of(SCHEMES, None)),
+        Option(
+            None,
+            "store the weights in 8 or 4 bits; fp8: on GPUs of compute capability 8.9 or higher",
+            choices=SCHEMES,
+            check=_one_of(SCHEMES, None),
+        ),
     ]
     compile: Annotated[
         bool | str,
         Option(
             "auto",
-            "compile the decode step: with a C compiler on CPUs, with torch.compile (minutes) on CUDA; auto: on CPUs",
+            "compile the decode step: with a C compiler on CPUs, with torch.compile (minutes) on CUDA; auto: with a C "
+            "compiler on CPUs, a CUDA graph of uncompiled kernels on CUDA; False: neither",
             bool,
             check=_compile,
         ),

@@ -43,7 +43,7 @@ def test_methods_show_the_options_of_sampling(method: Callable[..., Any]) -> Non
             TypeError,
             "build has no option zzz; there are device, dtype, quantize, compile, plain, prefill_chunk, chat_format",
         ),
-        ({"quantize": "int3"}, ValueError, "quantize 'int3': expected int8 or int4"),
+        ({"quantize": "int3"}, ValueError, "quantize 'int3': expected int8, int4 or fp8"),
         ({"compile": "yes"}, ValueError, "compile is 'yes', expected True, False or 'auto'"),
         ({"plain": "False"}, TypeError, "plain is 'False', expected True or False"),
         ({"prefill_chunk": 0}, ValueError, "prefill_chunk is 0, expected an integer from 1"),

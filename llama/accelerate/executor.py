@@ -13,7 +13,9 @@ import torch
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import nn
 
-from llama.accelerate.compiled import CudaGraphDecoder
+from llama.accelerate import gpu
+from llama.accelerate.compiled import compiled_step
+from llama.accelerate.cuda_graph import CudaGraphDecoder, torch_step
 from llama.accelerate.fused import FusedLayer, Linear, Positions, merge_linears, rms_norm
 from llama.accelerate.native import NativeDecoder
 from llama.accelerate.snapshot import FORWARDS, Snapshot, is_changed, is_hooked, is_patched
@@ -36,7 +38,8 @@ class Executor:
     """Computes forwards for the engine: `hidden` and `logits` as `Transformer` has them, on any model.
 
     fused: use merged matmuls in layers that allow it. native: use native.c for few rows; it must be compiled.
-    graph: run decode steps on CUDA as a CUDA graph of torch.compile's kernels.
+    graph: run decode steps on CUDA as CUDA graphs. torch_compile: of torch.compile's kernels, not of those of Triton or
+    torch.
     prefill_chunk: positions of a prompt computed at a time, which bounds the memory of activations.
 
     A custom model (of another class, or with its own forward or hooks) is called as Meta's engine calls it:
@@ -50,10 +53,12 @@ class Executor:
         fused: bool = True,
         native: bool = False,
         graph: bool = False,
+        torch_compile: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
     ):
         self.model: Any = model
-        self.fused, self.native, self.graph, self.prefill_chunk = fused, native, graph, prefill_chunk
+        self.fused, self.native, self.prefill_chunk = fused, native, prefill_chunk
+        self.graph, self.torch_compile = graph, torch_compile
         self.rebuilds = 0  # how often everything was derived from the model
         self._own_passes = 0  # for a custom model, which does not count its forwards
         self._snapshot: Snapshot | None = None
@@ -152,7 +157,14 @@ class Executor:
         weight = model.norm.weight
         if not are_alike or weight.dtype != first.cache.k.dtype or len(weight) != len(first.attention_norm.weight):
             return None
-        return NativeDecoder(model, layers) if self.native else CudaGraphDecoder(model, layers)
+        if self.native:
+            return NativeDecoder(model, layers)
+        model.freqs_cis = model.freqs_cis.to(first.cache.k.device)
+        if self.torch_compile:
+            return CudaGraphDecoder(model, compiled_step(model, layers), first.cache.k, whole_context=True)
+        if (triton := gpu.triton_step()) is not None:
+            return CudaGraphDecoder(model, triton(model, layers), first.cache.k, reads_used=True)
+        return CudaGraphDecoder(model, torch_step(model, layers), first.cache.k)
 
     # Forwards
 
@@ -214,7 +226,7 @@ class Executor:
             if not any(layer for _, layer in self._layers):
                 return cast(torch.Tensor, model.hidden(tokens, start_pos, ctx_len))
             model.passes += 1
-            if seqlen == 1 and (h := self._decoded(tokens, start_pos, slots)) is not None:
+            if seqlen == 1 and (h := self._decoded(tokens, start_pos, ctx_len, slots)) is not None:
                 return h if self._output is not None else h.to(model.norm.weight.dtype)
             h = model.tok_embeddings(tokens)  # [bsz, seqlen, dim]
             model.freqs_cis = model.freqs_cis.to(h.device)
@@ -233,12 +245,12 @@ class Executor:
                 cache.slots = None
 
     def _decoded(
-        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, slots: Sequence[int] | None
+        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, slots: Sequence[int] | None
     ) -> torch.Tensor | None:
         """A decode step by compiled code, float32 from native.c; None if that is not possible."""
-        if isinstance(self._decoder, NativeDecoder):
-            return self._decoder(tokens, start_pos, slots)
-        return self._decoder(tokens, start_pos) if self._decoder is not None and slots is None else None
+        if self._decoder is None or (self.torch_compile and slots is not None):
+            return None  # for other rows of the cache, torch.compile would compile once more
+        return self._decoder(tokens, start_pos, ctx_len, slots)
 
     def _snapshot_caches(self) -> Iterable[KVCache]:
         assert self._snapshot is not None  # set by `_rebuild`

@@ -111,6 +111,7 @@ class Positions:
     0, which is causal.
     rows: the cache rows. runs: those of a decode step, in parts that are adjacent and ascending, if they are not
     altogether. Keys and values of a part are views of the cache; those of scattered rows would have to be copied.
+    stored: the cache rows for new keys and values, if these are not `rows`.
     """
 
     start_pos: int | torch.Tensor
@@ -119,6 +120,7 @@ class Positions:
     mask: torch.Tensor | None
     rows: Rows
     runs: "Sequence[Run]" = ()
+    stored: torch.Tensor | None = None
 
     @staticmethod
     def of(
@@ -265,7 +267,8 @@ class FusedLayer:
         bsz, seqlen, _, _ = q.shape
         start_pos, ctx_len, mask, rows = positions.start_pos, positions.ctx_len, positions.mask, positions.rows
         cache = self.cache
-        cache.store(k.transpose(1, 2), v.transpose(1, 2), start_pos, ctx_len, rows)
+        stored = rows if positions.stored is None else positions.stored
+        cache.store(k.transpose(1, 2), v.transpose(1, 2), start_pos, ctx_len, stored)
         if self.is_native and q.dtype == torch.bfloat16:  # in float32 torch is faster
             return native.attend(q, cache, start_pos, rows).flatten(2)
         q = q.transpose(1, 2)  # [bsz, heads, seqlen, head_dim]

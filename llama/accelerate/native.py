@@ -296,7 +296,7 @@ class NativeDecoder:
     """A decode step through all layers by native.c: ids [bsz, 1] -> hidden states [bsz, 1, dim], fp32.
 
     layers: `fused.FusedLayer`s of one shape. Weights and caches are read where the model stores them.
-    slots: the cache row of each row of the ids; None: the first rows.
+    slots: the cache row of each row of the ids; None: the first rows. ctx_len is not used: each row's position is.
     """
 
     def __init__(self, model: Any, layers: Sequence[Any]):
@@ -336,7 +336,7 @@ class NativeDecoder:
         )
 
     def __call__(
-        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, slots: Sequence[int] | None = None
+        self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, slots: Sequence[int] | None
     ) -> torch.Tensor:
         self.rows = len(tokens)
         cache_rows = row_tensor(self.cache.rows(slots, self.rows), tokens.device)

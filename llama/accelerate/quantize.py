@@ -1,20 +1,22 @@
-"""Weights in 8 and 4 bits: how they are rounded, stored and multiplied. Activations are not quantized, except in
-native.c's kernels for few rows (see `quantize_row` there).
+"""Weights in 8 and 4 bits: how they are rounded, stored and multiplied. Activations are quantized only in native.c's
+kernels for few rows (see `quantize_row` there), and in fp8 for many rows.
 
-int8: one scale for each output row. int4: one scale and one zero for each group of 32 columns; q in 0..15 represents
-the value (q - 8) * scale + zero. Scales and zeros are rounded to bfloat16 first, then q is computed from them.
+int8: one scale for each output row. fp8 (float8_e4m3fn, on GPUs only): the same. int4: one scale and one zero for each
+group of 32 columns; q in 0..15 represents the value (q - 8) * scale + zero. Scales and zeros are rounded to bfloat16
+first (not in fp8), then q is computed from them.
 
-The output layer gets more bits: the scheme int8 does not quantize it, int4 stores it as int8. Otherwise it would cause
-half of int8's increase in perplexity.
+The output layer gets more bits: the schemes int8 and fp8 do not quantize it, int4 stores it as int8. Otherwise it would
+cause half of int8's increase in perplexity.
 """
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from llama.accelerate import gpu
 from llama.accelerate.linear import linear
 from llama.checkpoint.layout import EMBEDDING, OUTPUT
 
@@ -22,21 +24,23 @@ GROUP = 32  # int4: columns that share a scale and a zero
 # Up to this number of rows, x is multiplied by a kernel that reads the quantized weight (gemv). For more rows the
 # weight is dequantized first, which is faster: at 512 rows the gemv kernels take several times as long.
 MAX_GEMV_ROWS = 32
+FP8 = torch.float8_e4m3fn
 CHUNK_ROWS = 256  # rows quantized at a time, so that no complete matrix is in memory in float32
 
 
 def should_quantize(key: str, scheme: str | None) -> str | None:
-    """How a scheme stores a weight if its width allows it: "int8", "int4" or None. key: its name, without the layer."""
+    """How a scheme stores a weight if its width allows it: "int8", "int4", "fp8" or None. key: its name, without the
+    layer."""
     if key == OUTPUT:
         return {"int4": "int8"}.get(scheme or "")
     return None if key == EMBEDDING or "norm" in key else scheme
 
 
 def scheme_of(key: str, columns: int, scheme: str | None) -> str | None:
-    """How a scheme stores a weight of this width: "int8", "int4" or None.
+    """How a scheme stores a weight of this width: "int8", "int4", "fp8" or None.
 
-    key: its name, without the layer. columns: its input features on this rank. int4 needs a multiple of 32. int8 needs
-    a multiple of 16, as torch's kernel returns garbage for others.
+    key: its name, without the layer. columns: its input features on this rank. int4 needs a multiple of 32, fp8 one of
+    16, and so does int8, as torch's kernel returns garbage for others.
     """
     kind = should_quantize(key, scheme)
     return kind if columns % (GROUP if kind == "int4" else 16) == 0 else None
@@ -47,6 +51,8 @@ def stored_bytes(key: str, rows: int, columns: int, scheme: str | None, itemsize
     kind = scheme_of(key, columns, scheme)
     if kind == "int8":
         return rows * columns + 2 * rows
+    if kind == "fp8":
+        return rows * columns + 4 * rows
     if kind == "int4":
         return rows * columns // 2 + 4 * rows * (columns // GROUP)
     return rows * columns * itemsize
@@ -69,6 +75,13 @@ def quantize_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     zero = (low + 8 * scale.float()).bfloat16()
     q = (w - zero.float()[..., None]) / _divisor(scale)[..., None] + 8
     return q.round_().clamp_(0, 15).to(torch.uint8).view(n, k), scale, zero
+
+
+def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, k] -> q float8_e4m3fn [n, k], scales fp32 [n]. A row's largest magnitude becomes 448, the largest of fp8."""
+    w = weight.float()
+    scale = w.abs().amax(dim=1) / torch.finfo(FP8).max
+    return (w / _divisor(scale)[:, None]).to(FP8), scale
 
 
 def _divisor(scale: torch.Tensor) -> torch.Tensor:
@@ -104,7 +117,7 @@ class QuantizedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.n)
 
     def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
-        """x [m, k] -> [m, n] for up to MAX_GEMV_ROWS rows; None where torch has no kernel for it."""
+        """x [m, k] -> [m, n] for up to MAX_GEMV_ROWS rows; None where there is no kernel for it."""
         raise NotImplementedError  # each scheme's own
 
     def dequantize(self) -> torch.Tensor:
@@ -117,6 +130,8 @@ class Int8(QuantizedLinear):
     quantize = staticmethod(quantize_int8)
 
     def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
+        if (kernels := _triton_kernels(x)) is not None:
+            return cast(torch.Tensor, kernels.multiply(x, self.data, self.scale))
         # In float32 torch's kernel takes four times as long as dequantizing the weight and multiplying by it.
         if self.dtype != torch.bfloat16 or not x.is_cpu or (op := _operator("_weight_int8pack_mm")) is None:
             return None
@@ -124,7 +139,33 @@ class Int8(QuantizedLinear):
         return y
 
     def dequantize(self) -> torch.Tensor:
+        if self.data.is_cuda:  # one pass; on CPUs it takes twice as long as two
+            return self.data * self.scale.to(self.dtype)[:, None]
         return self.data.to(self.dtype).mul_(self.scale[:, None])
+
+
+class Fp8(QuantizedLinear):
+    """Many rows in bfloat16 are quantized, too, each with a scale of its own, and multiplied in fp8."""
+
+    bits = 8
+    quantize = staticmethod(quantize_fp8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.k)
+        if len(rows) <= MAX_GEMV_ROWS or self.dtype != torch.bfloat16 or self.n % 16:
+            return super().forward(x)
+        q, scale = quantize_fp8(rows)
+        y: torch.Tensor = torch._scaled_mm(
+            q, self.data.t(), scale_a=scale[:, None], scale_b=self.scale[None], out_dtype=self.dtype
+        )
+        return y.view(*x.shape[:-1], self.n)
+
+    def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
+        kernels = _triton_kernels(x)
+        return None if kernels is None else kernels.multiply(x, self.data, self.scale)
+
+    def dequantize(self) -> torch.Tensor:
+        return self.data.float().mul_(self.scale[:, None]).to(self.dtype)
 
 
 class Int4(QuantizedLinear):
@@ -140,9 +181,12 @@ class Int4(QuantizedLinear):
         return (low | high << 4).flatten(1), scale, zero
 
     def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
-        return None
+        kernels = _triton_kernels(x)
+        return None if kernels is None else kernels.multiply_int4(x, self.data, self.scale, self.zero)
 
     def dequantize(self) -> torch.Tensor:
+        if self.data.is_cuda and (kernels := gpu.triton_kernels()) is not None:
+            return cast(torch.Tensor, kernels.dequantize_int4(self.data, self.scale, self.zero, self.dtype))
         data = self.data.view(self.n, -1, 1, GROUP // 2)
         q = torch.cat((data & 15, data >> 4), dim=2).view(self.n, -1, GROUP).to(self.dtype)
         return q.sub_(8).mul_(self.scale[..., None]).add_(self.zero[..., None]).view(self.n, self.k)
@@ -198,13 +242,19 @@ def packed_half() -> int:
 
 
 def quantized_linear(kind: str, is_native: bool, *weights: torch.Tensor) -> QuantizedLinear:
-    """One layer for several weights, stacked along n. kind: "int8" or "int4". is_native: native.c will compute with it,
-    so torch's packed layout is not used."""
-    if kind == "int8":
-        return Int8(*weights)
+    """One layer for several weights, stacked along n. kind: "int8", "int4" or "fp8". is_native: native.c will compute
+    with it, so torch's packed layout is not used."""
+    if kind != "int4":
+        return (Int8 if kind == "int8" else Fp8)(*weights)
     first, half = weights[0], packed_half()
     can_pack = not is_native and first.is_cpu and first.dtype == torch.bfloat16 and half > 0
     return PackedInt4(*weights) if can_pack and all(len(w) % (2 * half) == 0 for w in weights) else Int4(*weights)
+
+
+def _triton_kernels(x: torch.Tensor) -> Any:
+    """The module `triton_kernels` if it can multiply x [m, k], else None."""
+    kernels = gpu.triton_kernels() if x.is_cuda else None
+    return kernels if kernels is not None and len(x) <= kernels.MAX_ROWS else None
 
 
 def _operator(name: str) -> Any:

@@ -59,6 +59,7 @@ class Engine:
             fused=old.fused,
             native=old.native,
             graph=old.graph,
+            torch_compile=old.torch_compile,
             prefill_chunk=old.prefill_chunk,
         )
 

@@ -9,11 +9,12 @@ import torch
 
 from llama.checkpoint.layout import legal_world_sizes
 from llama.memory.sizes import Sizes, largest, sizes
-from llama.options import SCHEMES
 from llama.parallel.groups import current_world
 from llama.params import ModelArgs
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# What to suggest instead of a value of --quantize.
+SMALLER: dict[str | None, tuple[str, ...]] = {None: ("int8", "int4"), "int8": ("int4",), "fp8": ("int4",), "int4": ()}
 STEP = 64  # suggested contexts are multiples of this many positions
 
 
@@ -90,9 +91,9 @@ def _answer(choice: Choice, free: int) -> str:
     if found := suggestions(choice, free):
         listed = [f"{flags} ({_gib(changed.sizes.total)} GiB)" for flags, changed in found]
         return f"{', '.join(listed[:-1])} or {listed[-1]} would fit" if found[1:] else f"{listed[0]} would fit"
-    smallest = replace(choice, quantize=SCHEMES[-1]).resized(STEP, 1).sizes.total
+    smallest = replace(choice, quantize="int4").resized(STEP, 1).sizes.total
     return (
-        f"no flags make it fit, as --quantize {SCHEMES[-1]} --max_seq_len {STEP} --max_batch_size 1 still needs "
+        f"no flags make it fit, as --quantize int4 --max_seq_len {STEP} --max_batch_size 1 still needs "
         f"{_gib(smallest)} GiB: use a smaller model or more memory"
     )
 
@@ -122,8 +123,7 @@ def suggestions(choice: Choice, free: int) -> list[tuple[str, Choice]]:
     Lists each flag that is enough by itself, or combinations if none is; on CUDA also more ranks. The suggested numbers
     are the largest that fit.
     """
-    stronger = SCHEMES[SCHEMES.index(choice.quantize) + 1 :] if choice.quantize else SCHEMES
-    smaller = [(f"--quantize {scheme}", replace(choice, quantize=scheme)) for scheme in stronger]
+    smaller = [(f"--quantize {scheme}", replace(choice, quantize=scheme)) for scheme in SMALLER[choice.quantize]]
     if choice.dtype == torch.float32:
         smaller.insert(0, ("--dtype bfloat16", replace(choice, dtype=torch.bfloat16)))
     found = [(flags, changed) for flags, changed in smaller if changed.sizes.total <= free] + _resized(choice, free)

@@ -1,7 +1,8 @@
 """The CUDA path without a GPU: `Llama.build` and `generate` run unchanged on fake tensors, which have a shape, a dtype
 and a device but no numbers. Tensors of two devices in one operator are an error there, as on a GPU.
 
-Only these are replaced: what torch reports about GPUs, the NCCL group, and the copy of values from the device.
+Only these are replaced: what torch reports about GPUs, the NCCL group, the copy of values from the device, and the
+recording of CUDA graphs.
 """
 
 import contextlib
@@ -19,8 +20,12 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from helpers.recorder import replace_recording
 from llama import Llama, loading
 from llama.accelerate import executor, fused
+from llama.accelerate.cuda_graph import CudaGraphDecoder
+from llama.checkpoint import folder as checkpoint_folder
+from llama.checkpoint.transfer import Transfer
 from llama.engine import engine, sampling, scheduler, worker
 from llama.evaluate import scoring
 from llama.parallel import groups
@@ -120,9 +125,11 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     patch.setattr(scheduler, "share", lambda plan: plan)
     for module in (worker, scoring):
         patch.setattr(module, "read_back", lambda values: np.ones(values.shape).tolist())
+    patch.setattr(checkpoint_folder, "open_transfer", lambda device: Transfer())  # staging needs real memory
     patch.setattr(engine, "draw_seed", lambda: 1)  # it would read a number from a tensor on the CPU
     here = torch.device("cuda", rank % hosts_gpus)  # torch.device cannot be called in the mode
     patch.setattr(fused, "causal_mask", lambda n, m, on: torch.ones(n, m, device=here).tril(m - n) > 0)
+    replace_recording(patch)
     patch.setattr(FakeTensorMode, "avoid_device_init", True)  # otherwise it initializes the pretended GPU
     chosen = pretend_gpus(patch, hosts_gpus, capability)
     connect_ranks(current_world())
@@ -180,6 +187,8 @@ def test_build_and_generate(
         model = llama.model
         ragged, _ = llama.generate([[5, 6, 7], [8]], 3, temperature=0, logprobs=True, echo=True)
         uniform, _ = llama.generate([[5, 6], [7, 8]], 3, temperature=0.6, top_p=0.9)
+        decoder = llama.executor._decoder
+        assert isinstance(decoder, CudaGraphDecoder) and set(decoder.replays) == {(2, 32, True)}
         model.forward(torch.zeros(2, 3, dtype=torch.int64).to(device), 4)  # a later chunk: with a mask
         # Two shared contexts of two lengths, so that the second pass has a mask for each row; and a text alone.
         requests = [(context, [token, 9]) for context in ([5] * 9, [6] * 8) for token in (7, 8)]

@@ -442,34 +442,35 @@ def test_compile_takes_three_values(value: Any, build: Callable[..., Llama]) -> 
 
 @pytest.fixture
 def graph(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Llama, Any]]:
-    """A model with the decode step of CUDA, traced by torch.compile but run by eager kernels."""
+    """A model with the decode step of --compile on CUDA, traced by torch.compile but run by eager kernels."""
     import torch._dynamo.testing  # takes seconds, in every process that collects this file
 
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compiler(f, backend=counter, fullgraph=fullgraph))
+    monkeypatch.setattr(torch, "compile", lambda step, **options: compiler(step, backend=counter, **options))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")  # or it would be set for the tests that follow
     torch._dynamo.reset()
     llama = build("gqa", max_seq_len=64, max_batch_size=4)
-    llama.scheduler.executor = executor.Executor(llama.model, graph=True)
+    llama.scheduler.executor = executor.Executor(llama.model, graph=True, torch_compile=True)
     yield llama, counter
     torch._dynamo.reset()
 
 
-def test_graphs_are_compiled_once_per_number_of_rows(
+def test_steps_are_compiled_once_per_bucket_of_rows(
     graph: tuple[Llama, Any], build: Callable[..., Llama], capfd: pytest.CaptureFixture[str]
 ) -> None:
     llama, counter = graph
     plain = build("gqa", max_seq_len=64, max_batch_size=4, plain=True)
-    prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 20, 9)]
-    for rows, compiled in ((1, 1), (1, 1), (3, 2), (1, 2)):
+    prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 20, 9, 5)]
+    for rows, compiled in ((1, 1), (1, 1), (3, 2), (4, 2), (1, 2)):
         found = llama.generate(prompts[:rows], 30, temperature=0)
         assert found == plain.generate(prompts[:rows], 30, temperature=0)
         assert counter.frame_count == compiled, f"{rows} rows"
     assert capfd.readouterr().err.count("compiled in") == 2
 
 
-def test_a_graph_is_not_used_for_other_cache_rows(graph: tuple[Llama, Any]) -> None:
-    """It is compiled for the first rows of the cache."""
+def test_other_cache_rows_are_not_compiled(graph: tuple[Llama, Any]) -> None:
+    """Steps are compiled for the first rows of the cache."""
     llama, counter = graph
     texts, found = ids(2, 9), []
     for slots in (None, [0, 1], [3, 1]):
@@ -502,7 +503,7 @@ def test_plain_runs_the_modules_and_excludes_other_options(build: Callable[..., 
     for other in ({"quantize": "int8"}, {"compile": True}):
         with pytest.raises(ValueError, match="plain excludes quantize and compile"):
             build("gqa", plain=True, **other)
-    with pytest.raises(ValueError, match="quantize 'int3': expected int8 or int4"):
+    with pytest.raises(ValueError, match="quantize 'int3': expected int8, int4 or fp8"):
         build("gqa", quantize="int3")
 
 

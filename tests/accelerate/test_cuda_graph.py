@@ -1,0 +1,151 @@
+"""CUDA graphs of decode steps on a CPU, with a recorder in place of CUDA's: sizes, padding, what is recorded when."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.recorder import replace_recording
+from helpers.tolerance import LOGPROB, near
+from llama import Llama
+from llama.accelerate import executor
+from llama.accelerate.cuda_graph import CudaGraphDecoder, round_context, round_rows
+
+
+def ids(bsz: int, seqlen: int) -> torch.Tensor:
+    return torch.randint(3, 512, (bsz, seqlen), generator=torch.Generator().manual_seed(bsz))
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    return replace_recording(monkeypatch)
+
+
+def with_graphs(llama: Llama) -> CudaGraphDecoder:
+    """Give the model the decoder that it would have on CUDA without Triton."""
+    llama.scheduler.executor = executor.Executor(llama.model, graph=True)
+    decoder = llama.executor._decoder
+    assert isinstance(decoder, CudaGraphDecoder)
+    return decoder
+
+
+def test_sizes() -> None:
+    assert [round_rows(n, 24) for n in (1, 2, 3, 4, 5, 8, 9, 17, 24)] == [1, 2, 4, 4, 8, 8, 16, 24, 24]
+    lengths = (1, 256, 257, 1024, 1025, 2048, 2049, 4097, 9000, 32768)
+    assert [round_context(n, 32768) for n in lengths] == [256, 256, 512, 1024, 1280, 2048, 2560, 5120, 10240, 32768]
+    assert round_context(5, 64) == 64 and round_context(600, 700) == 700
+    for limit in (100, 3000):
+        for ctx_len in range(1, limit + 1):
+            assert ctx_len <= round_context(ctx_len, limit) <= max(256, 1.25 * ctx_len + 255)
+
+
+@pytest.mark.parametrize("form", [{}, {"quantize": "int8"}, {"quantize": "int4"}], ids=str)
+def test_answers_are_those_without_graphs(
+    form: dict[str, str], build: Callable[..., Llama], recorded: list[torch.Tensor]
+) -> None:
+    llama = build("gqa", max_seq_len=300, max_batch_size=6, compile=False, **form)
+    prompts = [ids(n, n)[0].tolist() for n in (3, 250, 17, 5, 64, 40)]
+    batches = [prompts[:n] for n in (1, 2, 3, 5, 6, 3)]
+    expected = [llama.generate(rows, 20, temperature=0) for rows in batches]
+    decoder = with_graphs(llama)
+    assert [llama.generate(rows, 20, temperature=0) for rows in batches] == expected
+    assert {key[:2] for key in decoder.replays} >= {(1, 256), (2, 256), (2, 300), (4, 300), (6, 300)}
+    assert len(recorded) == len(decoder.replays)
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "code", "llama31"])
+def test_golden_answers(
+    name: str, golden: dict[str, Any], build: Callable[..., Llama], recorded: list[torch.Tensor]
+) -> None:
+    llama = build(name, max_seq_len=256, max_batch_size=3, dtype="float32", compile=False)
+    with_graphs(llama)
+    for text in ("single", "ragged"):
+        expected = golden[name][text]
+        found, logprobs = llama.generate(
+            expected["prompt_tokens"], expected["max_gen_len"], temperature=0, logprobs=True
+        )
+        assert found == expected["tokens"] and logprobs is not None
+        for ours, theirs in zip(logprobs, expected["logprobs"], strict=True):
+            assert ours == pytest.approx(theirs, abs=LOGPROB)
+    assert recorded
+
+
+def test_padding_rows_change_nothing_in_the_cache(build: Callable[..., Llama], recorded: list[torch.Tensor]) -> None:
+    """Other rows of the cache may hold texts that are still needed, up to their last position."""
+    llama = build("mha", max_seq_len=32, max_batch_size=8, compile=False)
+    with_graphs(llama)
+    llama.executor.hidden(ids(8, 32), 0, 32)
+    before = [buffer.clone() for cache in llama.model.caches for buffer in (cache.k, cache.v)]
+    steps: list[tuple[int | torch.Tensor, list[int] | None]] = [
+        (torch.tensor([4, 31, 7, 20, 9]), None),
+        (torch.tensor([2, 3, 1]), [6, 7, 5]),
+        (31, None),
+    ]
+    for start_pos, slots in steps:
+        rows = 5 if isinstance(start_pos, int) else len(start_pos)
+        llama.executor.hidden(ids(rows, 1), start_pos, 32, slots)
+    after = [buffer for cache in llama.model.caches for buffer in (cache.k, cache.v)]
+    expected = {(0, 4), (1, 31), (2, 7), (3, 20), (4, 9), (6, 2), (7, 3), (5, 1), *((row, 31) for row in range(5))}
+    for old, new in zip(before, after, strict=True):
+        changed = (old != new).any(dim=3).any(dim=1)  # [rows, positions]
+        assert {(row, position) for row, position in changed.nonzero().tolist()} == expected
+
+
+def test_any_rows_of_the_cache(build: Callable[..., Llama], recorded: list[torch.Tensor]) -> None:
+    llama = build("gqa", max_seq_len=64, max_batch_size=6, compile=False)
+    texts, start_pos = ids(3, 40), torch.tensor([39, 20, 33])
+    last = texts.gather(1, start_pos[:, None])
+
+    def states(slots: list[int] | None) -> torch.Tensor:
+        llama.executor.hidden(texts, 0, 40, slots)
+        return llama.executor.hidden(last, start_pos, 40, slots)
+
+    expected = states(None)
+    decoder = with_graphs(llama)
+    for slots in (None, [0, 1, 2], [5, 0, 2], [2, 1, 0], None):
+        torch.testing.assert_close(states(slots), expected, rtol=0, atol=near(llama, expected))
+    assert set(decoder.replays) == {(4, 64, True), (4, 64, False)}
+
+
+def test_a_result_stays_when_the_next_step_runs(build: Callable[..., Llama], recorded: list[torch.Tensor]) -> None:
+    llama = build("mha", max_seq_len=32, max_batch_size=2, compile=False)
+    with_graphs(llama)
+    first = llama.executor.hidden(ids(2, 1), 0, 1)
+    copied = first.clone()
+    llama.executor.hidden(ids(2, 2)[:, 1:], 1, 2)
+    assert torch.equal(first, copied) and len(recorded) == 1
+
+
+def test_changed_weights_and_angles(build: Callable[..., Llama], recorded: list[torch.Tensor]) -> None:
+    """What is written in place is seen by the recorded graph; new angles are recorded again."""
+    llama = build("mha", max_seq_len=32, max_batch_size=1, compile=False)
+    model, first = llama.model, llama.model.freqs_cis
+    weight = model.get_parameter("layers.0.feed_forward.w2.weight")
+
+    def steps() -> Iterator[torch.Tensor]:
+        for model.freqs_cis, factor in ((first, 2), (first**2, 0.5), (first, 1)):
+            llama.executor.hidden(ids(1, 4), 0, 4)
+            yield llama.executor.hidden(ids(1, 1), 4, 5)
+            with torch.no_grad():
+                weight.mul_(factor)
+            yield llama.executor.hidden(ids(1, 1), 4, 5)
+
+    expected = list(steps())
+    with_graphs(llama)
+    torch.testing.assert_close(list(steps()), expected, rtol=1e-5, atol=1e-5)
+    assert len(recorded) == 3
+    assert not torch.allclose(expected[0], expected[1]) and not torch.allclose(expected[0], expected[3])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, on which graphs are recorded")
+def test_a_step_that_cannot_be_recorded(build: Callable[..., Llama], capfd: pytest.CaptureFixture[str]) -> None:
+    llama = build("gqa", max_seq_len=300, max_batch_size=3, compile=False)
+    prompts = [ids(n, n)[0].tolist() for n in (3, 250, 17)]
+    expected = llama.generate(prompts, 20, temperature=0)
+    decoder = with_graphs(llama)
+    capfd.readouterr()
+    assert llama.generate(prompts, 20, temperature=0) == expected and not decoder.replays
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("llama: no CUDA graph of the decode step (")
+    assert line.endswith("): it runs kernel by kernel, which is slower")

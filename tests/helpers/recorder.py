@@ -1,0 +1,37 @@
+"""Replaces the recording of CUDA graphs, for tests without a GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from llama.accelerate import cuda_graph, gpu
+
+
+def replace_recording(patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Returns a list that gets the output of each recorded step.
+
+    A replay computes the step again, into the output of the recording. Like a graph, it may neither build tensors from
+    Python data nor wait for the device. Triton is left out, as its kernels need a GPU.
+    """
+    outputs: list[torch.Tensor] = []
+
+    def forbidden(*arguments: Any, **named: Any) -> Any:
+        raise AssertionError("a recorded step reads from the device or builds a tensor from Python data")
+
+    class Recorder:
+        def record(self, step: cuda_graph.Replay) -> cuda_graph.Replay:
+            def replay() -> torch.Tensor:
+                with pytest.MonkeyPatch.context() as inside:
+                    for name in ("tensor", "as_tensor"):
+                        inside.setattr(torch, name, forbidden)
+                    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
+                        inside.setattr(torch.Tensor, name, forbidden)
+                    return step()
+
+            outputs.append(out := replay().clone())
+            return lambda: out.copy_(replay())
+
+    patch.setattr(cuda_graph, "Recorder", Recorder)
+    patch.setattr(gpu, "triton_kernels", lambda: None)
+    return outputs
