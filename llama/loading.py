@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llama.accelerate.compiled import can_compile
+from llama.accelerate.compiled import can_compile, start_compiling
 from llama.accelerate.executor import Executor
 from llama.accelerate.gpu import has_fp8
 from llama.accelerate.native import release_freed_memory
@@ -58,6 +58,8 @@ def load(model: ModelOptions, build: BuildOptions) -> tuple[Executor, Tokenizer,
         per_host = ("ckpt_dir", "tokenizer_path", "model_parallel_size")
         same = {f"--{name}": value for name, value in (model | build).items() if name not in per_host}
         check_same(same | {"--device": device.type}, "start all ranks with the same arguments")
+        compile = False if build["plain"] else build["compile"]
+        compiling = start_compiling(compile, device)
         share_cores(world)
         init_process_groups(world, device)
         with raise_on_all_ranks():
@@ -65,9 +67,9 @@ def load(model: ModelOptions, build: BuildOptions) -> tuple[Executor, Tokenizer,
         check_same({"--dtype": _name(files.dtype)}, "name one that all hosts support")
         check_same(vars(files.checkpoint.params), "give all hosts the same params.json")
         check_same(files.sums, "these are checksums: give all hosts the same files")
-        is_compiled = can_compile(False if build["plain"] else build["compile"], device, files.dtype)
+        is_compiled = can_compile(compile, device, files.dtype, compiling)
         with raise_on_all_ranks():
-            executor, note = _load_weights(files, device, None if build["plain"] else is_compiled and build["compile"])
+            executor, note = _load_weights(files, device, None if build["plain"] else is_compiled and compile)
     except BaseException:
         shutdown()
         raise

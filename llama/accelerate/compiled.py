@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -18,11 +19,28 @@ from llama.parallel.groups import all_gather_object
 log = logging.getLogger(__name__)
 
 
-def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether decode steps run as compiled code (CPUs) or as CUDA graphs. For a CPU, also compiles native.c.
+def start_compiling(compile: bool | str, device: torch.device) -> Future[float] | None:
+    """Compile native.c in a thread, while files are opened and checked; None if it is not needed. The result is the time
+    in seconds, 0 if it was compiled before. Raises what `native.compile_library` raises."""
+
+    def compile_library() -> float:
+        started = time.perf_counter()
+        return time.perf_counter() - started if native.compile_library() else 0
+
+    if not compile or device.type != "cpu":
+        return None
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(compile_library)
+    pool.shutdown(wait=False)
+    return future
+
+
+def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype, compiling: Future[float] | None) -> bool:
+    """Whether decode steps run as compiled code (CPUs) or as CUDA graphs.
 
     All ranks must call this, and all get the same answer. compile: as in `Llama.build`. If it is True but this device
     or dtype is not supported, or if native.c cannot be compiled, the reason is logged.
+    compiling: from `start_compiling`. This waits for it.
     """
     if device.type == "cuda":
         return bool(compile)
@@ -34,9 +52,10 @@ def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype) -
     if dtype not in native.KINDS:
         log.info("llama: float16 is not compiled on CPUs, only bfloat16 and float32: the decode step runs uncompiled")
         return False
-    started, is_new, problem = time.perf_counter(), False, ""
+    seconds, problem = 0.0, ""
     try:
-        is_new = native.compile_library()
+        assert compiling is not None  # `compile` is not False
+        seconds = compiling.result()
     except native.NoCompilerError as error:
         problem = str(error)
     # All ranks or none: compiled and uncompiled steps would all_reduce different tensors.
@@ -44,8 +63,8 @@ def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype) -
         why = problem or f"another rank: {problems[0]}"
         log.info(f"llama: {why}: the decode step runs uncompiled, which is slower (--no-compile hides this message)")
         return False
-    if is_new:
-        log.info(f"llama: decode step compiled in {time.perf_counter() - started:.1f} s, saved in {cache_folder()}")
+    if seconds:
+        log.info(f"llama: decode step compiled in {seconds:.1f} s, saved in {cache_folder()}")
     elif compile is True:
         log.info(f"llama: decode step compiled earlier, loaded from {cache_folder()}")
     return True

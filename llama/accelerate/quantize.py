@@ -24,6 +24,7 @@ GROUP = 32  # int4: columns that share a scale and a zero
 # Up to this number of rows, x is multiplied by a kernel that reads the quantized weight (gemv). For more rows the
 # weight is dequantized first, which is faster: at 512 rows the gemv kernels take several times as long.
 MAX_GEMV_ROWS = 32
+MAX_TRITON_ROWS = 16  # the same for the kernels on CUDA: the tensor cores multiply 16 rows at a time
 FP8 = torch.float8_e4m3fn
 CHUNK_ROWS = 256  # rows quantized at a time, so that no complete matrix is in memory in float32
 
@@ -254,7 +255,7 @@ def quantized_linear(kind: str, is_native: bool, *weights: torch.Tensor) -> Quan
 def _triton_kernels(x: torch.Tensor) -> Any:
     """The module `triton_kernels` if it can multiply x [m, k], else None."""
     kernels = gpu.triton_kernels() if x.is_cuda else None
-    return kernels if kernels is not None and len(x) <= kernels.MAX_ROWS else None
+    return kernels if kernels is not None and len(x) <= MAX_TRITON_ROWS else None
 
 
 def _operator(name: str) -> Any:

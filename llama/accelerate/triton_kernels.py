@@ -13,9 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from llama.accelerate.quantize import GROUP
+from llama.accelerate.quantize import GROUP, MAX_TRITON_ROWS
 
-MAX_ROWS = 16
 HALF = tl.constexpr(GROUP // 2)  # bytes of an int4 group
 # The interpreter's `tl.dot` and its casts from integers misread bfloat16.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -145,26 +144,26 @@ def _dequantize_int4(data, scale, zero, weight, count, block: tl.constexpr):
 
 
 def multiply(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x [m, k] for m <= MAX_ROWS, data [n, k] in int8 or fp8, scale [n] -> [m, n] in x's dtype."""
+    """x [m, k] for m <= MAX_TRITON_ROWS, data [n, k] in int8 or fp8, scale [n] -> [m, n] in x's dtype."""
     (m, k), n = x.shape, len(data)
     x, y = x.contiguous(), x.new_empty(m, n)
     if m == 1:
         _multiply_one_row[(triton.cdiv(n, ONE_ROW["block_n"]),)](x, data, scale, y, n, k, **ONE_ROW)
     else:
         grid = (triton.cdiv(n, SEVERAL_ROWS["block_n"]),)
-        _multiply_rows[grid](x, data, scale, y, m, n, k, rows=MAX_ROWS, **SEVERAL_ROWS)
+        _multiply_rows[grid](x, data, scale, y, m, n, k, rows=MAX_TRITON_ROWS, **SEVERAL_ROWS)
     return y
 
 
 def multiply_int4(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """x [m, k] for m <= MAX_ROWS, data [n, k / 2], scale and zero [n, k / 32] as in `Int4` -> [m, n] in x's dtype."""
+    """x [m, k] for m <= MAX_TRITON_ROWS, data [n, k / 2], scale and zero [n, k / 32] as in `Int4` -> [m, n] as x."""
     (m, k), n = x.shape, len(data)
     x, y = x.contiguous(), x.new_empty(m, n)
     if m == 1:
         _multiply_one_row_int4[(triton.cdiv(n, ONE_ROW["block_n"]),)](x, data, scale, zero, y, n, k, **ONE_ROW)
     else:
         grid = (triton.cdiv(n, SEVERAL_ROWS["block_n"]),)
-        _multiply_rows_int4[grid](x, data, scale, zero, y, m, n, k, rows=MAX_ROWS, **SEVERAL_ROWS)
+        _multiply_rows_int4[grid](x, data, scale, zero, y, m, n, k, rows=MAX_TRITON_ROWS, **SEVERAL_ROWS)
     return y
 
 

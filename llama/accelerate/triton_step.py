@@ -167,9 +167,7 @@ def _join_parts(
     maximum = tl.load(maxima + at, mask=is_part, other=-1e30)
     weight = tl.exp(maximum - tl.max(maximum, 0))
     total = tl.sum(weight * tl.load(totals + at, mask=is_part, other=0), 0)
-    parts = tl.load(
-        sums + at[:, None] * head_dim + of_head[None, :], mask=is_part[:, None] & is_head[None, :], other=0
-    )
+    parts = tl.load(sums + at[:, None] * head_dim + of_head[None, :], mask=is_part[:, None] & is_head[None, :], other=0)
     joined = tl.sum(parts * weight[:, None], 0) / total
     tl.store(out + (pair * group + query) * head_dim + of_head, joined.to(out.dtype.element_ty), mask=is_head)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llama.accelerate.quantize import MAX_GEMV_ROWS, scheme_of, stored_bytes
+from llama.accelerate.quantize import MAX_GEMV_ROWS, MAX_TRITON_ROWS, scheme_of, stored_bytes
 from llama.checkpoint.errors import CheckpointError
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.layout import EMBEDDING, OUTPUT, rank_slice, shard_axis, tensor_shapes, without_layer
@@ -24,7 +24,9 @@ QUERIES, KEYS, GATES = "layers.0.attention.wq.weight", "layers.0.attention.wk.we
 # Bytes that sampling needs for each logit: 4 for the logit, the rest for sorted float64 probabilities and ids.
 SAMPLING_BYTES = 60
 # Buffers of torch's kernels, measured on a CPU with two threads.
-KERNEL_BYTES = 8_000_000
+CPU_KERNEL_BYTES = 8_000_000
+# The workspace that torch allocates for cuBLAS on each stream, on GPUs of compute capability 9.0 and on older ones.
+CUBLAS_BYTES, OLD_CUBLAS_BYTES = 32 * 2**20, (2 * 4096 + 8 * 16) * 2**10
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def _prefill_bytes(
     device: str,
     prefill_chunk: int,
 ) -> int:
-    """Peak bytes of computing prompts that fill all rows, in addition to weights, cache and tables.
+    """Peak bytes of computing prompts that fill all rows, in addition to weights, cache and tables. On CUDA also what
+    decode steps need at the same time.
 
     Freed memory is not counted. glibc keeps part of it, so a process can grow by twice as much.
     local: the shapes of this rank's weights. Names in the comments are those of `model` and `accelerate.fused`.
@@ -103,14 +106,20 @@ def _prefill_bytes(
     prompts = args.max_batch_size * args.max_seq_len * dim * size  # hidden states of all positions
 
     def dequantized(key: str, columns: int, rows: int) -> int:
-        """Bytes of a dequantized weight and of q before it is scaled; 0 if the weight is not quantized."""
+        """Bytes of a dequantized weight and of q before it is scaled; 0 if the weight is not quantized. For fp8, bytes
+        of the quantized activations, and of float32 copies of them."""
         kind = scheme_of(key, columns, quantize)
+        if kind == "fp8" and dtype == torch.bfloat16:
+            return 9 * n * columns
+        if device == "cuda" and kind is not None:
+            return rows * columns * (size + 4 * (kind == "fp8"))
         packed = device == "cpu" and dtype == torch.bfloat16  # torch's packed layout needs one more copy to reorder
         return 0 if kind is None else rows * columns * (size if kind == "int8" else 1 + size + packed * size)
 
     # In a layer, during RoPE: its input, the norm's output, wqkv(x), and the copies that RoPE makes.
     heads = q + 2 * kv
-    rotary = n * (size * (2 * dim + heads) + q * (8 if dtype == torch.float32 else 12))
+    copied = q + kv if device == "cuda" else q
+    rotary = n * (size * (2 * dim + heads) + copied * (8 if dtype == torch.float32 else 12))
     # During attention: the rotated queries and keys and the result. From the second chunk on all devices but CUDA also
     # need a mask of bools, and a float mask made from it.
     masked = part * args.max_seq_len * (1 + size) if args.max_seq_len > part and device != "cuda" else 0
@@ -125,7 +134,18 @@ def _prefill_bytes(
     draw = args.max_batch_size * args.vocab_size * SAMPLING_BYTES
     if device != "cpu" or dtype != torch.bfloat16 or args.max_batch_size > MAX_GEMV_ROWS:
         draw += dequantized(OUTPUT, dim, local[OUTPUT][0])
-    return max(layer, joined, draw) + KERNEL_BYTES
+    if device != "cuda":
+        return max(layer, joined, draw) + CPU_KERNEL_BYTES
+    # The CUDA graphs of decode steps have a stream, and so a workspace, and memory of their own.
+    rows = args.max_batch_size
+    graph = rows * size * (4 * dim + heads + q + 3 * width) + (gates if rows > MAX_TRITON_ROWS else 0)
+    return max(layer, joined, draw) + graph + 2 * _cublas_bytes()
+
+
+def _cublas_bytes() -> int:
+    """Of this machine's GPU, or of a new one if there is none."""
+    is_old = torch.cuda.is_available() and torch.cuda.get_device_capability(None) < (9, 0)
+    return OLD_CUBLAS_BYTES if is_old else CUBLAS_BYTES
 
 
 def count_parameters(args: ModelArgs, tied: bool = False) -> dict[str, int]:

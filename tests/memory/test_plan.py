@@ -26,7 +26,7 @@ from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.layout import legal_world_sizes, tensor_shapes
 from llama.cli import main as cli
 from llama.cli.plan import plan, read_bytes
-from llama.memory.sizes import Sizes, count_parameters, sizes
+from llama.memory.sizes import CUBLAS_BYTES, Sizes, count_parameters, sizes
 from llama.parallel.device import DTYPES
 
 SEVEN_B = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
@@ -203,8 +203,27 @@ def test_a_prefill_grows_the_process_as_planned(dtype: str, measured: Callable[[
         assert 0.9 * grown < expected < 1.25 * grown
 
 
+@pytest.mark.parametrize(
+    ("dtype", "workspaces", "allocated"), [(torch.float32, 1, 46_000_000), (torch.float16, 0, 7_300_000)]
+)
+def test_bytes_that_torch_allocated_on_a_gpu(
+    dtype: torch.dtype, workspaces: int, allocated: int, checkpoint: Callable[..., Path]
+) -> None:
+    """Measured on an H200 on 2026-11-26, in one process: two prompts of 1,499 ids, and one new id each, so no decode
+    step. The first run, in float32, allocated cuBLAS's workspace, which the second one found there."""
+    args = replace(Checkpoint(checkpoint("mha")).params, max_seq_len=1500, max_batch_size=2)
+    planned = sizes(args, 1, dtype, device="cuda").total - (2 - workspaces) * CUBLAS_BYTES
+    assert 0.9 * allocated < planned < 1.25 * allocated
+
+
+def test_the_longest_context_of_llama_3_1_fits_a_gpu_of_80_gb() -> None:
+    args = ModelArgs(**PUBLISHED["llama-3-8b"][0], max_seq_len=131_072, max_batch_size=1)
+    size = sizes(args, 1, torch.bfloat16, device="cuda")
+    assert size.cache == 2 * 32 * 131_072 * 1024 * 2 and size.total < 40 * 10**9
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4", "fp8"])
 def test_a_prefill_grows_with_length_rows_and_nothing_else(device: str, quantize: str | None) -> None:
     """Sizes grow monotonically, as the binary search requires, and for long contexts linearly."""
 
