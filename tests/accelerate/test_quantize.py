@@ -1,4 +1,4 @@
-"""int8 and int4: the rounding against its definition, the kernels against dequantized weights, the model's answers."""
+"""int8, int4 and fp8: the rounding against its definition, the kernels against dequantized weights, the model's answers."""
 
 import json
 from collections.abc import Callable
@@ -14,8 +14,10 @@ from helpers.tolerance import BFLOAT16, gamma
 from llama import Llama, ModelArgs
 from llama.accelerate import quantize
 from llama.accelerate.quantize import (
+    FP8,
     GROUP,
     MAX_GEMV_ROWS,
+    Fp8,
     Int4,
     Int8,
     PackedInt4,
@@ -48,6 +50,17 @@ def test_int8_is_the_nearest_of_255_steps() -> None:
     assert (error[inside] <= (scale[:, None].expand_as(weight) * 0.5001)[inside]).all()
 
 
+def test_fp8_has_three_bits_after_the_leading_one() -> None:
+    weight = random(70, 48)
+    layer = Fp8(weight)
+    scale = weight.abs().amax(dim=1, keepdim=True) / 448
+    torch.testing.assert_close(layer.scale[:, None], scale)
+    # Half of the last bit: relative to the value, or to 2^-6, the smallest with a leading one.
+    allowed = 2**-4 * torch.maximum(weight.abs(), scale * 2**-6) * 1.0001
+    error = (layer.dequantize() - weight).abs()
+    assert (error <= allowed).all() and error.max() > 0.4 * allowed.max()
+
+
 def test_int4_is_the_nearest_of_16_steps() -> None:
     weight = random(70, 96)
     layer = Int4(weight)
@@ -70,15 +83,15 @@ def test_a_grid_of_16_steps_is_kept() -> None:
     assert torch.equal(Int4(weight).dequantize(), weight)
 
 
-@pytest.mark.parametrize("kind", [Int8, Int4])
-def test_rows_of_one_value(kind: type[Int8 | Int4]) -> None:
+@pytest.mark.parametrize("kind", [Int8, Int4, Fp8])
+def test_rows_of_one_value(kind: type[Int8 | Int4 | Fp8]) -> None:
     weight = torch.tensor([0.0, 1.0, -3.0])[:, None].expand(3, 64)
     torch.testing.assert_close(kind(weight).dequantize(), weight, rtol=2**-8, atol=0)
 
 
-@pytest.mark.parametrize("kind", [Int8, Int4])
+@pytest.mark.parametrize("kind", [Int8, Int4, Fp8])
 @pytest.mark.parametrize("damage", [float("nan"), float("inf")])
-def test_damage_is_not_rounded_away(kind: type[Int8 | Int4], damage: float) -> None:
+def test_damage_is_not_rounded_away(kind: type[Int8 | Int4 | Fp8], damage: float) -> None:
     weight = random(4, 64)
     weight[2, 33] = damage
     assert kind(weight).dequantize().isfinite().all(dim=1).tolist() == [True, True, False, True]
@@ -98,6 +111,9 @@ def test_damage_is_not_rounded_away(kind: type[Int8 | Int4], damage: float) -> N
         ("feed_forward.w2.weight", 176, "int4", None),
         (OUTPUT, 4096, "int4", "int8"),
         (OUTPUT, 4096, "int8", None),
+        (OUTPUT, 4096, "fp8", None),
+        ("feed_forward.w2.weight", 176, "fp8", "fp8"),
+        ("feed_forward.w2.weight", 88, "fp8", None),
         (EMBEDDING, 4096, "int4", None),
         ("attention_norm.weight", 4096, "int8", None),
     ],
@@ -107,13 +123,14 @@ def test_schemes(key: str, columns: int, scheme: str | None, expected: str | Non
 
 
 @pytest.mark.parametrize("native", [False, True])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 def test_stored_bytes(kind: str, native: bool) -> None:
     layer = quantized_linear(kind, native, random(128, 96, torch.bfloat16))
     held = sum(buffer.numel() * buffer.element_size() for buffer in layer.buffers())
     assert held == stored_bytes("attention.wq.weight", 128, 96, kind, 2)
-    # By hand: 128 * 96 bytes and 128 scales of two; half of that and, of 3 groups a row, scales and zeros.
-    assert held == {"int8": 12288 + 256, "int4": 6144 + 128 * 3 * 4}[kind]
+    # By hand: 128 * 96 bytes and 128 scales of two (fp8: four) bytes; half of that and, of 3 groups a row, scales and
+    # zeros.
+    assert held == {"int8": 12288 + 256, "int4": 6144 + 128 * 3 * 4, "fp8": 12288 + 512}[kind]
 
 
 @needs_packing
@@ -137,6 +154,29 @@ def test_products_with_few_and_many_rows(kind: type[quantize.QuantizedLinear], m
     sums = x.double().abs() @ layer.dequantize().double().abs().T
     bound = (BFLOAT16 + gamma(96)) * sums
     assert ((found[0].double() - expected).abs() <= bound + BFLOAT16 * (expected.abs() + bound)).all()
+
+
+@pytest.mark.parametrize("m", [1, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1, 100])
+def test_products_in_fp8(m: int) -> None:
+    """Many rows are rounded to fp8, too: each by half of its last bit, or of that of the smallest normal number."""
+    layer, x = Fp8(random(64, 96, torch.bfloat16)), random(m, 96, torch.bfloat16)
+    weight = layer.data.double() * layer.scale.double()[:, None]
+    expected, sums = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    found = layer(x[None])[0].double()
+    bound = (2 * BFLOAT16 + gamma(96)) * sums
+    if m > MAX_GEMV_ROWS:
+        lost = torch.maximum(x.double().abs(), x.double().abs().amax(dim=1, keepdim=True) / 448 * 2**-6) * 2**-4
+        bound = bound + lost @ weight.abs().T
+    assert found.shape == (m, 64) and ((found - expected).abs() <= bound).all()
+    if m > MAX_GEMV_ROWS:  # in fp8 by torch's kernel, not with dequantized weights
+        scale = x.float().abs().amax(dim=1) / torch.finfo(FP8).max
+        q = (x.float() / scale[:, None]).to(FP8).double() * scale.double()[:, None]
+        torch.testing.assert_close(found, q @ weight.T, rtol=2**-7, atol=1e-2)
+
+
+def test_fp8_needs_a_gpu(build: Callable[..., Llama]) -> None:
+    with pytest.raises(ValueError, match=r"quantize 'fp8' needs a GPU of compute capability 8\.9 or higher: use int8"):
+        build("mha", quantize="fp8")
 
 
 # The model ----------------------------------------------------------------------------------------
