@@ -1,6 +1,6 @@
 """Load a folder of consolidated.NN.pth files on any number of ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from llama.checkpoint.layout import (
 from llama.checkpoint.params_json import load_params
 from llama.checkpoint.paths import find_shards, renamed_note
 from llama.checkpoint.shards import needs_full_read, open_shard
+from llama.checkpoint.transfer import open_transfer
 from llama.console import progress
 from llama.files import as_path
 from llama.model import Transformer, TransformerBlock
@@ -91,22 +92,27 @@ class Checkpoint:
 
     def copy(self, key: str, start: int, stop: int, out: torch.Tensor) -> None:
         """Copy [start, stop) of a tensor's shard axis into `out`, from the shards that hold it."""
+        for source, target in self.pieces(key, start, stop, out):
+            target.copy_(source)
+
+    def pieces(self, key: str, start: int, stop: int, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What `copy` copies: (view of a shard's tensor, view of `out`), for each shard that holds a part."""
         axis = shard_axis(key, self.embedding_axis)
         if axis is None:
             # Repeated tensors may differ in their last bits from shard to shard; all ranks use the first shard's.
-            out.copy_(self[0][key])
+            yield self[0][key], out
             return
         if key not in self.shapes:  # the output of a tied model, which is the embedding
             key = EMBEDDING
             if self.embedding_axis == 1:  # ranks need rows, and each shard has some columns of all rows
                 for columns, index in zip(out.chunk(len(self.paths), dim=1), range(len(self.paths)), strict=True):
-                    columns.copy_(self[index][key][start:stop])
+                    yield self[index][key][start:stop], columns
                 return
         width = self[0][key].shape[axis]
         for index in range(start // width, (stop - 1) // width + 1):
             low, high = max(start, index * width), min(stop, (index + 1) * width)
             source = self[index][key].narrow(axis, low - index * width, high - low)
-            out.narrow(axis, low - start, high - low).copy_(source)
+            yield source, out.narrow(axis, low - start, high - low)
 
     def _check(self, index: int) -> None:
         count = len(self.paths)
@@ -140,18 +146,21 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, dtype: torch.dtype,
     shapes, device = tensor_shapes(args), model.caches[0].k.device
     blocks = [(f"layers.{i}", block) for i, block in enumerate(model.layers)]
     layers = [("tok_embeddings", model.tok_embeddings), *blocks, ("norm", model.norm), ("output", model.output)]
-    for name, layer in progress(layers, "loading"):
-        embedding = model.tok_embeddings.weight
-        if layer is model.output and OUTPUT not in checkpoint.shapes and layer.weight.shape == embedding.shape:
-            model.output.weight = embedding  # tied, and this rank needs the same rows of both: share the memory
-            continue
-        _allocate(layer, dtype, device)
-        for key, parameter in layer.named_parameters(name):
-            axis = shard_axis(key, checkpoint.embedding_axis)
-            start, stop = (0, 0) if axis is None else rank_slice(key, shapes[key][axis], args, rank, world_size)
-            checkpoint.copy(key, start, stop, parameter.data)
-        if finish is not None and layer is not model.output:
-            finish(layer)
+    with open_transfer(device) as transfer:
+        for name, layer in progress(layers, "loading"):
+            embedding = model.tok_embeddings.weight
+            if layer is model.output and OUTPUT not in checkpoint.shapes and layer.weight.shape == embedding.shape:
+                model.output.weight = embedding  # tied, and this rank needs the same rows of both: share the memory
+                continue
+            _allocate(layer, dtype, device)
+            for key, parameter in layer.named_parameters(name):
+                axis = shard_axis(key, checkpoint.embedding_axis)
+                start, stop = (0, 0) if axis is None else rank_slice(key, shapes[key][axis], args, rank, world_size)
+                for source, target in checkpoint.pieces(key, start, stop, parameter.data):
+                    transfer.copy(source, target)
+            transfer.wait()
+            if finish is not None and layer is not model.output:
+                finish(layer)
 
 
 def _allocate(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -6,6 +6,7 @@ and headers.
 """
 
 import io
+import mmap
 import struct
 import zipfile
 import zlib
@@ -133,7 +134,8 @@ def _read_record(file: BinaryIO, info: zipfile.ZipInfo, entry: bytes) -> Record:
 
 
 def _crc(path: Path, record: Record) -> int:
-    crc, left, block = 0, record.stop - record.start, memoryview(bytearray(BLOCK))
+    # Page-aligned. A bytearray may begin 16 bytes after a page; some processors read into it at a fifth of the speed.
+    crc, left, block = 0, record.stop - record.start, memoryview(mmap.mmap(-1, BLOCK))
     with path.open("rb", buffering=0) as file:
         file.seek(record.start)
         while left and (size := file.readinto(block[:left])):
