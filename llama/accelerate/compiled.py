@@ -20,8 +20,10 @@ log = logging.getLogger(__name__)
 
 
 def start_compiling(compile: bool | str, device: torch.device) -> Future[float] | None:
-    """Compile native.c in a thread, while files are opened and checked; None if it is not needed. The result is the time
-    in seconds, 0 if it was compiled before. Raises what `native.compile_library` raises."""
+    """Compile native.c in a thread, while files are opened and checked; None if it is not needed.
+
+    The result is the time in seconds, 0 if it was compiled before. Raises what `native.compile_library` raises.
+    """
 
     def compile_library() -> float:
         started = time.perf_counter()

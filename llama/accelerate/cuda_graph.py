@@ -96,28 +96,35 @@ def torch_step(model: Transformer, layers: Sequence[FusedLayer]) -> Step:
 
 
 class CudaGraphDecoder:
-    """Replays `step` for one id per row: ids [bsz, 1] -> hidden states [bsz, 1, dim].
+    """Replays a decode step for one id per row: ids [bsz, 1] -> hidden states [bsz, 1, dim].
 
-    If a step cannot be recorded, the reason is logged once, and steps run kernel by kernel from then on.
+    triton_step: reads only the positions that each row uses, so one graph serves all contexts and cache rows.
+    compiled_step: `torch_step`, compiled by torch.compile for each context, so it always gets the largest one.
 
-    reads_used: `step` reads only the positions that each row uses, so one graph serves all contexts and cache rows.
-    whole_context: `step` must always get the same context, because it is compiled for each.
+    Without both, or if recording them fails, `torch_step` is recorded. If that fails, too, it runs without a graph,
+    kernel by kernel. The reason is logged.
 
     Batches are padded with copies of their last row, which store the same keys and values as that row. The embedding
     is not recorded, as it may be the user's module.
     """
 
     def __init__(
-        self, model: Transformer, step: Step, cache: torch.Tensor, reads_used: bool = False, whole_context: bool = False
+        self,
+        model: Transformer,
+        layers: Sequence[FusedLayer],
+        triton_step: Step | None = None,
+        compiled_step: Step | None = None,
     ):
-        self.model, self.step, self.freqs_cis = model, step, model.freqs_cis
-        self.reads_used, self.whole_context = reads_used, whole_context
-        self.max_rows, _, self.max_seq_len, _ = cache.shape
-        self.cache = model.caches[0]
-        self.h = cache.new_zeros(self.max_rows, 1, len(model.norm.weight))
-        self.positions = torch.zeros(self.max_rows, dtype=torch.int64, device=cache.device)
+        self.model, self.cache, self.freqs_cis = model, layers[0].cache, model.freqs_cis
+        k = self.cache.k
+        self.max_rows, _, self.max_seq_len, _ = k.shape
+        self.h = k.new_zeros(self.max_rows, 1, len(model.norm.weight))
+        self.positions = torch.zeros(self.max_rows, dtype=torch.int64, device=k.device)
         self.slots = torch.zeros_like(self.positions)
         self.last_slots: list[int] | None = None  # what `slots` holds
+        self.torch_step = torch_step(model, layers)
+        self.step = triton_step or compiled_step or self.torch_step
+        self.reads_used, self.whole_context = triton_step is not None, compiled_step is not None
         self.replays: dict[Key, Replay] = {}
         self.recorder: Recorder | None = None
         self.can_record = True
@@ -140,28 +147,39 @@ class CudaGraphDecoder:
         if bsz < rows:
             self.h[bsz:rows] = self.h[bsz - 1]
             self.positions[bsz:rows] = self.positions[bsz - 1]
-        context = self.max_seq_len
-        if not (self.reads_used or self.whole_context):
-            context = round_context(ctx_len, self.max_seq_len)
-        key = rows, context, slots is None or self.reads_used
-        replay = self.replays.get(key) or self._record(key)
-        return replay()[:bsz].clone()  # the next replay overwrites the graph's own output
+        while True:
+            key = self._key(rows, ctx_len, slots is None)
+            replay = self.replays.get(key) or self._record(key)
+            if replay is not None:
+                return replay()[:bsz].clone()  # the next replay overwrites the graph's own output
 
-    def _record(self, key: Key) -> Replay:
+    def _key(self, rows: int, ctx_len: int, is_in_order: bool) -> Key:
+        if self.reads_used or self.whole_context:
+            return rows, self.max_seq_len, is_in_order or self.reads_used
+        return rows, round_context(ctx_len, self.max_seq_len), is_in_order
+
+    def _record(self, key: Key) -> Replay | None:
+        """What computes the step; None if recording it failed, but `torch_step` can be tried."""
         rows, context, is_in_order = key
+        step = self.step
 
-        def step() -> torch.Tensor:
+        def run() -> torch.Tensor:
             angles = torch.view_as_real(self.freqs_cis)
-            return self.step(self.h[:rows], angles, self.positions[:rows], self.slots[:rows], context, is_in_order)
+            return step(self.h[:rows], angles, self.positions[:rows], self.slots[:rows], context, is_in_order)
 
         if not self.can_record:
-            return step
+            return run
         try:
             self.recorder = self.recorder or Recorder()
-            replay = self.replays[key] = self.recorder.record(step)
+            replay = self.replays[key] = self.recorder.record(run)
             return replay
-        except (RuntimeError, AssertionError) as error:  # AssertionError: this torch has no CUDA
+        except Exception as error:  # of CUDA, Triton or torch.compile, each with classes of its own
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            if step is not self.torch_step:
+                self.step, self.reads_used, self.whole_context = self.torch_step, False, False
+                self.replays.clear()
+                log.info(f"llama: no CUDA graph of the fastest kernels ({reason}): decoding with torch's kernels")
+                return None
             self.can_record = False
-            reason = str(error).strip().partition("\n")[0]
             log.info(f"llama: no CUDA graph of the decode step ({reason}): it runs kernel by kernel, which is slower")
-            return step
+            return run

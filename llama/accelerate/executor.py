@@ -7,7 +7,9 @@ unfused.
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
@@ -15,7 +17,7 @@ from torch import nn
 
 from llama.accelerate import gpu
 from llama.accelerate.compiled import compiled_step
-from llama.accelerate.cuda_graph import CudaGraphDecoder, torch_step
+from llama.accelerate.cuda_graph import CudaGraphDecoder
 from llama.accelerate.fused import FusedLayer, Linear, Positions, merge_linears, rms_norm
 from llama.accelerate.native import NativeDecoder
 from llama.accelerate.snapshot import FORWARDS, Snapshot, is_changed, is_hooked, is_patched
@@ -32,6 +34,20 @@ log = logging.getLogger(__name__)
 SCORING_CHUNK = 2**24
 # fp32 logits [n, vocab] and the ids that follow [n] -> fp32 [n, m].
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+T = TypeVar("T", bound=Callable[..., torch.Tensor])
+
+
+def _on_its_device(method: T) -> T:
+    """Make the model's GPU the current one, which Triton and CUDA graphs use. Each thread has its own current GPU."""
+
+    @wraps(method)
+    def run(self: "Executor", *arguments: Any, **options: Any) -> torch.Tensor:
+        device = self.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            result: torch.Tensor = method(self, *arguments, **options)
+            return result
+
+    return cast(T, run)
 
 
 class Executor:
@@ -161,13 +177,13 @@ class Executor:
             return NativeDecoder(model, layers)
         model.freqs_cis = model.freqs_cis.to(first.cache.k.device)
         if self.torch_compile:
-            return CudaGraphDecoder(model, compiled_step(model, layers), first.cache.k, whole_context=True)
-        if (triton := gpu.triton_step()) is not None:
-            return CudaGraphDecoder(model, triton(model, layers), first.cache.k, reads_used=True)
-        return CudaGraphDecoder(model, torch_step(model, layers), first.cache.k)
+            return CudaGraphDecoder(model, layers, compiled_step=compiled_step(model, layers))
+        triton_step = gpu.triton_step()
+        return CudaGraphDecoder(model, layers, None if triton_step is None else triton_step(model, layers))
 
     # Forwards
 
+    @_on_its_device
     @torch.inference_mode()
     def hidden(
         self,
@@ -256,6 +272,7 @@ class Executor:
         assert self._snapshot is not None  # set by `_rebuild`
         return [attention.cache for attention in self._snapshot.attentions]
 
+    @_on_its_device
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Logits of the states that `hidden` returned: [.., dim] -> fp32 [.., vocab], the same on every rank."""
@@ -268,6 +285,7 @@ class Executor:
             y = gather_from_model_parallel_region(y)
         return y.float()
 
+    @_on_its_device
     @torch.inference_mode()
     def measured(self, h: torch.Tensor, targets: torch.Tensor, measure: Measure) -> torch.Tensor:
         """measure(logits, targets) -> [n, m] for hidden states [n, dim] and the ids that follow them [n].

@@ -138,6 +138,26 @@ def test_changed_weights_and_angles(build: Callable[..., Llama], recorded: list[
     assert not torch.allclose(expected[0], expected[1]) and not torch.allclose(expected[0], expected[3])
 
 
+def test_a_step_that_fails_gives_way_to_torchs_kernels(
+    build: Callable[..., Llama], recorded: list[torch.Tensor], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel of Triton may need more shared memory than a GPU has, for example."""
+
+    def failing(*arguments: object) -> torch.Tensor:
+        raise OSError("out of resources\nand more lines")
+
+    llama = build("gqa", max_seq_len=300, max_batch_size=3, compile=False)
+    prompts = [ids(n, n)[0].tolist() for n in (3, 250, 17)]
+    expected = llama.generate(prompts, 20, temperature=0)
+    decoder = with_graphs(llama)
+    decoder.step, decoder.reads_used = failing, True
+    capfd.readouterr()
+    assert llama.generate(prompts, 20, temperature=0) == expected
+    assert set(decoder.replays) == {(3, 256, True), (3, 300, True)}
+    message = "llama: no CUDA graph of the fastest kernels (out of resources): decoding with torch's kernels"
+    assert capfd.readouterr().err.splitlines() == [message]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, on which graphs are recorded")
 def test_a_step_that_cannot_be_recorded(build: Callable[..., Llama], capfd: pytest.CaptureFixture[str]) -> None:
     llama = build("gqa", max_seq_len=300, max_batch_size=3, compile=False)

@@ -130,6 +130,7 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     here = torch.device("cuda", rank % hosts_gpus)  # torch.device cannot be called in the mode
     patch.setattr(fused, "causal_mask", lambda n, m, on: torch.ones(n, m, device=here).tril(m - n) > 0)
     replace_recording(patch)
+    patch.setattr(torch.cuda, "device", contextlib.nullcontext)
     patch.setattr(FakeTensorMode, "avoid_device_init", True)  # otherwise it initializes the pretended GPU
     chosen = pretend_gpus(patch, hosts_gpus, capability)
     connect_ranks(current_world())

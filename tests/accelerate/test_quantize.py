@@ -1,4 +1,4 @@
-"""int8, int4 and fp8: the rounding against its definition, the kernels against dequantized weights, the model's answers."""
+"""int8, int4, fp8: the rounding against its definition, kernels against dequantized weights, the model's answers."""
 
 import json
 from collections.abc import Callable

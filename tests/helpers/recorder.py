@@ -29,6 +29,7 @@ def replace_recording(patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
                         inside.setattr(torch.Tensor, name, forbidden)
                     return step()
 
+            step()  # a warm-up, which may compile
             outputs.append(out := replay().clone())
             return lambda: out.copy_(replay())
 
