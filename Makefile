@@ -14,7 +14,7 @@ help:
 	@echo "make test    ruff, mypy, shellcheck and pytest: installs into $(VENV), no other download"
 	@echo "make test-slow  tests of memory, of two hosts, of other CPUs and long computations: about six minutes"
 	@echo "make test-gpu BIN=/path/to/env/bin"
-	@echo "             tests on your GPUs, in an environment whose torch has CUDA; writes gpu-report.json"
+	@echo "             tests and speed on a GPU in five minutes, in an environment whose torch has CUDA; writes gpu-report.json"
 	@echo "make docs    the documentation as a web site in site/: installs into $(VENV)"
 	@echo "make clean   removes $(VENV), caches and build artefacts; keeps checkpoints/"
 	@echo "Another Python (3.10 or newer): make demo PYTHON=/path/to/python3"
@@ -40,7 +40,7 @@ test-slow: $(VENV)/.installed-test
 
 # Installs nothing, because the user must choose a CUDA build of torch.
 test-gpu:
-	@$(BIN)/python tests/gpu.py
+	@$(BIN)/python tests/gpu.py $(ARGS)
 
 # --strict: a broken link or anchor is an error.
 docs: $(VENV)/.installed-docs

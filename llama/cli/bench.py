@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from functools import partial
-from importlib.util import find_spec
 from itertools import pairwise
 from json import dumps
 from pathlib import Path
@@ -26,6 +25,7 @@ from llama.accelerate.executor import Executor
 from llama.accelerate.quantized_weight import held_bytes
 from llama.checkpoint.folder import Checkpoint
 from llama.cli.command import Command, build_arguments, model_options
+from llama.cli.plot import SHORTEST_CONTEXT, check_plot, draw
 from llama.console import print_table, progress
 from llama.engine.worker import read_back
 from llama.files import as_path
@@ -39,8 +39,9 @@ log = logging.getLogger(__name__)
 ROUNDS = 3  # timed runs, after one warm-up run
 PREFIX_STEPS = 8  # maximum number of steps without the cache
 CONTEXT_STEPS = 20  # timed steps at each context of the plot
-SHORTEST_CONTEXT = 128  # of the plot
-READ_BYTES = 256_000_000  # size of the buffer that is read to measure the bandwidth
+READ_BYTES = 256_000_000  # size of the buffer that is read to measure the bandwidth of a CPU
+COPY_BYTES = 1_000_000_000  # the same for the buffer that is copied on CUDA
+COPIES = 8  # in one timed run, so that launching them takes no part of its time
 SAMPLE_SECONDS = 0.005  # interval between samples of the memory in use
 STATUS = Path("/proc/self/status")
 # Functions of torch.distributed that fairscale's layers and llama.parallel call in a forward pass.
@@ -58,8 +59,9 @@ COLUMNS: dict[str, tuple[str, str, float]] = {
     "step_p95_s": ("p95 ms", ",.2f", 1e3),
     "peak_memory": ("peak MB", ",.0f", 1e-6),  # CPU: anonymous memory of the process; CUDA: what torch allocated
     "bytes_per_token": ("MB/token", ",.2f", 1e-6),  # weights, keys and values that the median step reads / batch
-    "bandwidth_share": ("bandwidth", ".0%", 1),  # bytes per second of such a step / the measured bandwidth
-    "collectives_share": ("collectives", ".0%", 1),  # part of the steps' time
+    "bandwidth_share": ("bandwidth", ".0%", 1),  # bytes per second of such a step / the result of `bandwidth`
+    # Part of the steps' time; None if the steps are CUDA graphs, whose collectives cannot be timed.
+    "collectives_share": ("collectives", ".0%", 1),
 }
 
 
@@ -74,7 +76,11 @@ COLUMNS: dict[str, tuple[str, str, float]] = {
     help="ids to generate in each row; the first comes from the prefill, each other one is a timed decode step",
 )
 @click.option("--no_cache", is_flag=True, help="also time steps without a KV cache, which recompute the whole prefix")
-@click.option("--json/--no_json", help="print one object instead: machine, bandwidth (bytes/s), rows (seconds, bytes)")
+@click.option(
+    "--json/--no_json",
+    help="print one object instead: machine, bandwidth (bytes/s), bandwidth_of (sum: bytes read; copy: bytes read and "
+    "written), rows (seconds, bytes)",
+)
 @click.option(
     "--plot", help="PNG file to draw: step time and memory of one row at contexts of 128, 256, ... up to --prompt"
 )
@@ -89,7 +95,7 @@ def bench(batch: str, prompt: str, gen: int, no_cache: bool, json: bool, plot: s
     check_int("gen", gen, 2)  # one step at least
     if is_main_rank():
         if plot is not None:
-            _check_plot(as_path(plot), longest)
+            check_plot(as_path(plot), longest)
         window = Checkpoint(options["ckpt_dir"]).params.sliding_window
         if window is not None and longest + gen > window:
             raise ValueError(
@@ -115,10 +121,12 @@ def bench(batch: str, prompt: str, gen: int, no_cache: bool, json: bool, plot: s
     machine = _machine(llama) | form | {"compile": llama.executor.is_compiled}
     if is_main_rank():
         if json:
-            print(dumps({"machine": machine, "bandwidth": rate, "rows": found, "contexts": points}))
+            measured = {"bandwidth": rate, "bandwidth_of": bandwidth_of(llama.executor.device)}
+            print(dumps({"machine": machine, **measured, "rows": found, "contexts": points}))
         else:
             facts = [str(value) if name == "cpu" else f"{name} {value}" for name, value in machine.items() if value]
-            print(f"{', '.join(facts)}, reads {rate / 1e9:.1f} GB/s")
+            moves = {"copy": "copies {:.1f} GB/s (read and written)", "sum": "reads {:.1f} GB/s"}
+            print(f"{', '.join(facts)}, {moves[bandwidth_of(llama.executor.device)].format(rate / 1e9)}")
             print_table(table(found), left=0)
         if plot is not None:
             draw(points, as_path(plot), f"{as_path(ckpt_dir).resolve().name}, {machine['dtype']}, one row")
@@ -133,23 +141,6 @@ def read_list(name: str, value: Any) -> list[int]:
         shown = ",".join(map(str, items))
         raise ValueError(f"--{name} is {shown!r}, expected integers from 1 with commas between them, like 1,4,16")
     return [int(item) for item in items]
-
-
-def _check_plot(path: Path, longest: int) -> None:
-    """Raise ValueError before the measurement if the plot could not be drawn or written after it."""
-    if find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install -e '.[bench]'")
-    if longest < SHORTEST_CONTEXT:
-        raise ValueError(f"--plot begins at {SHORTEST_CONTEXT} tokens: give a --prompt that long, not {longest}")
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--plot {path}: give a name that ends in .png")
-    is_new = not path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise ValueError(f"--plot {path} cannot be written ({error.strerror}): name another file") from None
-    if is_new:
-        path.unlink()
 
 
 # Measuring ----------------------------------------------------------------------------------------
@@ -183,6 +174,7 @@ def measure(
             "bandwidth_share": read / step / rate,
         }
 
+    is_graph = device.type == "cuda" and executor.is_compiled
     common = dict.fromkeys(COLUMNS) | {"batch": rows, "prompt": length}
     _step_seconds(stream())
     with peak_memory(device) as memory:
@@ -196,7 +188,7 @@ def measure(
         "cache": True,
         "prefill_tokens_per_s": rows * length / prefill,
         "first_token_s": median(run[0] for run in runs),
-        "collectives_share": _collectives_share(stream(), device) if current_world().size > 1 else None,
+        "collectives_share": None if current_world().size == 1 or is_graph else _collectives_share(stream(), device),
     }
     if no_cache:
         # At most PREFIX_STEPS of the contexts that the steps with the cache had.
@@ -259,14 +251,31 @@ def _seconds(call: Callable[[], torch.Tensor]) -> float:
     return time.perf_counter() - started
 
 
+def bandwidth_of(device: torch.device) -> str:
+    """What `bandwidth` times: on CUDA a "copy", elsewhere a "sum"."""
+    return "copy" if device.type == "cuda" else "sum"
+
+
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second read by summing 256 MB of float32, on all ranks at the same time; the best of five runs."""
-    numbers, best = torch.ones(READ_BYTES // 4, device=device), math.inf
+    """Bytes per second of the device's memory, on all ranks at the same time; the best of five runs.
+
+    Elsewhere than on CUDA: bytes read by a sum of float32. On CUDA torch's sum reaches two thirds of what the memory
+    can do, so there a buffer is copied to another one, and the bytes that are read and those that are written count.
+    """
+    is_copy, best = bandwidth_of(device) == "copy", math.inf
+    source = torch.ones((COPY_BYTES if is_copy else READ_BYTES) // 4, device=device)
+    target = torch.empty_like(source) if is_copy else source
+
+    def copy() -> torch.Tensor:
+        for _ in range(COPIES):
+            target.copy_(source)
+        return target[-1]
+
     for _ in range(5):
         if current_world().size > 1:
             dist.barrier(group=process_group())
-        best = min(best, _seconds(numbers.sum))
-    return READ_BYTES / best
+        best = min(best, _seconds(copy if is_copy else source.sum))
+    return (2 * COPIES if is_copy else 1) * source.nbytes / best
 
 
 def weight_bytes(model: Transformer) -> int:
@@ -366,28 +375,3 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         if set(cells[1:]) != {"-"} and not (key == "cache" and all(values)):
             columns.append(cells)
     return [list(row) for row in zip(*columns, strict=True)]
-
-
-def draw(points: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Write a PNG: step time, measured and expected, and memory, both against the context."""
-    from matplotlib.figure import Figure  # without pyplot it uses the Agg backend, which needs no display
-
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    speed, memory = figure.subplots(2, sharex=True)
-    contexts = [point["context"] for point in points]
-    for axes, key, factor, style, label in (
-        (speed, "step_s", 1e3, "o-", "a step, measured"),
-        (speed, "expected_step_s", 1e3, "--", "expected from the bytes of keys and values"),
-        (memory, "peak_memory", 1e-6, "s-", "peak"),
-        (memory, "kv_bytes", 1e-6, "o-", "keys and values up to there"),
-    ):
-        if points[0][key] is not None:
-            axes.plot(contexts, [point[key] * factor for point in points], style, label=label)
-    speed.set(title=title, ylabel="ms", ylim=(0, None))
-    memory.set(xlabel="context, tokens", ylabel="MB", ylim=(0, None), xscale="log")
-    memory.set_xticks(contexts, [f"{context:,}" for context in contexts])
-    memory.minorticks_off()
-    for axes in (speed, memory):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)

@@ -142,15 +142,15 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "llama31"])
 def test_a_step(name: str, build: Callable[..., Llama]) -> None:
-    llama = build(name, max_seq_len=300, max_batch_size=5, dtype="float32", device=DEVICE, compile=False)
+    llama = build(name, max_seq_len=140, max_batch_size=5, dtype="float32", device=DEVICE, compile=False)
     layers = [layer for _, layer in llama.executor._layers if isinstance(layer, FusedLayer)]
     steps = [make(llama.model, layers) for make in (triton_step.triton_step, torch_step)]
-    llama.executor.hidden(torch.randint(3, 512, (5, 299)).to(DEVICE), 0, 299)
+    llama.executor.hidden(torch.randint(3, 512, (5, 139)).to(DEVICE), 0, 139)
     h = llama.model.tok_embeddings(torch.tensor([[5], [6], [7], [7]], device=DEVICE))
     angles = torch.view_as_real(llama.model.freqs_cis.to(DEVICE))
-    positions, slots = torch.tensor([0, 270, 299, 299], device=DEVICE), torch.tensor([4, 0, 2, 2], device=DEVICE)
+    positions, slots = torch.tensor([0, 100, 139, 139], device=DEVICE), torch.tensor([4, 0, 2, 2], device=DEVICE)
     with torch.inference_mode():
-        found, expected = (step(h, angles, positions, slots, 300, False) for step in steps)
+        found, expected = (step(h, angles, positions, slots, 140, False) for step in steps)
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -185,7 +185,9 @@ for module, kernels in {signatures}.items():
     for name, line in kernels.items():
         kernel = getattr(import_module("llama.accelerate." + module), name)
         types, sizes = (dict(pair.split("=") for pair in part.split()) for part in line.split(";"))
-        for dtype, weight, scale in (("bf16", "i8", "bf16"), ("fp16", "fp8e4nv", "fp32"), ("fp32", "i8", "bf16")):
+        kinds = [("bf16", "i8", "bf16")]
+        kinds += [("fp16", "fp8e4nv", "fp32")] * ("*w" in line) + [("fp32", "", "")] * (name == "_attend_part")
+        for dtype, weight, scale in kinds:
             names = {{"*t": "*" + dtype, "*w": "*" + weight, "*s": "*" + scale}}
             given = {{n: names.get(types.get(n), types.get(n, "constexpr")) for n in kernel.arg_names}}
             fixed = {{(kernel.arg_names.index(n),): int(size) for n, size in sizes.items()}}

@@ -20,7 +20,7 @@ from helpers.faults import edit_params, edit_shard
 from helpers.ranks import run_ranks
 from llama import Llama
 from llama.accelerate.executor import Executor
-from llama.cli import bench
+from llama.cli import bench, plot
 
 CPU = torch.device("cpu")
 KEYS = {*bench.COLUMNS, "steps"}
@@ -91,6 +91,7 @@ def test_every_pair_runs_to_its_end(command: Callable[..., Ended], monkeypatch: 
         share = row["bytes_per_token"] * row["batch"] / row["step_s"] / found["bandwidth"]
         assert row["bandwidth_share"] == pytest.approx(share)
         assert (row["first_token_s"] is None) == (row["prefill_tokens_per_s"] is None) == (not row["cache"])
+    assert found["bandwidth_of"] == "sum"
     assert (
         found["contexts"] == []
         and found["machine"].items()
@@ -153,6 +154,26 @@ def test_bytes_a_token(
     )  # tied or not, a step reads the output matrix, and of the embedding only single rows
     positions = 7 + 4 / 2  # in the cache at the average step
     assert row["bytes_per_token"] == pytest.approx(4 * (weights / 3 + positions * layers * 2 * kv_dim))
+
+
+@pytest.mark.parametrize(("kind", "moved"), [("sum", 4_000_000), ("copy", 2 * bench.COPIES * 8_000_000)])
+def test_bytes_of_the_bandwidth(kind: str, moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum reads its buffer. Copies, as on CUDA, read one buffer and write another one as large."""
+    called: list[torch.Tensor] = []
+    monkeypatch.setattr(bench, "COPY_BYTES", 8_000_000)
+    monkeypatch.setattr(bench, "bandwidth_of", lambda device: kind)
+
+    def seconds(call: Callable[[], torch.Tensor]) -> float:
+        called.append(call())
+        return 0.5
+
+    monkeypatch.setattr(bench, "_seconds", seconds)
+    assert bench.bandwidth(CPU) == moved / 0.5
+    assert [value.item() for value in called] == [1_000_000.0 if kind == "sum" else 1.0] * 5
+
+
+def test_cuda_is_measured_by_copies() -> None:
+    assert [bench.bandwidth_of(torch.device(name)) for name in ("cuda", "cpu", "mps")] == ["copy", "sum", "sum"]
 
 
 def test_weights_of_one_quantized_matrix_count_once(build: Callable[..., Llama]) -> None:
@@ -291,7 +312,7 @@ def test_mistakes_are_reported_before_anything_is_loaded(
 def test_a_plot_without_matplotlib(
     command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, built: list[Llama]
 ) -> None:
-    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(plot, "find_spec", lambda name: None)
     assert command("bench", "--plot", "x.png").err == "error: --plot needs matplotlib: pip install -e '.[bench]'\n"
     assert not built
 
