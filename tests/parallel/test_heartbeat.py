@@ -359,6 +359,20 @@ def exchange_objects(folder: Path) -> list[Any]:
     return [refused != "", same, grown < 10]
 
 
+def test_a_process_that_cannot_handle_sigterm_ends() -> None:
+    """The main thread of a rank may be waiting for its GPU, so that a handler of the program does not run."""
+    code = """
+import signal, threading
+from llama.parallel import heartbeat
+heartbeat.HANDLER_SECONDS = 0.2
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+threading.Thread(target=heartbeat._terminate, args=("rank 1 is lost",), daemon=True).start()
+threading.Event().wait(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (1, "error: rank 1 is lost\n")
+
+
 def test_exchanges_of_objects(checkpoint: Callable[..., Path]) -> None:
     """A value that cannot be pickled raises before it is sent; values that were read are deleted from the store."""
     assert run_ranks(2, exchange_objects, checkpoint("mha")) == [[True, True, True]] * 2
