@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from llama import Llama
+from llama.accelerate.gpu import has_fp8
 from llama.checkpoint.folder import Checkpoint
 from llama.checkpoint.layout import OUTPUT
 from llama.cli import bench
@@ -121,7 +122,8 @@ def quantize(asked: Asked) -> Answer:
     if asked.demo is None:
         return {"left out": "the demo model is missing: `make demo` fetches it"}, []
     best: dict[str, torch.Tensor] = {}
-    for scheme in (None, "int8", "int4"):
+    fp8 = ["fp8"] * has_fp8(pick_device(asked.device, current_world()))
+    for scheme in (None, "int8", "int4", *fp8):
         llama = Llama.build(asked.demo, None, 1024, 1, device=asked.device, dtype="bfloat16", quantize=scheme)
         text = (HERE / "golden" / "text.txt").read_text()
         ids = llama.tokenizer.encode(text, bos=False, eos=False)[:1024]
@@ -130,7 +132,7 @@ def quantize(asked: Asked) -> Answer:
         llama.close()
     exact = best.pop("bfloat16")
     figures = {scheme: (ids == exact).float().mean().item() for scheme, ids in best.items()}
-    least = {"int8": 0.9, "int4": 0.6}
+    least = {"int8": 0.9, "int4": 0.6, "fp8": 0.8}
     return figures, [
         f"{scheme}: {share:.1%} of the ids are bfloat16's, expected {least[scheme]:.0%}"
         for scheme, share in figures.items()
@@ -191,7 +193,7 @@ def all_reduce_off(device: torch.device) -> float:
 
 
 def memory(asked: Asked) -> Answer:
-    """The memory that `plan` predicts is 0.9 to 1.25 times the peak from `build` to the end of the prefill.
+    """The memory that `plan` predicts is 0.9 to 1.25 times the peak from `build` to the second decode step.
 
     Each model and dtype has its own process: cuBLAS allocates its workspace once, so a second model would seem smaller.
     On a CPU the figures are only reported, because the allocator of the C library keeps memory that was freed.
@@ -234,8 +236,8 @@ def measure_memory(folder: Path, dtype: str, length: int, rows: int, device_name
         pass
     with bench.peak_memory(device) as seen:
         llama = Llama.build(folder, None, length, rows, device=device_name, dtype=dtype)
-        # The longest prompts, which leave one position for the new id.
-        llama.generate([[5 + row] * (length - 1) for row in range(rows)], 1, temperature=0)
+        # The longest prompts that leave positions for two decode steps: the first one records a CUDA graph.
+        llama.generate([[5 + row] * (length - 3) for row in range(rows)], 3, temperature=0)
     llama.close()
     return {
         "planned": planned.total,
