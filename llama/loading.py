@@ -143,7 +143,7 @@ def _open(model: ModelOptions, build: BuildOptions, device: torch.device, world:
 def _load_weights(files: Files, device: torch.device, compile: bool | str | None) -> tuple[Executor, str]:
     """The executor, and a note for the log about the form of the weights.
 
-    compile: False if decode steps are neither compiled nor CUDA graphs, else as in `Llama.build`; None: plain layers.
+    compile: None for plain layers; False if steps are neither compiled nor CUDA graphs; else as in `Llama.build`.
     """
     checkpoint, dtype, quantize = files.checkpoint, files.dtype, files.fit.quantize
     model: Transformer | None = None

@@ -197,7 +197,7 @@ class BuildOptions(TypedDict, total=False):
         str | None,
         Option(
             None,
-            "store the weights in 8 or 4 bits; fp8: on GPUs of compute capability 8.9 or higher",
+            "store the weights in 8 or 4 bits; fp8 needs a GPU of compute capability 8.9 or higher",
             choices=SCHEMES,
             check=_one_of(SCHEMES, None),
         ),
@@ -206,8 +206,8 @@ class BuildOptions(TypedDict, total=False):
         bool | str,
         Option(
             "auto",
-            "compile the decode step: with a C compiler on CPUs, with torch.compile (minutes) on CUDA; auto: with a C "
-            "compiler on CPUs, a CUDA graph of uncompiled kernels on CUDA; False: neither",
+            "compile the decode step: with a C compiler on CPUs, with torch.compile (a minute for each batch size) on "
+            "CUDA; auto: on CPUs only, CUDA gets CUDA graphs of other kernels; False: kernels are launched one by one",
             bool,
             check=_compile,
         ),
@@ -216,7 +216,7 @@ class BuildOptions(TypedDict, total=False):
         bool,
         Option(
             False,
-            "run the layers as llama/model.py has them, none of them merged or compiled",
+            "run the layers as llama/model.py has them, none of them merged, compiled or in a CUDA graph",
             bool,
             check=_switch,
         ),

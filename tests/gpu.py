@@ -4,9 +4,10 @@
 
 Prints tables in markdown and writes one JSON file with versions, GPUs, every figure and every failure; exit status 1 if
 there is any failure. Each case runs in its own process, so a crash is one line of the report. NAME@N is a case on N
-ranks, which share a GPU if there are not enough (see gpu_ranks.py). `--cases speed` are all that begin with speed-.
+ranks, which share a GPU if there are not enough (see gpu_ranks.py). `--cases speed` selects all cases whose name begins
+with speed-.
 
-With `--device cpu` everything runs over gloo and on a tiny model.
+With `--device cpu` everything runs over gloo, and speed is measured on tiny models.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from golden.make_checkpoint import write  # noqa: E402
 from gpu_cases import CASES, MARK, MODELS, Answer, Asked, first_error  # noqa: E402
 from gpu_ranks import PROGRAMS, Ranks  # noqa: E402
 
-# Some of these run at the same time, as none of them measures time. The random checkpoints are written meanwhile. Ranks
-# that share a GPU take turns on it while they wait for each other, so cases of several ranks alternate with others.
+# Several of these run at the same time, because none of them measures time; the random checkpoints are written
+# meanwhile. Ranks that share a GPU take turns on it, so cases of several ranks alternate with cases of one.
 CHECKS = ["compile", "golden@2", "memory", "eager@2", "dropin", "bfloat16@2", "golden@4", "golden", "eager@4", "eager"]
 CHECKS += ["bfloat16@4", "bfloat16", "kill@2", "quantize", "stop@2", "serve@2", "chat@2", "kill@4", "stop@4"]
 # These run alone, one after the other. The last one runs only if there is time for it.
@@ -40,7 +41,7 @@ SPEEDS += ["speed-ready", "speed-transformers", "speed-context"]
 LIMIT = 100  # seconds for a case
 LIMITS = {"speed-bfloat16": 60, "speed-prefill": 40, "speed-int8": 40, "speed-int4": 40, "speed-fp8": 40}
 LIMITS |= {"speed-card": 30, "speed-ready": 40, "speed-transformers": 60, "speed-context": 60, "bench": 60}
-ALL = {True: 285, False: 1800}  # seconds for all cases, on CUDA and elsewhere
+TOTAL_LIMITS = {True: 285, False: 1800}  # seconds for all cases, on CUDA and elsewhere
 CPU_LIMIT = 600  # seconds for a case there
 
 
@@ -50,11 +51,11 @@ class Run:
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.options, self.folder = options, folder
         self.on_gpu = options.device.startswith("cuda")
-        self.until = time.monotonic() + (options.limit or ALL[self.on_gpu])
+        self.until = time.monotonic() + (options.limit or TOTAL_LIMITS[self.on_gpu])
         self.reports: list[dict[str, Any]] = []
         for name in MODELS:
             write(name, folder / name, 2)
-        self.left_out = gpu_speed.too_small(folder, options.device)
+        self.left_out = gpu_speed.left_out(folder, options.device)
         self.names = expanded(options.cases, options.compile)
         needed = {*map(model_of, self.names), *(("small", "large") if "memory" in self.names else ())}
         models = [m for m in gpu_speed.plan_of(options.device).models if m in needed and m not in self.left_out]

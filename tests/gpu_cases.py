@@ -1,6 +1,6 @@
 """The cases of tests/gpu.py that compare results. Each runs in its own process, some of them on several ranks.
 
-python tests/gpu_cases.py FOLDER DTYPE LENGTH ROWS DEVICE    (starts for `memory`: planned and measured bytes)
+python tests/gpu_cases.py FOLDER DTYPE LENGTH ROWS DEVICE    (started by `memory`: prints planned and measured bytes)
 """
 
 import json
@@ -57,7 +57,7 @@ Answer = tuple[dict[str, Any], list[str]]  # figures by name; failures, one line
 
 
 def golden(asked: Asked, **options: Any) -> Answer:
-    """float32: greedy ids equal to those of Meta's code, log-probabilities within 1e-3, logits too."""
+    """float32: greedy ids equal to Meta's code, log-probabilities within 1e-3, logits within 1e-3 of the largest."""
     failures, worst, worst_logit = list[str](), 0.0, 0.0
     for name, folder in asked.folders.items():
         llama = Llama.build(folder, max_seq_len=256, max_batch_size=3, device=asked.device, dtype="float32", **options)
@@ -89,7 +89,7 @@ def golden(asked: Asked, **options: Any) -> Answer:
 
 
 def eager(asked: Asked) -> Answer:
-    """The same, with a decode step that launches its kernels one by one."""
+    """The same without CUDA graphs: kernels are launched one by one."""
     return golden(asked, compile=False)
 
 
@@ -101,8 +101,8 @@ def compile(asked: Asked) -> Answer:
 
 
 def bfloat16(asked: Asked) -> Answer:
-    """The best logits within 5 % of the largest, as in test_forward, on any number of ranks. On several ranks also the
-    sum of random bfloat16 vectors within its bound."""
+    """The highest logits within 5 % of the largest, as in test_forward, on any number of ranks. On several ranks also
+    the sum of random bfloat16 vectors within its bound."""
     figures, failures = dict[str, Any](), list[str]()
     for name, folder in asked.folders.items():
         llama = Llama.build(folder, max_seq_len=256, max_batch_size=3, device=asked.device, dtype="bfloat16")
@@ -118,7 +118,7 @@ def bfloat16(asked: Asked) -> Answer:
 
 
 def quantize(asked: Asked) -> Answer:
-    """The share of positions of a golden text at which the most probable next id is that of bfloat16 (demo model)."""
+    """The share of positions of a golden text at which the most probable next id equals bfloat16's (demo model)."""
     if asked.demo is None:
         return {"left out": "the demo model is missing: `make demo` fetches it"}, []
     best: dict[str, torch.Tensor] = {}
@@ -177,7 +177,7 @@ def logits_off(llama: Llama, cases: list[dict[str, Any]]) -> float:
 def all_reduce_off(device: torch.device) -> float:
     """Largest error of an all_reduce of bfloat16 vectors, compared with the sum in float64, in units of its bound.
 
-    The sum of n ranks has n - 1 additions, in any order. Each rounds its result by at most BFLOAT16, relatively. So the
+    The sum of n ranks has n - 1 additions, in any order, and each has a relative error of at most BFLOAT16. So the
     bound is gamma(n - 1) times the sum of the magnitudes (Higham 2002, section 4.2).
     """
     world = current_world()
@@ -247,7 +247,7 @@ def measure_memory(folder: Path, dtype: str, length: int, rows: int, device_name
 
 
 def first_error(text: str) -> str:
-    """The line of a program's stderr that says why it ended, as well as one can tell."""
+    """The line of a program's stderr that most likely says why it ended."""
     lines = [line.strip() for line in text.splitlines() if "error" in line.lower()]
     return lines[0] if lines else (text.strip().splitlines() or ["no reason given"])[-1]
 

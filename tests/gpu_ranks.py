@@ -220,7 +220,7 @@ def serve(asked: Asked, ranks: int, limit: float) -> Answer:
 
 
 def chat(asked: Asked, ranks: int, limit: float) -> Answer:
-    """`llama chat`: a line of stdin gets an answer on stdout, and at the end of stdin all ranks have status 0."""
+    """`llama chat`: a line of stdin gets an answer on stdout, and at the end of stdin all ranks exit with status 0."""
     command = [sys.executable, "-m", "llama", "chat", str(asked.folders["mha"]), "--chat_format", "llama2"]
     command += ["--device", asked.device, "--dtype", "float32", "--max_seq_len", "256", "--max_gen_len", "16"]
     with Ranks([*command, "--temperature", "0"], ranks, asked.device, stdin="The licence\n") as running:

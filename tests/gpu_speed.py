@@ -20,6 +20,7 @@ from golden.make_checkpoint import TOKENIZER
 from gpu_cases import Answer, Asked, first_error
 from gpu_ranks import Ranks
 from llama import Llama, ModelArgs
+from llama.accelerate.gpu import has_fp8
 from llama.checkpoint.layout import tensor_shapes
 from llama.cli import bench
 from llama.convert.vocab import NORMAL, read_pieces, sentencepiece_model
@@ -94,7 +95,7 @@ def write(asked: Asked) -> Answer:
     return figures, []
 
 
-def too_small(folder: Path, device: str) -> dict[str, str]:
+def left_out(folder: Path, device: str) -> dict[str, str]:
     """Name of a model -> why it is left out: the disk or the GPU has not enough free."""
     if not device.startswith("cuda"):
         return {}
@@ -131,7 +132,7 @@ def bench_rows(asked: Asked, limit: float, weights: str, *flags: str) -> Answer:
         out, err = running.text(0, "out"), running.text(0, "err")
     if status != 0:
         reason = first_error(err)
-        may_refuse = weights == "fp8" and not has_fp8(asked.device)
+        may_refuse = weights == "fp8" and not has_fp8(pick_device(asked.device, current_world()))
         return ({"left out": reason}, []) if may_refuse else ({}, [f"{weights}: bench ended with {status}: {reason}"])
     rows = [
         {key: row[key] for key in ("batch", "prompt", "first_token_s", "tokens_per_s", "step_s", "peak_memory")}
@@ -139,10 +140,6 @@ def bench_rows(asked: Asked, limit: float, weights: str, *flags: str) -> Answer:
         for row in json.loads(out)["rows"]
     ]
     return {"rows": rows}, []
-
-
-def has_fp8(device: str) -> bool:
-    return device.startswith("cuda") and torch.cuda.get_device_capability() >= (8, 9)
 
 
 def card(asked: Asked) -> Answer:

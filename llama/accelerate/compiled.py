@@ -1,5 +1,6 @@
-"""Compiled decode steps: whether this machine can compile one, and the step by torch.compile."""
+"""Compiled decode steps: whether this machine can compile them, and the step for torch.compile."""
 
+import contextlib
 import logging
 import os
 import time
@@ -20,9 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def start_compiling(compile: bool | str, device: torch.device) -> Future[float] | None:
-    """Compile native.c in a thread, while files are opened and checked; None if it is not needed.
+    """Start compiling native.c in a thread, so that files are opened and checked meanwhile. None where it is not used.
 
-    The result is the time in seconds, 0 if it was compiled before. Raises what `native.compile_library` raises.
+    The future's result is the time in seconds, 0 if the library was there. It raises what `native.compile_library`
+    raises. Compiles also for float16, which does not use it, as the dtype is not known yet.
     """
 
     def compile_library() -> float:
@@ -38,11 +40,11 @@ def start_compiling(compile: bool | str, device: torch.device) -> Future[float] 
 
 
 def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype, compiling: Future[float] | None) -> bool:
-    """Whether decode steps run as compiled code (CPUs) or as CUDA graphs.
+    """Whether decode steps are computed by native.c (CPUs) or as CUDA graphs.
 
-    All ranks must call this, and all get the same answer. compile: as in `Llama.build`. If it is True but this device
-    or dtype is not supported, or if native.c cannot be compiled, the reason is logged.
-    compiling: from `start_compiling`. This waits for it.
+    All ranks must call this, and all get the same answer.
+    compile: as in `Llama.build`. If it is True but the device or dtype is not supported, or if native.c cannot be
+    compiled, the reason is logged. compiling: what `start_compiling` returned; this waits for its result.
     """
     if device.type == "cuda":
         return bool(compile)
@@ -73,11 +75,14 @@ def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype, c
 
 
 def compiled_step(model: Transformer, layers: Sequence[FusedLayer]) -> Step:
-    """`torch_step` by torch.compile's kernels, compiled once for each number of rows.
+    """`torch_step` compiled by torch.compile, once for each number of rows after rounding up.
 
     The compiled code is saved in the cache folder, from which later processes load it in seconds.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torch.compile"))
+    with contextlib.suppress(OSError):  # a user without a home, or a folder that cannot be written
+        cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        if native.only_we_can_write(cache_folder()):  # torch runs the code that it finds there
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torch.compile"))
     compiled: Any = torch.compile(torch_step(model, layers), fullgraph=True, dynamic=False)
     seen: set[int] = set()
 

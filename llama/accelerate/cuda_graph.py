@@ -1,8 +1,8 @@
-"""Decode steps on CUDA as CUDA graphs: the kernels of a step are recorded once, and then launched together.
+"""Decode steps on CUDA as CUDA graphs: the kernels of a step are captured once and then launched together.
 
-A graph has fixed shapes. So the number of rows and the context are rounded up to a few sizes, and each combination is
-recorded when it is first needed. Weights and caches are read where the model stores them, so a graph sees what is
-written to them in place.
+A graph has fixed shapes. So the number of rows and the context length are rounded up to a few sizes, and a graph is
+captured when a combination of them first occurs. Weights and caches are read where the model stores them, so a replay
+sees what was written to them in place.
 """
 
 import logging
@@ -16,37 +16,37 @@ from llama.model import Transformer
 
 log = logging.getLogger(__name__)
 
-# A decode step on the device alone: hidden states [rows, 1, dim], cos and sin of all positions (fp32
-# [n, head_dim / 2, 2]), positions and cache rows (int64 [rows] each), ctx_len, and whether the rows of the cache are
-# 0, 1, 2, ... Returns hidden states [rows, 1, dim].
+# A decode step that can be captured: it launches kernels and neither waits for the device nor reads from it. Arguments:
+# hidden states [rows, 1, dim], cos and sin of all positions (fp32 [n, head_dim / 2, 2]), positions and cache rows
+# (int64 [rows] each), ctx_len, and whether the cache rows are 0, 1, 2, ... Returns hidden states [rows, 1, dim].
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, bool], torch.Tensor]
 Replay = Callable[[], torch.Tensor]
 Key = tuple[int, int, bool]  # rows, context, whether the rows of the cache are 0, 1, 2, ...
 
 MIN_CONTEXT = 256
-WARM_UPS = 2  # runs before a step is recorded: compiling, loading and allocating at first use must not be recorded
+WARM_UPS = 2  # eager runs before a capture: what a first call compiles, loads or allocates must not be captured
 
 
 def round_rows(bsz: int, max_rows: int) -> int:
-    """The next power of two, but at most the number of rows of the cache."""
+    """bsz rounded up to a power of two, at most max_rows, the number of rows of the cache."""
     return min(1 << (bsz - 1).bit_length(), max_rows)
 
 
 def round_context(ctx_len: int, max_seq_len: int) -> int:
-    """256, 512, 768, 1,024, and above that four sizes up to each power of two; at most max_seq_len."""
+    """ctx_len rounded up to 256, 512, 768 or 1,024, above that to four sizes per doubling; at most max_seq_len."""
     step = max(MIN_CONTEXT, 1 << max(0, (ctx_len - 1).bit_length() - 3))
     return min(-(-ctx_len // step) * step, max_seq_len)
 
 
-class Recorder:
-    """What all recordings of a model share: a pool of memory, as one graph runs at a time, and a stream, as cuBLAS
-    allocates a workspace for each."""
+class Capturer:
+    """Captures the CUDA graphs of a model. They share a memory pool, because only one of them runs at a time, and a
+    stream, because cuBLAS allocates a workspace for each stream."""
 
     def __init__(self) -> None:
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    def record(self, step: Replay) -> Replay:
-        """Record the kernels that `step` launches. The result launches them again and returns the same tensor each
+    def capture(self, step: Replay) -> Replay:
+        """Capture `step` as a CUDA graph. The function that is returned replays it, and returns the same tensor each
         time."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -54,7 +54,7 @@ class Recorder:
                 step()
         torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's watchdog calls CUDA from another thread, which would end a recording in the global mode.
+        # thread_local: NCCL's watchdog calls CUDA from its own thread, which would invalidate a capture in global mode.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             out = step()
 
@@ -66,7 +66,7 @@ class Recorder:
 
 
 def torch_step(model: Transformer, layers: Sequence[FusedLayer]) -> Step:
-    """The fused layers by torch's kernels."""
+    """A decode step through the fused layers, by torch's kernels."""
 
     def step(
         h: torch.Tensor,
@@ -83,8 +83,8 @@ def torch_step(model: Transformer, layers: Sequence[FusedLayer]) -> Step:
             for layer in layers:
                 h = layer(h, where)
             return rms_norm(model.norm, h)
-        # Views of the first rows of the cache need no copy. But padding rows then attend to rows that are not theirs,
-        # and would store something else than the row that they copy: after each layer they are copied again.
+        # A slice of the cache needs no copy. But padding row i then attends to cache row i, not to its own slot, so its
+        # output is wrong, and the next layer would store it. After each layer it gets the output of the row it copies.
         numbers = torch.arange(len(h), device=h.device)
         sources = numbers.where(slots[:, None] == slots, len(h)).amin(dim=1)  # the first row with the same slot
         where = Positions(positions, ctx_len, freqs_cis, mask, slice(0, len(h)), stored=slots)
@@ -96,16 +96,17 @@ def torch_step(model: Transformer, layers: Sequence[FusedLayer]) -> Step:
 
 
 class CudaGraphDecoder:
-    """Replays a decode step for one id per row: ids [bsz, 1] -> hidden states [bsz, 1, dim].
+    """Runs decode steps as CUDA graphs: ids [bsz, 1] -> hidden states [bsz, 1, dim].
 
-    triton_step: reads only the positions that each row uses, so one graph serves all contexts and cache rows.
-    compiled_step: `torch_step`, compiled by torch.compile for each context, so it always gets the largest one.
+    triton_step: reads each row's keys only up to its position. One graph serves all contexts and all rows of the cache.
+    compiled_step: `torch_step` compiled by torch.compile. It always gets the largest context, because each one would be
+        compiled anew.
 
-    Without both, or if recording them fails, `torch_step` is recorded. If that fails, too, it runs without a graph,
-    kernel by kernel. The reason is logged.
+    If neither is given, or if capturing it fails, `torch_step` is captured. If that fails too, its kernels are launched
+    one by one. The reason of a failure is logged.
 
-    Batches are padded with copies of their last row, which store the same keys and values as that row. The embedding
-    is not recorded, as it may be the user's module.
+    Batches are padded with copies of their last row, which store the same keys and values as that row. The embedding is
+    outside the graph, because it may be the user's module.
     """
 
     def __init__(
@@ -121,13 +122,14 @@ class CudaGraphDecoder:
         self.h = k.new_zeros(self.max_rows, 1, len(model.norm.weight))
         self.positions = torch.zeros(self.max_rows, dtype=torch.int64, device=k.device)
         self.slots = torch.zeros_like(self.positions)
-        self.last_slots: list[int] | None = None  # what `slots` holds
+        self.last_slots: list[int] | None = None  # the cache rows that `slots` was last filled with
         self.torch_step = torch_step(model, layers)
         self.step = triton_step or compiled_step or self.torch_step
+        # Triton's attention stops at each row's position; torch.compile would compile each context anew.
         self.reads_used, self.whole_context = triton_step is not None, compiled_step is not None
         self.replays: dict[Key, Replay] = {}
-        self.recorder: Recorder | None = None
-        self.can_record = True
+        self.capturer: Capturer | None = None
+        self.can_capture = True
 
     def __call__(
         self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, slots: Sequence[int] | None
@@ -149,7 +151,7 @@ class CudaGraphDecoder:
             self.positions[bsz:rows] = self.positions[bsz - 1]
         while True:
             key = self._key(rows, ctx_len, slots is None)
-            replay = self.replays.get(key) or self._record(key)
+            replay = self.replays.get(key) or self._capture(key)
             if replay is not None:
                 return replay()[:bsz].clone()  # the next replay overwrites the graph's own output
 
@@ -158,8 +160,8 @@ class CudaGraphDecoder:
             return rows, self.max_seq_len, is_in_order or self.reads_used
         return rows, round_context(ctx_len, self.max_seq_len), is_in_order
 
-    def _record(self, key: Key) -> Replay | None:
-        """What computes the step; None if recording it failed, but `torch_step` can be tried."""
+    def _capture(self, key: Key) -> Replay | None:
+        """The function that computes this step. None if capturing failed and `torch_step` is to be tried next."""
         rows, context, is_in_order = key
         step = self.step
 
@@ -167,19 +169,20 @@ class CudaGraphDecoder:
             angles = torch.view_as_real(self.freqs_cis)
             return step(self.h[:rows], angles, self.positions[:rows], self.slots[:rows], context, is_in_order)
 
-        if not self.can_record:
+        if not self.can_capture:
             return run
         try:
-            self.recorder = self.recorder or Recorder()
-            replay = self.replays[key] = self.recorder.record(run)
+            self.capturer = self.capturer or Capturer()
+            replay = self.replays[key] = self.capturer.capture(run)
             return replay
-        except Exception as error:  # of CUDA, Triton or torch.compile, each with classes of its own
+        except Exception as error:  # of CUDA (also out of memory), Triton or torch.compile, with classes of their own
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             if step is not self.torch_step:
+                kernels = "Triton" if self.reads_used else "torch.compile"
+                log.info(f"llama: the {kernels} step failed ({reason}): decoding with torch's kernels, which is slower")
                 self.step, self.reads_used, self.whole_context = self.torch_step, False, False
                 self.replays.clear()
-                log.info(f"llama: no CUDA graph of the fastest kernels ({reason}): decoding with torch's kernels")
                 return None
-            self.can_record = False
-            log.info(f"llama: no CUDA graph of the decode step ({reason}): it runs kernel by kernel, which is slower")
+            self.can_capture = False
+            log.info(f"llama: no CUDA graph of the decode step ({reason}): its kernels run one by one, which is slower")
             return run

@@ -38,7 +38,7 @@ T = TypeVar("T", bound=Callable[..., torch.Tensor])
 
 
 def _on_its_device(method: T) -> T:
-    """Make the model's GPU the current one, which Triton and CUDA graphs use. Each thread has its own current GPU."""
+    """Make the model's GPU the current one: Triton and CUDA graphs use the current GPU, and each thread has its own."""
 
     @wraps(method)
     def run(self: "Executor", *arguments: Any, **options: Any) -> torch.Tensor:
@@ -54,8 +54,8 @@ class Executor:
     """Computes forwards for the engine: `hidden` and `logits` as `Transformer` has them, on any model.
 
     fused: use merged matmuls in layers that allow it. native: use native.c for few rows; it must be compiled.
-    graph: run decode steps on CUDA as CUDA graphs. torch_compile: of torch.compile's kernels, not of those of Triton or
-    torch.
+    graph: run decode steps on CUDA as CUDA graphs. torch_compile: of kernels that torch.compile generates, instead of
+    Triton's or torch's.
     prefill_chunk: positions of a prompt computed at a time, which bounds the memory of activations.
 
     A custom model (of another class, or with its own forward or hooks) is called as Meta's engine calls it:
@@ -89,7 +89,7 @@ class Executor:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether one call of compiled code computes a complete decode step."""
+        """Whether a decoder computes complete decode steps: native.c on a CPU, CUDA graphs on a GPU."""
         return self._decoder is not None
 
     @property
@@ -263,9 +263,9 @@ class Executor:
     def _decoded(
         self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, slots: Sequence[int] | None
     ) -> torch.Tensor | None:
-        """A decode step by compiled code, float32 from native.c; None if that is not possible."""
+        """A decode step by the decoder (float32 from native.c). None without one, or if it cannot run these rows."""
         if self._decoder is None or (self.torch_compile and slots is not None):
-            return None  # for other rows of the cache, torch.compile would compile once more
+            return None  # torch.compile would compile once more for other rows of the cache
         return self._decoder(tokens, start_pos, ctx_len, slots)
 
     def _snapshot_caches(self) -> Iterable[KVCache]:

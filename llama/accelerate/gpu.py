@@ -1,4 +1,4 @@
-"""What this GPU can do: run Triton kernels, multiply in fp8."""
+"""What this GPU supports: Triton kernels, and matmuls in fp8."""
 
 import logging
 from functools import cache
@@ -12,8 +12,8 @@ log = logging.getLogger(__name__)
 
 @cache
 def triton_kernels() -> Any:
-    """The module `triton_kernels`, or None without a GPU, or if Triton is not installed or cannot compile for the GPU
-    (it needs a C compiler), which is logged."""
+    """The module `triton_kernels`. None if there is no GPU, Triton is not installed, or it cannot compile for this GPU
+    (it needs a C compiler); only the last reason is logged."""
     if not torch.cuda.is_available() or find_spec("triton") is None:
         return None
     try:
@@ -21,19 +21,19 @@ def triton_kernels() -> Any:
 
         kernels.silu_mul(torch.ones(1, 2, device="cuda"))
     except Exception as error:  # of Triton, its compiler, or the driver
-        reason = str(error).strip().partition("\n")[0]
-        log.info(f"llama: Triton does not work on this GPU ({reason}): decoding is slower")
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        log.info(f"llama: Triton does not work on this GPU ({reason}): decoding uses torch's kernels, which is slower")
         return None
     return kernels
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether torch and Triton multiply float8_e4m3fn on this device."""
+    """Whether torch and Triton can multiply float8_e4m3fn on this device."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def triton_step() -> Any:
-    """`triton_step.triton_step`, or None where `triton_kernels` is None."""
+    """The function `triton_step.triton_step`; None where `triton_kernels` returns None."""
     if triton_kernels() is None:
         return None
     from llama.accelerate.triton_step import triton_step as step

@@ -92,20 +92,20 @@ def compile_library() -> bool:
         raise NoCompilerError(str(error)) from error
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        is_safe = _only_we_can_write(path.parent)
+        is_safe = only_we_can_write(path.parent)
     except OSError as error:
         raise NoCompilerError(f"{path.parent} cannot be written ({error.strerror}): set XDG_CACHE_HOME") from error
     if not is_safe:
         raise NoCompilerError(
             f"{path.parent} can be written by others, whose code would run: chmod 700, or set XDG_CACHE_HOME"
         )
-    if path.exists() and _only_we_can_write(path):
+    if path.exists() and only_we_can_write(path):
         return False
     _compile(compiler, path)
     return True
 
 
-def _only_we_can_write(path: Path) -> bool:
+def only_we_can_write(path: Path) -> bool:
     """Whether only this user and root can have written the file or folder. Parent folders are not checked."""
     if os.name != "posix":
         return True
@@ -296,7 +296,8 @@ class NativeDecoder:
     """A decode step through all layers by native.c: ids [bsz, 1] -> hidden states [bsz, 1, dim], fp32.
 
     layers: `fused.FusedLayer`s of one shape. Weights and caches are read where the model stores them.
-    slots: the cache row of each row of the ids; None: the first rows. ctx_len is not used: each row's position is.
+    slots: the cache row of each row of the ids; None: the first rows. ctx_len is not used;
+    each row attends up to its own position.
     """
 
     def __init__(self, model: Any, layers: Sequence[Any]):

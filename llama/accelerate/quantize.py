@@ -1,9 +1,9 @@
-"""Weights in 8 and 4 bits: how they are rounded, stored and multiplied. Activations are quantized only in native.c's
-kernels for few rows (see `quantize_row` there), and in fp8 for many rows.
+"""Weights in 8 and 4 bits: how they are rounded, stored and multiplied. Activations are quantized in two places: in
+native.c's kernels for few rows (`quantize_row` there), and with fp8 weights for many rows in bfloat16.
 
 int8: one scale for each output row. fp8 (float8_e4m3fn, on GPUs only): the same. int4: one scale and one zero for each
-group of 32 columns; q in 0..15 represents the value (q - 8) * scale + zero. Scales and zeros are rounded to bfloat16
-first (not in fp8), then q is computed from them.
+group of 32 columns; q in 0..15 represents the value (q - 8) * scale + zero. q is computed from scales and zeros that
+are already rounded to bfloat16; fp8's scales stay float32.
 
 The output layer gets more bits: the schemes int8 and fp8 do not quantize it, int4 stores it as int8. Otherwise it would
 cause half of int8's increase in perplexity.
@@ -24,7 +24,7 @@ GROUP = 32  # int4: columns that share a scale and a zero
 # Up to this number of rows, x is multiplied by a kernel that reads the quantized weight (gemv). For more rows the
 # weight is dequantized first, which is faster: at 512 rows the gemv kernels take several times as long.
 MAX_GEMV_ROWS = 32
-MAX_TRITON_ROWS = 16  # the same for the kernels on CUDA: the tensor cores multiply 16 rows at a time
+MAX_TRITON_ROWS = 16  # the same for Triton's kernels, which compute 16 rows at a time
 FP8 = torch.float8_e4m3fn
 CHUNK_ROWS = 256  # rows quantized at a time, so that no complete matrix is in memory in float32
 
@@ -33,15 +33,15 @@ def should_quantize(key: str, scheme: str | None) -> str | None:
     """How a scheme stores a weight if its width allows it: "int8", "int4", "fp8" or None. key: its name, without the
     layer."""
     if key == OUTPUT:
-        return {"int4": "int8"}.get(scheme or "")
+        return "int8" if scheme == "int4" else None
     return None if key == EMBEDDING or "norm" in key else scheme
 
 
 def scheme_of(key: str, columns: int, scheme: str | None) -> str | None:
     """How a scheme stores a weight of this width: "int8", "int4", "fp8" or None.
 
-    key: its name, without the layer. columns: its input features on this rank. int4 needs a multiple of 32, fp8 one of
-    16, and so does int8, as torch's kernel returns garbage for others.
+    key: its name, without the layer. columns: its input features on this rank. int4 needs a multiple of 32, fp8
+    and int8 one of 16: torch's int8 kernel returns garbage for other widths.
     """
     kind = should_quantize(key, scheme)
     return kind if columns % (GROUP if kind == "int4" else 16) == 0 else None
@@ -79,7 +79,7 @@ def quantize_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, k] -> q float8_e4m3fn [n, k], scales fp32 [n]. A row's largest magnitude becomes 448, the largest of fp8."""
+    """[n, k] -> q float8_e4m3fn [n, k], scales fp32 [n]. A row's largest magnitude becomes 448, the largest e4m3fn."""
     w = weight.float()
     scale = w.abs().amax(dim=1) / torch.finfo(FP8).max
     return (w / _divisor(scale)[:, None]).to(FP8), scale
@@ -140,20 +140,21 @@ class Int8(QuantizedLinear):
         return y
 
     def dequantize(self) -> torch.Tensor:
-        if self.data.is_cuda:  # one pass; on CPUs it takes twice as long as two
+        if self.data.is_cuda:  # one pass; on CPUs two passes take half the time
             return self.data * self.scale.to(self.dtype)[:, None]
         return self.data.to(self.dtype).mul_(self.scale[:, None])
 
 
 class Fp8(QuantizedLinear):
-    """Many rows in bfloat16 are quantized, too, each with a scale of its own, and multiplied in fp8."""
+    """Many rows in bfloat16 are multiplied in fp8: the activations are quantized, too, with one scale for each row."""
 
     bits = 8
     quantize = staticmethod(quantize_fp8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.k)
-        if len(rows) <= MAX_GEMV_ROWS or self.dtype != torch.bfloat16 or self.n % 16:
+        # torch._scaled_mm needs multiples of 16.
+        if len(rows) <= MAX_TRITON_ROWS or self.dtype != torch.bfloat16 or self.n % 16:
             return super().forward(x)
         q, scale = quantize_fp8(rows)
         y: torch.Tensor = torch._scaled_mm(

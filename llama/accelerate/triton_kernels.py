@@ -1,9 +1,9 @@
-"""Triton kernels for decode steps on CUDA: matmuls of a few rows with int8, fp8 and int4 weights, which are read as
-stored, and the kernels between the matmuls.
+"""Triton kernels for decode steps on CUDA: matmuls of 1 to 16 rows with int8, fp8 and int4 weights, which are not
+dequantized first, and the operations between matmuls.
 
-Imported only where Triton runs (see `gpu`); TRITON_INTERPRET=1 runs the kernels on a CPU, for tests. For one row the
-products are summed in float32 registers, because only memory bandwidth matters. 2 to 16 rows use the tensor cores,
-which multiply 16 rows at a time.
+Imported only where Triton runs (see `gpu`); TRITON_INTERPRET=1 runs the kernels on a CPU, for tests. One row is
+multiplied and summed in float32 without tensor cores, because memory bandwidth limits it. 2 to 16 rows use `tl.dot`,
+which computes 16 rows at a time, in 16-bit dtypes on tensor cores.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,10 +16,10 @@ import triton.language as tl
 from llama.accelerate.quantize import GROUP, MAX_TRITON_ROWS
 
 HALF = tl.constexpr(GROUP // 2)  # bytes of an int4 group
-# The interpreter's `tl.dot` and its casts from integers misread bfloat16.
+# In the interpreter, `tl.dot` and casts from integers give wrong results in bfloat16.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# A program computes block_n outputs, block_k columns at a time. The fastest of those tried on an H200 at 7B's shapes.
+# A program computes block_n outputs, block_k columns at a time. The values were the fastest on an H200 at 7B's shapes.
 ONE_ROW = {"block_n": 8, "block_k": 1024, "num_warps": 4, "num_stages": 1}
 SEVERAL_ROWS = {"block_n": 32, "block_k": 128, "num_warps": 4, "num_stages": 4}
 
@@ -75,7 +75,7 @@ def _multiply_one_row_int4(x, data, scale, zero, y, n, k, block_n: tl.constexpr,
     """x [k], data [n, k / 2], scale and zero [n, k / 32] -> y [n].
 
     The sum over a group of x * ((q - 8) * scale + zero) is scale * sum(x * q) + (zero - 8 * scale) * sum(x). A thread
-    reads the 16 bytes of a group at once: their low bits are its first 16 columns, their high bits the others.
+    reads the 16 bytes of a group at once: the low bits are its first 16 columns, the high bits the other 16.
     """
     groups: tl.constexpr = block_k // (2 * HALF)
     outputs = tl.program_id(0) * block_n + tl.arange(0, block_n)
@@ -104,7 +104,7 @@ def _multiply_rows_int4(
 ):
     """x [m, k], data [n, k / 2], scale and zero [n, k / 32] -> y [m, n], m <= rows.
 
-    The low bits of all bytes are multiplied by their columns, then the high bits by theirs.
+    The low bits of all bytes are multiplied by their columns of x, then the high bits by theirs.
     """
     groups: tl.constexpr = block_k // (2 * HALF)
     outputs, inputs = tl.program_id(0) * block_n + tl.arange(0, block_n), tl.arange(0, rows)
@@ -119,7 +119,7 @@ def _multiply_rows_int4(
         zeros = tl.load(zero + at, mask=is_valid, other=0).to(tl.float32) - 8 * scales
         low = (both & 15).to(tl.float32) * scales[:, :, None] + zeros[:, :, None]
         high = (both >> 4).to(tl.float32) * scales[:, :, None] + zeros[:, :, None]
-        columns = byte // HALF * (2 * HALF) + byte % HALF  # those of the low bits, in the order of the bytes
+        columns = byte // HALF * (2 * HALF) + byte % HALF  # of the low bits, in the order of the bytes
         is_known = (inputs < m)[None, :] & (columns < k)[:, None]
         x_low = x + inputs[None, :] * k + columns[:, None]
         first, second = tl.load(x_low, mask=is_known, other=0), tl.load(x_low + HALF, mask=is_known, other=0)
@@ -201,7 +201,7 @@ def _silu_mul(gate_up, out, width, block: tl.constexpr):
     is_column = at < width
     gate = tl.load(gate_up + row * 2 * width + at, mask=is_column, other=0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * width + width + at, mask=is_column, other=0).to(tl.float32)
-    # Rounded before the product, as by torch's two kernels.
+    # Rounded before the product, because torch's two kernels do that.
     activated = (gate / (1 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * width + at, (activated * up).to(out.dtype.element_ty), mask=is_column)
 

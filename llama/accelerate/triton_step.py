@@ -1,5 +1,5 @@
-"""A decode step on CUDA: the layers' own matmuls, and one Triton kernel for each operation between them. Imported only
-where Triton runs, as `triton_kernels` is."""
+"""A decode step on CUDA: the layers' own matmuls, and Triton kernels for what is between them. Imported only where
+Triton runs, as `triton_kernels` is."""
 
 # mypy: disable-error-code="no-untyped-def"
 from collections.abc import Sequence
@@ -14,13 +14,14 @@ from llama.accelerate.fused import FusedLayer, all_reduce, rms_norm
 from llama.accelerate.triton_kernels import _add_dot, add_norm, silu_mul
 from llama.model import Transformer
 
-MAX_PROGRAMS = 512  # of attention: enough to keep all multiprocessors of a large GPU busy
-MIN_KEYS = 64  # that a program of attention reads
+MAX_PROGRAMS = 512  # programs of attention: enough to keep all multiprocessors of a large GPU busy
+MIN_KEYS = 64  # keys that a program of attention reads at least, in the longest context
+MAX_SPLITS = 64  # `_join_parts` holds this many partial results in registers
 
 
 def triton_step(model: Transformer, layers: Sequence[FusedLayer]) -> Step:
-    """Computes the same as `cuda_graph.torch_step`. Attention reads the positions that each row uses, whatever ctx_len
-    is, in any rows of the cache."""
+    """`cuda_graph.torch_step` with Triton kernels. Attention reads each row's keys up to its position, in any rows of
+    the cache, so ctx_len and is_in_order are not used."""
     first = layers[0]
     following_norms = [*(layer.attention_norm for layer in layers[1:]), model.norm]
     _, kv_heads, max_seq_len, _ = first.cache.k.shape
@@ -118,8 +119,8 @@ def _attend_part(
     group: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr,
     padded_group: tl.constexpr, padded_head: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one KV head of one row, over one of `splits` parts of its keys: the sum of the values weighted by
-    exp(score - maximum), the maximum, and the sum of the weights."""
+    """Attention of the queries of one row and KV head to one of `splits` parts of the keys. Stores the values' sum,
+    weighted by exp(score - maximum), the maximum of the scores, and the sum of the weights."""
     pair, split = tl.program_id(0), tl.program_id(1)  # pair: a row and a KV head
     row = pair // kv_heads
     n = tl.load(positions + row).to(tl.int32) + 1
@@ -159,7 +160,7 @@ def _join_parts(
     sums, maxima, totals, out, splits, group: tl.constexpr, head_dim: tl.constexpr,
     padded_head: tl.constexpr, padded_splits: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts of one query's attention."""
+    """Combine the parts of one query's attention."""
     pair, query = tl.program_id(0), tl.program_id(1)
     part, of_head = tl.arange(0, padded_splits), tl.arange(0, padded_head)
     is_part, is_head = part < splits, of_head < head_dim
@@ -180,7 +181,7 @@ def attend(
     slots: torch.Tensor,
     splits: int,
 ) -> torch.Tensor:
-    """Attention of one query per head, each row over its keys up to its position: [m, heads, head_dim] -> the same.
+    """Attention of one query per head to its row's keys up to its position: [m, heads, head_dim] -> the same shape.
 
     keys, values: [rows, kv_heads, max_seq_len, head_dim]. positions, slots: int64 [m]. splits: parts of the keys that
     are read at the same time (flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
@@ -204,5 +205,5 @@ def attend(
 
 
 def count_splits(pairs: int, max_seq_len: int) -> int:
-    """Parts into which `attend` divides the keys of each of `pairs` rows and KV heads."""
-    return max(1, min(MAX_PROGRAMS // pairs, max_seq_len // MIN_KEYS, 64))
+    """The number of parts into which `attend` divides the keys. pairs: rows times KV heads."""
+    return max(1, min(MAX_PROGRAMS // pairs, max_seq_len // MIN_KEYS, MAX_SPLITS))

@@ -1,8 +1,8 @@
 """Copy tensors of checkpoint files to the device of the model.
 
-On a CPU this is `copy_` from the mapped file. To a GPU, `copy_` from mapped pages runs on one thread, and the driver
-first copies them to pinned memory of its own. `StagedTransfer` reads files with several threads into pinned buffers,
-and a GPU fetches one block while threads read the next ones.
+On a CPU this is `copy_` from the mapped file. To a GPU, `copy_` from mapped pages would use one thread, and the driver
+would copy the pages to pinned memory of its own first. `StagedTransfer` reads files with several threads into pinned
+buffers, and the GPU fetches one block while threads read the next ones.
 """
 
 import os
@@ -19,12 +19,12 @@ import torch
 from llama.checkpoint.errors import CheckpointError
 
 BLOCK_BYTES = 2**23  # larger blocks leave the processor's cache before the GPU fetches them
-MAX_THREADS = 8  # from the page cache they read about as much as a PCIe link carries
+MAX_THREADS = 8  # these read from the page cache about as fast as a PCIe link transfers
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # itemsize -> a dtype that numpy has, too
 
 
 class Transfer:
-    """Copies tensors one after the other. A context manager, as the staged one holds threads, buffers and files."""
+    """Copies tensors one after another. A context manager, as `StagedTransfer` holds threads, buffers and files."""
 
     def __enter__(self) -> "Transfer":
         return self
@@ -33,7 +33,7 @@ class Transfer:
         pass
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy a CPU tensor into `target`, which may have another dtype. It is complete after `wait`."""
+        """Copy a CPU tensor into `target`, which may have another dtype. The copy is complete after `wait`."""
         target.copy_(source)
 
     def wait(self) -> None:
@@ -41,7 +41,7 @@ class Transfer:
 
 
 def open_transfer(device: torch.device) -> Transfer:
-    """The faster transfer to a device. It uses this rank's share of the cores."""
+    """The fastest transfer to `device`. Its threads are at most this rank's share of the cores."""
     if device.type != "cuda":
         return Transfer()
     return StagedTransfer(device, min(MAX_THREADS, torch.get_num_threads()), BLOCK_BYTES)
@@ -50,9 +50,9 @@ def open_transfer(device: torch.device) -> Transfer:
 class StagedTransfer(Transfer):
     """Threads read blocks into a few reused buffers, from which the device fetches them.
 
-    On a GPU buffers are pinned, and copies run on a stream of their own. Other devices are for tests.
+    For a GPU, buffers are pinned and copies run on a stream of their own. Other devices are for tests.
 
-    block_bytes: the size of a buffer, a multiple of 8. There are two for each thread.
+    block_bytes: the size of a buffer, a multiple of 8. Each thread has two.
     """
 
     def __init__(self, device: torch.device, threads: int, block_bytes: int):
@@ -73,13 +73,14 @@ class StagedTransfer(Transfer):
             torch.cuda.set_stream(self._stream)  # of this thread; also makes the stream's device the current one
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        if self._stream is not None:  # kernels that still run may have used the memory before it became the target's
+        if self._stream is not None:  # kernels that are still running may use memory that the target now has
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         file = self._files.find(source)
         for part, out in split(source, target, self._block_bytes):
             self._copies.append(self._pool.submit(self._copy_block, file, part, out))
 
-    # The caller may be in inference mode, in which the targets were made then. A thread has to enter it itself.
+    # If the caller is in inference mode, the targets are inference tensors, which can be written only in that mode.
+    # A mode is set for one thread.
     @torch.inference_mode()
     def _copy_block(self, file: "MappedFile | None", source: torch.Tensor, target: torch.Tensor) -> None:
         buffer = self._free.get()
@@ -88,7 +89,7 @@ class StagedTransfer(Transfer):
                 buffer.fetched.synchronize()
             block = buffer.memory[: source.nbytes].view(source.dtype).view(source.shape)
             if file is None:
-                # Not copy_: each of these threads would start torch's threads.
+                # Not copy_, which would start torch's thread pool in each of these threads.
                 np.copyto(_as_numpy(block), _as_numpy(source))
             else:
                 file.read(source, buffer.memory[: source.nbytes].numpy().data)
@@ -106,19 +107,19 @@ class StagedTransfer(Transfer):
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)  # and wait for the blocks that are being read
+        self._pool.shutdown(cancel_futures=True)  # also waits for the blocks that are being read
         self._files.close()
         if self._stream is not None:
             self._stream.synchronize()  # before the buffers are freed
         del self._copies, self._free
-        # torch keeps pinned memory for later tensors, unless told otherwise. Old versions cannot be told.
+        # torch caches freed pinned memory. This gives it back to the system; older versions of torch cannot do that.
         if self._stream is not None and (empty_host_cache := getattr(torch._C, "_host_emptyCache", None)):
             empty_host_cache()
 
 
 @dataclass
 class Buffer:
-    """Memory for a block, and the event after which the GPU has fetched the block that was in it last."""
+    """Pinned memory for one block. fetched: recorded when the GPU has copied the last block out; None on a CPU."""
 
     memory: torch.Tensor
     fetched: torch.cuda.Event | None
@@ -140,12 +141,12 @@ def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(INTEGERS[tensor.itemsize]).numpy()  # the same bits: numpy has no bfloat16
 
 
-# Which bytes of which file a tensor is ------------------------------------------------------------
+# Where a tensor's bytes are in its file -----------------------------------------------------------
 
 
 @dataclass
 class MappedFile:
-    """The addresses [start, stop) of this process, at which the kernel has mapped a file from `offset` on."""
+    """A file that this process has mapped at the addresses [start, stop), from `offset` of the file on."""
 
     path: Path
     start: int
@@ -157,7 +158,7 @@ class MappedFile:
         return self.start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= self.stop
 
     def read(self, tensor: torch.Tensor, out: memoryview) -> None:
-        """Read the bytes of a contiguous tensor, without its mapping. Raises CheckpointError."""
+        """Read the bytes of a contiguous tensor from the file, not through its mapping. Raises CheckpointError."""
         position = self.offset + tensor.data_ptr() - self.start
         while out:
             try:
@@ -171,9 +172,11 @@ class MappedFile:
 
 
 class MappedFiles:
-    """Finds the file in which a tensor of a mapped checkpoint is. The tensors must live as long as this object.
+    """Finds the file that holds the bytes of a tensor of a mapped checkpoint. The tensors must live as long as this
+    object, because it remembers addresses.
 
-    The kernel's list of mappings is used, as torch.load does not say where a tensor's bytes are. Only Linux has it.
+    It reads the kernel's list of mappings, because torch.load does not say where a tensor's bytes are. Only Linux has
+    that list.
     """
 
     def __init__(self) -> None:
@@ -181,7 +184,7 @@ class MappedFiles:
         self._descriptors = ExitStack()
 
     def find(self, tensor: torch.Tensor) -> MappedFile | None:
-        """The file whose bytes a tensor is, None if it is not contiguous, not mapped, or if the system cannot tell."""
+        """The file that holds a tensor's bytes. None if it is not contiguous or not mapped, or there is no list."""
         if not tensor.is_contiguous():
             return None
         if found := next((file for file in self._found if file.holds(tensor)), None):
@@ -202,7 +205,7 @@ class MappedFiles:
     def _open(self, file: MappedFile, inode: int) -> MappedFile | None:
         try:
             file.descriptor = os.open(file.path, os.O_RDONLY)
-        except OSError:  # removed since, or [heap] and the like, which are no files
+        except OSError:  # deleted since, or [heap] and the like, which are not files
             return None
         self._descriptors.callback(os.close, file.descriptor)
         if os.fstat(file.descriptor).st_ino != inode:

@@ -134,7 +134,8 @@ def _read_record(file: BinaryIO, info: zipfile.ZipInfo, entry: bytes) -> Record:
 
 
 def _crc(path: Path, record: Record) -> int:
-    # Page-aligned. A bytearray may begin 16 bytes after a page; some processors read into it at a fifth of the speed.
+    # A mapping is page-aligned. A bytearray may start 16 bytes after a page boundary, and some processors read into
+    # that at a fifth of the speed.
     crc, left, block = 0, record.stop - record.start, memoryview(mmap.mmap(-1, BLOCK))
     with path.open("rb", buffering=0) as file:
         file.seek(record.start)

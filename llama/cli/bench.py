@@ -118,7 +118,9 @@ def bench(batch: str, prompt: str, gen: int, no_cache: bool, json: bool, plot: s
             f"--batch {max(batches)} with --prompt {longest} needs more memory than is free: give smaller ones"
         ) from error
     form = {name: options[name] for name in ("quantize", "plain")}
-    machine = _machine(llama) | form | {"compile": llama.executor.is_compiled}
+    executor = llama.executor
+    is_compiled = executor.torch_compile if executor.device.type == "cuda" else executor.is_compiled
+    machine = _machine(llama) | form | {"compile": is_compiled}
     if is_main_rank():
         if json:
             measured = {"bandwidth": rate, "bandwidth_of": bandwidth_of(llama.executor.device)}

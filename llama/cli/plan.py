@@ -96,7 +96,7 @@ def plan(
         for kind, scheme in kinds
         for world_size in ([ranks] if ranks else legal_world_sizes(args))
     ]
-    notes.append(LEFT_OUT.format(device={"cpu": "CPU", "cuda": "GPU"}[device]))
+    notes.append(LEFT_OUT.format(device={"cpu": "CPU", "cuda": "GPU, with cuBLAS's workspaces and graphs"}[device]))
     if json:
         answer = {"path": str(path), "parameters": count_parameters(args, tied), "tied": tied}
         answer |= {name: getattr(args, name) for name in ("vocab_size", "max_seq_len", "max_batch_size")}

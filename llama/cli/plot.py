@@ -35,7 +35,7 @@ def draw(points: list[dict[str, Any]], path: Path, title: str) -> None:
         (speed, "step_s", 1e3, "o-", "a step, measured"),
         (speed, "expected_step_s", 1e3, "--", "expected from the bytes of keys and values"),
         (memory, "peak_memory", 1e-6, "s-", "peak"),
-        (memory, "kv_bytes", 1e-6, "o-", "keys and values up to there"),
+        (memory, "kv_bytes", 1e-6, "o-", "keys and values of this context"),
     ):
         if points[0][key] is not None:
             axes.plot(contexts, [point[key] * factor for point in points], style, label=label)

@@ -13,7 +13,7 @@ from llama.parallel.groups import current_world
 from llama.params import ModelArgs
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# What to suggest instead of a value of --quantize.
+# The schemes that need less memory than a value of --quantize.
 SMALLER: dict[str | None, tuple[str, ...]] = {None: ("int8", "int4"), "int8": ("int4",), "fp8": ("int4",), "int4": ()}
 STEP = 64  # suggested contexts are multiples of this many positions
 

@@ -25,14 +25,15 @@ QUERIES, KEYS, GATES = "layers.0.attention.wq.weight", "layers.0.attention.wk.we
 SAMPLING_BYTES = 60
 # Buffers of torch's kernels, measured on a CPU with two threads.
 CPU_KERNEL_BYTES = 8_000_000
-# The workspace that torch allocates for cuBLAS on each stream, on GPUs of compute capability 9.0 and on older ones.
+# The workspace that torch allocates for cuBLAS on each stream: on GPUs of compute capability 9.0 or higher, and on
+# older ones.
 CUBLAS_BYTES, OLD_CUBLAS_BYTES = 32 * 2**20, (2 * 4096 + 8 * 16) * 2**10
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Bytes on each rank: its weights, its KV cache, the rotary tables, and what computing full prompts adds to these
-    at its peak (prefill)."""
+    at its peak (prefill; on CUDA with cuBLAS's workspaces and the memory of CUDA graphs)."""
 
     weights: int
     cache: int
@@ -93,8 +94,8 @@ def _prefill_bytes(
     device: str,
     prefill_chunk: int,
 ) -> int:
-    """Peak bytes of computing prompts that fill all rows, in addition to weights, cache and tables. On CUDA also what
-    decode steps need at the same time.
+    """Peak bytes of computing prompts that fill all rows, in addition to weights, cache and tables. On CUDA the
+    memory that CUDA graphs and cuBLAS keep is included.
 
     Freed memory is not counted. glibc keeps part of it, so a process can grow by twice as much.
     local: the shapes of this rank's weights. Names in the comments are those of `model` and `accelerate.fused`.
@@ -105,9 +106,10 @@ def _prefill_bytes(
     n = args.max_batch_size * part  # positions computed at a time
     prompts = args.max_batch_size * args.max_seq_len * dim * size  # hidden states of all positions
 
-    def dequantized(key: str, columns: int, rows: int) -> int:
-        """Bytes of a dequantized weight and of q before it is scaled; 0 if the weight is not quantized. For fp8, bytes
-        of the quantized activations, and of float32 copies of them."""
+    def matmul_bytes(key: str, columns: int, rows: int) -> int:
+        """Bytes that a matmul of many rows with a quantized weight needs in addition; 0 if it is not quantized: the
+        dequantized weight, and q before it is scaled, except for int8. fp8 in bfloat16: the quantized activations and
+        float32 copies of them."""
         kind = scheme_of(key, columns, quantize)
         if kind == "fp8" and dtype == torch.bfloat16:
             return 9 * n * columns
@@ -125,25 +127,25 @@ def _prefill_bytes(
     masked = part * args.max_seq_len * (1 + size) if args.max_seq_len > part and device != "cuda" else 0
     attention = n * size * (2 * dim + heads + 2 * q + kv) + masked
     # During the feed-forward: the layer's input, h, the norm's output; w13(x), silu(gate), and the result.
-    gates = dequantized("feed_forward.w1.weight", dim, 2 * width)
-    result = n * size * (width + dim) + dequantized("feed_forward.w2.weight", width, dim)
+    gates = matmul_bytes("feed_forward.w1.weight", dim, 2 * width)
+    result = n * size * (width + dim) + matmul_bytes("feed_forward.w2.weight", width, dim)
     feed_forward = n * size * (3 * dim + 2 * width) + max(gates - n * size * 2 * width, n * size * width, result)
     angles = part * args.head_dim * torch.float32.itemsize
     layer = max(rotary, attention, feed_forward) + angles + prompts * (args.max_seq_len - part) // args.max_seq_len
     joined = 2 * prompts * (args.max_seq_len > part)  # the chunks' hidden states, and their concatenation
     draw = args.max_batch_size * args.vocab_size * SAMPLING_BYTES
     if device != "cpu" or dtype != torch.bfloat16 or args.max_batch_size > MAX_GEMV_ROWS:
-        draw += dequantized(OUTPUT, dim, local[OUTPUT][0])
+        draw += matmul_bytes(OUTPUT, dim, local[OUTPUT][0])
     if device != "cuda":
         return max(layer, joined, draw) + CPU_KERNEL_BYTES
-    # The CUDA graphs of decode steps have a stream, and so a workspace, and memory of their own.
+    # CUDA graphs are captured on a stream of their own, which has its own workspace, and have their own memory pool.
     rows = args.max_batch_size
     graph = rows * size * (4 * dim + heads + q + 3 * width) + (gates if rows > MAX_TRITON_ROWS else 0)
     return max(layer, joined, draw) + graph + 2 * _cublas_bytes()
 
 
 def _cublas_bytes() -> int:
-    """Of this machine's GPU, or of a new one if there is none."""
+    """Bytes of a workspace on this machine's GPU; without a GPU, on one of compute capability 9.0."""
     is_old = torch.cuda.is_available() and torch.cuda.get_device_capability(None) < (9, 0)
     return OLD_CUBLAS_BYTES if is_old else CUBLAS_BYTES
 

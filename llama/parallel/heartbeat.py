@@ -40,7 +40,7 @@ LOST_FACTOR = 0.35
 RENDEZVOUS_FACTOR = 5  # times LLAMA_TIMEOUT for all ranks to connect: they may import packages from a slow disk
 DEPARTED = -(2**40)  # added to a heartbeat counter to make it negative
 EXIT_DELAY = 2  # seconds; if another rank of this host failed first, torchrun ends this one within this time
-HANDLER_SECONDS = 10  # that a program's own handler of SIGTERM has, after a rank is lost
+HANDLER_SECONDS = 10  # for a program's own SIGTERM handler, after a rank is lost
 # Set when this process is about to exit because another rank is lost. The heartbeat then stops using the store, whose
 # host may be gone: torch logs a page for each operation that fails.
 _exiting = threading.Event()
@@ -260,7 +260,7 @@ def _terminate(message: str) -> None:
     write_torchrun_error(message)
     print(f"error: {message}", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
-    # A handler in Python runs in the main thread, which may be waiting for a GPU: for a collective without its peer.
+    # Python runs handlers in the main thread, which may wait for the GPU: for a collective that never ends.
     time.sleep(HANDLER_SECONDS)
     os._exit(1)
 

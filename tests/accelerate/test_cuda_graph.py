@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps on a CPU, with a recorder in place of CUDA's: sizes, padding, what is recorded when."""
+"""CUDA graphs of decode steps on a CPU, without CUDA's capture: sizes, padding, and which graphs are captured."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.recorder import replace_recording
+from helpers.captures import replace_captures
 from helpers.tolerance import LOGPROB, near
 from llama import Llama
 from llama.accelerate import executor
@@ -18,8 +18,8 @@ def ids(bsz: int, seqlen: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    return replace_recording(monkeypatch)
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    return replace_captures(monkeypatch)
 
 
 def with_graphs(llama: Llama) -> CudaGraphDecoder:
@@ -42,7 +42,7 @@ def test_sizes() -> None:
 
 @pytest.mark.parametrize("form", [{}, {"quantize": "int8"}, {"quantize": "int4"}], ids=str)
 def test_answers_are_those_without_graphs(
-    form: dict[str, str], build: Callable[..., Llama], recorded: list[torch.Tensor]
+    form: dict[str, str], build: Callable[..., Llama], captured: list[torch.Tensor]
 ) -> None:
     llama = build("gqa", max_seq_len=300, max_batch_size=6, compile=False, **form)
     prompts = [ids(n, n)[0].tolist() for n in (3, 250, 17, 5, 64, 40)]
@@ -51,12 +51,12 @@ def test_answers_are_those_without_graphs(
     decoder = with_graphs(llama)
     assert [llama.generate(rows, 20, temperature=0) for rows in batches] == expected
     assert {key[:2] for key in decoder.replays} >= {(1, 256), (2, 256), (2, 300), (4, 300), (6, 300)}
-    assert len(recorded) == len(decoder.replays)
+    assert len(captured) == len(decoder.replays)
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "code", "llama31"])
 def test_golden_answers(
-    name: str, golden: dict[str, Any], build: Callable[..., Llama], recorded: list[torch.Tensor]
+    name: str, golden: dict[str, Any], build: Callable[..., Llama], captured: list[torch.Tensor]
 ) -> None:
     llama = build(name, max_seq_len=256, max_batch_size=3, dtype="float32", compile=False)
     with_graphs(llama)
@@ -68,10 +68,10 @@ def test_golden_answers(
         assert found == expected["tokens"] and logprobs is not None
         for ours, theirs in zip(logprobs, expected["logprobs"], strict=True):
             assert ours == pytest.approx(theirs, abs=LOGPROB)
-    assert recorded
+    assert captured
 
 
-def test_padding_rows_change_nothing_in_the_cache(build: Callable[..., Llama], recorded: list[torch.Tensor]) -> None:
+def test_padding_rows_change_nothing_in_the_cache(build: Callable[..., Llama], captured: list[torch.Tensor]) -> None:
     """Other rows of the cache may hold texts that are still needed, up to their last position."""
     llama = build("mha", max_seq_len=32, max_batch_size=8, compile=False)
     with_graphs(llama)
@@ -92,7 +92,7 @@ def test_padding_rows_change_nothing_in_the_cache(build: Callable[..., Llama], r
         assert {(row, position) for row, position in changed.nonzero().tolist()} == expected
 
 
-def test_any_rows_of_the_cache(build: Callable[..., Llama], recorded: list[torch.Tensor]) -> None:
+def test_any_rows_of_the_cache(build: Callable[..., Llama], captured: list[torch.Tensor]) -> None:
     llama = build("gqa", max_seq_len=64, max_batch_size=6, compile=False)
     texts, start_pos = ids(3, 40), torch.tensor([39, 20, 33])
     last = texts.gather(1, start_pos[:, None])
@@ -108,17 +108,17 @@ def test_any_rows_of_the_cache(build: Callable[..., Llama], recorded: list[torch
     assert set(decoder.replays) == {(4, 64, True), (4, 64, False)}
 
 
-def test_a_result_stays_when_the_next_step_runs(build: Callable[..., Llama], recorded: list[torch.Tensor]) -> None:
+def test_a_result_stays_when_the_next_step_runs(build: Callable[..., Llama], captured: list[torch.Tensor]) -> None:
     llama = build("mha", max_seq_len=32, max_batch_size=2, compile=False)
     with_graphs(llama)
     first = llama.executor.hidden(ids(2, 1), 0, 1)
     copied = first.clone()
     llama.executor.hidden(ids(2, 2)[:, 1:], 1, 2)
-    assert torch.equal(first, copied) and len(recorded) == 1
+    assert torch.equal(first, copied) and len(captured) == 1
 
 
-def test_changed_weights_and_angles(build: Callable[..., Llama], recorded: list[torch.Tensor]) -> None:
-    """What is written in place is seen by the recorded graph; new angles are recorded again."""
+def test_changed_weights_and_angles(build: Callable[..., Llama], captured: list[torch.Tensor]) -> None:
+    """A graph sees what is written in place. New angles need a new graph."""
     llama = build("mha", max_seq_len=32, max_batch_size=1, compile=False)
     model, first = llama.model, llama.model.freqs_cis
     weight = model.get_parameter("layers.0.feed_forward.w2.weight")
@@ -134,12 +134,12 @@ def test_changed_weights_and_angles(build: Callable[..., Llama], recorded: list[
     expected = list(steps())
     with_graphs(llama)
     torch.testing.assert_close(list(steps()), expected, rtol=1e-5, atol=1e-5)
-    assert len(recorded) == 3
+    assert len(captured) == 3
     assert not torch.allclose(expected[0], expected[1]) and not torch.allclose(expected[0], expected[3])
 
 
 def test_a_step_that_fails_gives_way_to_torchs_kernels(
-    build: Callable[..., Llama], recorded: list[torch.Tensor], capfd: pytest.CaptureFixture[str]
+    build: Callable[..., Llama], captured: list[torch.Tensor], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A kernel of Triton may need more shared memory than a GPU has, for example."""
 
@@ -154,12 +154,12 @@ def test_a_step_that_fails_gives_way_to_torchs_kernels(
     capfd.readouterr()
     assert llama.generate(prompts, 20, temperature=0) == expected
     assert set(decoder.replays) == {(3, 256, True), (3, 300, True)}
-    message = "llama: no CUDA graph of the fastest kernels (out of resources): decoding with torch's kernels"
+    message = "llama: the Triton step failed (out of resources): decoding with torch's kernels, which is slower"
     assert capfd.readouterr().err.splitlines() == [message]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, on which graphs are recorded")
-def test_a_step_that_cannot_be_recorded(build: Callable[..., Llama], capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, on which graphs are captured")
+def test_a_step_that_cannot_be_captured(build: Callable[..., Llama], capfd: pytest.CaptureFixture[str]) -> None:
     llama = build("gqa", max_seq_len=300, max_batch_size=3, compile=False)
     prompts = [ids(n, n)[0].tolist() for n in (3, 250, 17)]
     expected = llama.generate(prompts, 20, temperature=0)
@@ -168,4 +168,4 @@ def test_a_step_that_cannot_be_recorded(build: Callable[..., Llama], capfd: pyte
     assert llama.generate(prompts, 20, temperature=0) == expected and not decoder.replays
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("llama: no CUDA graph of the decode step (")
-    assert line.endswith("): it runs kernel by kernel, which is slower")
+    assert line.endswith("): its kernels run one by one, which is slower")

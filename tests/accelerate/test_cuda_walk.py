@@ -2,7 +2,7 @@
 and a device but no numbers. Tensors of two devices in one operator are an error there, as on a GPU.
 
 Only these are replaced: what torch reports about GPUs, the NCCL group, the copy of values from the device, and the
-recording of CUDA graphs.
+capture of CUDA graphs.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from helpers.recorder import replace_recording
+from helpers.captures import replace_captures
 from llama import Llama, loading
 from llama.accelerate import executor, fused
 from llama.accelerate.cuda_graph import CudaGraphDecoder
@@ -129,7 +129,7 @@ def walk(patch: pytest.MonkeyPatch, rank: int, size: int, capability: tuple[int,
     patch.setattr(engine, "draw_seed", lambda: 1)  # it would read a number from a tensor on the CPU
     here = torch.device("cuda", rank % hosts_gpus)  # torch.device cannot be called in the mode
     patch.setattr(fused, "causal_mask", lambda n, m, on: torch.ones(n, m, device=here).tril(m - n) > 0)
-    replace_recording(patch)
+    replace_captures(patch)
     patch.setattr(torch.cuda, "device", contextlib.nullcontext)
     patch.setattr(FakeTensorMode, "avoid_device_init", True)  # otherwise it initializes the pretended GPU
     chosen = pretend_gpus(patch, hosts_gpus, capability)

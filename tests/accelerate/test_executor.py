@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from golden.make_checkpoint import TOKENIZER
-from helpers.recorder import replace_recording
+from helpers.captures import replace_captures
 from helpers.tolerance import BFLOAT16, LOGPROB, gamma, near
 from llama import Llama, ModelArgs, loading, model
 from llama.accelerate import executor, fused, native
@@ -451,7 +451,7 @@ def graph(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(torch, "compile", lambda step, **options: compiler(step, backend=counter, **options))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")  # or it would be set for the tests that follow
     torch._dynamo.reset()
-    replace_recording(monkeypatch)
+    replace_captures(monkeypatch)
     llama = build("gqa", max_seq_len=64, max_batch_size=4)
     llama.scheduler.executor = executor.Executor(llama.model, graph=True, torch_compile=True)
     yield llama, counter

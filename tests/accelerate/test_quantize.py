@@ -17,6 +17,7 @@ from llama.accelerate.quantize import (
     FP8,
     GROUP,
     MAX_GEMV_ROWS,
+    MAX_TRITON_ROWS,
     Fp8,
     Int4,
     Int8,
@@ -156,7 +157,7 @@ def test_products_with_few_and_many_rows(kind: type[quantize.QuantizedLinear], m
     assert ((found[0].double() - expected).abs() <= bound + BFLOAT16 * (expected.abs() + bound)).all()
 
 
-@pytest.mark.parametrize("m", [1, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1, 100])
+@pytest.mark.parametrize("m", [1, MAX_TRITON_ROWS, MAX_TRITON_ROWS + 1, 100])
 def test_products_in_fp8(m: int) -> None:
     """Many rows are rounded to fp8, too: each by half of its last bit, or of that of the smallest normal number."""
     layer, x = Fp8(random(64, 96, torch.bfloat16)), random(m, 96, torch.bfloat16)
@@ -164,11 +165,11 @@ def test_products_in_fp8(m: int) -> None:
     expected, sums = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     found = layer(x[None])[0].double()
     bound = (2 * BFLOAT16 + gamma(96)) * sums
-    if m > MAX_GEMV_ROWS:
+    if m > MAX_TRITON_ROWS:
         lost = torch.maximum(x.double().abs(), x.double().abs().amax(dim=1, keepdim=True) / 448 * 2**-6) * 2**-4
         bound = bound + lost @ weight.abs().T
     assert found.shape == (m, 64) and ((found - expected).abs() <= bound).all()
-    if m > MAX_GEMV_ROWS:  # in fp8 by torch's kernel, not with dequantized weights
+    if m > MAX_TRITON_ROWS:  # in fp8 by torch's kernel, not with dequantized weights
         scale = x.float().abs().amax(dim=1) / torch.finfo(FP8).max
         q = (x.float() / scale[:, None]).to(FP8).double() * scale.double()[:, None]
         torch.testing.assert_close(found, q @ weight.T, rtol=2**-7, atol=1e-2)

@@ -33,8 +33,8 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def bound(dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor) -> float:
-    """One rounding of the result, and one of each weight where it is rounded before it is multiplied. The interpreter
-    truncates where a GPU rounds."""
+    """The allowed error: one rounding of the result, and one of each weight if it is rounded before the product. Twice
+    the unit roundoff, because the interpreter truncates where a GPU rounds."""
     largest = (x.double().abs() @ weight.double().abs().T).max().item()
     return largest * (2**-18 if dtype == torch.float32 else torch.finfo(dtype).eps)
 
@@ -196,7 +196,7 @@ for module, kernels in {signatures}.items():
 
 
 def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
-    """The interpreter accepts code that the compiler rejects, such as a name that changes its type."""
+    """The interpreter accepts code that the compiler rejects, such as a variable whose type changes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     code = COMPILE.format(signatures=SIGNATURES)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

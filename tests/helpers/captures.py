@@ -1,4 +1,4 @@
-"""Replaces the recording of CUDA graphs, for tests without a GPU."""
+"""Replaces the capture of CUDA graphs, for tests without a GPU."""
 
 from typing import Any
 
@@ -8,19 +8,19 @@ import torch
 from llama.accelerate import cuda_graph, gpu
 
 
-def replace_recording(patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Returns a list that gets the output of each recorded step.
+def replace_captures(patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Returns a list that gets the output of each captured step.
 
-    A replay computes the step again, into the output of the recording. Like a graph, it may neither build tensors from
-    Python data nor wait for the device. Triton is left out, as its kernels need a GPU.
+    A replay computes the step again and copies the result into the output of the capture. Like a graph, it must not
+    build tensors from Python data or read from the device. Triton is turned off, because its kernels need a GPU.
     """
     outputs: list[torch.Tensor] = []
 
     def forbidden(*arguments: Any, **named: Any) -> Any:
-        raise AssertionError("a recorded step reads from the device or builds a tensor from Python data")
+        raise AssertionError("a captured step reads from the device or builds a tensor from Python data")
 
-    class Recorder:
-        def record(self, step: cuda_graph.Replay) -> cuda_graph.Replay:
+    class Capturer:
+        def capture(self, step: cuda_graph.Replay) -> cuda_graph.Replay:
             def replay() -> torch.Tensor:
                 with pytest.MonkeyPatch.context() as inside:
                     for name in ("tensor", "as_tensor"):
@@ -33,6 +33,6 @@ def replace_recording(patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
             outputs.append(out := replay().clone())
             return lambda: out.copy_(replay())
 
-    patch.setattr(cuda_graph, "Recorder", Recorder)
+    patch.setattr(cuda_graph, "Capturer", Capturer)
     patch.setattr(gpu, "triton_kernels", lambda: None)
     return outputs
