@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llama.accelerate.compiled import can_compile, start_compiling
+from llama.accelerate.compiled import choose_decoder, start_compiling
 from llama.accelerate.executor import Executor
 from llama.accelerate.gpu import has_fp8
 from llama.accelerate.native import release_freed_memory
@@ -54,7 +54,10 @@ def load(model: ModelOptions, build: BuildOptions) -> tuple[Executor, Tokenizer,
             model, build = _check_options(model, build, world)
             device = pick_device(build["device"], world)
             if build["quantize"] == "fp8" and not has_fp8(device):
-                raise ValueError("quantize 'fp8' needs a GPU of compute capability 8.9 or higher: use int8")
+                raise ValueError(
+                    "quantize 'fp8' needs a GPU of compute capability 8.9 or higher, and a torch with kernels for it: "
+                    "use int8"
+                )
         per_host = ("ckpt_dir", "tokenizer_path", "model_parallel_size")
         same = {f"--{name}": value for name, value in (model | build).items() if name not in per_host}
         check_same(same | {"--device": device.type}, "start all ranks with the same arguments")
@@ -67,9 +70,9 @@ def load(model: ModelOptions, build: BuildOptions) -> tuple[Executor, Tokenizer,
         check_same({"--dtype": _name(files.dtype)}, "name one that all hosts support")
         check_same(vars(files.checkpoint.params), "give all hosts the same params.json")
         check_same(files.sums, "these are checksums: give all hosts the same files")
-        is_compiled = can_compile(compile, device, files.dtype, compiling)
+        decoder = choose_decoder(compile, device, files.dtype, compiling)
         with raise_on_all_ranks():
-            executor, note = _load_weights(files, device, None if build["plain"] else is_compiled and compile)
+            executor, note = _load_weights(files, device, decoder, build["plain"])
     except BaseException:
         shutdown()
         raise
@@ -140,14 +143,11 @@ def _open(model: ModelOptions, build: BuildOptions, device: torch.device, world:
     return Files(checkpoint, tokenizer, chat_format, dtype, fit, sums)
 
 
-def _load_weights(files: Files, device: torch.device, compile: bool | str | None) -> tuple[Executor, str]:
-    """The executor, and a note for the log about the form of the weights.
-
-    compile: None for plain layers; False if steps are neither compiled nor CUDA graphs; else as in `Llama.build`.
-    """
+def _load_weights(files: Files, device: torch.device, decoder: str | None, plain: bool) -> tuple[Executor, str]:
+    """The executor, and a note for the log about the form of the weights. decoder: as in `Executor`."""
     checkpoint, dtype, quantize = files.checkpoint, files.dtype, files.fit.quantize
     model: Transformer | None = None
-    is_native = bool(compile) and device.type == "cpu"
+    is_native = decoder == "native"
     unquantized = 0
 
     def quantize_block(part: torch.nn.Module) -> None:
@@ -168,10 +168,8 @@ def _load_weights(files: Files, device: torch.device, compile: bool | str | None
                 unquantized += quantize_part(model.output, quantize, is_native, OUTPUT)
         executor = Executor(
             model,
-            fused=compile is not None,
-            native=is_native,
-            graph=bool(compile) and device.type == "cuda",
-            torch_compile=compile is True and device.type == "cuda",
+            fused=not plain,
+            decoder=decoder,
             prefill_chunk=files.fit.prefill_chunk,
         )
     except (RuntimeError, MemoryError) as error:
@@ -184,7 +182,7 @@ def _load_weights(files: Files, device: torch.device, compile: bool | str | None
         del tensors, weights
         model = None  # or the traceback would keep it alive while a caller tries a smaller model
         raise explained(files.fit, device, held, "the model is not loaded", error) from None
-    if compile is None:
+    if plain:
         return executor, ", plain layers"
     if quantize is None:
         return executor, ""

@@ -9,13 +9,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from llama.accelerate import native
+from llama.accelerate import gpu, native
 from llama.accelerate.cuda_graph import Step, torch_step
 from llama.accelerate.fused import FusedLayer
 from llama.model import Transformer
 from llama.parallel.device import cache_folder
-from llama.parallel.groups import all_gather_object
+from llama.parallel.groups import all_gather_object, model_parallel, process_group
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +40,30 @@ def start_compiling(compile: bool | str, device: torch.device) -> Future[float] 
     return future
 
 
-def can_compile(compile: bool | str, device: torch.device, dtype: torch.dtype, compiling: Future[float] | None) -> bool:
-    """Whether decode steps are computed by native.c (CPUs) or as CUDA graphs.
+def choose_decoder(
+    compile: bool | str, device: torch.device, dtype: torch.dtype, compiling: Future[float] | None
+) -> str | None:
+    """What computes decode steps: "native" (native.c, on CPUs), or a CUDA graph of the kernels of "triton", "torch" or
+    torch.compile ("compiled"). None: the layers, one by one.
 
-    All ranks must call this, and all get the same answer.
+    All ranks must call this, and all get the same answer, because their collectives must match.
     compile: as in `Llama.build`. If it is True but the device or dtype is not supported, or if native.c cannot be
     compiled, the reason is logged. compiling: what `start_compiling` returned; this waits for its result.
     """
-    if device.type == "cuda":
-        return bool(compile)
+    if device.type != "cuda":
+        return "native" if _can_compile_native(compile, device, dtype, compiling) else None
+    # With gloo, a collective waits for the device, which a CUDA graph cannot contain.
+    if not compile or (model_parallel()[1] > 1 and dist.get_backend(process_group()) != "nccl"):
+        return None
+    if compile is True:
+        return "compiled"
+    return "triton" if all(all_gather_object(gpu.triton_kernels() is not None)) else "torch"
+
+
+def _can_compile_native(
+    compile: bool | str, device: torch.device, dtype: torch.dtype, compiling: Future[float] | None
+) -> bool:
+    """For CPUs; logs why not."""
     if not compile or (compile == "auto" and (device.type != "cpu" or dtype not in native.KINDS)):
         return False
     if device.type != "cpu":
@@ -83,6 +99,8 @@ def compiled_step(model: Transformer, layers: Sequence[FusedLayer]) -> Step:
         cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
         if native.only_we_can_write(cache_folder()):  # torch runs the code that it finds there
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torch.compile"))
+    # The steps for 1, 2, 4, ... rows are recompilations of one function, of which torch allows eight.
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     compiled: Any = torch.compile(torch_step(model, layers), fullgraph=True, dynamic=False)
     seen: set[int] = set()
 

@@ -13,6 +13,7 @@ import torch
 from llama.accelerate.fused import FusedLayer, Positions, rms_norm
 from llama.cache import row_tensor
 from llama.model import Transformer
+from llama.parallel.groups import all_gather_object, release_before_shutdown
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +49,20 @@ class Capturer:
     def capture(self, step: Replay) -> Replay:
         """Capture `step` as a CUDA graph. The function that is returned replays it, and returns the same tensor each
         time."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            for _ in range(WARM_UPS):
-                step()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's watchdog calls CUDA from its own thread, which would invalidate a capture in global mode.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            out = step()
+        current = torch.cuda.current_stream()
+        with torch.cuda.stream(current):  # a capture that fails would leave its own stream as the current one
+            self.stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(self.stream):
+                    for _ in range(WARM_UPS):
+                        step()
+            finally:
+                current.wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: NCCL's watchdog calls CUDA from its own thread, which would invalidate a capture in global
+            # mode.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                out = step()
 
         def replay() -> torch.Tensor:
             graph.replay()
@@ -116,9 +122,11 @@ class CudaGraphDecoder:
         triton_step: Step | None = None,
         compiled_step: Step | None = None,
     ):
-        self.model, self.cache, self.freqs_cis = model, layers[0].cache, model.freqs_cis
+        self.model, self.cache = model, layers[0].cache
         k = self.cache.k
-        self.max_rows, _, self.max_seq_len, _ = k.shape
+        self.max_rows, _, self.max_seq_len, self.head_dim = k.shape
+        self.freqs_cis: torch.Tensor | None = None  # the model's, of which `angles` are a view, or a copy
+        self.is_copy = False
         self.h = k.new_zeros(self.max_rows, 1, len(model.norm.weight))
         self.positions = torch.zeros(self.max_rows, dtype=torch.int64, device=k.device)
         self.slots = torch.zeros_like(self.positions)
@@ -130,19 +138,23 @@ class CudaGraphDecoder:
         self.replays: dict[Key, Replay] = {}
         self.capturer: Capturer | None = None
         self.can_capture = True
+        release_before_shutdown(self)
+
+    def release(self) -> None:
+        """Destroy the graphs. NCCL waits for that before it destroys a communicator that they use."""
+        self.replays.clear()
 
     def __call__(
         self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, slots: Sequence[int] | None
     ) -> torch.Tensor:
         bsz = len(tokens)
         rows = round_rows(bsz, self.max_rows)
-        if self.freqs_cis is not self.model.freqs_cis:
-            self.freqs_cis = self.model.freqs_cis
-            self.replays.clear()
+        self._check_sizes(ctx_len)
         self.h[:bsz] = self.model.tok_embeddings(tokens)
         self.positions[:bsz] = start_pos
         wanted = list(range(bsz) if slots is None else slots)
         if wanted != self.last_slots:
+            self.last_slots = None  # until all of them are written
             self.slots[:bsz] = row_tensor(self.cache.rows(slots, bsz), self.slots.device)
             self.slots[bsz:rows] = self.slots[bsz - 1]
             self.last_slots = wanted
@@ -155,6 +167,24 @@ class CudaGraphDecoder:
             if replay is not None:
                 return replay()[:bsz].clone()  # the next replay overwrites the graph's own output
 
+    def _check_sizes(self, ctx_len: int) -> None:
+        """Raise ValueError for positions or angles that a graph would read or write out of bounds. The user may have
+        replaced these tensors."""
+        if ctx_len > self.max_seq_len:
+            raise ValueError(f"position {ctx_len - 1}, but the cache has {self.max_seq_len}: raise max_seq_len")
+        freqs_cis, device, pairs = self.model.freqs_cis, self.h.device, self.head_dim // 2
+        if freqs_cis.dim() != 2 or len(freqs_cis) < ctx_len or freqs_cis.shape[1] != pairs:
+            raise ValueError(f"freqs_cis has shape {tuple(freqs_cis.shape)}, expected [{ctx_len} or more, {pairs}]")
+        if freqs_cis is not self.freqs_cis:
+            self.freqs_cis = freqs_cis
+            self.is_copy = (
+                freqs_cis.device != device or freqs_cis.dtype != torch.complex64 or not freqs_cis.is_contiguous()
+            )
+            self.angles = torch.view_as_real(freqs_cis.to(device, torch.complex64).contiguous())
+            self.replays.clear()
+        elif self.is_copy:  # of angles that may have been written in place
+            self.angles.copy_(torch.view_as_real(freqs_cis.to(torch.complex64)))
+
     def _key(self, rows: int, ctx_len: int, is_in_order: bool) -> Key:
         if self.reads_used or self.whole_context:
             return rows, self.max_seq_len, is_in_order or self.reads_used
@@ -166,17 +196,19 @@ class CudaGraphDecoder:
         step = self.step
 
         def run() -> torch.Tensor:
-            angles = torch.view_as_real(self.freqs_cis)
-            return step(self.h[:rows], angles, self.positions[:rows], self.slots[:rows], context, is_in_order)
+            return step(self.h[:rows], self.angles, self.positions[:rows], self.slots[:rows], context, is_in_order)
 
         if not self.can_capture:
             return run
+        problem = ""
         try:
             self.capturer = self.capturer or Capturer()
-            replay = self.replays[key] = self.capturer.capture(run)
-            return replay
+            replay = self.capturer.capture(run)
         except Exception as error:  # of CUDA (also out of memory), Triton or torch.compile, with classes of their own
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            problem = str(error).strip().partition("\n")[0] or type(error).__name__
+        # All ranks or none: each captured step runs its collectives several times.
+        if reason := next(filter(None, all_gather_object(problem)), ""):
+            self.capturer = None  # a failed capture spoils its memory pool
             if step is not self.torch_step:
                 kernels = "Triton" if self.reads_used else "torch.compile"
                 log.info(f"llama: the {kernels} step failed ({reason}): decoding with torch's kernels, which is slower")
@@ -186,3 +218,5 @@ class CudaGraphDecoder:
             self.can_capture = False
             log.info(f"llama: no CUDA graph of the decode step ({reason}): its kernels run one by one, which is slower")
             return run
+        self.replays[key] = replay
+        return replay

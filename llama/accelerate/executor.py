@@ -15,7 +15,6 @@ import torch
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import nn
 
-from llama.accelerate import gpu
 from llama.accelerate.compiled import compiled_step
 from llama.accelerate.cuda_graph import CudaGraphDecoder
 from llama.accelerate.fused import FusedLayer, Linear, Positions, merge_linears, rms_norm
@@ -53,9 +52,8 @@ def _on_its_device(method: T) -> T:
 class Executor:
     """Computes forwards for the engine: `hidden` and `logits` as `Transformer` has them, on any model.
 
-    fused: use merged matmuls in layers that allow it. native: use native.c for few rows; it must be compiled.
-    graph: run decode steps on CUDA as CUDA graphs. torch_compile: of kernels that torch.compile generates, instead of
-    Triton's or torch's.
+    fused: use merged matmuls in layers that allow it.
+    decoder: what computes decode steps and matmuls of few rows (see `compiled.choose_decoder`); None: the layers do.
     prefill_chunk: positions of a prompt computed at a time, which bounds the memory of activations.
 
     A custom model (of another class, or with its own forward or hooks) is called as Meta's engine calls it:
@@ -67,14 +65,11 @@ class Executor:
         model: nn.Module,
         *,
         fused: bool = True,
-        native: bool = False,
-        graph: bool = False,
-        torch_compile: bool = False,
+        decoder: str | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
     ):
         self.model: Any = model
-        self.fused, self.native, self.prefill_chunk = fused, native, prefill_chunk
-        self.graph, self.torch_compile = graph, torch_compile
+        self.fused, self.decoder, self.prefill_chunk = fused, decoder, prefill_chunk
         self.rebuilds = 0  # how often everything was derived from the model
         self._own_passes = 0  # for a custom model, which does not count its forwards
         self._snapshot: Snapshot | None = None
@@ -128,7 +123,7 @@ class Executor:
             self._decoder, self._output_sees_all = None, False
         else:
             use = self.fused and not patched
-            fused = [FusedLayer.of(block, self.native) if use else None for block in model.layers]
+            fused = [FusedLayer.of(block, self.decoder == "native") if use else None for block in model.layers]
             self._layers = list(zip(model.layers, fused, strict=True))
             self._norm_is_fused = use and type(model.norm) is RMSNorm and not is_hooked(model.norm)
             self._output = self._output_linear() if use else None
@@ -154,13 +149,13 @@ class Executor:
         output = self.model.output
         if type(output) is not ColumnLinear or is_hooked(output) or output.bias is not None or not output.gather_output:
             return None
-        return merge_linears([output], self.native)
+        return merge_linears([output], self.decoder == "native")
 
     def _make_decoder(self, fused: Sequence[FusedLayer | None]) -> NativeDecoder | CudaGraphDecoder | None:
         """The decoder, which runs all layers in one call; None unless all layers are fused and of the same shape."""
         model = self.model
         layers = [layer for layer in fused if layer is not None]
-        if not layers or len(layers) != len(fused) or not self._norm_is_fused or not (self.native or self.graph):
+        if not layers or len(layers) != len(fused) or not self._norm_is_fused or self.decoder is None:
             return None
         first = layers[0]
         are_alike = all(
@@ -173,13 +168,15 @@ class Executor:
         weight = model.norm.weight
         if not are_alike or weight.dtype != first.cache.k.dtype or len(weight) != len(first.attention_norm.weight):
             return None
-        if self.native:
+        if self.decoder == "native":
             return NativeDecoder(model, layers)
-        model.freqs_cis = model.freqs_cis.to(first.cache.k.device)
-        if self.torch_compile:
+        if self.decoder == "compiled":
             return CudaGraphDecoder(model, layers, compiled_step=compiled_step(model, layers))
-        triton_step = gpu.triton_step()
-        return CudaGraphDecoder(model, layers, None if triton_step is None else triton_step(model, layers))
+        if self.decoder == "torch":
+            return CudaGraphDecoder(model, layers)
+        from llama.accelerate.triton_step import triton_step  # needs Triton
+
+        return CudaGraphDecoder(model, layers, triton_step=triton_step(model, layers))
 
     # Forwards
 
@@ -264,7 +261,7 @@ class Executor:
         self, tokens: torch.Tensor, start_pos: int | torch.Tensor, ctx_len: int, slots: Sequence[int] | None
     ) -> torch.Tensor | None:
         """A decode step by the decoder (float32 from native.c). None without one, or if it cannot run these rows."""
-        if self._decoder is None or (self.torch_compile and slots is not None):
+        if self._decoder is None or (self.decoder == "compiled" and slots is not None):
             return None  # torch.compile would compile once more for other rows of the cache
         return self._decoder(tokens, start_pos, ctx_len, slots)
 

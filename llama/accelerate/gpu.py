@@ -27,15 +27,16 @@ def triton_kernels() -> Any:
     return kernels
 
 
+@cache
 def has_fp8(device: torch.device) -> bool:
-    """Whether torch and Triton can multiply float8_e4m3fn on this device."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def triton_step() -> Any:
-    """The function `triton_step.triton_step`; None where `triton_kernels` returns None."""
-    if triton_kernels() is None:
-        return None
-    from llama.accelerate.triton_step import triton_step as step
-
-    return step
+    """Whether torch and Triton can multiply float8_e4m3fn on this device, with a scale for each row."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        return False
+    ones = torch.ones(32, 16, device=device)
+    x, weight = ones.to(torch.float8_e4m3fn), ones[:16].to(torch.float8_e4m3fn)
+    try:
+        torch._scaled_mm(x, weight.t(), scale_a=ones[:, :1], scale_b=ones[:1], out_dtype=torch.bfloat16)
+        torch.cuda.synchronize(device)
+    except RuntimeError:  # older versions of torch have no such kernel for some GPUs
+        return False
+    return True

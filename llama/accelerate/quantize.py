@@ -106,7 +106,11 @@ class QuantizedLinear(nn.Module):
         self.dtype = weights[0].dtype  # of the dequantized weight
         parts = [type(self).quantize(part) for weight in weights for part in weight.split(CHUNK_ROWS)]
         for name, tensors in zip(("data", "scale", "zero"), zip(*parts, strict=True), strict=False):
-            self.register_buffer(name, torch.cat(tensors))
+            # As bytes: torch 2.5 cannot concatenate fp8 on CUDA.
+            joined = torch.cat([tensor.view(torch.uint8) for tensor in tensors])
+            self.register_buffer(name, joined.view(tensors[0].dtype))
+        # Stored here, because torch.compile would trace the search for them.
+        self.kernels: Any = gpu.triton_kernels() if self.data.is_cuda else None
 
     def extra_repr(self) -> str:
         return f"{self.n} x {self.k}"
@@ -121,6 +125,10 @@ class QuantizedLinear(nn.Module):
         """x [m, k] -> [m, n] for up to MAX_GEMV_ROWS rows; None where there is no kernel for it."""
         raise NotImplementedError  # each scheme's own
 
+    def has_kernel_for(self, x: torch.Tensor) -> bool:
+        """Whether a Triton kernel multiplies x [m, k]."""
+        return self.kernels is not None and len(x) <= MAX_TRITON_ROWS
+
     def dequantize(self) -> torch.Tensor:
         """The weight in `dtype`, [n, k]."""
         raise NotImplementedError  # each scheme's own
@@ -131,8 +139,8 @@ class Int8(QuantizedLinear):
     quantize = staticmethod(quantize_int8)
 
     def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
-        if (kernels := _triton_kernels(x)) is not None:
-            return cast(torch.Tensor, kernels.multiply(x, self.data, self.scale))
+        if self.has_kernel_for(x):
+            return cast(torch.Tensor, self.kernels.multiply(x, self.data, self.scale))
         # In float32 torch's kernel takes four times as long as dequantizing the weight and multiplying by it.
         if self.dtype != torch.bfloat16 or not x.is_cpu or (op := _operator("_weight_int8pack_mm")) is None:
             return None
@@ -140,8 +148,8 @@ class Int8(QuantizedLinear):
         return y
 
     def dequantize(self) -> torch.Tensor:
-        if self.data.is_cuda:  # one pass; on CPUs two passes take half the time
-            return self.data * self.scale.to(self.dtype)[:, None]
+        if self.data.is_cuda and self.dtype == torch.bfloat16:  # one pass; on CPUs two passes take half the time
+            return self.data * self.scale[:, None]
         return self.data.to(self.dtype).mul_(self.scale[:, None])
 
 
@@ -163,8 +171,7 @@ class Fp8(QuantizedLinear):
         return y.view(*x.shape[:-1], self.n)
 
     def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
-        kernels = _triton_kernels(x)
-        return None if kernels is None else kernels.multiply(x, self.data, self.scale)
+        return self.kernels.multiply(x, self.data, self.scale) if self.has_kernel_for(x) else None
 
     def dequantize(self) -> torch.Tensor:
         return self.data.float().mul_(self.scale[:, None]).to(self.dtype)
@@ -183,12 +190,11 @@ class Int4(QuantizedLinear):
         return (low | high << 4).flatten(1), scale, zero
 
     def gemv(self, x: torch.Tensor) -> torch.Tensor | None:
-        kernels = _triton_kernels(x)
-        return None if kernels is None else kernels.multiply_int4(x, self.data, self.scale, self.zero)
+        return self.kernels.multiply_int4(x, self.data, self.scale, self.zero) if self.has_kernel_for(x) else None
 
     def dequantize(self) -> torch.Tensor:
-        if self.data.is_cuda and (kernels := gpu.triton_kernels()) is not None:
-            return cast(torch.Tensor, kernels.dequantize_int4(self.data, self.scale, self.zero, self.dtype))
+        if self.kernels is not None:
+            return cast(torch.Tensor, self.kernels.dequantize_int4(self.data, self.scale, self.zero, self.dtype))
         data = self.data.view(self.n, -1, 1, GROUP // 2)
         q = torch.cat((data & 15, data >> 4), dim=2).view(self.n, -1, GROUP).to(self.dtype)
         return q.sub_(8).mul_(self.scale[..., None]).add_(self.zero[..., None]).view(self.n, self.k)
@@ -251,12 +257,6 @@ def quantized_linear(kind: str, is_native: bool, *weights: torch.Tensor) -> Quan
     first, half = weights[0], packed_half()
     can_pack = not is_native and first.is_cpu and first.dtype == torch.bfloat16 and half > 0
     return PackedInt4(*weights) if can_pack and all(len(w) % (2 * half) == 0 for w in weights) else Int4(*weights)
-
-
-def _triton_kernels(x: torch.Tensor) -> Any:
-    """The module `triton_kernels` if it can multiply x [m, k], else None."""
-    kernels = gpu.triton_kernels() if x.is_cuda else None
-    return kernels if kernels is not None and len(x) <= MAX_TRITON_ROWS else None
 
 
 def _operator(name: str) -> Any:

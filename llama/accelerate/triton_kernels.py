@@ -8,6 +8,9 @@ which computes 16 rows at a time, in 16-bit dtypes on tensor cores.
 
 # mypy: disable-error-code="no-untyped-def"
 import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
@@ -22,6 +25,20 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # A program computes block_n outputs, block_k columns at a time. The values were the fastest on an H200 at 7B's shapes.
 ONE_ROW = {"block_n": 8, "block_k": 1024, "num_warps": 4, "num_stages": 1}
 SEVERAL_ROWS = {"block_n": 32, "block_k": 128, "num_warps": 4, "num_stages": 4}
+
+
+T = TypeVar("T", bound=Callable[..., torch.Tensor])
+
+
+def _on_its_device(multiply: T) -> T:
+    """Launch on the GPU of the tensors. Triton uses the current GPU, and any thread may read a weight."""
+
+    @wraps(multiply)
+    def run(*arguments: Any) -> torch.Tensor:
+        with torch.cuda.device_of(arguments[0]):
+            return multiply(*arguments)
+
+    return cast(T, run)
 
 
 # Matmuls ------------------------------------------------------------------------------------------
@@ -143,6 +160,7 @@ def _dequantize_int4(data, scale, zero, weight, count, block: tl.constexpr):
     tl.store(low + HALF, ((both >> 4).to(tl.float32) * scales + zeros).to(weight.dtype.element_ty), mask=is_byte)
 
 
+@_on_its_device
 def multiply(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x [m, k] for m <= MAX_TRITON_ROWS, data [n, k] in int8 or fp8, scale [n] -> [m, n] in x's dtype."""
     (m, k), n = x.shape, len(data)
@@ -155,6 +173,7 @@ def multiply(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> torch.
     return y
 
 
+@_on_its_device
 def multiply_int4(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     """x [m, k] for m <= MAX_TRITON_ROWS, data [n, k / 2], scale and zero [n, k / 32] as in `Int4` -> [m, n] as x."""
     (m, k), n = x.shape, len(data)
@@ -167,6 +186,7 @@ def multiply_int4(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, zero
     return y
 
 
+@_on_its_device
 def dequantize_int4(data: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The weight [n, k] of an `Int4`, in one pass over its bytes."""
     weight = torch.empty(len(data), 2 * data.shape[1], dtype=dtype, device=data.device)

@@ -44,7 +44,10 @@ def open_transfer(device: torch.device) -> Transfer:
     """The fastest transfer to `device`. Its threads are at most this rank's share of the cores."""
     if device.type != "cuda":
         return Transfer()
-    return StagedTransfer(device, min(MAX_THREADS, torch.get_num_threads()), BLOCK_BYTES)
+    try:
+        return StagedTransfer(device, min(MAX_THREADS, torch.get_num_threads()), BLOCK_BYTES)
+    except RuntimeError:  # some systems, such as containers and WSL, limit pinned memory
+        return Transfer()
 
 
 class StagedTransfer(Transfer):

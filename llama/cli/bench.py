@@ -30,6 +30,7 @@ from llama.console import print_table, progress
 from llama.engine.worker import read_back
 from llama.files import as_path
 from llama.generation import Llama
+from llama.memory.check import free_bytes
 from llama.model import Transformer
 from llama.options import check_int
 from llama.parallel.groups import current_world, is_main_rank, process_group
@@ -118,8 +119,7 @@ def bench(batch: str, prompt: str, gen: int, no_cache: bool, json: bool, plot: s
             f"--batch {max(batches)} with --prompt {longest} needs more memory than is free: give smaller ones"
         ) from error
     form = {name: options[name] for name in ("quantize", "plain")}
-    executor = llama.executor
-    is_compiled = executor.torch_compile if executor.device.type == "cuda" else executor.is_compiled
+    is_compiled = llama.executor.is_compiled and llama.executor.decoder in ("native", "compiled")
     machine = _machine(llama) | form | {"compile": is_compiled}
     if is_main_rank():
         if json:
@@ -265,7 +265,8 @@ def bandwidth(device: torch.device) -> float:
     can do, so there a buffer is copied to another one, and the bytes that are read and those that are written count.
     """
     is_copy, best = bandwidth_of(device) == "copy", math.inf
-    source = torch.ones((COPY_BYTES if is_copy else READ_BYTES) // 4, device=device)
+    size = min(COPY_BYTES, (free_bytes(device) or 4 * COPY_BYTES) // 4) if is_copy else READ_BYTES
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source) if is_copy else source
 
     def copy() -> torch.Tensor:

@@ -57,9 +57,7 @@ class Engine:
         self.scheduler.executor = Executor(
             _checked(model),
             fused=old.fused,
-            native=old.native,
-            graph=old.graph,
-            torch_compile=old.torch_compile,
+            decoder=old.decoder,
             prefill_chunk=old.prefill_chunk,
         )
 

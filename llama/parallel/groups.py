@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple, TextIO
@@ -68,6 +69,7 @@ MESSAGE_BYTES = 4096  # of `broadcast_bytes`
 _open_models = 0  # models that use the groups
 _owns_default_group = False  # whether this package created it, and so must destroy it
 _owns_model_parallel_group = False  # the same for fairscale's groups
+_owners: "weakref.WeakSet[Any]" = weakref.WeakSet()  # of what must be released before the groups are destroyed
 _stores: Stores | None = None  # one per process: rank 0 can bind torchrun's port only once
 _heartbeat: Heartbeat | None = None  # None in a world of one
 _generation = 0  # how often the ranks have connected; each time uses its own store keys
@@ -139,6 +141,11 @@ def _mute_stdout() -> None:
         sys.stdout = _devnull
 
 
+def release_before_shutdown(owner: Any) -> None:
+    """Call `owner.release()` before the process group is destroyed, if `owner` still exists then."""
+    _owners.add(owner)
+
+
 def shutdown() -> None:
     """Undo one `connect_ranks`. The last one stops the heartbeat and destroys the groups that this package created."""
     global _open_models
@@ -155,6 +162,9 @@ def _destroy() -> None:
         heartbeat.stop()
     if _devnull is not None and sys.stdout is _devnull:
         sys.stdout = sys.__stdout__
+    for owner in list(_owners):
+        owner.release()
+    _owners.clear()
     if _owns_model_parallel_group:
         fairscale_groups.destroy_model_parallel()
         _owns_model_parallel_group = False

@@ -11,6 +11,7 @@ from helpers.tolerance import LOGPROB, near
 from llama import Llama
 from llama.accelerate import executor
 from llama.accelerate.cuda_graph import CudaGraphDecoder, round_context, round_rows
+from llama.parallel import groups
 
 
 def ids(bsz: int, seqlen: int) -> torch.Tensor:
@@ -24,7 +25,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 def with_graphs(llama: Llama) -> CudaGraphDecoder:
     """Give the model the decoder that it would have on CUDA without Triton."""
-    llama.scheduler.executor = executor.Executor(llama.model, graph=True)
+    llama.scheduler.executor = executor.Executor(llama.model, decoder="torch")
     decoder = llama.executor._decoder
     assert isinstance(decoder, CudaGraphDecoder)
     return decoder
@@ -136,6 +137,61 @@ def test_changed_weights_and_angles(build: Callable[..., Llama], captured: list[
     torch.testing.assert_close(list(steps()), expected, rtol=1e-5, atol=1e-5)
     assert len(captured) == 3
     assert not torch.allclose(expected[0], expected[1]) and not torch.allclose(expected[0], expected[3])
+
+
+def grow_positions(model: Any) -> None:
+    model.params.max_seq_len = 64
+
+
+def shorten_angles(model: Any) -> None:
+    model.freqs_cis = model.freqs_cis[:4]
+
+
+def narrow_angles(model: Any) -> None:
+    model.freqs_cis = model.freqs_cis[:, ::2].contiguous()
+
+
+@pytest.mark.parametrize("change", [grow_positions, shorten_angles, narrow_angles])
+def test_sizes_are_checked_before_a_graph_runs(
+    change: Callable[[Any], None], build: Callable[..., Llama], captured: list[torch.Tensor]
+) -> None:
+    """A Triton kernel would read or write out of bounds, and say nothing."""
+    llama = build("gqa", max_seq_len=32, max_batch_size=2, compile=False)
+    decoder = with_graphs(llama)
+    decoder.step, decoder.reads_used = lambda h, *arguments: h, True  # which checks nothing
+    change(llama.model)
+    with pytest.raises(ValueError, match=r"expected|position 32, but the cache has 32"):
+        llama.generate([[5]], 40, temperature=0)
+
+
+@pytest.mark.parametrize("kind", ["complex128", "strided"])
+def test_other_forms_of_angles(kind: str, build: Callable[..., Llama], captured: list[torch.Tensor]) -> None:
+    """They are converted for the graph, which also sees what is written to them later."""
+    llama = build("mha", max_seq_len=32, max_batch_size=1, compile=False)
+    model = llama.model
+    angles = model.freqs_cis.to(torch.complex128) if kind == "complex128" else model.freqs_cis.t().contiguous().t()
+
+    def steps() -> Iterator[torch.Tensor]:
+        model.freqs_cis = angles.clone(memory_format=torch.preserve_format)
+        llama.executor.hidden(ids(1, 4), 0, 4)
+        yield llama.executor.hidden(ids(1, 1), 4, 5)
+        model.freqs_cis[4] = model.freqs_cis[20]
+        yield llama.executor.hidden(ids(1, 1), 4, 5)
+
+    expected = list(steps())
+    with_graphs(llama)
+    torch.testing.assert_close(list(steps()), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected[0], expected[1])
+
+
+def test_graphs_end_before_the_process_group(build: Callable[..., Llama], captured: list[torch.Tensor]) -> None:
+    """NCCL would wait for them for ever, also if the program never closes its model."""
+    llama = build("mha", max_seq_len=32, max_batch_size=1, compile=False)
+    decoder = with_graphs(llama)
+    llama.generate([[5, 6]], 4, temperature=0)
+    assert decoder.replays
+    groups._destroy()  # at exit, or by the last `close`
+    assert not decoder.replays
 
 
 def test_a_step_that_fails_gives_way_to_torchs_kernels(

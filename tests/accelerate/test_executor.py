@@ -453,7 +453,7 @@ def graph(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> Itera
     torch._dynamo.reset()
     replace_captures(monkeypatch)
     llama = build("gqa", max_seq_len=64, max_batch_size=4)
-    llama.scheduler.executor = executor.Executor(llama.model, graph=True, torch_compile=True)
+    llama.scheduler.executor = executor.Executor(llama.model, decoder="compiled")
     yield llama, counter
     torch._dynamo.reset()
 

@@ -176,7 +176,7 @@ def test_products_in_fp8(m: int) -> None:
 
 
 def test_fp8_needs_a_gpu(build: Callable[..., Llama]) -> None:
-    with pytest.raises(ValueError, match=r"quantize 'fp8' needs a GPU of compute capability 8\.9 or higher: use int8"):
+    with pytest.raises(ValueError, match=r"'fp8' needs a GPU of compute capability 8\.9 or higher, .*: use int8"):
         build("mha", quantize="fp8")
 
 
