@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ if find_spec("triton") is None:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 
+from helpers.captures import replace_captures
+from helpers.tolerance import LOGPROB
 from llama import Llama
 from llama.accelerate import triton_kernels, triton_step
 from llama.accelerate.cuda_graph import torch_step
+from llama.accelerate.executor import Executor
 from llama.accelerate.fused import FusedLayer
 from llama.accelerate.quantize import Fp8, Int4, Int8
 from llama.model import apply_rope
@@ -152,6 +156,19 @@ def test_a_step(name: str, build: Callable[..., Llama]) -> None:
     with torch.inference_mode():
         found, expected = (step(h, angles, positions, slots, 140, False) for step in steps)
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: tests/gpu.py has this case")
+def test_golden_answers(golden: dict[str, Any], build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every decode step by these kernels."""
+    replace_captures(monkeypatch)
+    llama = build("gqa", max_seq_len=256, max_batch_size=3, dtype="float32", compile=False)
+    llama.scheduler.executor = Executor(llama.model, decoder="triton")
+    expected = golden["gqa"]["single"]
+    found, logprobs = llama.generate(expected["prompt_tokens"], expected["max_gen_len"], temperature=0, logprobs=True)
+    assert found == expected["tokens"] and logprobs is not None
+    for ours, theirs in zip(logprobs, expected["logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=LOGPROB)
 
 
 SIGNATURES = {
