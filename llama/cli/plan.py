@@ -20,6 +20,7 @@ UNITS = (
     | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
     | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
 )
+DEVICES = {"cpu": "CPU", "cuda": "GPU, with cuBLAS's workspaces and CUDA graphs"}
 LEFT_OUT = (
     "Prefill is the peak of computing full prompts on a {device}. Not included: the interpreter and torch themselves, "
     "logits of positions other than the last (scoring), and freed memory that the allocator keeps."
@@ -96,7 +97,7 @@ def plan(
         for kind, scheme in kinds
         for world_size in ([ranks] if ranks else legal_world_sizes(args))
     ]
-    notes.append(LEFT_OUT.format(device={"cpu": "CPU", "cuda": "GPU, with cuBLAS's workspaces and graphs"}[device]))
+    notes.append(LEFT_OUT.format(device=DEVICES[device]))
     if json:
         answer = {"path": str(path), "parameters": count_parameters(args, tied), "tied": tied}
         answer |= {name: getattr(args, name) for name in ("vocab_size", "max_seq_len", "max_batch_size")}
