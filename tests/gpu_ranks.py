@@ -9,10 +9,8 @@ GPU, so each rank then claims to be a host of its own, and NCCL connects them ov
 import contextlib
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +25,7 @@ from typing import ClassVar
 import torch
 
 from gpu_cases import MARK, PYTHONPATH, Answer, Asked, first_error
+from helpers.ranks import free_port
 from llama import Llama, Tokenizer
 from llama.cli.command import one_line_errors
 
@@ -134,15 +133,6 @@ def environment(rank: int, ranks: int, port: int, device: str) -> dict[str, str]
         posing = {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo"}
         return env | posing | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     return env | {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
-
-
-def free_port() -> int:
-    """A free port below the ephemeral range, from which gloo and NCCL take theirs."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 # A lost rank --------------------------------------------------------------------------------------

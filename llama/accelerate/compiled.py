@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llama.accelerate import gpu, native
-from llama.accelerate.cuda_graph import Step, torch_step
+from llama.accelerate.cuda_graph import Batch, Step, torch_step
 from llama.accelerate.fused import FusedLayer
 from llama.model import Transformer
 from llama.parallel.device import cache_folder
@@ -104,12 +104,12 @@ def compiled_step(model: Transformer, layers: Sequence[FusedLayer]) -> Step:
     compiled: Any = torch.compile(torch_step(model, layers), fullgraph=True, dynamic=False)
     seen: set[int] = set()
 
-    def step(h: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        started = time.perf_counter()
-        out: torch.Tensor = compiled(h, *arguments)
-        if len(h) not in seen:
-            seen.add(len(h))
-            rows = "1 row" if len(h) == 1 else f"{len(h)} rows"
+    def step(batch: Batch) -> torch.Tensor:
+        started, bsz = time.perf_counter(), len(batch.h)
+        out: torch.Tensor = compiled(batch)
+        if bsz not in seen:
+            seen.add(bsz)
+            rows = "1 row" if bsz == 1 else f"{bsz} rows"
             log.info(f"llama: decode step for {rows} compiled in {time.perf_counter() - started:.1f} s")
         return out
 

@@ -7,6 +7,7 @@ sees what was written to them in place.
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,10 +18,26 @@ from llama.parallel.groups import all_gather_object, release_before_shutdown
 
 log = logging.getLogger(__name__)
 
-# A decode step that can be captured: it launches kernels and neither waits for the device nor reads from it. Arguments:
-# hidden states [rows, 1, dim], cos and sin of all positions (fp32 [n, head_dim / 2, 2]), positions and cache rows
-# (int64 [rows] each), ctx_len, and whether the cache rows are 0, 1, 2, ... Returns hidden states [rows, 1, dim].
-Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, bool], torch.Tensor]
+
+class Batch(NamedTuple):
+    """The input of a decode step.
+
+    h: embeddings of the ids, [rows, 1, dim]. angles: cos and sin of all positions, fp32 [n, head_dim / 2, 2].
+    positions, slots: position and cache row of each row, int64 [rows]. ctx_len: positions that the longest row may
+    attend to, rounded up. is_in_order: whether the cache rows are 0, 1, 2, ...
+    """
+
+    h: torch.Tensor
+    angles: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    ctx_len: int
+    is_in_order: bool
+
+
+# Returns hidden states [rows, 1, dim]. It only launches kernels, and neither waits for the device nor reads from it, so
+# that it can be captured.
+Step = Callable[[Batch], torch.Tensor]
 Replay = Callable[[], torch.Tensor]
 Key = tuple[int, int, bool]  # rows, context, whether the rows of the cache are 0, 1, 2, ...
 
@@ -74,26 +91,16 @@ class Capturer:
 def torch_step(model: Transformer, layers: Sequence[FusedLayer]) -> Step:
     """A decode step through the fused layers, by torch's kernels."""
 
-    def step(
-        h: torch.Tensor,
-        angles: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        ctx_len: int,
-        is_in_order: bool,
-    ) -> torch.Tensor:
+    def step(batch: Batch) -> torch.Tensor:
+        h, angles, positions, slots, ctx_len, is_in_order = batch
         mask = (torch.arange(ctx_len, device=h.device) <= positions[:, None])[:, None, None]  # [rows, 1, 1, ctx_len]
         freqs_cis = torch.view_as_complex(angles[positions][:, None])  # [rows, 1, head_dim / 2]
-        if not is_in_order:
-            where = Positions(positions, ctx_len, freqs_cis, mask, slots)
-            for layer in layers:
-                h = layer(h, where)
-            return rms_norm(model.norm, h)
         # A slice of the cache needs no copy. But padding row i then attends to cache row i, not to its own slot, so its
         # output is wrong, and the next layer would store it. After each layer it gets the output of the row it copies.
         numbers = torch.arange(len(h), device=h.device)
         sources = numbers.where(slots[:, None] == slots, len(h)).amin(dim=1)  # the first row with the same slot
-        where = Positions(positions, ctx_len, freqs_cis, mask, slice(0, len(h)), stored=slots)
+        rows = slice(0, len(h)) if is_in_order else slots
+        where = Positions(positions, ctx_len, freqs_cis, mask, rows, stored=slots)
         for layer in layers:
             h = layer(h, where)[sources]
         return rms_norm(model.norm, h)
@@ -196,7 +203,8 @@ class CudaGraphDecoder:
         step = self.step
 
         def run() -> torch.Tensor:
-            return step(self.h[:rows], self.angles, self.positions[:rows], self.slots[:rows], context, is_in_order)
+            inputs = self.h[:rows], self.angles, self.positions[:rows], self.slots[:rows]
+            return step(Batch(*inputs, context, is_in_order))
 
         if not self.can_capture:
             return run

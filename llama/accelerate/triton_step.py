@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llama.accelerate.cuda_graph import Step
+from llama.accelerate.cuda_graph import Batch, Step
 from llama.accelerate.fused import FusedLayer, all_reduce, rms_norm
 from llama.accelerate.triton_kernels import _add_dot, add_norm, silu_mul
 from llama.model import Transformer
@@ -26,21 +26,15 @@ def triton_step(model: Transformer, layers: Sequence[FusedLayer]) -> Step:
     following_norms = [*(layer.attention_norm for layer in layers[1:]), model.norm]
     _, kv_heads, max_seq_len, _ = first.cache.k.shape
 
-    def step(
-        h: torch.Tensor,
-        angles: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        ctx_len: int,
-        is_in_order: bool,
-    ) -> torch.Tensor:
-        bsz, _, dim = h.shape
+    def step(batch: Batch) -> torch.Tensor:
+        bsz, _, dim = batch.h.shape
+        positions, slots = batch.positions, batch.slots
         splits = count_splits(bsz * kv_heads, max_seq_len)
-        x = h.view(bsz, dim)
+        x = batch.h.view(bsz, dim)
         normed = rms_norm(first.attention_norm, x)
         for layer, next_norm in zip(layers, following_norms, strict=True):
             ffn_norm, k, v = layer.ffn_norm, layer.cache.k, layer.cache.v
-            queries = rotate_and_store(layer.wqkv(normed), angles, positions, slots, k, v)
+            queries = rotate_and_store(layer.wqkv(normed), batch.angles, positions, slots, k, v)
             attended = attend(queries, k, v, positions, slots, splits).view(bsz, -1)
             x, normed = add_norm(x, all_reduce(layer.wo(attended)), ffn_norm.weight, ffn_norm.eps)
             activated = silu_mul(layer.w13(normed))

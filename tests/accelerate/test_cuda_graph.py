@@ -10,7 +10,7 @@ from helpers.captures import replace_captures
 from helpers.tolerance import LOGPROB, near
 from llama import Llama
 from llama.accelerate import executor
-from llama.accelerate.cuda_graph import CudaGraphDecoder, round_context, round_rows
+from llama.accelerate.cuda_graph import Batch, CudaGraphDecoder, round_context, round_rows
 from llama.parallel import groups
 
 
@@ -158,7 +158,7 @@ def test_sizes_are_checked_before_a_graph_runs(
     """A Triton kernel would read or write out of bounds, and say nothing."""
     llama = build("gqa", max_seq_len=32, max_batch_size=2, compile=False)
     decoder = with_graphs(llama)
-    decoder.step, decoder.reads_used = lambda h, *arguments: h, True  # which checks nothing
+    decoder.step, decoder.reads_used = lambda batch: batch.h, True  # which checks nothing
     change(llama.model)
     with pytest.raises(ValueError, match=r"expected|position 32, but the cache has 32"):
         llama.generate([[5]], 40, temperature=0)
@@ -199,7 +199,7 @@ def test_a_step_that_fails_gives_way_to_torchs_kernels(
 ) -> None:
     """A kernel of Triton may need more shared memory than a GPU has, for example."""
 
-    def failing(*arguments: object) -> torch.Tensor:
+    def failing(batch: Batch) -> torch.Tensor:
         raise OSError("out of resources\nand more lines")
 
     llama = build("gqa", max_seq_len=300, max_batch_size=3, compile=False)
