@@ -157,14 +157,14 @@ class CudaGraphDecoder:
         bsz = len(tokens)
         rows = round_rows(bsz, self.max_rows)
         self._check_sizes(ctx_len)
-        self.h[:bsz] = self.model.tok_embeddings(tokens)
-        self.positions[:bsz] = start_pos
         wanted = list(range(bsz) if slots is None else slots)
         if wanted != self.last_slots:
             self.last_slots = None  # until all of them are written
             self.slots[:bsz] = row_tensor(self.cache.rows(slots, bsz), self.slots.device)
             self.slots[bsz:rows] = self.slots[bsz - 1]
             self.last_slots = wanted
+        self.h[:bsz] = self.model.tok_embeddings(tokens)
+        self.positions[:bsz] = start_pos
         if bsz < rows:
             self.h[bsz:rows] = self.h[bsz - 1]
             self.positions[bsz:rows] = self.positions[bsz - 1]

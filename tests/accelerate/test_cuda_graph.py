@@ -164,6 +164,14 @@ def test_sizes_are_checked_before_a_graph_runs(
         llama.generate([[5]], 40, temperature=0)
 
 
+def test_more_rows_than_the_cache_has(build: Callable[..., Llama], captured: list[torch.Tensor]) -> None:
+    llama = build("gqa", max_seq_len=32, max_batch_size=2, compile=False)
+    with_graphs(llama)
+    for slots in (None, [0, 1, 2], [2]):
+        with pytest.raises(ValueError, match="but the cache has 2 rows"):
+            llama.executor.hidden(ids(3 if slots is None else len(slots), 1), 0, 1, slots)
+
+
 @pytest.mark.parametrize("kind", ["complex128", "strided"])
 def test_other_forms_of_angles(kind: str, build: Callable[..., Llama], captured: list[torch.Tensor]) -> None:
     """They are converted for the graph, which also sees what is written to them later."""

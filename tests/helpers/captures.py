@@ -47,9 +47,9 @@ def replace_captures(patch: pytest.MonkeyPatch, *, strict: bool = True) -> list[
     """Returns a list that gets the output of each captured step.
 
     A replay computes the step again and copies the result into the output of the capture. Like a graph, it must not
-    build tensors from Python data or read from the device. strict: it must also consist of the operators that were
-    captured, on the same addresses, as a graph would not see anything else. That is not possible for compiled code. Triton is turned off, because its kernels
-    need a GPU.
+    build tensors from Python data or read from the device. Triton is turned off, because its kernels need a GPU.
+    strict: it must also consist of the operators that were captured, on the same addresses, as a graph would not see
+        anything else. This is not possible for compiled code and for Triton's interpreter.
     """
     outputs: list[torch.Tensor] = []
 
